@@ -1,0 +1,1 @@
+"""Intermediate representation: programs, capture, analyses and plans."""

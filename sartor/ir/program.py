@@ -1,0 +1,311 @@
+"""`Program`: one ONNX model in the canonical dialect, with what is known about it.
+
+A Program wraps one `onnx_ir.Model`. All rewriting happens on that model's own graph; there is no
+second graph class. Beside the model it carries
+
+* `source`: what it was made from, by SHA-256, so that a plan can refuse another model;
+* `input_shapes`: the *reference shapes*, concrete, at which everything is analysed and measured;
+* `batch`: the symbolic batch axis, or the reason why the batch is fixed;
+* `provenance`: module path, class and source line per node. It never enters a shipped file.
+
+Values in `model` carry no trusted shapes: `Program.shapes()` infers them at the reference shapes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+
+from sartor.errors import InternalError, ModelError
+
+CANONICAL_OPSET = 21
+"""Opset of the canonical dialect; see docs/adr/0003."""
+CANONICAL_IR_VERSION = 10
+DIALECT_DOMAIN = "sartor"
+"""Domain of the functions that carry dynamic structure; never inlined by load or canonicalize."""
+BATCH_SYMBOL = "N"
+
+_INFER_KEEP_ELEMENTS = 4096  # larger initializers cannot be shapes; they are left out of inference
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """What a Program was made from.
+
+    Attributes:
+        kind: `onnx` or `module`.
+        name: file name or `FILE.py:function`, without folders.
+        sha256: of the file's bytes (and its external data), or of the canonical bytes for a module.
+    """
+
+    kind: str
+    name: str
+    sha256: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """State of the batch axis.
+
+    Attributes:
+        symbolic: True when the program computes any batch size, sample by sample.
+        inputs: graph inputs whose axis 0 is the batch axis.
+        reason: why the batch is fixed, naming the node; empty when symbolic.
+    """
+
+    symbolic: bool
+    inputs: tuple[str, ...] = ()
+    reason: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class NodeProvenance:
+    """Where a node comes from in the author's code. Kept in memory and in a sidecar only.
+
+    Attributes:
+        module: dotted module path such as `layer2.0.conv1`.
+        module_class: class name of that module.
+        location: `file.py:line` of the author's innermost frame, or empty.
+    """
+
+    module: str = ""
+    module_class: str = ""
+    location: str = ""
+
+    def __str__(self) -> str:
+        parts = [self.module, f"({self.module_class})" if self.module_class else "", self.location]
+        return " ".join(p for p in parts if p)
+
+
+class Program:
+    """A canonical model and what is known about it. See the module docstring."""
+
+    def __init__(
+        self,
+        model: ir.Model,
+        *,
+        source: Source,
+        input_shapes: Mapping[str, tuple[int, ...]],
+        batch: Batch = Batch(symbolic=False, reason="not analysed"),
+        provenance: Mapping[str, NodeProvenance] | None = None,
+        applied: tuple[str, ...] = (),
+    ):
+        self.model = model
+        self.source = source
+        self.input_shapes = {k: tuple(int(d) for d in v) for k, v in input_shapes.items()}
+        self.batch = batch
+        self.provenance = dict(provenance or {})
+        self.applied = applied
+        self._shapes: dict[str, tuple[int, ...]] | None = None
+        self._types: dict[str, ir.DataType] | None = None
+
+    # ---- structure -------------------------------------------------------------------------
+    @property
+    def graph(self) -> ir.Graph:
+        """The main graph."""
+        return self.model.graph
+
+    @property
+    def initializers(self) -> Mapping[str, ir.Value]:
+        """Initializers of the main graph by name."""
+        return self.model.graph.initializers
+
+    def nodes(self) -> Iterator[ir.Node]:
+        """Nodes of the main graph in execution order."""
+        yield from self.model.graph
+
+    def initializer_array(self, name: str) -> np.ndarray:
+        """The contents of initializer `name` as a numpy array (possibly memory-mapped)."""
+        value = self.model.graph.initializers.get(name)
+        if value is None or value.const_value is None:
+            raise InternalError(f"Initializer '{name}' does not exist or has no data.")
+        return value.const_value.numpy()
+
+    def where(self, node: ir.Node) -> str:
+        """`'name' (OpType) at module, file:line` for messages."""
+        provenance = self.provenance.get(node.name or "")
+        suffix = f" at {provenance}" if provenance and str(provenance) else ""
+        return f"'{node.name}' ({node.op_type}){suffix}"
+
+    def clone(self) -> Program:
+        """A structural copy that shares tensor data (tensors are immutable) and owns its graph."""
+        return Program(
+            self.model.clone(),
+            source=self.source,
+            input_shapes=self.input_shapes,
+            batch=self.batch,
+            provenance=self.provenance,
+            applied=self.applied,
+        )
+
+    def invalidate(self) -> None:
+        """Drop cached analyses; every mutation of `model` must be followed by this."""
+        self._shapes = None
+        self._types = None
+
+    # ---- shapes ----------------------------------------------------------------------------
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Concrete shape of every value of the main graph at the reference shapes.
+
+        Raises:
+            ModelError: strict shape inference fails, or a shape depends on data; names the value.
+        """
+        if self._shapes is None:
+            self._infer()
+        assert self._shapes is not None
+        return self._shapes
+
+    def types(self) -> Mapping[str, ir.DataType]:
+        """Element type of every value of the main graph."""
+        if self._types is None:
+            self._infer()
+        assert self._types is not None
+        return self._types
+
+    def _infer(self) -> None:
+        shapes, types = infer_shapes(self.model, self.input_shapes)
+        for node in self.nodes():
+            for output in node.outputs:
+                if output.name and output.name not in shapes:
+                    raise ModelError(
+                        f"The shape of value '{output.name}' of node {self.where(node)} could not be inferred "
+                        "at the given input shapes; it depends on data or on a dimension that is not fixed. "
+                        "Fix every dimension with --shape NAME=1,3,224,224."
+                    )
+        self._shapes, self._types = shapes, types
+
+    # ---- bytes -----------------------------------------------------------------------------
+    def to_proto(self) -> onnx.ModelProto:
+        """The model as an ONNX protobuf: canonical, without value_info, metadata or source lines."""
+        proto = ir.to_proto(self.model)
+        _strip(proto)
+        return proto
+
+    def to_bytes(self) -> bytes:
+        """Deterministic serialisation: equal programs give equal bytes."""
+        return self.to_proto().SerializeToString(deterministic=True)
+
+    def sha256(self) -> str:
+        """SHA-256 of `to_bytes()`."""
+        return hashlib.sha256(self.to_bytes()).hexdigest()
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write the model atomically (temporary file in the same folder, then rename)."""
+        return write_atomic(path, self.to_bytes())
+
+
+def write_atomic(path: str | os.PathLike[str], data: bytes) -> Path:
+    """Write `data` to `path` so that a kill leaves either the old file or the new one."""
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    try:
+        with os.fdopen(handle, "wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, target)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    return target
+
+
+def infer_shapes(
+    model: ir.Model, input_shapes: Mapping[str, tuple[int, ...]]
+) -> tuple[dict[str, tuple[int, ...]], dict[str, ir.DataType]]:
+    """Strict shape inference of the main graph at concrete input shapes.
+
+    Large initializers are replaced by graph inputs of the same shape, so that the cost does not grow
+    with the weights. Values whose shape stays unknown are absent from the result.
+
+    Returns:
+        Shapes and element types by value name (graph inputs and initializers included).
+
+    Raises:
+        ModelError: inference finds a contradiction.
+    """
+    light = model.clone()
+    shapes: dict[str, tuple[int, ...]] = {}
+    types: dict[str, ir.DataType] = {}
+    for name, value in list(light.graph.initializers.items()):
+        tensor = value.const_value
+        if tensor is None:
+            continue
+        shapes[name] = tuple(int(d) for d in tensor.shape)
+        types[name] = tensor.dtype
+        if tensor.size > _INFER_KEEP_ELEMENTS:
+            light.graph.initializers.pop(name)
+            value.shape = ir.Shape(shapes[name])
+            value.type = ir.TensorType(tensor.dtype)
+            value.const_value = None
+            light.graph.inputs.append(value)
+    for graph_input in light.graph.inputs:
+        if graph_input.name in input_shapes:
+            graph_input.shape = ir.Shape(input_shapes[graph_input.name])
+    for node in ir.traversal.RecursiveGraphIterator(light.graph):
+        for output in node.outputs:
+            output.shape = None
+    for output in light.graph.outputs:  # a declared shape may name symbols that the inputs no longer have
+        if not output.is_graph_input():
+            output.shape = None
+    proto = ir.to_proto(light)
+    proto.ClearField("metadata_props")
+    try:
+        inferred = onnx.shape_inference.infer_shapes(proto, strict_mode=True, data_prop=True)
+    except Exception as error:
+        lines = [line for line in str(error).splitlines() if line.strip()]
+        raise ModelError(f"Shape inference failed: {' '.join(lines[:3])[:600]}") from error
+    for info in [*inferred.graph.input, *inferred.graph.value_info, *inferred.graph.output]:
+        tensor_type = info.type.tensor_type
+        if not info.type.HasField("tensor_type"):
+            continue
+        types[info.name] = ir.DataType(tensor_type.elem_type)
+        if not tensor_type.HasField("shape"):
+            continue
+        dims = [d.dim_value if d.HasField("dim_value") else None for d in tensor_type.shape.dim]
+        if all(d is not None for d in dims):
+            shapes[info.name] = tuple(int(d) for d in dims)  # type: ignore[arg-type]
+    return shapes, types
+
+
+def _strip(proto: onnx.ModelProto) -> None:
+    """Remove everything that is neither function nor weights: value_info, metadata, doc strings."""
+    proto.ClearField("metadata_props")
+    proto.ClearField("doc_string")
+    stack = [proto.graph]
+    while stack:
+        graph = stack.pop()
+        graph.ClearField("value_info")
+        graph.ClearField("metadata_props")
+        graph.ClearField("doc_string")
+        for tensor in graph.initializer:
+            tensor.ClearField("doc_string")
+            tensor.ClearField("metadata_props")
+        for info in [*graph.input, *graph.output]:
+            info.ClearField("metadata_props")
+            info.ClearField("doc_string")
+        for node in graph.node:
+            node.ClearField("metadata_props")
+            node.ClearField("doc_string")
+            for attribute in node.attribute:
+                attribute.ClearField("doc_string")
+                if attribute.HasField("g"):
+                    stack.append(attribute.g)
+                stack.extend(attribute.graphs)
+    for function in proto.functions:
+        function.ClearField("metadata_props")
+        function.ClearField("doc_string")
+        function.ClearField("value_info")
+        for node in function.node:
+            node.ClearField("metadata_props")
+            node.ClearField("doc_string")
