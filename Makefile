@@ -1,0 +1,51 @@
+# `make demo` and `make test` do everything on a fresh machine that has Python 3.11 or newer and make.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+MINUTES ?= 1
+PYTEST_ARGS ?= -q
+
+.PHONY: help demo test check lint format bench clean
+
+help:
+	@echo "make demo    install, train a small network on real digits, fit it to half its latency, write out/digits"
+	@echo "make test    install, run the tests"
+	@echo "make check   ruff, mypy and the tests"
+	@echo "make bench   install, run the benchmarks (minutes; wants an otherwise idle machine)"
+	@echo "make clean   remove everything that make created here"
+
+# pip is the last thing that venv writes: an interrupted creation is repaired by the next make.
+$(BIN)/pip:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	  echo "Sartor needs Python 3.11 or newer; '$(PYTHON)' is not. Name one: make PYTHON=python3.12 ..." >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+
+# One stamp per extra: changed requirements reinstall, an interrupted install starts again.
+$(VENV)/.installed-%: $(BIN)/pip pyproject.toml constraints.txt
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt -e '.[$*]'
+	@touch $@
+
+demo: $(VENV)/.installed-demo
+	$(BIN)/python examples/digits/demo.py --minutes $(MINUTES)
+
+test: $(VENV)/.installed-test
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+check: lint test
+
+format: $(VENV)/.installed-dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(VENV)/.installed-bench
+	@mkdir -p out
+	$(BIN)/python benchmarks/overhead.py --json out/overhead.json
+
+clean:
+	rm -rf $(VENV) out build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf examples/digits/model.onnx examples/digits/.trained
