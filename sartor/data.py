@@ -1,0 +1,266 @@
+"""Data for a fit: where it comes from, what it must look like, and the score.
+
+A data source is either
+
+* `FILE.py:function`, returning a mapping with the splits `train`, `calibration`, `evaluate`, `test`
+  (only `evaluate` is required) and optionally `loss` and `metric`; or
+* `FILE.npz`, with one array per model input (or one array `inputs` for a model with one input) and an
+  optional array `labels`, split 70/15/15 by seed. Files are never unpickled.
+
+A split is a re-iterable of `(inputs, labels)`: `inputs` maps every input name to an array whose first
+axis is the batch, `labels` is an array or None. Selection sees `evaluate`; the reported score is taken on
+`test`. Where a split is missing, `calibration` falls back to `train` and then to `evaluate`, and `test` to
+`evaluate` (`Data.test_is_evaluate` says so, and the report repeats it); a missing `train` stays None.
+
+How the score is computed is in `sartor.scoring`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from sartor.data_sources import BATCH_SIZE, ArraySplit, from_function, from_npz
+from sartor.errors import UsageError
+from sartor.scoring import Metric, score
+
+if TYPE_CHECKING:
+    from sartor.ir.program import Program
+
+__all__ = ["BATCH_SIZE", "ArraySplit", "Data", "Signature", "Split", "load_data", "score", "signatures"]
+
+Batch = tuple[dict[str, np.ndarray], "np.ndarray | None"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Signature:
+    """What the model expects of one input.
+
+    Attributes:
+        dtype: element type.
+        shape: the reference shape; axis 0 is the batch axis.
+        any_batch: whether any length of axis 0 is accepted.
+    """
+
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    any_batch: bool = True
+
+
+def signatures(program: Program) -> dict[str, Signature]:
+    """The expected arrays of every input of `program`."""
+    types = program.types()
+    return {
+        name: Signature(
+            np.dtype(types[name].numpy()),
+            shape,
+            any_batch=program.batch.symbolic and name in program.batch.inputs,
+        )
+        for name, shape in program.input_shapes.items()
+    }
+
+
+class Split:
+    """A re-iterable of checked batches.
+
+    Args:
+        name: one of `SPLITS`, for messages.
+        batches: the source's own re-iterable.
+        names: the model's input names.
+        expected: signatures to check against, by input name; empty when the model is not known.
+
+    Raises:
+        UsageError: the source can be iterated only once, is empty, or its first batch is malformed.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        batches: Iterable[Any],
+        names: Sequence[str],
+        expected: Mapping[str, Signature] | None = None,
+    ):
+        self.name = name
+        self._batches = batches
+        self._names = tuple(names)
+        self._expected = dict(expected or {})
+        self._check_source()
+
+    def __iter__(self) -> Iterator[Batch]:
+        for index, item in enumerate(self._batches):
+            yield self._checked(item, index)
+
+    @property
+    def has_labels(self) -> bool:
+        """Whether the first batch carries labels."""
+        return next(iter(self))[1] is not None
+
+    def first(self) -> Batch:
+        """The first batch."""
+        return next(iter(self))
+
+    def _check_source(self) -> None:
+        batches = self._batches
+        if isinstance(batches, (str, bytes, Mapping)) or not isinstance(batches, Iterable):
+            raise UsageError(
+                f"Split '{self.name}' is a {type(batches).__name__}; expected a re-iterable of "
+                "(inputs, labels) batches, such as a list."
+            )
+        if iter(batches) is batches:
+            raise UsageError(
+                f"Split '{self.name}' is a {type(batches).__name__}, which can be iterated only once; "
+                "return a list, or an object whose __iter__ starts again."
+            )
+        if next(iter(self), None) is None:
+            raise UsageError(f"Split '{self.name}' is empty; it must have at least one batch.")
+        if next(iter(batches), None) is None:
+            raise UsageError(
+                f"Split '{self.name}' gives no batch when it is iterated a second time; "
+                "its __iter__ must start again from the beginning."
+            )
+
+    def _checked(self, item: Any, index: int) -> Batch:
+        place = f"Batch {index} of split '{self.name}'"
+        if not isinstance(item, (tuple, list)) or len(item) != 2 or not isinstance(item[0], Mapping):
+            raise UsageError(
+                f"{place} is a {_describe(item)}; expected a pair (inputs, labels) whose inputs map "
+                "input names to arrays and whose labels are an array or None."
+            )
+        inputs, labels = item
+        if set(inputs) != set(self._names):
+            raise UsageError(
+                f"{place} has inputs {sorted(map(str, inputs))}, but the model's inputs are "
+                f"{sorted(self._names)}; the names must be the same."
+            )
+        checked = {name: self._array(f"{place}: input '{name}'", inputs[name], name) for name in self._names}
+        lengths = {name: len(array) for name, array in checked.items() if array.ndim}
+        if len(set(lengths.values())) > 1:
+            raise UsageError(f"{place} has inputs of different batch sizes {lengths}; they must be equal.")
+        length = next(iter(lengths.values()), 0)
+        if length == 0:
+            raise UsageError(f"{place} has no samples; every batch must have at least one.")
+        if labels is not None:
+            labels = _as_array(f"{place}: labels", labels)
+            if labels.ndim == 0 or len(labels) != length:
+                raise UsageError(
+                    f"{place} has {length} samples, but labels of shape {list(labels.shape)}; "
+                    "the first axis of the labels must be the batch."
+                )
+        return checked, labels
+
+    def _array(self, place: str, value: Any, name: str) -> np.ndarray:
+        array = _as_array(place, value)
+        expected = self._expected.get(name)
+        if expected is None:
+            return array
+        if array.dtype != expected.dtype:
+            raise UsageError(
+                f"{place} is {array.dtype}, but the model takes {expected.dtype}; convert it with "
+                f".astype('{expected.dtype}')."
+            )
+        wanted: tuple[Any, ...] = expected.shape
+        if expected.any_batch and wanted:
+            wanted = ("N", *wanted[1:])
+        if len(array.shape) != len(wanted) or any(
+            isinstance(want, int) and want != have for want, have in zip(wanted, array.shape, strict=True)
+        ):
+            raise UsageError(
+                f"{place} has shape {list(array.shape)}, but the model takes {_dims(wanted)}; "
+                "reshape the data, or set the model's shape with --shape."
+            )
+        if array.dtype.kind == "f" and not np.isfinite(array).all():
+            raise UsageError(f"{place} contains NaN or infinity; clean the data first.")
+        return array
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """Checked data of a fit. See the module docstring for fallbacks.
+
+    Attributes:
+        evaluate: what selection may look at.
+        train: what recovery trains on, or None.
+        calibration: statistics and importance.
+        test: what the reported score is taken on.
+        loss: `loss(outputs, labels)` on torch tensors for recovery, or None.
+        metric: score of the whole split, or None.
+        test_is_evaluate: the source had no test split, so the reported score was also selected on.
+        source: file name and function, without folders.
+    """
+
+    evaluate: Split
+    train: Split | None
+    calibration: Split
+    test: Split
+    loss: Callable[..., Any] | None = None
+    metric: Metric | None = None
+    test_is_evaluate: bool = False
+    source: str = ""
+
+
+def load_data(
+    spec: str, input_names: Sequence[str], seed: int = 0, *, program: Program | None = None
+) -> Data:
+    """Load and check a data source.
+
+    Args:
+        spec: `FILE.py:function` or `FILE.npz`.
+        input_names: names of the model's inputs.
+        seed: of the 70/15/15 split of a `.npz` file; without effect on `FILE.py:function`.
+        program: when given, shapes and element types are checked against its inputs.
+
+    Raises:
+        UsageError: the source is missing, empty, malformed or does not fit the model.
+    """
+    expected = signatures(program) if program is not None else {}
+    splits: Mapping[str, Any]
+    extra: dict[str, Any] = {}
+    if spec.endswith(".npz"):
+        splits = from_npz(Path(spec), input_names, seed, _fixed_batch(expected))
+    else:
+        splits, extra = from_function(spec)
+    checked = {name: Split(name, source, input_names, expected) for name, source in splits.items()}
+    train = checked.get("train")
+    return Data(
+        evaluate=checked["evaluate"],
+        train=train,
+        calibration=checked.get("calibration") or train or checked["evaluate"],
+        test=checked.get("test") or checked["evaluate"],
+        loss=extra.get("loss"),
+        metric=extra.get("metric"),
+        test_is_evaluate="test" not in checked,
+        source=Path(spec).name,
+    )
+
+
+def _fixed_batch(expected: Mapping[str, Signature]) -> int | None:
+    """The batch size the model insists on, or None."""
+    return next((s.shape[0] for s in expected.values() if not s.any_batch and s.shape), None)
+
+
+def _as_array(place: str, value: Any) -> np.ndarray:
+    if isinstance(value, np.ndarray):
+        array = value
+    elif hasattr(value, "detach"):  # a torch tensor, without importing torch
+        array = value.detach().cpu().numpy()
+    else:
+        array = np.asarray(value)
+    if array.dtype.kind not in "biuf":
+        raise UsageError(f"{place} has element type {array.dtype}; expected numbers or booleans.")
+    return array
+
+
+def _describe(value: Any) -> str:
+    return (
+        f"{type(value).__name__} of {len(value)}"
+        if isinstance(value, (tuple, list))
+        else type(value).__name__
+    )
+
+
+def _dims(shape: Sequence[Any]) -> str:
+    return f"[{', '.join(map(str, shape))}]"

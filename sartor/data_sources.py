@@ -1,0 +1,167 @@
+"""Where data comes from: `FILE.py:function` or `FILE.npz`. What it must look like is in `sartor.data`."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sartor.errors import UsageError
+
+SPLITS = ("train", "calibration", "evaluate", "test")
+FRACTIONS = (0.70, 0.15, 0.15)
+"""Shares of train, evaluate and test when one file is split."""
+BATCH_SIZE = 64
+
+
+def from_function(spec: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Splits and extras (`loss`, `metric`) returned by `FILE.py:function`."""
+    file, separator, function = spec.rpartition(":")
+    if not separator or not file.endswith(".py") or not function.isidentifier():
+        raise UsageError(f"Data '{spec}' is neither FILE.npz nor FILE.py:function.")
+    path = Path(file)
+    if not path.is_file():
+        raise UsageError(f"The data file '{file}' does not exist.")
+    result = _call(path, function)
+    if not isinstance(result, Mapping):
+        raise UsageError(
+            f"'{spec}' returned a {type(result).__name__}; expected a mapping with the splits {list(SPLITS)}."
+        )
+    unknown = sorted(map(str, set(result) - {*SPLITS, "loss", "metric"}))
+    if unknown:
+        raise UsageError(
+            f"'{spec}' returned unknown keys {unknown}; expected some of {[*SPLITS, 'loss', 'metric']}."
+        )
+    splits = {name: result[name] for name in SPLITS if result.get(name) is not None}
+    if "evaluate" not in splits:
+        raise UsageError(
+            f"'{spec}' returned no split 'evaluate'; it is the one that is required, return at least that."
+        )
+    extra = {name: result[name] for name in ("loss", "metric") if result.get(name) is not None}
+    for name, value in extra.items():
+        if not callable(value):
+            raise UsageError(f"'{name}' of '{spec}' is a {type(value).__name__}; it must be callable.")
+    return splits, extra
+
+
+def _call(path: Path, function: str) -> Any:
+    """Import `path` under a private name, with its own folder importable, and call `function()`."""
+    name = f"sartor_data_{path.stem}"
+    module_spec = importlib.util.spec_from_file_location(name, path.resolve())
+    if module_spec is None or module_spec.loader is None:
+        raise UsageError(f"The data file '{path}' cannot be imported.")
+    module = importlib.util.module_from_spec(module_spec)
+    sys.modules[name] = module
+    sys.path.insert(0, str(path.resolve().parent))
+    try:
+        try:
+            module_spec.loader.exec_module(module)
+        except Exception as error:
+            raise UsageError(f"The data file '{path}' failed on import: {_first_line(error)}.") from error
+        target = getattr(module, function, None)
+        if not callable(target):
+            raise UsageError(f"The data file '{path}' has no function '{function}'.")
+        try:
+            return target()
+        except Exception as error:
+            raise UsageError(f"'{path}:{function}' failed: {_first_line(error)}.") from error
+    finally:
+        sys.path.remove(str(path.resolve().parent))
+
+
+def from_npz(
+    path: Path, names: Sequence[str], seed: int, fixed_batch: int | None = None
+) -> dict[str, ArraySplit]:
+    """Splits cut from one archive, 70/15/15 by seed; batches of `fixed_batch` where the model needs it."""
+    arrays = _read_npz(path)
+    labels = arrays.pop("labels", None) if "labels" not in names else None
+    if set(arrays) == {"inputs"} and "inputs" not in names:
+        if len(names) != 1:
+            raise UsageError(
+                f"'{path}' has one array 'inputs', but the model has the inputs {sorted(names)}; "
+                "name one array after each input."
+            )
+        arrays = {names[0]: arrays["inputs"]}
+    if set(arrays) != set(names):
+        raise UsageError(
+            f"'{path}' has the arrays {sorted(arrays)}, but the model's inputs are {sorted(names)}; "
+            "name the arrays as the inputs, plus an optional 'labels'."
+        )
+    counts = {name: (len(array) if array.ndim else 0) for name, array in arrays.items()}
+    if labels is not None:
+        counts["labels"] = len(labels) if labels.ndim else 0
+    if len(set(counts.values())) != 1:
+        raise UsageError(f"'{path}' has arrays of different lengths {counts}; axis 0 must be the samples.")
+    count = next(iter(counts.values()))
+    if count < 3:
+        raise UsageError(f"'{path}' has {count} samples; at least 3 are needed for train, evaluate and test.")
+    order = np.random.default_rng(seed).permutation(count)
+    evaluate, test = (max(1, round(count * fraction)) for fraction in FRACTIONS[1:])
+    bounds = {
+        "train": order[: count - evaluate - test],
+        "evaluate": order[count - evaluate - test : count - test],
+        "test": order[count - test :],
+    }
+    batch = fixed_batch or BATCH_SIZE
+    return {
+        name: ArraySplit(arrays, labels, indices, batch, whole_batches=fixed_batch is not None)
+        for name, indices in bounds.items()
+    }
+
+
+def _read_npz(path: Path) -> dict[str, np.ndarray]:
+    if not path.is_file():
+        raise UsageError(f"The data file '{path}' does not exist.")
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            if not hasattr(archive, "files"):
+                raise UsageError(f"The data file '{path}' is not an .npz archive.")
+            return {name: np.ascontiguousarray(archive[name]) for name in archive.files}
+    except UsageError:
+        raise
+    except Exception as error:  # zip, header and pickle errors have no common class
+        raise UsageError(
+            f"The data file '{path}' cannot be read as an .npz of plain arrays: {_first_line(error)}."
+        ) from error
+
+
+class ArraySplit:
+    """Batches cut from arrays by index, in a fixed order.
+
+    Args:
+        arrays: by input name, axis 0 the samples.
+        labels: axis 0 the samples, or None.
+        indices: which samples, in which order.
+        batch: samples per batch.
+        whole_batches: leave out a last, smaller batch (for models with a fixed batch).
+    """
+
+    def __init__(
+        self,
+        arrays: Mapping[str, np.ndarray],
+        labels: np.ndarray | None,
+        indices: np.ndarray,
+        batch: int = BATCH_SIZE,
+        whole_batches: bool = False,
+    ):
+        self.arrays, self.labels, self.indices = dict(arrays), labels, np.asarray(indices)
+        self.batch, self.whole_batches = batch, whole_batches
+
+    def __len__(self) -> int:
+        whole, rest = divmod(len(self.indices), self.batch)
+        return whole + (1 if rest and not self.whole_batches else 0)
+
+    def __iter__(self) -> Iterator[tuple[dict[str, np.ndarray], np.ndarray | None]]:
+        for index in range(len(self)):
+            rows = self.indices[index * self.batch : (index + 1) * self.batch]
+            labels = None if self.labels is None else self.labels[rows]
+            yield {name: array[rows] for name, array in self.arrays.items()}, labels
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0].rstrip('.')}" if text else type(error).__name__
