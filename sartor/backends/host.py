@@ -1,0 +1,63 @@
+"""The machine that a measurement ran on, as plain data, and the width of its vector unit."""
+
+from __future__ import annotations
+
+import os
+import platform
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+_CPUINFO = Path("/proc/cpuinfo")
+_GOVERNOR = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
+
+
+@cache
+def _cpuinfo() -> dict[str, str]:
+    try:
+        text = _CPUINFO.read_text(encoding="utf-8")
+    except OSError:  # not Linux
+        return {}
+    first = text.split("\n\n", 1)[0]
+    pairs = (line.partition(":") for line in first.splitlines())
+    return {key.strip(): value.strip() for key, _, value in pairs}
+
+
+def cpu_model() -> str:
+    """Model name of the processor."""
+    return _cpuinfo().get("model name") or platform.processor() or platform.machine()
+
+
+def vector_floats() -> int:
+    """32-bit floats in one vector register as CPU kernels use it: 8 with AVX2 alone, else 16.
+
+    16 is measured (AVX-512). On other architectures it is unmeasured and chosen because it is a
+    multiple of every smaller block.
+    """
+    flags = _cpuinfo().get("flags", "").split()
+    return 8 if "avx2" in flags and "avx512f" not in flags else 16
+
+
+def load_average() -> tuple[float, ...]:
+    """1, 5 and 15 minute load, or empty where the system has none."""
+    try:
+        return tuple(round(value, 2) for value in os.getloadavg())
+    except OSError:
+        return ()
+
+
+def conditions() -> dict[str, Any]:
+    """Everything about the machine that a latency depends on and that can be read without privilege."""
+    facts: dict[str, Any] = {
+        "cpu": cpu_model(),
+        "cores": os.cpu_count() or 0,
+        "platform": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+    }
+    if hasattr(os, "sched_getaffinity"):
+        facts["cores_allowed"] = len(os.sched_getaffinity(0))
+    try:
+        facts["governor"] = _GOVERNOR.read_text(encoding="utf-8").strip()
+    except OSError:
+        facts["governor"] = "not readable"
+    return facts

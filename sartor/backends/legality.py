@@ -1,0 +1,146 @@
+"""Legality as a table of rules: one rule is one small function that returns (ok, observed).
+
+The report of a program and the support table of a backend are generated from the same table.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
+
+from sartor.backends.protocol import Finding, LegalityReport, TargetOptions
+from sartor.errors import BackendError
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from sartor.ir.program import Program
+
+Check = tuple[bool, str]
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelRule:
+    """A rule about the whole program.
+
+    Attributes:
+        id: kebab-case name in reports.
+        text: the rule as a sentence.
+        check: returns whether it holds, and what was observed.
+    """
+
+    id: str
+    text: str
+    check: Callable[[Program, TargetOptions], Check]
+
+
+@dataclasses.dataclass(frozen=True)
+class NodeRule:
+    """A rule about every node of the main graph and of its subgraphs."""
+
+    id: str
+    text: str
+    check: Callable[[Program, ir.Node], Check]
+
+
+def check_rules(
+    program: Program,
+    options: TargetOptions,
+    model_rules: Iterable[ModelRule],
+    node_rules: Iterable[NodeRule],
+) -> LegalityReport:
+    """Apply a rule table. A node rule that holds everywhere is one finding for the model."""
+    import onnx_ir as ir
+
+    findings = []
+    for rule in model_rules:
+        ok, observed = rule.check(program, options)
+        findings.append(Finding("", rule.id, observed, rule.text, ok))
+    nodes = list(ir.traversal.RecursiveGraphIterator(program.graph))
+    for node_rule in node_rules:
+        broken = []
+        for node in nodes:
+            ok, observed = node_rule.check(program, node)
+            if not ok:
+                broken.append(Finding(node.name or "", node_rule.id, observed, node_rule.text, False))
+        findings.extend(broken or [Finding("", node_rule.id, f"{len(nodes)} nodes", node_rule.text, True)])
+    return LegalityReport(tuple(findings))
+
+
+def require_legal(name: str, report: LegalityReport) -> None:
+    """Refuse an illegal program.
+
+    Raises:
+        BackendError: the first violation is the message, the others are notes.
+    """
+    if report.ok:
+        return
+    first, *others = report.violations
+    error = BackendError(f"Backend '{name}' cannot run this program. {first}")
+    for finding in others[:20]:
+        error.add_note(str(finding))
+    raise error
+
+
+def opset_at_most(limit: int) -> ModelRule:
+    """The default-domain opset is one that the runtime knows."""
+
+    def check(program: Program, options: TargetOptions) -> Check:
+        opset = program.model.opset_imports.get("", 0)
+        return 0 < opset <= limit, f"opset {opset}"
+
+    return ModelRule("opset-version", f"The opset is between 1 and {limit}.", check)
+
+
+def ir_version_at_most(limit: int) -> ModelRule:
+    """The ONNX IR version is one that the runtime reads."""
+
+    def check(program: Program, options: TargetOptions) -> Check:
+        version = program.model.ir_version
+        return version <= limit, f"IR version {version}"
+
+    return ModelRule("ir-version", f"The ONNX IR version is at most {limit}.", check)
+
+
+def known_domains(*domains: str) -> NodeRule:
+    """Operators come from domains that the runtime has kernels for, or are functions of the model."""
+
+    def check(program: Program, node: ir.Node) -> Check:
+        known = node.domain in domains or node.op_identifier() in program.model.functions
+        return known, f"{node.domain or 'ai.onnx'}::{node.op_type}"
+
+    names = ", ".join(f"'{d or 'ai.onnx'}'" for d in domains)
+    return NodeRule("operator-domain", f"Operators are of domain {names} or functions of the model.", check)
+
+
+def no_functions() -> NodeRule:
+    """No calls of model functions are left; for runtimes that cannot convert them."""
+
+    def check(program: Program, node: ir.Node) -> Check:
+        return node.op_identifier() not in program.model.functions, f"{node.domain}::{node.op_type}"
+
+    return NodeRule("no-functions", "Model functions are inlined before lowering.", check)
+
+
+def max_rank(limit: int) -> ModelRule:
+    """No tensor has more axes than the runtime's kernels take."""
+
+    def check(program: Program, options: TargetOptions) -> Check:
+        name, shape = max(program.shapes().items(), key=lambda item: len(item[1]), default=("", ()))
+        return len(shape) <= limit, f"value '{name}' of rank {len(shape)}"
+
+    return ModelRule("tensor-rank", f"Tensors have at most {limit} axes.", check)
+
+
+def fixed_shapes() -> ModelRule:
+    """Every input has a concrete reference shape, at which the artifact is measured."""
+
+    def check(program: Program, options: TargetOptions) -> Check:
+        known = {**program.input_shapes, **options.shapes}
+        missing = [v.name for v in program.graph.inputs if v.name not in known]
+        return not missing, f"no shape for {', '.join(map(repr, missing))}" if missing else "all inputs"
+
+    return ModelRule(
+        "reference-shape", "Every input has a reference shape (--shape NAME=1,3,224,224).", check
+    )

@@ -1,0 +1,35 @@
+"""Lowering to ONNX Runtime: the canonical ONNX bytes are the artifact."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sartor.backends import telemetry
+from sartor.backends.artifact import write_artifact
+from sartor.backends.legality import require_legal
+from sartor.backends.onnxruntime import legality
+from sartor.backends.protocol import Artifact, TargetOptions
+
+if TYPE_CHECKING:
+    from sartor.ir.program import Program
+
+FILE = "model.onnx"
+
+
+def lower(program: Program, folder: Path, options: TargetOptions) -> Artifact:
+    """Write `model.onnx`: byte-identical to `program.to_bytes()`.
+
+    Raises:
+        UsageError: precision or folder.
+        BackendError: the program breaks a legality rule.
+    """
+    runtime = telemetry.import_vendor("onnxruntime", "sartor")
+    require_legal(legality.NAME, legality.check(program, options))
+
+    def write(temporary: Path) -> tuple[tuple[str, ...], Mapping[str, Any]]:
+        (temporary / FILE).write_bytes(program.to_bytes())
+        return (FILE,), {"runtime": f"onnxruntime {runtime.__version__}"}
+
+    return write_artifact(program, folder, options, target=legality.NAME, write=write)

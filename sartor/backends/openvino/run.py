@@ -1,0 +1,158 @@
+"""Compiled models of OpenVINO's CPU device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from sartor.backends import telemetry
+from sartor.backends.artifact import check_inputs, concrete_shapes, verify_files
+from sartor.backends.openvino import legality
+from sartor.backends.protocol import Artifact, Session, TargetOptions, TensorSpec, require_precision
+from sartor.errors import BackendError
+
+
+class OpenVinoSession(Session):
+    """One infer request of one compiled model."""
+
+    def __init__(self, compiled: Any, inputs: tuple[TensorSpec, ...], fixed: Mapping[str, int]):
+        self.compiled = compiled
+        self.inputs = inputs
+        self.settings = _record(compiled)
+        self._fixed = fixed
+        self._request = compiled.create_infer_request()
+        self._outputs = [(port.get_any_name(), index) for index, port in enumerate(compiled.outputs)]
+
+    def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Outputs by name. See `protocol.Session.run`."""
+        check_inputs(self.inputs, self._fixed, inputs)
+        try:
+            self._request.infer(dict(inputs))
+        except Exception as error:
+            raise _failed("run the model", error) from error
+        # Copied: the tensor is overwritten by the next call.
+        return {name: self._request.get_output_tensor(i).data.copy() for name, i in self._outputs}
+
+    def prepare(self, inputs: Mapping[str, np.ndarray]) -> Callable[[], object]:
+        """Set the input tensors once, so that only inference is timed."""
+        openvino = telemetry.import_vendor("openvino", legality.REQUIREMENT)
+        check_inputs(self.inputs, self._fixed, inputs)
+        request = self.compiled.create_infer_request()
+        held = {name: np.ascontiguousarray(array) for name, array in inputs.items()}
+        for name, array in held.items():
+            request.set_tensor(name, openvino.Tensor(array, shared_memory=True))
+
+        def once(_keep_alive: object = held) -> None:
+            request.start_async()
+            request.wait()
+
+        return once
+
+
+def load(artifact: Artifact, options: TargetOptions, **extra: Any) -> OpenVinoSession:
+    """A session on an artifact; `extra` adds device properties.
+
+    Raises:
+        UsageError: precision or shapes.
+        BackendError: the files were changed, or OpenVINO refuses the model.
+    """
+    verify_files(artifact)
+    return _compile(str(artifact.main_file), artifact.inputs, options, extra)
+
+
+def compile_model(model: bytes, options: TargetOptions) -> OpenVinoSession:
+    """A session on serialized ONNX. Raises as `load`."""
+    return _compile(model, None, options, {})
+
+
+def read_model(core: Any, model: str | bytes) -> Any:
+    """An `openvino.Model`, with the vendor's errors translated."""
+    try:
+        return core.read_model(model)
+    except Exception as error:
+        raise _failed("read the model", error) from error
+
+
+def reshape(model: Any, shapes: Mapping[str, tuple[Any, ...]]) -> None:
+    """Fix input shapes; a symbol (a string) becomes a dynamic dimension."""
+    openvino = telemetry.import_vendor("openvino", legality.REQUIREMENT)
+    wanted = {
+        name: openvino.PartialShape([dim if isinstance(dim, int) else -1 for dim in shape])
+        for name, shape in shapes.items()
+    }
+    try:
+        model.reshape(wanted)
+    except Exception as error:
+        raise _failed("reshape the model", error) from error
+
+
+def _compile(
+    source: str | bytes,
+    inputs: tuple[TensorSpec, ...] | None,
+    options: TargetOptions,
+    extra: Mapping[str, Any],
+) -> OpenVinoSession:
+    openvino = telemetry.import_vendor("openvino", legality.REQUIREMENT)
+    require_precision(legality.NAME, legality.supported_precisions(), options)
+    core = openvino.Core()
+    model = read_model(core, source)
+    specs = inputs if inputs is not None else _specs(model)
+    fixed = concrete_shapes(specs, options.shapes)
+    wanted = {spec.name: options.shapes.get(spec.name, spec.shape) for spec in specs}
+    if any(
+        model.input(name).partial_shape != openvino.PartialShape(_dynamic(s)) for name, s in wanted.items()
+    ):
+        reshape(model, wanted)
+    properties = {
+        "INFERENCE_PRECISION_HINT": options.precision,
+        "INFERENCE_NUM_THREADS": options.threads,
+        "NUM_STREAMS": "1",
+        "PERFORMANCE_HINT": "LATENCY",
+        # Pinned threads would share one core with whatever else runs there.
+        "ENABLE_CPU_PINNING": False,
+        "CPU_DENORMALS_OPTIMIZATION": options.flush_denormals,
+        **extra,
+    }
+    try:
+        compiled = core.compile_model(model, "CPU", properties)
+    except Exception as error:
+        raise _failed("compile the model", error) from error
+    return OpenVinoSession(compiled, specs, fixed)
+
+
+def _dynamic(shape: tuple[Any, ...]) -> list[int]:
+    return [dim if isinstance(dim, int) else -1 for dim in shape]
+
+
+def _record(compiled: Any) -> dict[str, Any]:
+    def read(key: str) -> str:
+        return str(compiled.get_property(key))
+
+    return {
+        "device": "CPU",
+        "precision": compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name(),
+        "threads": int(compiled.get_property("INFERENCE_NUM_THREADS")),
+        "streams": read("NUM_STREAMS"),
+        "pinning": read("ENABLE_CPU_PINNING"),
+        "denormals": "flushed to zero" if compiled.get_property("CPU_DENORMALS_OPTIMIZATION") else "kept",
+    }
+
+
+def _specs(model: Any) -> tuple[TensorSpec, ...]:
+    specs = []
+    for index, port in enumerate(model.inputs):
+        dims = tuple(
+            dim.get_length() if dim.is_static else f"?{index}_{axis}"
+            for axis, dim in enumerate(port.partial_shape)
+        )
+        specs.append(TensorSpec(port.get_any_name(), np.dtype(port.element_type.to_dtype()).name, dims))
+    return tuple(specs)
+
+
+def _failed(what: str, error: Exception) -> BackendError:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    failure = BackendError(f"OpenVINO could not {what}: {' '.join(lines[:3])[:500]}")
+    failure.add_note(str(error)[:4000])
+    return failure
