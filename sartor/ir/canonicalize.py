@@ -1,0 +1,170 @@
+"""Reduce a model with static shapes to the canonical dialect (docs/adr/0003-canonical-opset.md).
+
+`canonicalize` works at *one* set of concrete input shapes: shape arithmetic folds away completely, and
+`sartor.ir.batch` afterwards makes the batch axis symbolic again. Parameters keep their names and are
+never folded; graph inputs and outputs keep their names and element types.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+import onnx
+import onnx_ir as ir
+
+from sartor.errors import ModelError, UnsupportedOperatorError
+from sartor.ir import cleanup, folding, normalise
+from sartor.ir.program import (
+    CANONICAL_IR_VERSION,
+    CANONICAL_OPSET,
+    DIALECT_DOMAIN,
+    NodeProvenance,
+    infer_shapes,
+)
+
+ELEMENTWISE_UNARY = frozenset(
+    """Abs Acos Acosh Asin Asinh Atan Atanh Cast Ceil Celu Clip Cos Cosh Elu Erf Exp Floor Gelu HardSigmoid
+    HardSwish Identity IsInf IsNaN LeakyRelu Log Mish Neg Not Reciprocal Relu Round Selu Shrink Sigmoid Sign
+    Sin Sinh Softplus Softsign Sqrt Tan Tanh ThresholdedRelu""".split()
+)
+ELEMENTWISE_BROADCAST = frozenset(
+    """Add And BitShift BitwiseAnd BitwiseOr BitwiseXor Div Equal Greater GreaterOrEqual Less LessOrEqual Max
+    Mean Min Mod Mul Or PRelu Pow Sub Sum Where Xor""".split()
+)
+REDUCTIONS = frozenset(
+    """ReduceL1 ReduceL2 ReduceLogSum ReduceLogSumExp ReduceMax ReduceMean ReduceMin ReduceProd ReduceSum
+    ReduceSumSquare""".split()
+)
+CONTRACTIONS = frozenset("Conv ConvTranspose Einsum Gemm MatMul".split())
+POOLS = frozenset(
+    "AveragePool GlobalAveragePool GlobalLpPool GlobalMaxPool LpPool MaxPool DepthToSpace SpaceToDepth".split()
+)
+NORMS = frozenset(
+    """BatchNormalization GroupNormalization InstanceNormalization LayerNormalization LpNormalization LRN
+    MeanVarianceNormalization""".split()
+)
+ALONG_AXIS = frozenset("ArgMax ArgMin CumSum Hardmax LogSoftmax Softmax TopK".split())
+MOVEMENT = frozenset(
+    """Concat Expand Flatten Gather GatherElements GatherND Pad Reshape Resize Shape Slice Split Squeeze Tile
+    Transpose Trilu Unsqueeze""".split()
+)
+CANONICAL_OPS = frozenset(
+    ELEMENTWISE_UNARY
+    | ELEMENTWISE_BROADCAST
+    | REDUCTIONS
+    | CONTRACTIONS
+    | POOLS
+    | NORMS
+    | ALONG_AXIS
+    | MOVEMENT
+)
+"""Operators of the default domain that a canonical program may contain. `If` passes structurally."""
+STRUCTURAL_OPS = frozenset({"If"})
+
+_MAX_ROUNDS = 12
+
+
+def canonicalize(
+    model: ir.Model,
+    input_shapes: Mapping[str, tuple[int, ...]],
+    *,
+    parameters: Collection[str] = (),
+    provenance: Mapping[str, NodeProvenance] | None = None,
+) -> None:
+    """Rewrite `model` in place into the canonical dialect at concrete input shapes.
+
+    Args:
+        model: opset 21, no functions but those of domain `sartor`.
+        input_shapes: the concrete shape of every graph input.
+        parameters: initializers that must survive by name (trainable weights and buffers); nodes that
+            read them are never folded.
+        provenance: source location by node name, for messages.
+
+    Raises:
+        ModelError: a cycle, a contradiction of shapes, or a shape that depends on data.
+        UnsupportedOperatorError: an operator is outside the table; names operator, node and source.
+    """
+    model.ir_version = CANONICAL_IR_VERSION
+    graph = model.graph
+    protected = frozenset(parameters)
+    graph.metadata_props.clear()
+    model.metadata_props.clear()
+    constants = cleanup.constants_to_initializers(graph)
+    cleanup.fix_names(model)
+    check_operators(model, provenance, before_folding=True)
+    try:
+        graph.sort()
+    except ValueError as error:
+        raise ModelError("The graph contains a cycle; a model must be a directed acyclic graph.") from error
+    folded: set[str] = {v.name for v in constants if v.name}
+    for _ in range(_MAX_ROUNDS):
+        shapes, types = infer_shapes(model, input_shapes)
+        changed = folding.fold(graph, shapes, types, protected, folded)
+        changed += cleanup.simplify(graph, shapes, types, protected, folded)
+        changed += cleanup.remove_dead(graph)
+        if not changed:
+            break
+    normalise.normalise(graph, shapes, protected)
+    cleanup.remove_dead(graph)
+    cleanup.fix_names(model)
+    graph.sort()
+    cleanup.drop_metadata(model)
+    for domain in list(model.opset_imports):
+        if domain not in ("", DIALECT_DOMAIN):
+            del model.opset_imports[domain]
+    model.opset_imports[""] = CANONICAL_OPSET
+    _check_known(graph, shapes, provenance)
+    check_operators(model, provenance)
+
+
+def check_operators(
+    model: ir.Model,
+    provenance: Mapping[str, NodeProvenance] | None = None,
+    *,
+    before_folding: bool = False,
+) -> None:
+    """Refuse operators outside the canonical table.
+
+    Args:
+        model: the model; bodies of `If` are checked too.
+        provenance: source location by node name.
+        before_folding: also allow operators that only compute shapes and must fold away.
+
+    Raises:
+        UnsupportedOperatorError: names operator, node and source line.
+    """
+    for node in ir.traversal.RecursiveGraphIterator(model.graph):
+        if node.domain == DIALECT_DOMAIN and node.op_identifier() in model.functions:
+            continue
+        if node.domain in ("", "ai.onnx"):
+            if node.op_type in CANONICAL_OPS or node.op_type in STRUCTURAL_OPS:
+                continue
+            in_body = node.graph is not model.graph
+            if in_body and node.op_type == "Constant":
+                continue
+            if before_folding and onnx.defs.has(node.op_type, CANONICAL_OPSET, ""):
+                continue
+        domain = f" of domain '{node.domain}'" if node.domain not in ("", "ai.onnx") else ""
+        raise UnsupportedOperatorError(
+            f"Node {_where(node, provenance)} uses operator '{node.op_type}'{domain}, which is outside the "
+            f"canonical table of {len(CANONICAL_OPS)} operators. Replace it by supported operators, or cut the "
+            "model before it."
+        )
+
+
+def _check_known(
+    graph: ir.Graph, shapes: Mapping[str, tuple[int, ...]], provenance: Mapping[str, NodeProvenance] | None
+) -> None:
+    for node in graph:
+        for output in node.outputs:
+            if output.name and output.name not in shapes and node.op_type not in STRUCTURAL_OPS:
+                raise ModelError(
+                    f"The shape of value '{output.name}' of node {_where(node, provenance)} depends on data, or "
+                    "on a dimension that is not fixed. Give every input's shape with --shape NAME=1,3,224,224, "
+                    "or cut the model before this node."
+                )
+
+
+def _where(node: ir.Node, provenance: Mapping[str, NodeProvenance] | None) -> str:
+    origin = str((provenance or {}).get(node.name or "", ""))
+    return f"'{node.name}' ({node.op_type}){f' at {origin}' if origin else ''}"

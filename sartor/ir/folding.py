@@ -1,0 +1,164 @@
+"""Fold shape arithmetic and constants at static shapes; nodes that read a parameter stay.
+
+Evaluation is numpy through ONNX's own reference operators, one node at a time. Nothing that could be
+large, random or stateful is evaluated.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Set
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+from onnx.reference import ReferenceEvaluator
+
+from sartor.errors import ModelError
+from sartor.ir.program import CANONICAL_OPSET
+
+MAX_FOLDED_ELEMENTS = 1 << 22
+"""A folded constant may not be larger; a file of a few bytes could otherwise ask for gigabytes."""
+NEVER_FOLDED = frozenset(
+    """Bernoulli DequantizeLinear DynamicQuantizeLinear If Loop Multinomial QuantizeLinear RandomNormal
+    RandomNormalLike RandomUniform RandomUniformLike Scan""".split()
+)
+_GROWING = frozenset("ConstantOfShape Expand OneHot Pad Range Resize Tile".split())
+
+
+def fold(
+    graph: ir.Graph,
+    shapes: Mapping[str, tuple[int, ...]],
+    types: Mapping[str, ir.DataType],
+    protected: Set[str],
+    folded: set[str],
+) -> int:
+    """Replace nodes of constant result by initializers, in one sweep in execution order.
+
+    Args:
+        graph: main graph, topologically sorted, without Constant nodes.
+        shapes: static shapes by value name, where known.
+        types: element types by value name.
+        protected: names of parameters; a node that reads one is kept.
+        folded: names of initializers that came from constants; extended by this call.
+
+    Returns:
+        Number of nodes replaced.
+    """
+    count = 0
+    for node in list(graph):
+        if node.domain not in ("", "ai.onnx") or node.op_type in NEVER_FOLDED or len(node.outputs) != 1:
+            continue
+        output = node.outputs[0]
+        if output.is_graph_output():
+            continue
+        array = _evaluate_shape(node, shapes)
+        if array is None:
+            inputs = [i for i in node.inputs if i is not None]
+            if not inputs or any(
+                i.const_value is None or not i.is_initializer() or i.name in protected for i in inputs
+            ):
+                continue
+            if _result_size(node, shapes) > MAX_FOLDED_ELEMENTS:
+                continue
+            array = _evaluate(node)
+        if array is None:
+            continue
+        replace_by_constant(graph, node, array)
+        folded.add(output.name or "")
+        count += 1
+    return count
+
+
+def replace_by_constant(graph: ir.Graph, node: ir.Node, array: np.ndarray) -> ir.Value:
+    """Put an initializer of the same name in place of the only output of `node`."""
+    output = node.outputs[0]
+    name = output.name or ""
+    output.name = f"{name}.folded"
+    value = constant(graph, name, array)
+    output.replace_all_uses_with(value)
+    graph.remove(node, safe=True)
+    return value
+
+
+def constant(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
+    """Register an initializer called `name` (which must be free) holding `array`."""
+    tensor = ir.Tensor(np.array(array, order="C"), name=name)  # ascontiguousarray would make scalars 1-D
+    value = ir.Value(
+        name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor
+    )
+    graph.register_initializer(value)
+    return value
+
+
+def _evaluate_shape(node: ir.Node, shapes: Mapping[str, tuple[int, ...]]) -> np.ndarray | None:
+    if node.op_type not in ("Shape", "Size") or node.inputs[0] is None:
+        return None
+    shape = shapes.get(node.inputs[0].name or "")
+    if shape is None:
+        return None
+    if node.op_type == "Size":
+        return np.asarray(math.prod(shape), dtype=np.int64)
+    start = node.attributes.get_int("start", 0)
+    end = node.attributes.get_int("end", len(shape))
+    return np.asarray(shape[start:end], dtype=np.int64)
+
+
+def _result_size(node: ir.Node, shapes: Mapping[str, tuple[int, ...]]) -> int:
+    shape = shapes.get(node.outputs[0].name or "")
+    if shape is not None:
+        return math.prod(shape)
+    if node.op_type in _GROWING:
+        return MAX_FOLDED_ELEMENTS + 1 if not _small_operands(node) else _grown(node)
+    return max(
+        (i.const_value.size for i in node.inputs if i is not None and i.const_value is not None), default=0
+    )
+
+
+def _small_operands(node: ir.Node) -> bool:
+    return all(i is None or (i.const_value is not None and i.const_value.size <= 4096) for i in node.inputs)
+
+
+def _grown(node: ir.Node) -> int:
+    arrays = [None if i is None or i.const_value is None else i.const_value.numpy() for i in node.inputs]
+    if node.op_type == "ConstantOfShape" and arrays[0] is not None:
+        return math.prod(int(d) for d in arrays[0])
+    if node.op_type == "Range" and all(a is not None for a in arrays[:3]):
+        start, limit, delta = (float(np.asarray(a).reshape(())) for a in arrays[:3])
+        return int(abs((limit - start) / delta)) + 1 if delta else MAX_FOLDED_ELEMENTS + 1
+    if node.op_type == "Expand" and arrays[0] is not None and arrays[1] is not None:
+        return arrays[0].size * math.prod(max(int(d), 1) for d in arrays[1])
+    return MAX_FOLDED_ELEMENTS + 1
+
+
+def _evaluate(node: ir.Node) -> np.ndarray | None:
+    arrays = {
+        i.name: i.const_value.numpy() for i in node.inputs if i is not None and i.const_value is not None
+    }
+    proto = ir.to_proto(node)
+    proto.ClearField("metadata_props")
+    graph = onnx.helper.make_graph(
+        [proto],
+        "constant",
+        [
+            onnx.helper.make_tensor_value_info(
+                str(i.name), int(i.const_value.dtype), list(i.const_value.shape)
+            )
+            for i in dict.fromkeys(i for i in node.inputs if i is not None)
+            if i.const_value is not None
+        ],
+        [onnx.helper.make_empty_tensor_value_info(str(node.outputs[0].name))],
+    )
+    model = onnx.helper.make_model(
+        graph, opset_imports=[onnx.helper.make_opsetid("", CANONICAL_OPSET)], ir_version=10
+    )
+    try:
+        with np.errstate(all="ignore"):
+            result = ReferenceEvaluator(model).run(None, arrays)[0]
+    except NotImplementedError:
+        return None
+    except Exception as error:
+        raise ModelError(
+            f"Constant node '{node.name}' ({node.op_type}) cannot be evaluated: {error}. Its inputs do not fit."
+        ) from error
+    return np.asarray(result)

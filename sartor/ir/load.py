@@ -1,0 +1,228 @@
+"""Load an ONNX file as a canonical Program. Files are untrusted: nothing in them is executed.
+
+`sartor.ir.onnx_file` reads and checks the bytes, `sartor.ir.opset` raises the opset, and this module
+decides the input shapes, canonicalizes, and makes the batch axis symbolic.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import onnx_ir as ir
+from onnx_ir.passes.common import InlinePass
+
+from sartor.errors import ModelError, UsageError
+from sartor.ir import batch as batching
+from sartor.ir import canonicalize as canonical
+from sartor.ir import cleanup, opset, provenance
+from sartor.ir.onnx_file import Limits, read
+from sartor.ir.program import DIALECT_DOMAIN, Batch, Program, Source
+
+__all__ = ["Limits", "inline_functions", "load"]
+
+
+def load(
+    path: str | os.PathLike[str],
+    *,
+    shapes: Mapping[str, Sequence[int]] | None = None,
+    external_root: str | os.PathLike[str] | None = None,
+    limits: Limits = Limits(),
+) -> Program:
+    """Load, raise to the canonical opset, canonicalize, and make the batch axis symbolic.
+
+    Args:
+        path: an ONNX protobuf file.
+        shapes: reference shape per graph input; needed for dynamic dimensions other than the batch.
+        external_root: folder that external data must lie in; the file's own folder by default.
+        limits: refusal thresholds for absurd files.
+
+    Raises:
+        ModelError: not ONNX, truncated, external data outside the folder, a cycle, a missing
+            initializer, or a dimension that only `--shape` can fix.
+        UnsupportedOperatorError: an operator outside the canonical table.
+        UsageError: `shapes` names no input, or does not fit it.
+    """
+    contents = read(Path(path), Path(external_root) if external_root is not None else None, limits)
+    model = contents.model
+    _drop_initialized_inputs(model.graph)
+    cleanup.fix_names(model)
+    model = opset.raise_opset(model)
+    inline_functions(model)
+    cleanup.fix_names(model)
+    origin = provenance.extract(model)
+    parameters = {
+        name
+        for name, value in model.graph.initializers.items()
+        if value.const_value is not None and value.const_value.dtype.is_floating_point()
+    }
+    declared = _declared(model.graph)
+    _check_names(shapes or {}, declared)
+    source = Source("onnx", Path(path).name, contents.sha256)
+    carriers, static = _batch_inputs(declared)
+    reference = _reference(declared, carriers if not static else (), shapes or {})
+
+    def canonical_at(at: Mapping[str, tuple[int, ...]], into: ir.Model) -> Program:
+        canonical.canonicalize(into, at, parameters=parameters, provenance=origin)
+        return Program(into, source=source, input_shapes=at, provenance=_present(into, origin))
+
+    if static:
+        fixed = {name: tuple(int(d) for d in dims) for name, dims in declared.items()}  # type: ignore[arg-type]
+        program = canonical_at(fixed, model)
+        if carriers:
+            size = fixed[carriers[0]][0]
+            general = batching.generalise(program, carriers, size, fixed)
+            program = general if general.batch.symbolic else batching.as_fixed(general, general.batch.reason)
+        else:
+            program = batching.as_fixed(program, "no input has an axis to serve as the batch axis")
+        return batching.with_shapes(program, shapes) if shapes else program
+
+    spare = model.clone()
+    size = batching.unusual_batch(
+        [
+            *reference.values(),
+            *(tuple(v.shape) for v in model.graph.initializers.values() if v.shape is not None),
+        ]  # type: ignore[misc]
+    )
+    tiled = {n: (size, *s[1:]) if n in carriers else s for n, s in reference.items()}
+    reason = "no input has a dynamic axis 0"
+    if carriers:
+        try:
+            general = batching.generalise(canonical_at(tiled, model), carriers, size, reference)
+        except ModelError as error:
+            reason = f"the model cannot be analysed at batch {size}: {error}"
+        else:
+            if general.batch.symbolic:
+                return general
+            reason = general.batch.reason
+    program = canonical_at(reference, spare)
+    program.batch = Batch(symbolic=False, inputs=carriers, reason=reason)
+    return batching.fix_signature(program)
+
+
+def inline_functions(model: ir.Model) -> None:
+    """Inline every function except those of domain `sartor`.
+
+    Raises:
+        ModelError: functions call each other in a cycle.
+    """
+    if not any(f.domain != DIALECT_DOMAIN for f in model.functions.values()):
+        return
+    try:
+        InlinePass(criteria=lambda f: f.domain != DIALECT_DOMAIN)(model)
+    except (ir.passes.PreconditionError, ir.passes.PassError) as error:
+        raise ModelError(f"The model's functions cannot be inlined: {error}") from error
+
+
+def _drop_initialized_inputs(graph: ir.Graph) -> None:
+    """Files of IR version 3 list every weight as an input too; those are constants here."""
+    for value in list(graph.inputs):
+        if value.name in graph.initializers:
+            graph.inputs.remove(value)
+
+
+def _declared(graph: ir.Graph) -> dict[str, tuple[int | str | None, ...] | None]:
+    """Declared dimensions of every input: a number, a symbol, None if unnamed; None if rank is unknown."""
+    declared: dict[str, tuple[int | str | None, ...] | None] = {}
+    for value in graph.inputs:
+        if not isinstance(value.type, ir.TensorType):
+            raise ModelError(f"Input '{value.name}' is not a dense tensor (type '{value.type}').")
+        if value.shape is None:
+            declared[value.name or ""] = None
+            continue
+        dims = (d if isinstance(d, int) else d.value for d in value.shape)
+        declared[value.name or ""] = tuple(None if isinstance(d, int) and d < 0 else d for d in dims)
+    if not declared:
+        raise ModelError("The graph has no inputs; there is nothing to measure.")
+    return declared
+
+
+def _check_names(shapes: Mapping[str, Sequence[int]], declared: Mapping[str, object]) -> None:
+    unknown = sorted(set(shapes) - set(declared))
+    if unknown:
+        raise UsageError(f"--shape names input '{unknown[0]}', but the model's inputs are {list(declared)}.")
+
+
+def _batch_inputs(
+    declared: Mapping[str, tuple[int | str | None, ...] | None],
+) -> tuple[tuple[str, ...], bool]:
+    """Inputs that carry the batch on axis 0, and whether every dimension is static."""
+    static = all(d is not None and all(isinstance(x, int) for x in d) for d in declared.values())
+    if static:
+        return batching.same_leading(declared), True  # type: ignore[arg-type]
+    first = [(n, d[0]) for n, d in declared.items() if d and not isinstance(d[0], int)]
+    unknown = [n for n, d in declared.items() if d is None]
+    if not first:
+        return tuple(unknown), False
+    symbol = first[0][1]
+    return tuple(n for n, s in first if s == symbol or s is None) + tuple(unknown), False
+
+
+def _reference(
+    declared: Mapping[str, tuple[int | str | None, ...] | None],
+    batch_inputs: Sequence[str],
+    shapes: Mapping[str, Sequence[int]],
+) -> dict[str, tuple[int, ...]]:
+    """Concrete reference shapes: declared numbers, `--shape`, and 1 for the batch.
+
+    A dimension fixed for one input is fixed for every input that uses the same symbol.
+    """
+    symbols: dict[str, int] = {}
+    for name, given in shapes.items():
+        for symbol, size in zip(declared[name] or (), given, strict=False):
+            if isinstance(symbol, str):
+                symbols.setdefault(symbol, int(size))
+    result = {}
+    for name, dims in declared.items():
+        given = shapes.get(name)
+        if given is not None:
+            wanted = tuple(int(d) for d in given)
+            static_batch = not batch_inputs  # a fully static model may change its batch later
+            fits = dims is None or (
+                len(dims) == len(wanted)
+                and all(
+                    not isinstance(d, int) or d == w or (static_batch and axis == 0)
+                    for axis, (d, w) in enumerate(zip(dims, wanted, strict=True))
+                )
+            )
+            if not fits or min(wanted, default=1) < 1:
+                raise UsageError(
+                    f"--shape {name}={','.join(map(str, wanted))} does not fit input '{name}', declared as "
+                    f"{_spell(dims)}."
+                )
+            result[name] = wanted
+            continue
+        if dims is None:
+            raise ModelError(f"Input '{name}' declares no shape. Give it with --shape {name}=1,3,224,224.")
+        sizes = []
+        for axis, dim in enumerate(dims):
+            if isinstance(dim, int):
+                sizes.append(dim)
+            elif isinstance(dim, str) and dim in symbols:
+                sizes.append(symbols[dim])
+            elif axis == 0 and name in batch_inputs:
+                sizes.append(1)
+            else:
+                example = ",".join(
+                    str(d) if isinstance(d, int) else ("1" if a == 0 else "224") for a, d in enumerate(dims)
+                )
+                raise ModelError(
+                    f"Dimension {axis} of input '{name}' ('{dim or '?'}') is dynamic and is not the batch. Fix it "
+                    f"with --shape {name}={example} (your sizes)."
+                )
+        result[name] = tuple(sizes)
+    return result
+
+
+def _spell(dims: tuple[int | str | None, ...] | None) -> str:
+    return (
+        "of unknown rank"
+        if dims is None
+        else "[" + ", ".join(str(d) if d is not None else "?" for d in dims) + "]"
+    )
+
+
+def _present(model: ir.Model, origin: Mapping[str, object]) -> dict:
+    names = {n.name for n in model.graph}
+    return {k: v for k, v in origin.items() if k in names}

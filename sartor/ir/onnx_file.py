@@ -1,0 +1,278 @@
+"""Read an ONNX protobuf from an untrusted file, with limits, and confine its external data."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import onnx
+import onnx_ir as ir
+from google.protobuf.message import DecodeError
+
+from sartor.errors import ModelError, UnsupportedOperatorError
+from sartor.ir.program import DIALECT_DOMAIN
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """Thresholds above which a file is refused instead of exhausting the machine.
+
+    Attributes:
+        file_bytes: of the protobuf (its format ends at 2 GiB).
+        tensor_bytes: of all initializers together, external data included.
+        nodes: of all graphs and functions together.
+        depth: of nested subgraphs.
+        rank: of any tensor.
+    """
+
+    file_bytes: int = 2**31 - 1
+    tensor_bytes: int = 2**36
+    nodes: int = 200_000
+    depth: int = 16
+    rank: int = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class Contents:
+    """A parsed file: the model and the SHA-256 of its bytes and external data."""
+
+    model: ir.Model
+    sha256: str
+
+
+def read(path: Path, external_root: Path | None, limits: Limits) -> Contents:
+    """Parse and check `path`.
+
+    Raises:
+        ModelError: names the file, what is wrong, and what to do.
+    """
+    try:
+        size = path.stat().st_size if path.is_file() else -1
+        if size < 0:
+            what = "is a folder" if path.is_dir() else "does not exist"
+            raise ModelError(f"The model file '{path}' {what}. Give an .onnx file or FILE.py:function.")
+        if size > limits.file_bytes:
+            raise ModelError(
+                f"The model file '{path.name}' has {size} bytes; the limit is {limits.file_bytes}. Move its weights "
+                "to external data."
+            )
+        data = path.read_bytes()
+    except OSError as error:
+        raise ModelError(f"The model file '{path}' cannot be read: {error}.") from error
+    proto = _parse(path, data)
+    digest = hashlib.sha256(data)
+    del data
+    _check_structure(proto, limits)
+    folder = (external_root or path.resolve().parent).resolve()
+    total = 0
+    files: dict[str, Path] = {}
+    for tensor in _tensors(proto):
+        total += _check_tensor(tensor, folder, files, limits)
+        if total > limits.tensor_bytes:
+            raise ModelError(f"The weights exceed {limits.tensor_bytes} bytes; the file is refused.")
+    for location in sorted(files):
+        with files[location].open("rb") as stream:
+            digest.update(location.encode())
+            while chunk := stream.read(1 << 22):
+                digest.update(chunk)
+    _check_references(proto)
+    try:
+        model = ir.from_proto(proto)
+    except Exception as error:
+        raise ModelError(
+            f"'{path.name}' is not a valid ONNX model: {str(error).splitlines()[0][:300]}"
+        ) from error
+    if files:
+        ir.external_data.set_base_dir(model.graph, folder)
+    return Contents(model, digest.hexdigest())
+
+
+def _parse(path: Path, data: bytes) -> onnx.ModelProto:
+    proto = onnx.ModelProto()
+    try:
+        proto.ParseFromString(data)
+    except DecodeError as error:
+        raise ModelError(
+            f"'{path.name}' is not an ONNX model, or is truncated ({len(data)} bytes do not parse as a protobuf). "
+            "Export it again."
+        ) from error
+    except RecursionError as error:
+        raise ModelError(f"'{path.name}' nests too deeply to be parsed.") from error
+    if not proto.HasField("graph") or not proto.ir_version or not proto.opset_import:
+        raise ModelError(f"'{path.name}' is not an ONNX model: it has no graph, IR version or operator set.")
+    if not proto.graph.node:
+        raise ModelError(f"'{path.name}' holds an empty graph.")
+    return proto
+
+
+def _graphs(graph: onnx.GraphProto, depth: int = 1) -> Iterator[tuple[onnx.GraphProto, int]]:
+    stack = [(graph, depth)]
+    while stack:
+        current, level = stack.pop()
+        yield current, level
+        for node in current.node:
+            for attribute in node.attribute:
+                if attribute.HasField("g"):
+                    stack.append((attribute.g, level + 1))
+                stack.extend((g, level + 1) for g in attribute.graphs)
+
+
+def _check_structure(proto: onnx.ModelProto, limits: Limits) -> None:
+    count = sum(len(f.node) for f in proto.functions)
+    known = {"", "ai.onnx", DIALECT_DOMAIN} | {f.domain for f in proto.functions}
+    for graph, depth in _graphs(proto.graph):
+        if depth > limits.depth:
+            raise ModelError(f"Subgraphs nest deeper than {limits.depth} levels; the file is refused.")
+        count += len(graph.node)
+        if count > limits.nodes:
+            raise ModelError(f"The model has more than {limits.nodes} nodes; the file is refused.")
+        for node in graph.node:
+            if node.domain not in known:
+                raise UnsupportedOperatorError(
+                    f"Node '{node.name}' uses operator '{node.op_type}' of domain '{node.domain}', which is not "
+                    "part of ONNX. Export the model with standard operators only."
+                )
+        if graph.sparse_initializer:
+            name = graph.sparse_initializer[0].values.name
+            raise ModelError(f"Initializer '{name}' is sparse; store it densely.")
+    functions = {(f.domain, f.name) for f in proto.functions}
+    for node in proto.graph.node:
+        if node.domain not in ("", "ai.onnx") and (node.domain, node.op_type) not in functions:
+            raise UnsupportedOperatorError(
+                f"Node '{node.name}' calls function '{node.domain}::{node.op_type}', which the file does not define."
+            )
+
+
+def _tensors(proto: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
+    for graph, _ in _graphs(proto.graph):
+        yield from graph.initializer
+        for node in graph.node:
+            yield from _attribute_tensors(node)
+    for function in proto.functions:
+        for node in function.node:
+            yield from _attribute_tensors(node)
+
+
+def _attribute_tensors(node: onnx.NodeProto) -> Iterator[onnx.TensorProto]:
+    for attribute in node.attribute:
+        if attribute.HasField("t"):
+            yield attribute.t
+        yield from attribute.tensors
+
+
+def _check_tensor(tensor: onnx.TensorProto, folder: Path, files: dict[str, Path], limits: Limits) -> int:
+    """Check one tensor's size against its declared shape; returns its bytes."""
+    name = tensor.name or "(unnamed)"
+    if len(tensor.dims) > limits.rank or any(d < 0 for d in tensor.dims):
+        raise ModelError(f"Tensor '{name}' declares the impossible shape {list(tensor.dims)[:8]}.")
+    elements = math.prod(tensor.dims)
+    if tensor.data_type == onnx.TensorProto.STRING:
+        raise ModelError(f"Tensor '{name}' holds strings; only numbers are supported.")
+    try:
+        bits = ir.DataType(tensor.data_type).bitwidth
+    except (ValueError, TypeError) as error:
+        raise ModelError(f"Tensor '{name}' has the unknown element type {tensor.data_type}.") from error
+    expected = -(-elements * bits // 8)
+    if tensor.data_location == onnx.TensorProto.EXTERNAL:
+        _check_external(tensor, expected, folder, files)
+        return expected
+    if tensor.HasField("raw_data"):
+        found: int = len(tensor.raw_data)
+    else:
+        typed = (
+            tensor.float_data,
+            tensor.int32_data,
+            tensor.int64_data,
+            tensor.double_data,
+            tensor.uint64_data,
+        )
+        # complex values take two entries, packed 4-bit integers half of one
+        found = expected if any(len(field) for field in typed) and _typed_count(tensor) == elements else -1
+        found = 0 if elements == 0 else found
+    if found != expected:
+        raise ModelError(
+            f"Tensor '{name}' of shape {list(tensor.dims)} needs {expected} bytes, but the file holds "
+            f"{max(found, 0)}. The file is damaged or its external data is missing; export it again."
+        )
+    return expected
+
+
+def _typed_count(tensor: onnx.TensorProto) -> int:
+    kind = ir.DataType(tensor.data_type)
+    if kind.bitwidth < 8:
+        return math.prod(tensor.dims)  # several elements per entry: left to the deserialiser
+    counts = (
+        len(tensor.float_data) // (2 if kind == ir.DataType.COMPLEX64 else 1),
+        len(tensor.int32_data),
+        len(tensor.int64_data),
+        len(tensor.double_data) // (2 if kind == ir.DataType.COMPLEX128 else 1),
+        len(tensor.uint64_data),
+    )
+    return max(counts)
+
+
+def _check_external(tensor: onnx.TensorProto, expected: int, folder: Path, files: dict[str, Path]) -> None:
+    entries = {e.key: e.value for e in tensor.external_data}
+    location = entries.get("location", "")
+    parts = location.replace("\\", "/").split("/")
+    if not location or os.path.isabs(location) or ".." in parts or "\0" in location or ":" in parts[0]:
+        raise ModelError(
+            f"External data of tensor '{tensor.name}' lies at '{location}', outside the model's folder. Put it "
+            "beside the model."
+        )
+    target = folder / location
+    resolved = target.resolve()
+    if not resolved.is_relative_to(folder):
+        raise ModelError(
+            f"External data of tensor '{tensor.name}' at '{location}' is a link that leaves the model's folder."
+        )
+    if not resolved.is_file():
+        raise ModelError(f"External data file '{location}' of tensor '{tensor.name}' does not exist.")
+    try:
+        offset, length = int(entries.get("offset", 0)), int(entries.get("length", expected))
+    except ValueError as error:
+        raise ModelError(f"External data of tensor '{tensor.name}' has no valid offset or length.") from error
+    if offset < 0 or length != expected or offset + length > resolved.stat().st_size:
+        raise ModelError(
+            f"External data of tensor '{tensor.name}' needs {expected} bytes at offset {offset} of '{location}', "
+            f"which has {resolved.stat().st_size}. The file is truncated or belongs to another model."
+        )
+    files[location] = resolved
+
+
+def _check_references(proto: onnx.ModelProto) -> None:
+    """Every value that a node reads must be an input, an initializer or a node's output, made once."""
+    made = {i.name for i in proto.graph.input} | {t.name for t in proto.graph.initializer}
+    written: set[str] = set()
+    for node in proto.graph.node:
+        for output in node.output:
+            if output and (output in written or output in made):
+                raise ModelError(
+                    f"Value '{output}' is computed twice (node '{node.name}'); each value has one source."
+                )
+            if output:
+                written.add(output)
+    _check_scope(proto.graph, made | written, top=True)
+    for output in proto.graph.output:
+        if output.name not in made | written:
+            raise ModelError(f"Graph output '{output.name}' is not computed by any node.")
+
+
+def _check_scope(graph: onnx.GraphProto, visible: set[str], top: bool = False) -> None:
+    if not top:
+        visible = visible | {i.name for i in graph.input} | {t.name for t in graph.initializer}
+        visible |= {o for node in graph.node for o in node.output}
+    for node in graph.node:
+        missing = next((i for i in node.input if i and i not in visible), None)
+        if missing is not None:
+            raise ModelError(
+                f"Node '{node.name}' ({node.op_type}) reads value '{missing}', which is neither an input, an "
+                "initializer nor computed by a node. The file is incomplete; export it again."
+            )
+        for attribute in node.attribute:
+            for body in [*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs]:
+                _check_scope(body, visible)
