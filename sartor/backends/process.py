@@ -1,0 +1,160 @@
+"""One call of a backend in a fresh subprocess, with limits on time and memory.
+
+The request is one JSON document on the worker's standard input; the answer is JSON lines on its
+standard output: any number of events, then one `result` or one `error`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Mapping
+from typing import IO, Any
+
+import sartor.errors
+from sartor.errors import BackendError, SartorError
+
+_LOG_LINES = 20
+_GRACE_S = 5.0  # the worker ends itself at the limit, with a stack trace; the parent kills it after this
+_THREAD_VARIABLES = (
+    "OMP_NUM_THREADS",
+    "OPENBLAS_NUM_THREADS",
+    "MKL_NUM_THREADS",
+    "NUMEXPR_NUM_THREADS",
+)
+
+
+def call(
+    request: Mapping[str, Any],
+    *,
+    threads: int,
+    time_limit_s: float,
+    memory_limit_bytes: int | None = None,
+    on_event: Callable[[dict[str, Any]], None] = lambda _: None,
+) -> dict[str, Any]:
+    """Run one request in a fresh worker.
+
+    Args:
+        request: for `worker.COMMANDS`.
+        threads: fixed for every thread pool of the worker by environment variables.
+        time_limit_s: after it the worker is ended.
+        memory_limit_bytes: limit of the worker's address space; default: see `default_memory_limit`.
+        on_event: called for each event line, in this thread.
+
+    Raises:
+        SartorError: what the worker raised, with its class.
+        BackendError: the worker crashed, was killed, or ran out of time; its last log lines are notes.
+    """
+    memory = memory_limit_bytes or default_memory_limit(threads)
+    document = {**request, "time_limit_s": time_limit_s, "memory_limit_bytes": memory}
+    command = [sys.executable, "-P", "-m", "sartor.backends.worker"]
+    with tempfile.TemporaryFile() as log:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            env=_environment(threads),
+            start_new_session=True,
+        )
+        expired = threading.Event()
+
+        def expire() -> None:
+            expired.set()
+            _kill(process)
+
+        timer = threading.Timer(time_limit_s + _GRACE_S, expire)
+        timer.daemon = True
+        timer.start()
+        try:
+            answer = _talk(process, document, on_event)
+            code = process.wait()
+        finally:
+            timer.cancel()
+            _kill(process)
+            process.wait()
+        if answer is not None:
+            return _unwrap(answer)
+        raise _died(code, expired.is_set(), time_limit_s, memory, log)
+
+
+def default_memory_limit(threads: int) -> int:
+    """Physical memory plus what threads reserve without using: 8 GiB and 256 MiB per thread."""
+    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return physical + (8 << 30) + threads * (256 << 20)
+
+
+def _environment(threads: int) -> dict[str, str]:
+    environment = dict(os.environ)
+    environment.update({name: str(threads) for name in _THREAD_VARIABLES})
+    # Plugins that this process can import must be importable in the worker, from the same places.
+    paths = [path or os.getcwd() for path in sys.path]
+    environment["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(paths))
+    return environment
+
+
+def _talk(
+    process: subprocess.Popen[bytes],
+    document: Mapping[str, Any],
+    on_event: Callable[[dict[str, Any]], None],
+) -> dict[str, Any] | None:
+    assert process.stdin is not None and process.stdout is not None
+    with contextlib.suppress(BrokenPipeError):  # it died at start; the exit code tells
+        process.stdin.write(json.dumps(document).encode())
+        process.stdin.close()
+    answer = None
+    for line in process.stdout:
+        try:
+            message = json.loads(line)
+        except ValueError:  # the last line of a worker that was killed while writing
+            continue
+        if message["event"] in ("result", "error"):
+            answer = message
+        else:
+            on_event(message)
+    process.stdout.close()
+    return answer
+
+
+def _unwrap(answer: dict[str, Any]) -> dict[str, Any]:
+    if answer["event"] == "result":
+        result: dict[str, Any] = answer["value"]
+        return result
+    kind = getattr(sartor.errors, answer["kind"], BackendError)
+    if not (isinstance(kind, type) and issubclass(kind, SartorError)):
+        kind = BackendError
+    failure = kind(answer["message"])
+    for note in answer["notes"]:
+        failure.add_note(note)
+    raise failure
+
+
+def _died(code: int, expired: bool, time_limit_s: float, memory: int, log: IO[bytes]) -> BackendError:
+    log.seek(0)
+    lines = log.read().decode(errors="replace").splitlines()
+    if expired or any(line.startswith("Timeout (") for line in lines):
+        what = f"did not finish within {time_limit_s:.0f} s and was stopped. Raise the time limit"
+    elif code < 0:
+        try:
+            name = signal.Signals(-code).name
+        except ValueError:
+            name = f"signal {-code}"
+        what = f"was ended by {name}. Its memory limit was {memory / 2**30:.1f} GiB; see its log below"
+    else:
+        what = f"exited with code {code} without an answer; see its log below"
+    failure = BackendError(f"The backend's subprocess {what}.")
+    if lines:
+        failure.add_note("Last lines of its log:\n" + "\n".join(lines[-_LOG_LINES:]))
+    return failure
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    # The whole group: a vendor's compiler may have children of its own.
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)

@@ -1,0 +1,245 @@
+"""The subprocess behind `process.call`: `python -m sartor.backends.worker`.
+
+Backends run here and nowhere near the caller's process: a crash, a hang or a changed floating-point
+mode ends with this process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import gc
+import json
+import os
+import random
+import statistics
+import sys
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sartor import backends
+from sartor.backends import host
+from sartor.backends.inputs import random_inputs
+from sartor.backends.protocol import Artifact, Session, TargetOptions
+from sartor.backends.rounds import Round, run_rounds
+from sartor.errors import SartorError
+
+Send = Callable[[dict[str, Any]], None]
+
+_WARM_UP_S = 0.2
+_FEWEST_INNER = 3
+_MOST_INNER = 100_000
+_REFERENCE_SIZE = 192  # a matrix product of about 0.2 ms on one core
+_BATCH = 32  # models held at once by `time_models`
+_VISIT_KERNEL_S = 0.006
+
+
+def measure(request: Mapping[str, Any], send: Send) -> dict[str, Any]:
+    """Interleaved rounds over artifacts. See `sartor.backends.measure.measure`."""
+    backend = backends.get(request["backend"])
+    options = TargetOptions.from_dict(request["options"])
+    artifacts = [Artifact.from_dict(a["artifact"], Path(a["folder"])) for a in request["artifacts"]]
+    load_before = host.load_average()
+    sessions, runners = [], []
+    for artifact in artifacts:
+        at = TargetOptions.from_dict(
+            {**options.to_dict(), "shapes": {**artifact.shapes, **options.shapes}}
+        )
+        session = backend.load(artifact, at)
+        sessions.append(session)
+        runners.append(_prepare(session, _inputs(session, at.shapes, request)))
+    warm = [_warm_up(run, request["warm_up_runs"]) for run in runners]
+    inner = [_inner_runs(seconds, request["visit_s"]) for seconds, _ in warm]
+    durations: list[list[float]] = [[] for _ in runners]
+
+    def visit(index: int) -> float:
+        samples = _time_runs(runners[index], inner[index])
+        durations[index].extend(samples)
+        return statistics.median(samples)
+
+    def report(done: Round) -> None:
+        send({"event": "round", "order": done.order, "visits_s": done.visits_s})
+
+    rounds, ended_by = run_rounds(
+        visit,
+        len(runners),
+        min_rounds=request["min_rounds"],
+        max_rounds=request["max_rounds"],
+        time_limit_s=request["rounds_limit_s"],
+        target_half_width=request["target_half_width"],
+        seed=request["seed"],
+        clock=time.monotonic,
+        on_round=report,
+    )
+    return {
+        "rounds": [{"order": r.order, "visits_s": r.visits_s} for r in rounds],
+        "ended_by": ended_by,
+        "latencies": [
+            {"median": q[1], "p10": q[0], "p90": q[2]}
+            for q in (np.quantile(samples, [0.1, 0.5, 0.9]).tolist() for samples in durations)
+        ],
+        "conditions": {
+            **host.conditions(),
+            "load_average": {"before": load_before, "after": host.load_average()},
+            "runtime": backend.capabilities().version,
+            "session": [dict(session.settings) for session in sessions],
+            "warm_up_runs": [runs for _, runs in warm],
+            "inner_runs": inner,
+            "discarded_runs_per_visit": 1,
+        },
+    }
+
+
+def time_models(request: Mapping[str, Any], send: Send) -> dict[str, Any]:
+    """Minimum-like time of many small models. See `sartor.backends.measure.time_models`."""
+    backend = backends.get(request["backend"])
+    options = TargetOptions.from_dict(request["options"])
+    deadline = time.monotonic() + request["models_limit_s"]
+    reference = _reference_kernel()
+    _warm_up(reference, 20)
+    generator = random.Random(request["seed"])
+    todo: list[tuple[int, str]] = [(int(i), path) for i, path in request["models"]]
+    for start in range(0, len(todo), _BATCH):
+        batch: dict[int, tuple[Callable[[], object], int]] = {}
+        for index, path in todo[start : start + _BATCH]:
+            if time.monotonic() >= deadline:
+                send({"event": "failed", "index": index, "reason": "the time limit was reached"})
+                continue
+            send({"event": "starting", "index": index})  # if it crashes here, this one is to blame
+            try:
+                session = backend.compile(Path(path).read_bytes(), options)
+                run = _prepare(session, _inputs(session, options.shapes, request))
+                seconds, _ = _warm_up(run, 2, at_least_s=0.002)
+            except Exception as error:
+                send({"event": "failed", "index": index, "reason": f"{type(error).__name__}: {error}"})
+                continue
+            batch[index] = (run, _inner_runs(seconds, _VISIT_KERNEL_S))
+        samples: dict[int, list[tuple[float, float]]] = {index: [] for index in batch}
+        for _ in range(request["repeats"]):
+            order = list(batch)
+            generator.shuffle(order)
+            for index in order:
+                run, inner = batch[index]
+                beside = min(_time_runs(reference, 4))
+                samples[index].append((float(np.quantile(_time_runs(run, inner), 0.1)), beside))
+            if time.monotonic() >= deadline:
+                break
+        for index, pairs in samples.items():
+            send({"event": "timed", "index": index, "samples": pairs})
+    return {"conditions": {**host.conditions(), "runtime": backend.capabilities().version}}
+
+
+def profile(request: Mapping[str, Any], send: Send) -> dict[str, Any]:
+    """Kernel times of one artifact."""
+    backend = backends.get(request["backend"])
+    artifact = Artifact.from_dict(request["artifact"], Path(request["folder"]))
+    options = TargetOptions.from_dict(request["options"])
+    shapes = {**artifact.shapes, **options.shapes}
+    options = TargetOptions.from_dict({**options.to_dict(), "shapes": shapes})
+    kernels = backend.profile(artifact, options, request["runs"])
+    return {"kernels": [kernel.to_dict() for kernel in kernels]}
+
+
+COMMANDS: Mapping[str, Callable[[Mapping[str, Any], Send], dict[str, Any]]] = {
+    "measure": measure,
+    "time_models": time_models,
+    "profile": profile,
+}
+
+
+def _inputs(
+    session: Session, shapes: Mapping[str, tuple[int, ...]], request: Mapping[str, Any]
+) -> dict[str, np.ndarray]:
+    if request.get("inputs"):
+        with np.load(request["inputs"], allow_pickle=False) as archive:
+            return {name: archive[name] for name in archive.files}
+    return random_inputs(session.inputs, shapes, request["seed"])
+
+
+def _prepare(session: Session, inputs: dict[str, np.ndarray]) -> Callable[[], object]:
+    session.run(inputs)  # checks names, types and shapes before anything is timed
+    return session.prepare(inputs)
+
+
+def _warm_up(run: Callable[[], object], runs: int, at_least_s: float = _WARM_UP_S) -> tuple[float, int]:
+    """Run at least `runs` times and `at_least_s`; returns the median of the later half, and the count."""
+    samples: list[float] = []
+    started = time.perf_counter()
+    while len(samples) < runs or time.perf_counter() - started < at_least_s:
+        begin = time.perf_counter()
+        run()
+        samples.append(time.perf_counter() - begin)
+    return statistics.median(samples[len(samples) // 2 :]), len(samples)
+
+
+def _inner_runs(seconds: float, visit_s: float) -> int:
+    fewest = _FEWEST_INNER if seconds < 0.5 else 1
+    return max(fewest, min(_MOST_INNER, round(visit_s / max(seconds, 1e-7))))
+
+
+def _time_runs(run: Callable[[], object], runs: int) -> list[float]:
+    run()  # discarded: the other artifact's weights are in the caches
+    samples = [0] * runs
+    clock = time.perf_counter_ns
+    for index in range(runs):
+        begin = clock()
+        run()
+        samples[index] = clock() - begin
+    return [sample * 1e-9 for sample in samples]
+
+
+def _reference_kernel() -> Callable[[], object]:
+    matrix = np.random.default_rng(0).standard_normal((_REFERENCE_SIZE, _REFERENCE_SIZE), dtype=np.float32)
+    out = np.empty_like(matrix)
+    return lambda: np.matmul(matrix, matrix, out=out)
+
+
+def _limit(request: Mapping[str, Any]) -> None:
+    faulthandler.enable()
+    # Ends a hang with a stack trace in the log, even when the parent is gone.
+    faulthandler.dump_traceback_later(request["time_limit_s"], exit=True)
+    with contextlib.suppress(ImportError, ValueError, OSError):  # no such limit on this platform
+        import resource
+
+        limit = request["memory_limit_bytes"]
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+
+
+def main(arguments: Sequence[str] = ()) -> int:
+    """Read one request, answer it, exit."""
+    # Vendors print to standard output; the answer has a channel of its own, and prints go to the log.
+    channel = os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1)
+    os.dup2(2, 1)
+
+    def send(message: dict[str, Any]) -> None:
+        channel.write(json.dumps(message, allow_nan=False) + "\n")
+
+    request = json.load(sys.stdin)
+    _limit(request)
+    gc.disable()  # a collection inside a timed run would be an outlier of ours
+    try:
+        value = COMMANDS[request["command"]](request, send)
+    except SartorError as error:
+        notes = list(getattr(error, "__notes__", ()))
+        send({"event": "error", "kind": type(error).__name__, "message": str(error), "notes": notes})
+        return 1
+    except Exception as error:
+        message = f"The backend '{request.get('backend')}' failed: {type(error).__name__}: {error}."
+        notes = ["".join(traceback.format_exception(error))]
+        send({"event": "error", "kind": "BackendError", "message": message, "notes": notes})
+        return 1
+    send({"event": "result", "value": value})
+    channel.flush()
+    return 0
+
+
+if __name__ == "__main__":
+    # Not `sys.exit`: vendors' threads and destructors have hung interpreters at shutdown.
+    code = main()
+    sys.stderr.flush()
+    os._exit(code)
