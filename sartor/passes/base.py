@@ -170,7 +170,7 @@ class Pass(abc.ABC):
         except Exception as error:
             error.add_note(f"In pass '{self}'.")
             raise
-        return dataclasses.replace(result, refusals=planned.refusals)
+        return dataclasses.replace(result, refusals=planned.refusals + result.refusals)
 
     @final
     def replay(self, program: Program, plan: Any) -> PassResult:
@@ -196,7 +196,8 @@ class Pass(abc.ABC):
         modified = structure_of(clone) != before
         if modified:
             clone.applied = (*program.applied, str(self))
-        return PassResult(clone if modified else program, modified, (), dict(rewriter.counts), plan)
+        refusals = tuple(Refusal(node, reason) for node, reason in rewriter.refusals)
+        return PassResult(clone if modified else program, modified, refusals, dict(rewriter.counts), plan)
 
     def _require_untouched(self, program: Program, before: Any) -> None:
         if structure_of(program) != before:

@@ -20,7 +20,7 @@ import onnx_ir as ir
 
 from sartor.errors import InternalError
 from sartor.ir.program import Program
-from sartor.passes.structure import same_bits
+from sartor.passes.structure import UniqueNames, nodes_in_bodies, same_bits
 
 META_PASS = "sartor.pass"
 """Key of `node.meta` that names the pass which created the node; never serialised."""
@@ -33,20 +33,16 @@ class Rewriter:
         program: the program being rewritten, owned by this rewriter.
         pass_name: stamped on new nodes.
         counts: number of changes by kind; passes add their own with `count`.
+        refusals: `(node, reason)` of what `apply` found impossible only by trying; see `refuse`.
     """
 
     def __init__(self, program: Program, pass_name: str):
         self.program = program
         self.pass_name = pass_name
         self.counts: collections.Counter[str] = collections.Counter()
-        self._value_names: set[str] = set()
-        self._node_names: set[str] = set()
-        for graph in program.model.graphs():
-            self._value_names.update(v.name for v in graph.inputs if v.name)
-            self._value_names.update(graph.initializers)
-            for node in graph:
-                self._node_names.add(node.name or "")
-                self._value_names.update(v.name for v in node.outputs if v.name)
+        self.refusals: list[tuple[str, str]] = []
+        self._names = UniqueNames(program)
+        self._nodes = {node.name or "": node for node in program.graph.all_nodes()}
 
     # ---- looking things up -----------------------------------------------------------------
     def node(self, name: str) -> ir.Node:
@@ -55,13 +51,13 @@ class Rewriter:
         Raises:
             InternalError: there is none; a plan that names it belongs to another program.
         """
-        for node in ir.traversal.RecursiveGraphIterator(self.program.graph):
-            if node.name == name:
-                return node
-        raise InternalError(
-            f"Pass '{self.pass_name}' looks for node '{name}', which the program does not have. "
-            "Make the plan from the program it is applied to."
-        )
+        node = self._nodes.get(name)
+        if node is None:
+            raise InternalError(
+                f"Pass '{self.pass_name}' looks for node '{name}', which the program does not have. "
+                "Make the plan from the program it is applied to."
+            )
+        return node
 
     def initializer(self, name: str) -> ir.Value:
         """The initializer of the main graph with this name.
@@ -206,10 +202,42 @@ class Rewriter:
                     )
         for node in doomed:
             self._graph_of(node).remove(node)
-            for index in range(len(node.inputs)):
-                node.replace_input_with(index, None)
-            self.program.provenance.pop(node.name or "", None)
+            for gone in [node, *nodes_in_bodies(node)]:  # bodies hold uses of outer values, too
+                for index in range(len(gone.inputs)):
+                    gone.replace_input_with(index, None)
+                self.program.provenance.pop(gone.name or "", None)
+                self._nodes.pop(gone.name or "", None)
             self.counts["nodes_removed"] += 1
+
+    def replace_by_constants(self, node: ir.Node, arrays: Sequence[np.ndarray | None]) -> list[ir.Value]:
+        """Replace a node by initializers that keep the names of its outputs.
+
+        Args:
+            node: a node none of whose outputs is a graph output.
+            arrays: one per output; None for an output that nothing uses.
+
+        Raises:
+            InternalError: an output is a graph output, or is used although its array is None.
+        """
+        graph = self._graph_of(node)
+        constants: list[ir.Value] = []
+        for output, array in zip(node.outputs, arrays, strict=True):
+            if output.is_graph_output():
+                raise InternalError(
+                    f"Pass '{self.pass_name}' makes graph output '{output.name}' a constant; a graph output "
+                    "must be computed by a node."
+                )
+            if array is None:
+                continue
+            constant = ir.Value(name=output.name)
+            self._store(constant, array)
+            for user, index in list(output.uses()):
+                user.replace_input_with(index, constant)
+            graph.initializers.add(constant)
+            self.counts["initializers_added"] += 1
+            constants.append(constant)
+        self.remove_node(node)
+        return constants
 
     def set_attribute(self, node: ir.Node, name: str, value: Any) -> None:
         """Set one attribute from a Python value; None removes it."""
@@ -275,6 +303,21 @@ class Rewriter:
         value.graph.initializers.pop(value.name or "")
         self.counts["initializers_removed"] += 1
 
+    def remove_function(self, key: tuple[str, str, str]) -> None:
+        """Remove the function `(domain, name, overload)`, which nothing calls any more.
+
+        Raises:
+            InternalError: there is no such function, or a node still calls it.
+        """
+        functions = self.program.model.functions
+        callers = [n for n in self._nodes.values() if n.op_identifier() == key]
+        callers += [n for f in functions.values() for n in f.all_nodes() if n.op_identifier() == key]
+        if key not in functions or callers:
+            users = ", ".join(sorted(f"'{n.name}'" for n in callers)) or "no function table at all"
+            raise InternalError(f"Pass '{self.pass_name}' removes function '{key[1]}' while used by {users}.")
+        del functions[key]
+        self.counts["functions_removed"] += 1
+
     def private_initializer(self, node: ir.Node, index: int) -> ir.Value:
         """The initializer at input `index` of `node`, copied first if anything else reads it.
 
@@ -293,15 +336,19 @@ class Rewriter:
     # ---- names and counts ------------------------------------------------------------------
     def unique_value_name(self, hint: str) -> str:
         """`hint`, or `hint_1`, `hint_2`…, whichever is free; it is taken from then on."""
-        return _unique(hint, self._value_names)
+        return self._names.value(hint)
 
     def unique_node_name(self, hint: str) -> str:
         """As `unique_value_name`, for nodes."""
-        return _unique(hint, self._node_names)
+        return self._names.node(hint)
 
     def count(self, what: str, number: int = 1) -> None:
         """Add to a named count of the pass's result, e.g. `batch_norms_folded`."""
         self.counts[what] += number
+
+    def refuse(self, node: str, reason: str) -> None:
+        """Record that `node` is left as it is, for a reason that only trying could tell."""
+        self.refusals.append((node, reason))
 
     # ---- parts -----------------------------------------------------------------------------
     def _make(
@@ -328,6 +375,7 @@ class Rewriter:
             hint = output_names[index] if output_names else node_name + (f"_{index}" if index else "")
             output.name = self.unique_value_name(hint)
         node.meta[META_PASS] = self.pass_name
+        self._nodes[node_name] = node
         if anchor is not None and anchor.name in self.program.provenance:
             self.program.provenance[node_name] = self.program.provenance[anchor.name]
         self.counts["nodes_added"] += 1
@@ -348,12 +396,3 @@ class Rewriter:
         # fresh objects: clones of a program share TensorType objects
         value.type = ir.TensorType(tensor.dtype)
         value.shape = ir.Shape(tensor.shape)
-
-
-def _unique(hint: str, taken: set[str]) -> str:
-    name, number = hint, 0
-    while name in taken or not name:
-        number += 1
-        name = f"{hint}_{number}"
-    taken.add(name)
-    return name

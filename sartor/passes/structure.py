@@ -1,8 +1,8 @@
-"""Structural comparison of models: what a pass changed is observed here, never reported by the pass."""
+"""Structure of models: comparison (what a pass changed is observed here), bodies and names."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
 from typing import Any
 
 import numpy as np
@@ -102,3 +102,51 @@ def _typed(values: Any) -> Signature:
 def signature_of(program: Program) -> tuple[Signature, Signature]:
     """Names, types and declared shapes of graph inputs and outputs; no pass may change them."""
     return _typed(program.graph.inputs), _typed(program.graph.outputs)
+
+
+def bodies_of(node: ir.Node) -> tuple[ir.Graph, ...]:
+    """The graphs in the attributes of a node (branches of If, body of Loop or Scan), not nested ones."""
+    bodies: list[ir.Graph] = []
+    for attribute in node.attributes.values():
+        if attribute.type == ir.AttributeType.GRAPH and not attribute.is_ref():
+            bodies.append(attribute.as_graph())
+        elif attribute.type == ir.AttributeType.GRAPHS and not attribute.is_ref():
+            bodies.extend(attribute.as_graphs())
+    return tuple(bodies)
+
+
+def nodes_in_bodies(node: ir.Node) -> Iterator[ir.Node]:
+    """Every node inside the bodies of a node, nested ones included."""
+    for body in bodies_of(node):
+        yield from ir.traversal.RecursiveGraphIterator(body)
+
+
+class UniqueNames:
+    """Gives out names that no value or node of a program has, in the main graph and in all bodies."""
+
+    def __init__(self, program: Program):
+        self._values: set[str] = set()
+        self._nodes: set[str] = set()
+        for graph in (program.graph, *program.graph.subgraphs()):
+            self._values.update(value.name for value in graph.inputs if value.name)
+            self._values.update(graph.initializers)
+            for node in graph:
+                self._nodes.add(node.name or "")
+                self._values.update(value.name for value in node.outputs if value.name)
+
+    def value(self, hint: str) -> str:
+        """`hint`, or `hint_1`, `hint_2`…, whichever is free; it is taken from then on."""
+        return self._free(hint, self._values)
+
+    def node(self, hint: str) -> str:
+        """As `value`, for nodes."""
+        return self._free(hint, self._nodes)
+
+    @staticmethod
+    def _free(hint: str, taken: set[str]) -> str:
+        name, number = hint, 0
+        while name in taken or not name:
+            number += 1
+            name = f"{hint}_{number}"
+        taken.add(name)
+        return name
