@@ -1,0 +1,57 @@
+"""Replay PLAN on the model it was made for. Byte-identical on every run; another model is refused."""
+
+from __future__ import annotations
+
+import argparse
+
+from sartor.cli import arguments
+from sartor.cli.output import Result, count
+
+EXAMPLE = "sartor apply model.onnx plan.json -o small.onnx --masked masked.onnx"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    arguments.add_model(parser)
+    parser.add_argument("plan", metavar="PLAN.json", help="a plan written by 'sartor fit' or 'sartor run'")
+    parser.add_argument("-o", "--output", required=True, metavar="OUT.onnx", help="file to write")
+    parser.add_argument(
+        "--masked",
+        metavar="MASKED.onnx",
+        help="write the original with zeros where the plan cuts; it computes the same function as OUT",
+    )
+
+
+def run(options: argparse.Namespace) -> Result:
+    """Apply, verify and write."""
+    from sartor.ir.plan import Plan
+    from sartor.ir.verify import verify_program
+    from sartor.passes.masked import masked
+    from sartor.passes.prune import apply_plan
+
+    output = arguments.output_file(options.output)
+    masked_output = arguments.output_file(options.masked) if options.masked else None
+    plan = Plan.load(options.plan)
+    program = arguments.open_program(options)
+    pruned = apply_plan(program, plan)
+    verify_program(pruned)
+    masked_program, zeroed = masked(program, plan)
+    paths = [pruned.save(output)]
+    if masked_output is not None:
+        paths.append(masked_program.save(masked_output))
+    entries = [arguments.plain(entry) for entry in zeroed]
+    document = {
+        "schema": "sartor.apply/1",
+        "source": arguments.source_document(program),
+        "groups": len(plan.groups),
+        "blocks": list(plan.blocks),
+        "zeroed": entries,
+        "files": arguments.Written(tuple(paths)).to_list(),
+    }
+    before, after = len(program.to_bytes()), len(pruned.to_bytes())
+    text = [
+        f"{len(plan.groups)} groups narrowed, {len(plan.blocks)} blocks removed: "
+        f"{count(before, 'B')} became {count(after, 'B')}"
+    ]
+    text += [f"wrote {path}" for path in paths]
+    return Result(document, "\n".join(text))

@@ -1,0 +1,109 @@
+"""Fit MODEL to a budget: prune, prove, recover, lower, measure, repeat; write the bundle to DIR.
+
+DIR receives model.onnx, the target's artifact, plan.json, report.json, report.html, manifest.json and, from
+before recovery, pruned.onnx and masked.onnx. A missed budget (exit 3) or quality (exit 4) still writes it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+
+from sartor.cli import arguments
+from sartor.cli.budget import parse_budget
+from sartor.cli.output import Result
+from sartor.cli.progress import Progress
+from sartor.errors import UsageError
+
+EXAMPLE = (
+    "sartor fit model.onnx --target onnxruntime --budget latency=0.5x --data data.py:digits "
+    "--recovery minutes=1 --max-drop 1 --out out"
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    arguments.add_model(parser)
+    arguments.add_target(parser)
+    parser.add_argument(
+        "--budget",
+        required=True,
+        metavar="KEY=VALUE,...",
+        help="upper limits: latency, macs, weight_bytes, peak_activation_bytes; 0.5x of the baseline, or "
+        "absolute such as 12ms, 1.2G, 4MB",
+    )
+    parser.add_argument("--data", help="FILE.py:function or FILE.npz; see the README for what it returns")
+    parser.add_argument(
+        "--max-drop",
+        type=arguments.positive_number,
+        default=1.0,
+        metavar="POINTS",
+        help="largest loss of score in points, 1 point = 0.01 (1)",
+    )
+    parser.add_argument(
+        "--recovery", metavar="none|minutes=M", help="distil from the original for M minutes (minutes=5)"
+    )
+    parser.add_argument("--strategy", default="budgeted-greedy", help="what decides (budgeted-greedy)")
+    parser.add_argument("--seed", type=int, default=0, help="of data splits, importance and training (0)")
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder of the bundle")
+    parser.add_argument(
+        "--keep-source", action="store_true", help="also write provenance.json: source lines per node"
+    )
+    arguments.add_keep(parser)
+
+
+def parse_recovery(text: str | None, has_data: bool) -> float:
+    """Seconds of recovery; 0 for none.
+
+    Raises:
+        UsageError: malformed, or data is missing and `none` was not said.
+    """
+    if text is None and has_data:
+        return 300.0
+    if text is None:
+        raise UsageError(
+            "There is no --data, so nothing can be recovered and the quality stays unmeasured; give data, or "
+            "say so with --recovery none."
+        )
+    if text == "none":
+        return 0.0
+    match = re.fullmatch(r"minutes=([0-9]*\.?[0-9]+)", text)
+    if match is None or float(match[1]) <= 0.0:
+        raise UsageError(f"'--recovery {text}' is malformed; expected none, or minutes=M with M above 0.")
+    if not has_data:
+        raise UsageError(f"'--recovery {text}' needs --data to train on; give data, or say --recovery none.")
+    return 60.0 * float(match[1])
+
+
+def run(options: argparse.Namespace) -> Result:
+    """Check everything that can be checked before the first expensive step, then fit."""
+    from sartor import backends
+
+    budget = parse_budget(options.budget)
+    recovery_s = parse_recovery(options.recovery, options.data is not None)
+    backends.get(options.target)
+    folder = arguments.output_folder(options.out)
+    program = arguments.open_program(options)
+    data = None
+    if options.data is not None:
+        from sartor.data import load_data
+
+        data = load_data(options.data, list(program.input_shapes), options.seed, program=program)
+
+    from sartor.fit import FitOptions, fit
+    from sartor.report import summary
+
+    fit_options = FitOptions(
+        target=options.target,
+        budget=budget,
+        threads=options.threads,
+        precision=options.precision,
+        max_drop=options.max_drop,
+        recovery_s=recovery_s,
+        strategy=options.strategy,
+        seed=options.seed,
+        keep=tuple(options.keep),
+    )
+    with Progress.on_stderr() as progress:
+        result = fit(program, fit_options, data, folder, progress)
+    return Result(result.report, f"{summary(result.report)}\nwrote {folder}", result.exit_code)
