@@ -86,8 +86,9 @@ def _finish(program: Program, state: State, reference: Mapping[str, tuple[int, .
     graph = program.graph
     cleanup.remove_dead(graph)
     graph.sort()
-    for value in graph.all_nodes():
-        for output in value.outputs:
+    cleanup.sort_initializers(graph)
+    for node in graph.all_nodes():
+        for output in node.outputs:
             if not output.is_graph_output():
                 output.shape = None
     for value in graph.inputs:

@@ -18,7 +18,7 @@ from sartor.ir.program import Program
 INT64_MAX = 2**63 - 1
 
 
-class Refusal(Exception):  # noqa: N818 - a value that travels, not an error a user sees
+class Refusal(Exception):
     """The batch cannot be symbolic; the message names the node."""
 
 
@@ -507,7 +507,7 @@ def _matmul(state: State, node: ir.Node) -> None:
             _set(state, node, left)
             return
         raise _refuse(node, "contracts the batch axis")
-    if left is not None and left.axis == len(a) - 1 or right is not None and right.axis == len(b) - 2:
+    if (left is not None and left.axis == len(a) - 1) or (right is not None and right.axis == len(b) - 2):
         raise _refuse(node, "contracts the batch axis")
     found: Label | None = None
     for label, shape in ((left, a), (right, b)):

@@ -108,6 +108,7 @@ def canonicalize(
     cleanup.remove_dead(graph)
     cleanup.fix_names(model)
     graph.sort()
+    cleanup.sort_initializers(graph)
     cleanup.drop_metadata(model)
     for domain in list(model.opset_imports):
         if domain not in ("", DIALECT_DOMAIN):

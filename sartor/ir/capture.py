@@ -25,12 +25,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx_ir as ir
 
-from sartor.errors import ModelError, SartorError, UsageError
+from sartor.errors import ModelError, SartorError, UnsupportedOperatorError, UsageError
 from sartor.ir import batch as batching
 from sartor.ir import canonicalize as canonical
 from sartor.ir import provenance
 from sartor.ir.load import inline_functions, load
 from sartor.ir.program import CANONICAL_OPSET, Batch, Program, Source
+from sartor.ir.verify import verify_program
 
 if TYPE_CHECKING:
     import torch
@@ -160,6 +161,8 @@ def _capture(module: torch.nn.Module, examples: tuple[torch.Tensor, ...], name: 
         tiled = tuple(_tile(e, size) if c else e for e, c in zip(examples, carries, strict=True))
         try:
             program = _export(module, tiled, name)
+        except UnsupportedOperatorError:
+            raise
         except ModelError as error:
             reason = f"export at batch {size} failed: {error}"
         else:

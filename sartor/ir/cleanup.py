@@ -115,6 +115,16 @@ def _take_over_output(graph: ir.Graph, old: ir.Value, new: ir.Value) -> None:
     old.replace_all_uses_with(new)
 
 
+def sort_initializers(graph: ir.Graph) -> None:
+    """Order initializers by name: equal programs serialise equally, whatever order they were made in."""
+    ordered = sorted(graph.initializers.items())
+    if [name for name, _ in ordered] == list(graph.initializers):
+        return
+    graph.initializers.clear()
+    for _, value in ordered:
+        graph.register_initializer(value)
+
+
 def remove_dead(model_graph: ir.Graph) -> int:
     """Remove nodes and initializers that nothing reads, bodies of `If` included among the readers."""
     result = RemoveUnusedNodesPass()(ir.Model(model_graph, ir_version=10))

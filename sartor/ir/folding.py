@@ -32,6 +32,7 @@ def fold(
     types: Mapping[str, ir.DataType],
     protected: Set[str],
     folded: set[str],
+    skip: Set[ir.Node] = frozenset(),
 ) -> int:
     """Replace nodes of constant result by initializers, in one sweep in execution order.
 
@@ -41,13 +42,16 @@ def fold(
         types: element types by value name.
         protected: names of parameters; a node that reads one is kept.
         folded: names of initializers that came from constants; extended by this call.
+        skip: nodes that stay as they are.
 
     Returns:
         Number of nodes replaced.
     """
     count = 0
     for node in list(graph):
-        if node.domain not in ("", "ai.onnx") or node.op_type in NEVER_FOLDED or len(node.outputs) != 1:
+        if node in skip or node.domain not in ("", "ai.onnx"):
+            continue
+        if node.op_type in NEVER_FOLDED or len(node.outputs) != 1:
             continue
         output = node.outputs[0]
         if output.is_graph_output():

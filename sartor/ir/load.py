@@ -13,12 +13,13 @@ from pathlib import Path
 import onnx_ir as ir
 from onnx_ir.passes.common import InlinePass
 
-from sartor.errors import ModelError, UsageError
+from sartor.errors import ModelError, UsageError, VerificationError
 from sartor.ir import batch as batching
 from sartor.ir import canonicalize as canonical
 from sartor.ir import cleanup, opset, provenance
 from sartor.ir.onnx_file import Limits, read
 from sartor.ir.program import DIALECT_DOMAIN, Batch, Program, Source
+from sartor.ir.verify import verify_program
 
 __all__ = ["Limits", "inline_functions", "load"]
 
@@ -44,7 +45,23 @@ def load(
         UnsupportedOperatorError: an operator outside the canonical table.
         UsageError: `shapes` names no input, or does not fit it.
     """
-    contents = read(Path(path), Path(external_root) if external_root is not None else None, limits)
+    program = _load(
+        Path(path), shapes or {}, Path(external_root) if external_root is not None else None, limits
+    )
+    try:
+        verify_program(program)
+    except VerificationError as error:
+        refused = ModelError(f"'{Path(path).name}' is not a valid model: {error}")
+        for note in getattr(error, "__notes__", ()):
+            refused.add_note(note)
+        raise refused from error
+    return program
+
+
+def _load(
+    path: Path, shapes: Mapping[str, Sequence[int]], external_root: Path | None, limits: Limits
+) -> Program:
+    contents = read(path, external_root, limits)
     model = contents.model
     _drop_initialized_inputs(model.graph)
     cleanup.fix_names(model)
@@ -58,10 +75,10 @@ def load(
         if value.const_value is not None and value.const_value.dtype.is_floating_point()
     }
     declared = _declared(model.graph)
-    _check_names(shapes or {}, declared)
-    source = Source("onnx", Path(path).name, contents.sha256)
+    _check_names(shapes, declared)
+    source = Source("onnx", path.name, contents.sha256)
     carriers, static = _batch_inputs(declared)
-    reference = _reference(declared, carriers if not static else (), shapes or {})
+    reference = _reference(declared, carriers if not static else (), shapes)
 
     def canonical_at(at: Mapping[str, tuple[int, ...]], into: ir.Model) -> Program:
         canonical.canonicalize(into, at, parameters=parameters, provenance=origin)

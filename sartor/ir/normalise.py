@@ -183,14 +183,14 @@ def _operand(graph: ir.Graph, node: ir.Node, index: int, values: object) -> None
 
 def set_operand(graph: ir.Graph, node: ir.Node, index: int, array: np.ndarray) -> ir.Value:
     """Make input `index` of `node` a private constant holding `array`; named after the node."""
-    name = free_name(graph, f"{node.name}.{_schema(node.op_type)[0][index]}")
-    value = folding.constant(graph, name, array)
     if index >= len(node.inputs):
         node.resize_inputs(index + 1)
     old = node.inputs[index]
-    node.replace_input_with(index, value)
+    node.replace_input_with(index, None)
     if old is not None and old.is_initializer() and not old.uses() and not old.is_graph_output():
         graph.initializers.pop(old.name or "", None)
+    value = folding.constant(graph, free_name(graph, f"{node.name}.{_schema(node.op_type)[0][index]}"), array)
+    node.replace_input_with(index, value)
     return value
 
 

@@ -1,0 +1,122 @@
+"""The `sartor` dialect: dynamic structure as ONNX functions whose bodies are the reference semantics.
+
+A program that calls them stays a valid ONNX model: ONNX Runtime runs the bodies as they are. Rules: load and
+canonicalize inline every function except those of domain `sartor`; the opset is raised before a call goes
+in; weights enter as inputs, never as constants of a body; the first input carries the batch on axis 0; and
+only the ONNX Runtime lowering may ever see a call, every other backend gets `inline_dialect(program)` or its
+own legalisation of it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from onnx_ir.passes.common import InlinePass
+
+from sartor.errors import InternalError, UsageError
+from sartor.ir import cleanup, folding
+from sartor.ir.normalise import free_name
+from sartor.ir.program import CANONICAL_OPSET, DIALECT_DOMAIN, Program, infer_shapes
+
+DIALECT_VERSION = 1
+CHANNEL_GATE = "ChannelGate"
+
+
+def channel_gate() -> ir.Function:
+    """`ChannelGate(x [N, C, ...], gate [C]) -> y [N, C, ...]` with `y[n, c] = x[n, c] * gate[c]`, any rank >= 2."""
+    x, gate = ir.Value(name="x"), ir.Value(name="gate")
+
+    def node(op_type: str, name: str, inputs: list[ir.Value], **attributes: Any) -> ir.Value:
+        made = ir.node(op_type, inputs, attributes, num_outputs=1, name=name)
+        made.outputs[0].name = name
+        nodes.append(made)
+        return made.outputs[0]
+
+    nodes: list[ir.Node] = []
+    minus_one = node("Constant", "channels", [], value=ir.Tensor(np.asarray([-1], np.int64), name="channels"))
+    spatial = node("Shape", "spatial", [node("Shape", "pixels", [x], start=2)])
+    one = ir.Tensor(np.asarray([1], np.int64), name="one")
+    ones = node("ConstantOfShape", "ones", [spatial], value=one)
+    target = node("Concat", "target", [minus_one, ones], axis=0)
+    y = node("Mul", "y", [x, node("Reshape", "spread", [gate, target])])
+    body = ir.Graph([x, gate], [y], nodes=nodes, opset_imports={"": CANONICAL_OPSET}, name=CHANNEL_GATE)
+    return ir.Function(DIALECT_DOMAIN, CHANNEL_GATE, graph=body, attributes=[])
+
+
+def is_channel_gate(node: ir.Node) -> bool:
+    """True for a call of `ChannelGate`."""
+    return node.domain == DIALECT_DOMAIN and node.op_type == CHANNEL_GATE
+
+
+def insert_channel_gate(program: Program, value_name: str, *, name: str | None = None) -> str:
+    """Gate axis 1 of a value of the main graph; every reader then sees the gated value.
+
+    **Becomes** `v -> readers` to `v -> ChannelGate(v, gate) -> readers`, with an initializer `gate` of ones, so
+    that the program still computes the same function. `program` is modified.
+
+    Args:
+        program: canonical; its opset is already the canonical one.
+        value_name: a node output of rank 2 or more that is not a graph output.
+        name: of the gate's initializer; `<value>.gate` by default.
+
+    Returns:
+        The name of the gate's initializer, shape `[C]`.
+
+    Raises:
+        UsageError: there is no such value, or it is a graph output.
+    """
+    node = next((n for n in program.nodes() for o in n.outputs if o.name == value_name), None)
+    if node is None:
+        raise UsageError(
+            f"Value '{value_name}' is not computed by a node of this program, so it cannot be gated."
+        )
+    value = next(o for o in node.outputs if o.name == value_name)
+    if value.is_graph_output():
+        raise UsageError(
+            f"Value '{value_name}' is a graph output; outputs keep their meaning. Gate a value before it."
+        )
+    if int(program.model.opset_imports.get("", 0)) != CANONICAL_OPSET:
+        raise InternalError(f"The opset must be {CANONICAL_OPSET} before a gate goes in.")
+    shape, dtype = program.shapes()[value_name], program.types()[value_name]
+    if len(shape) < 2:
+        raise UsageError(f"Value '{value_name}' has shape {list(shape)}; a gate needs a channel axis 1.")
+    function = channel_gate()
+    program.model.functions.setdefault(function.identifier(), function)
+    program.model.opset_imports[DIALECT_DOMAIN] = DIALECT_VERSION
+    gate_name = free_name(program.graph, name or f"{value_name}.gate")
+    readers = list(value.uses())
+    gate = folding.constant(program.graph, gate_name, np.ones(shape[1], dtype=dtype.numpy()))
+    call = ir.Node(
+        DIALECT_DOMAIN, function.name, [value, gate], num_outputs=1, name=f"{value_name}.{CHANNEL_GATE}"
+    )
+    call.outputs[0].name = f"{value_name}.gated"
+    program.graph.insert_after(node, call)
+    for reader, index in readers:
+        reader.replace_input_with(index, call.outputs[0])
+    origin = program.provenance.get(node.name or "")
+    if origin is not None:
+        program.provenance[call.name or ""] = origin
+    cleanup.sort_initializers(program.graph)
+    program.invalidate()
+    return gate_name
+
+
+def inline_dialect(program: Program) -> Program:
+    """Return the program as plain ONNX: every dialect call replaced by its reference body."""
+    result = program.clone()
+    if not result.model.functions:
+        return result
+    before = set(result.graph)
+    InlinePass()(result.model)
+    result.model.opset_imports.pop(DIALECT_DOMAIN, None)
+    folded = {v.name or "" for v in cleanup.constants_to_initializers(result.graph)}
+    cleanup.fix_names(result.model)
+    result.invalidate()
+    shapes, types = infer_shapes(result.model, result.input_shapes)
+    # A body asks for shapes only to learn ranks; the program's own nodes (the batch idiom) stay.
+    folding.fold(result.graph, shapes, types, set(program.initializers), folded, skip=before)
+    cleanup.remove_dead(result.graph)
+    cleanup.sort_initializers(result.graph)
+    return result
