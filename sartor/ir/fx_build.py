@@ -1,0 +1,297 @@
+"""Builds the FX twin: one walk over the main graph, one fx node per operator."""
+
+from __future__ import annotations
+
+import dataclasses
+import operator as python_operator
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from torch import fx, nn
+
+from sartor.errors import InternalError, UnsupportedOperatorError, UsageError
+from sartor.ir import torch_ops
+from sartor.ir.host_values import HostValues
+from sartor.ir.program import Program
+from sartor.ir.twin_names import RESERVED, identifiers, state_keys
+
+_TORCH_TYPES: dict[ir.DataType, torch.dtype] = {
+    ir.DataType.FLOAT: torch.float32,
+    ir.DataType.DOUBLE: torch.float64,
+    ir.DataType.FLOAT16: torch.float16,
+    ir.DataType.BFLOAT16: torch.bfloat16,
+    ir.DataType.INT8: torch.int8,
+    ir.DataType.INT16: torch.int16,
+    ir.DataType.INT32: torch.int32,
+    ir.DataType.INT64: torch.int64,
+    ir.DataType.UINT8: torch.uint8,
+    ir.DataType.BOOL: torch.bool,
+}
+_STATISTICS = (3, 4)  # inputs of BatchNormalization that hold running mean and variance
+INFO = "sartor"
+"""Key of `gm.meta` under which the `TwinInfo` lies."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TwinInfo:
+    """What a twin knows about its program; kept in `gm.meta`.
+
+    Attributes:
+        inputs: graph input names, in the order of `forward`'s arguments.
+        outputs: graph output names followed by tap names, in the order of the returned tuple.
+        names: initializer name by state_dict key.
+        dtype: element type that replaced every float type, or None when types are as stored.
+    """
+
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    names: Mapping[str, str]
+    dtype: torch.dtype | None
+
+
+def to_tensor(array: np.ndarray, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """A tensor that owns a copy of `array`; floats become `dtype` when given.
+
+    Raises:
+        UnsupportedOperatorError: torch has no such element type.
+    """
+    array = np.asarray(array)
+    if array.dtype.name == "bfloat16":
+        tensor = torch.tensor(array.astype(np.float32)).to(torch.bfloat16)
+    elif array.dtype.kind not in "fiub" or array.dtype in (np.uint16, np.uint32, np.uint64):
+        raise UnsupportedOperatorError(f"element type '{array.dtype}' has no arithmetic in torch; cast it.")
+    else:
+        tensor = torch.from_numpy(np.array(array, order="C", copy=True))
+    return tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
+
+
+def to_array(tensor: torch.Tensor) -> np.ndarray:
+    """A numpy copy of `tensor`."""
+    tensor = tensor.detach().cpu()
+    if tensor.dtype is torch.bfloat16:
+        return tensor.float().numpy().astype(ir.DataType.BFLOAT16.numpy())
+    return tensor.numpy().copy()
+
+
+class Builder:
+    """Walks the graph once and emits one fx node per operator."""
+
+    def __init__(self, program: Program, dtype: torch.dtype | None):
+        self.program = program
+        self.dtype = dtype
+        self.model = program.model
+        if self.model.functions:
+            self.model = self.model.clone()
+            ir.passes.common.InlinePass()(self.model)
+        self.graph = fx.Graph()
+        self.root = nn.Module()
+        self.values: dict[ir.Value, fx.Node] = {}
+        self.constants: dict[ir.Value, np.ndarray | None] = {}
+        self.host = HostValues(self._constant, self._dimension, self._rank, self._call_number)
+        self.keys: dict[str, str] = {}  # state_dict key by initializer name, of those in use
+        self.all_keys: dict[str, str] = {}
+        self.count = 0
+
+    def build(self, taps: tuple[str, ...]) -> fx.GraphModule:
+        """Emit everything and wrap it in a module in eval mode."""
+        graph = self.model.graph
+        reserved = frozenset(dir(fx.GraphModule(nn.Module(), fx.Graph()))) | set(nn.Module().__dict__)
+        self.all_keys = state_keys(graph.initializers, reserved)
+        names = [value.name or "" for value in graph.inputs]
+        for value, identifier in zip(graph.inputs, identifiers(names), strict=True):
+            self._element_type(value.dtype, f"graph input '{value.name}'")
+            self.values[value] = self.graph.placeholder(identifier)
+        for node in graph:
+            try:
+                self._emit(node)
+            except UnsupportedOperatorError as error:
+                raise UnsupportedOperatorError(f"Node {self.program.where(node)}: {error}") from error
+        results = [self._tensor(value) for value in graph.outputs]
+        results += [self._tensor(self._find(name)) for name in taps]
+        self.graph.output(tuple(results))
+        gm = fx.GraphModule(self.root, self.graph, class_name="Twin")
+        gm.graph.eliminate_dead_code()
+        gm = fx.GraphModule(gm, gm.graph, class_name="Twin")  # leaves out tensors that nothing reads
+        state = gm.state_dict()
+        gm.meta[INFO] = TwinInfo(
+            inputs=tuple(names),
+            outputs=tuple([*(value.name or "" for value in graph.outputs), *taps]),
+            names={key: name for name, key in self.keys.items() if key in state},
+            dtype=self.dtype,
+        )
+        return gm.eval()
+
+    def _find(self, name: str) -> ir.Value:
+        graph = self.model.graph
+        computed = [output for node in graph for output in node.outputs]
+        for value in [*graph.inputs, *graph.initializers.values(), *computed]:
+            if value.name == name and name:
+                return value
+        raise UsageError(f"No value '{name}' exists in the program; taps name values of its main graph.")
+
+    # ---- operands --------------------------------------------------------------------------
+    def _constant(self, value: ir.Value) -> np.ndarray | None:
+        """The array of an initializer or Constant output; None for everything computed."""
+        if value not in self.constants:
+            array = None
+            node = value.producer()
+            if value.is_initializer() and value.const_value is not None and value not in self.values:
+                array = value.const_value.numpy()
+            elif node is not None and node.op_type == "Constant" and node.domain in ("", "ai.onnx"):
+                array = _constant_array(node)
+            self.constants[value] = array
+        return self.constants[value]
+
+    def _tensor(self, value: ir.Value) -> fx.Node:
+        if value not in self.values:
+            array = self._constant(value)
+            if array is None:
+                raise InternalError(f"Value '{value.name}' is used before it is computed; report this.")
+            tensor: torch.Tensor = to_tensor(array, self.dtype)
+            if value.is_initializer():
+                key = self.keys.setdefault(value.name or "", self.all_keys[value.name or ""])
+                if tensor.is_floating_point() and _is_weight(value):
+                    tensor = nn.Parameter(tensor)
+            else:
+                key = f"{RESERVED}.constant_{self._next()}"
+            _install(self.root, key, tensor)
+            self.values[value] = self.graph.get_attr(key)
+        return self.values[value]
+
+    def _dimension(self, value: ir.Value, axis: int) -> fx.Node:
+        return self.graph.call_function(torch_ops.dimension, (self._tensor(value), axis))
+
+    def _rank(self, value: ir.Value) -> int:
+        array = self._constant(value)
+        return array.ndim if array is not None else len(self.program.shapes()[value.name or ""])
+
+    def _call_number(self, function: Callable[..., Any], a: Any, b: Any) -> fx.Node:
+        return self.graph.call_function(function, (a, b))
+
+    def _next(self) -> int:
+        self.count += 1
+        return self.count - 1
+
+    def _element_type(self, dtype: ir.DataType | None, what: str) -> torch.dtype:
+        if dtype is None or dtype not in _TORCH_TYPES:
+            raise UnsupportedOperatorError(f"{what} has element type '{dtype}', without arithmetic in torch.")
+        found = _TORCH_TYPES[dtype]
+        return self.dtype if self.dtype is not None and found.is_floating_point else found
+
+    # ---- nodes -----------------------------------------------------------------------------
+    def _emit(self, node: ir.Node) -> None:
+        if node.op_type == "Constant" and node.domain in ("", "ai.onnx"):
+            return
+        spec = torch_ops.OPERATORS.get(node.op_type) if node.domain in ("", "ai.onnx") else None
+        if spec is None:
+            domain = f" of domain '{node.domain}'" if node.domain else ""
+            raise UnsupportedOperatorError(
+                f"operator '{node.op_type}'{domain} is not in the FX twin's table; replace it, or cut "
+                "the model before it."
+            )
+        used = max((i + 1 for i, output in enumerate(node.outputs) if output.name), default=1)
+        if node.op_type == "BatchNormalization" and not node.attributes.get_int("training_mode", 0):
+            self.values[node.outputs[0]] = self._batch_norm(node)
+            return
+        attributes = self._attributes(node, spec)
+        if spec.several:
+            attributes["outputs"] = used
+        operands = tuple(self._operand(node, spec, i, value) for i, value in enumerate(node.inputs))
+        if spec.op_type == "Range" and node.inputs[0] is not None:
+            start = self._constant(node.inputs[0])
+            if start is not None:
+                attributes["dtype"] = self._element_type(ir.DataType.from_numpy(start.dtype), "Range")
+        result = self.graph.call_function(spec.function, operands, attributes)
+        result.meta["onnx_node"] = node.name
+        if not spec.several:
+            self.values[node.outputs[0]] = result
+            return
+        for i in range(used):
+            if node.outputs[i].name:
+                self.values[node.outputs[i]] = self.graph.call_function(python_operator.getitem, (result, i))
+
+    def _operand(self, node: ir.Node, spec: torch_ops.Operator, index: int, value: ir.Value | None) -> Any:
+        if value is None or not value.name:
+            return None
+        if index in spec.static:
+            return self.host.resolve(value)
+        if index in spec.scalars:
+            array = self._constant(value)
+            if array is not None and array.size == 1:
+                return array.reshape(()).item()
+        return self._tensor(value)
+
+    def _batch_norm(self, node: ir.Node) -> fx.Node:
+        attributes = self._attributes(node, torch_ops.OPERATORS["BatchNormalization"])
+        module = torch_ops.BatchNorm(attributes.get("epsilon", 1e-5), attributes.get("momentum", 0.9))
+        key = f"{RESERVED}.norm_{self._next()}"
+        _install(self.root, key, module)
+        operands = tuple(self._tensor(value) for value in node.inputs if value is not None)
+        result = self.graph.create_node("call_module", key, operands)
+        result.meta["onnx_node"] = node.name
+        return result
+
+    def _attributes(self, node: ir.Node, spec: torch_ops.Operator) -> dict[str, Any]:
+        result: dict[str, Any] = {}
+        for name, attribute in node.attributes.items():
+            value = attribute.value
+            if spec.op_type == "ConstantOfShape" and name == "value":
+                tensor = attribute.as_tensor()
+                result["value"] = tensor.numpy().reshape(()).item()
+                result["dtype"] = self._element_type(tensor.dtype, "attribute 'value'")
+                continue
+            if name not in spec.attributes:
+                raise UnsupportedOperatorError(
+                    f"attribute '{name}' is not understood; the FX twin knows {sorted(spec.attributes)}."
+                )
+            if name in spec.types:
+                value = self._element_type(ir.DataType(attribute.as_int()), f"attribute '{name}'")
+            elif attribute.type == ir.AttributeType.TENSOR:
+                raise UnsupportedOperatorError(f"attribute '{name}' is a tensor; expected a number or text.")
+            elif isinstance(value, list | tuple):
+                value = tuple(value)
+            result[name] = value
+        if spec.op_type == "ConstantOfShape" and "dtype" not in result:
+            result["dtype"] = self._element_type(ir.DataType.FLOAT, "ConstantOfShape")
+        return result
+
+
+def _constant_array(node: ir.Node) -> np.ndarray:
+    for name, attribute in node.attributes.items():
+        if name == "value":
+            return attribute.as_tensor().numpy()
+        if name in ("value_float", "value_floats"):
+            return np.asarray(attribute.value, dtype=np.float32)
+        if name in ("value_int", "value_ints"):
+            return np.asarray(attribute.value, dtype=np.int64)
+    raise UnsupportedOperatorError(f"Constant '{node.name}' is no dense tensor of numbers; expected one.")
+
+
+def _is_weight(value: ir.Value) -> bool:
+    """False for running statistics, and for single numbers that are part of the author's formula."""
+    uses = list(value.uses())
+    if any(use.node.op_type == "BatchNormalization" and use.idx in _STATISTICS for use in uses):
+        return False
+    single = value.const_value is not None and value.const_value.size == 1
+    operators = [torch_ops.OPERATORS.get(use.node.op_type) for use in uses]
+    return not (single and all(spec is not None and spec.arithmetic for spec in operators))
+
+
+def _install(root: nn.Module, key: str, item: torch.Tensor | nn.Module) -> None:
+    """Put a tensor or module at a dotted path, creating the modules on the way."""
+    *path, name = key.split(".")
+    for segment in path:
+        if segment not in root._modules:
+            root.add_module(segment, nn.Module())
+        child = root._modules[segment]
+        assert child is not None
+        root = child
+    if isinstance(item, nn.Parameter):
+        root.register_parameter(name, item)
+    elif isinstance(item, nn.Module):
+        root.add_module(name, item)
+    else:
+        root.register_buffer(name, item)

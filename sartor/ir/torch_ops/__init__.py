@@ -1,0 +1,25 @@
+"""Every canonical ONNX operator as a differentiable torch function, one file per family.
+
+`OPERATORS` is the table; the functions keep ONNX's operand order and attribute names. They are proven on
+ONNX's own node test cases (tests/test_torch_ops.py).
+"""
+
+from __future__ import annotations
+
+from sartor.ir.torch_ops import contraction, elementwise, movement, normalization, reduction, resize
+from sartor.ir.torch_ops.movement import dimension
+from sartor.ir.torch_ops.normalization import BatchNorm
+from sartor.ir.torch_ops.registry import OPERATORS, Operator
+
+__all__ = [
+    "OPERATORS",
+    "BatchNorm",
+    "Operator",
+    "contraction",
+    "dimension",
+    "elementwise",
+    "movement",
+    "normalization",
+    "reduction",
+    "resize",
+]
