@@ -1,0 +1,365 @@
+"""Fused kernels: how runtimes group the nodes of a program, with sizes as functions of a plan.
+
+One kernel is a contraction (Conv, ConvTranspose, Gemm, MatMul) with what runtimes execute inside it:
+a following BatchNormalization, a bias or residual Add, one activation. Every other node is a kernel of
+its own; nodes that only change metadata cost nothing and belong to no kernel.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from sartor.errors import InternalError
+from sartor.ir.extents import Extent
+from sartor.ir.fusion import ACTIVATIONS, CONTRACTIONS, Fused, json_attributes, partition
+from sartor.ir.program import Program
+from sartor.ir.subgraphs import body_graphs, body_shapes, captured_values
+
+RECURRENT = frozenset({"RNN", "LSTM", "GRU"})
+FREE = frozenset({"Reshape", "Flatten", "Squeeze", "Unsqueeze", "Identity", "Shape", "Size", "Constant"})
+"""Operators that change only metadata."""
+_ARITHMETIC = frozenset(
+    {"Add", "Sub", "Mul", "Div", "Pow", "Sqrt", "Reciprocal", "Neg", "Abs", "Exp", "Log", "Erf"}
+    | {"Where", "PRelu", "Min", "Max", "Cast"}
+)
+_FREE_INTEGER_ELEMENTS = 64  # shape arithmetic: a few integers cost nothing beside any kernel
+_KEEP_VALUE_ELEMENTS = 64  # constants that decide what a node does (bounds, axes, scales), not weights
+
+Term = tuple[float, tuple[Extent, ...]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Quantity:
+    """A cost as a sum of `coefficient · Π extents`; constants are folded into the coefficient."""
+
+    terms: tuple[Term, ...] = ()
+
+    @staticmethod
+    def product(coefficient: float, dims: Sequence[Extent]) -> Quantity:
+        """`coefficient · Π dims`."""
+        varying = []
+        for extent in dims:
+            if extent.groups:
+                varying.append(extent)
+            else:
+                coefficient *= extent.full
+        return Quantity(((float(coefficient), tuple(varying)),))
+
+    def __add__(self, other: Quantity) -> Quantity:
+        return Quantity(self.terms + other.terms)
+
+    @property
+    def full(self) -> float:
+        """The value before any pruning."""
+        return sum(c * math.prod(e.full for e in factors) for c, factors in self.terms)
+
+    def evaluate(self, fractions: Mapping[str, np.ndarray | float]) -> np.ndarray | float:
+        """The value under a plan (scalars) or a population (arrays `[plans]`)."""
+        total: np.ndarray | float = 0.0
+        for coefficient, factors in self.terms:
+            value: np.ndarray | float = coefficient
+            for extent in factors:
+                value = value * whole(extent.evaluate(fractions))
+            total = total + value
+        return total
+
+
+def whole(value: np.ndarray | float) -> np.ndarray | float:
+    """Snap to the integer that rounding errors missed; real fractions of a channel stay as they are."""
+    nearest = np.rint(value)
+    return np.where(np.abs(value - nearest) <= 1e-6 * np.maximum(1.0, np.abs(nearest)), nearest, value)
+
+
+@dataclasses.dataclass(frozen=True)
+class Operand:
+    """One tensor that a kernel reads or writes.
+
+    Attributes:
+        dims: one extent per axis.
+        item_bytes: bytes per element (0.5 for 4-bit types).
+        dtype: ONNX type name, e.g. `FLOAT`.
+        stored: True for an initializer.
+        value: contents of a small constant as nested lists, else None.
+    """
+
+    name: str
+    dims: tuple[Extent, ...]
+    item_bytes: float
+    dtype: str
+    stored: bool = False
+    value: Any = None
+
+    @property
+    def bytes(self) -> Quantity:
+        """Size in bytes."""
+        return Quantity.product(self.item_bytes, self.dims)
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """One unit of execution.
+
+    Attributes:
+        name: name of the leading node.
+        op_type: operator of the leading node.
+        family: `conv`, `depthwise`, `gemm`, `matmul`, `recurrent`, `elementwise`, `pool`, `norm`, `other`.
+        nodes: names of all nodes in it, in execution order.
+        attributes: of the leading node, JSON values, defaults of convolutions filled in.
+        inputs: operands of the leading node (None where an optional one is absent).
+        outputs: values that leave the kernel.
+        epilogue: what is fused behind the leading node, BatchNormalization excepted: it folds away.
+        macs: multiply-accumulates (1 MAC = 2 FLOP).
+        bytes_read: activations and initializers read.
+        bytes_written: activations written.
+        blocks: removable blocks that contain it; it disappears with any of them.
+        instead_of: when not empty, the kernel exists only if one of these blocks is removed: it is what
+            remains of a fused kernel whose leading node went with the block.
+    """
+
+    name: str
+    op_type: str
+    family: str
+    nodes: tuple[str, ...]
+    attributes: Mapping[str, Any]
+    inputs: tuple[Operand | None, ...]
+    outputs: tuple[Operand, ...]
+    epilogue: tuple[Fused, ...]
+    macs: Quantity
+    bytes_read: Quantity
+    bytes_written: Quantity
+    blocks: tuple[str, ...] = ()
+    instead_of: tuple[str, ...] = ()
+
+
+class Tensors:
+    """Operands of a program's values, from the reference shapes and the analysed extents."""
+
+    def __init__(self, program: Program, extents: Mapping[str, tuple[Extent, ...]] | None):
+        self._program = program
+        self._shapes, self._types = program.shapes(), program.types()
+        self._extents = extents or {}
+        self._cache: dict[str, Operand] = {}
+        self._inner: dict[str, tuple[tuple[int, ...], ir.DataType]] | None = None
+
+    def __getitem__(self, value: ir.Value) -> Operand:
+        name = value.name or ""
+        if name not in self._cache:
+            self._cache[name] = self._make(value, name)
+        return self._cache[name]
+
+    def _make(self, value: ir.Value, name: str) -> Operand:
+        shape = self._shapes.get(name)
+        if shape is None:
+            raise InternalError(
+                f"Value '{name}' has no inferred shape; only main-graph values can be priced."
+            )
+        dims = self._extents.get(name)
+        if dims is None:
+            dims = tuple(Extent.constant(d) for d in shape)
+        elif len(dims) != len(shape) or any(abs(e.full - d) > 1e-6 for e, d in zip(dims, shape, strict=True)):
+            raise InternalError(
+                f"Extents of value '{name}' are {[e.full for e in dims]} before pruning, "
+                f"but its shape is {list(shape)}; the channel analysis does not belong to this program."
+            )
+        dtype = self._types.get(name, ir.DataType.FLOAT)
+        stored = name in self._program.initializers
+        constant = None
+        decides = not dtype.is_floating_point() or not shape or (len(shape) == 1 and shape[0] <= 8)
+        fixed = math.prod(shape) <= _KEEP_VALUE_ELEMENTS and not any(e.groups for e in dims)
+        if stored and decides and fixed:
+            constant = self._program.initializer_array(name).tolist()
+        return Operand(name, tuple(dims), dtype.itemsize, dtype.name, stored, constant)
+
+    def body_macs(self, node: ir.Node) -> Quantity:
+        """MACs inside the bodies of a control-flow node: an If's dearest branch, a Loop's body once."""
+        bodies = body_graphs(node)
+        if not bodies:
+            return Quantity()
+        if self._inner is None:
+            self._inner = body_shapes(self._program)
+        totals = [sum(self._inner_macs(n) for n in body) for body in bodies]
+        return Quantity(((float(max(totals)), ()),))
+
+    def _inner_macs(self, node: ir.Node) -> float:
+        if body_graphs(node):
+            return self.body_macs(node).full
+        if node.op_type not in CONTRACTIONS | RECURRENT:
+            return 0.0
+        inputs = [None if v is None else self._inner_operand(v) for v in node.inputs]
+        return macs(node.op_type, json_attributes(node), inputs, self._inner_operand(node.outputs[0])).full
+
+    def _inner_operand(self, value: ir.Value) -> Operand:
+        assert self._inner is not None
+        name = value.name or ""
+        shape = self._inner[name][0] if name in self._inner else self._shapes[name]
+        return Operand(name, tuple(Extent.constant(d) for d in shape), 4, "FLOAT")
+
+
+def build_kernels(
+    program: Program,
+    extents: Mapping[str, tuple[Extent, ...]] | None,
+    blocks_of: Mapping[str, tuple[str, ...]],
+) -> tuple[Kernel, ...]:
+    """Kernels of the main graph in execution order.
+
+    Args:
+        extents: dimensions per value name; values that are absent keep their reference shape.
+        blocks_of: names of the removable blocks that contain a node, by node name.
+    """
+    tensors = Tensors(program, extents)
+    kernels: list[Kernel] = []
+    for nodes, epilogue in partition(program, blocks_of):
+        if _is_free(nodes[0], tensors):
+            continue
+        lead_blocks = blocks_of.get(nodes[0].name or "", ())
+        kernels.append(_kernel(program, tensors, nodes, epilogue, lead_blocks, ()))
+        for node in nodes[1:]:
+            own = blocks_of.get(node.name or "", ())
+            gone = tuple(b for b in lead_blocks if b not in own)
+            if gone and node.op_type != "BatchNormalization":
+                kernels.append(_kernel(program, tensors, [node], (), own, gone))
+    return tuple(kernels)
+
+
+def _is_free(node: ir.Node, tensors: Tensors) -> bool:
+    if node.op_type in FREE and node.domain in ("", "ai.onnx"):
+        return True
+    outputs = [tensors[o] for o in node.outputs if o.name]
+    return all(
+        "INT" in o.dtype and math.prod(e.full for e in o.dims) <= _FREE_INTEGER_ELEMENTS for o in outputs
+    )
+
+
+def _kernel(
+    program: Program,
+    tensors: Tensors,
+    nodes: Sequence[ir.Node],
+    epilogue: Sequence[Fused],
+    blocks: tuple[str, ...],
+    instead_of: tuple[str, ...],
+) -> Kernel:
+    lead, inside = nodes[0], set(nodes)
+    made = {o for node in nodes for o in node.outputs}
+    read: dict[ir.Value, None] = {}
+    for node in nodes:
+        for value in (*node.inputs, *captured_values(node)):
+            if value is not None and value not in made:
+                read[value] = None
+    written = [
+        o
+        for node in nodes
+        for o in node.outputs
+        if o.name and (o.is_graph_output() or not inside.issuperset(u.node for u in o.uses()))
+    ]
+    attributes = json_attributes(lead)
+    inputs = tuple(None if v is None else tensors[v] for v in lead.inputs)
+    outputs = tuple(tensors[o] for o in written) or tuple(tensors[o] for o in lead.outputs if o.name)
+    first = tensors[lead.outputs[0]]
+    if lead.op_type in ("Conv", "ConvTranspose"):
+        attributes = convolution_attributes(attributes, inputs, first)
+    return Kernel(
+        name=lead.name or "",
+        op_type=lead.op_type,
+        family=_family(lead, attributes, inputs),
+        nodes=tuple(n.name or "" for n in nodes),
+        attributes=attributes,
+        inputs=inputs,
+        outputs=outputs,
+        epilogue=tuple(epilogue),
+        macs=macs(lead.op_type, attributes, inputs, first) + tensors.body_macs(lead),
+        bytes_read=sum((tensors[v].bytes for v in read), Quantity()),
+        bytes_written=sum((tensors[v].bytes for v in written), Quantity()),
+        blocks=blocks,
+        instead_of=instead_of,
+    )
+
+
+def macs(
+    op_type: str, attributes: Mapping[str, Any], inputs: Sequence[Operand | None], output: Operand
+) -> Quantity:
+    """Multiply-accumulates of one node; zero for everything that is not a contraction.
+
+    Biases, activations and poolings are not counted. ConvTranspose counts every product, also those
+    that its pads crop away.
+    """
+    if op_type == "Conv":
+        return Quantity.product(1, (*output.dims, *_dims(inputs[1])[1:]))
+    if op_type == "ConvTranspose":
+        return Quantity.product(1, (*_dims(inputs[0]), *_dims(inputs[1])[1:]))
+    if op_type == "Gemm":
+        return Quantity.product(1, (*output.dims, _dims(inputs[0])[0 if attributes.get("transA") else 1]))
+    if op_type == "MatMul":
+        return Quantity.product(1, (*output.dims, _dims(inputs[0])[-1]))
+    if op_type in RECURRENT:
+        sequence = _dims(inputs[0])  # [T, N, I], or [N, T, I] with layout 1: the product is the same
+        steps = (sequence[0], sequence[1])
+        return Quantity.product(1, steps + _dims(inputs[1])) + Quantity.product(1, steps + _dims(inputs[2]))
+    return Quantity()
+
+
+def _dims(operand: Operand | None) -> tuple[Extent, ...]:
+    if operand is None:
+        raise InternalError("A contraction lacks a required input; verify the program first.")
+    return operand.dims
+
+
+def _family(node: ir.Node, attributes: Mapping[str, Any], inputs: Sequence[Operand | None]) -> str:
+    kind = node.op_type
+    if kind in ("Conv", "ConvTranspose"):
+        group = int(attributes.get("group", 1))
+        return "depthwise" if group > 1 and group == round(_dims(inputs[0])[1].full) else "conv"
+    if kind in ("Gemm", "MatMul"):
+        return kind.lower()
+    if kind in RECURRENT:
+        return "recurrent"
+    if kind.endswith("Pool") or kind.startswith("Reduce"):
+        return "pool"
+    if kind.endswith("Normalization") or kind in ("Softmax", "LogSoftmax", "LRN"):
+        return "norm"
+    if kind in ACTIVATIONS or kind in (
+        "Add",
+        "Sub",
+        "Mul",
+        "Div",
+        "Pow",
+        "Sqrt",
+        "Erf",
+        "Exp",
+        "Where",
+        "PRelu",
+    ):
+        return "elementwise"
+    return "other"
+
+
+def convolution_attributes(
+    attributes: Mapping[str, Any], inputs: Sequence[Operand | None], output: Operand
+) -> dict[str, Any]:
+    """All defaults of a convolution filled in and `auto_pad` resolved, so that equal ones compare equal."""
+    kernel = [round(e.full) for e in _dims(inputs[1])[2:]]
+    rank = len(kernel)
+    filled: dict[str, Any] = {
+        "strides": [1] * rank,
+        "dilations": [1] * rank,
+        "pads": [0] * (2 * rank),
+        "group": 1,
+        **attributes,
+        "kernel_shape": kernel,
+    }
+    mode = filled.pop("auto_pad", "NOTSET")
+    if mode in ("SAME_UPPER", "SAME_LOWER") and "output_padding" not in filled:
+        source, target = _dims(inputs[0])[2:], output.dims[2:]
+        strides, dilations = filled["strides"], filled["dilations"]
+        totals = [
+            max(0, (round(t.full) - 1) * s + d * (k - 1) + 1 - round(i.full))
+            for t, s, d, k, i in zip(target, strides, dilations, kernel, source, strict=True)
+        ]
+        small, large = [t // 2 for t in totals], [t - t // 2 for t in totals]
+        filled["pads"] = small + large if mode == "SAME_UPPER" else large + small
+    return filled

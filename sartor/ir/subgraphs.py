@@ -1,0 +1,92 @@
+"""Bodies of control-flow nodes (If, Loop, Scan): what they read from outside, and the shapes inside."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import onnx
+import onnx_ir as ir
+
+from sartor.errors import ModelError
+from sartor.ir.program import Program
+
+
+def body_graphs(node: ir.Node) -> list[ir.Graph]:
+    """Graphs held by the attributes of `node`, in attribute order; empty for ordinary nodes."""
+    graphs: list[ir.Graph] = []
+    for attribute in node.attributes.values():
+        if attribute.type == ir.AttributeType.GRAPH:
+            graphs.append(attribute.as_graph())
+        elif attribute.type == ir.AttributeType.GRAPHS:
+            graphs.extend(attribute.as_graphs())
+    return graphs
+
+
+def captured_values(node: ir.Node) -> list[ir.Value]:
+    """Values of enclosing graphs that the bodies of `node` read, at any depth, without repetition."""
+    found: dict[ir.Value, None] = {}
+    for body in body_graphs(node):
+        inner = list(ir.traversal.RecursiveGraphIterator(body))
+        local = {output for n in inner for output in n.outputs}
+        for graph in [body, *(g for n in inner for g in body_graphs(n))]:
+            local.update(graph.inputs)
+            local.update(graph.initializers.values())
+        reads = [v for n in inner for v in n.inputs if v is not None] + list(body.outputs)
+        found.update(dict.fromkeys(v for v in reads if v not in local))
+    return list(found)
+
+
+def body_shapes(program: Program) -> dict[str, tuple[tuple[int, ...], ir.DataType]]:
+    """Shape and element type of every value inside the bodies of the main graph's nodes, by name.
+
+    Raises:
+        ModelError: a body's shape depends on data; names the value.
+    """
+    owners = [node for node in program.nodes() if body_graphs(node)]
+    if not owners:
+        return {}
+    shapes, types = program.shapes(), program.types()
+    light = program.model.clone()
+    for name, value in list(light.graph.initializers.items()):
+        if value.const_value is not None and value.const_value.size > 4096:  # never a shape
+            light.graph.initializers.pop(name)
+            value.const_value = None
+            light.graph.inputs.append(value)
+    for node in light.graph:
+        for value in (*node.inputs, *node.outputs, *captured_values(node)):
+            if value is not None and value.name in shapes:
+                value.shape, value.type = ir.Shape(shapes[value.name]), ir.TensorType(types[value.name])
+    inferred = onnx.shape_inference.infer_shapes(ir.to_proto(light), data_prop=True)
+    found: dict[str, tuple[tuple[int, ...], ir.DataType]] = {}
+    stack = [a for n in inferred.graph.node for a in n.attribute]
+    while stack:
+        attribute = stack.pop()
+        for graph in [attribute.g, *attribute.graphs] if attribute.HasField("g") else attribute.graphs:
+            stack.extend(a for n in graph.node for a in n.attribute)
+            for info in [*graph.input, *graph.value_info, *graph.output]:
+                tensor = info.type.tensor_type
+                if tensor.HasField("shape") and all(d.HasField("dim_value") for d in tensor.shape.dim):
+                    dims = tuple(int(d.dim_value) for d in tensor.shape.dim)
+                    found[info.name] = (dims, ir.DataType(tensor.elem_type))
+            for tensor in graph.initializer:
+                found[tensor.name] = (tuple(tensor.dims), ir.DataType(tensor.data_type))
+    _require_all(program, owners, found, shapes)
+    return found
+
+
+def _require_all(
+    program: Program,
+    owners: list[ir.Node],
+    found: Mapping[str, object],
+    outer: Mapping[str, object],
+) -> None:
+    for owner in owners:
+        for body in body_graphs(owner):
+            for node in ir.traversal.RecursiveGraphIterator(body):
+                for value in node.outputs:
+                    if value.name and value.name not in found and value.name not in outer:
+                        raise ModelError(
+                            f"The shape of value '{value.name}' inside {program.where(owner)} could not be "
+                            "inferred at the given input shapes; it depends on data. Give every dimension a "
+                            "fixed size with --shape NAME=1,3,224,224."
+                        )

@@ -1,0 +1,306 @@
+"""`Workload`: a program as fused kernels whose costs are functions of a plan.
+
+Building one reads the graph and the shapes; evaluating one is arithmetic on arrays, so that a whole
+population of plans is priced in a single call, without touching weights.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import onnx_ir as ir
+
+from sartor.errors import PlanError
+from sartor.ir.extents import Extent
+from sartor.ir.kernels import Kernel, Operand, Quantity, Tensors, build_kernels, whole
+from sartor.ir.liveness import Liveness, build_liveness
+from sartor.ir.program import Program
+from sartor.ir.subgraphs import captured_values
+
+Fractions = Mapping[str, Any]
+"""Kept fraction per group name, each a scalar or an array `[plans]`; 1.0 where absent."""
+Removed = Mapping[str, Any]
+"""Whether a block is removed, per block name, each a bool or a bool array `[plans]`; False where absent."""
+
+_SETTINGS = {"Clip": (1, 2), "Resize": (1, 2), "Pad": (2,), "BatchNormalization": (3, 4)}
+"""Float inputs that are no parameters: bounds, scales, fill values, running statistics."""
+
+
+class RemovableBlock(Protocol):
+    """What pricing needs to know of a residual block."""
+
+    @property
+    def name(self) -> str:
+        """Name in plans."""
+        ...
+
+    @property
+    def nodes(self) -> Sequence[str]:
+        """Names of the nodes that go when the block is removed."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Priced:
+    """Costs of a population of plans, each an array `[plans]` (0-d for a single plan).
+
+    Attributes:
+        macs: multiply-accumulates (1 MAC = 2 FLOP).
+        parameters: float weights, without running statistics and settings.
+        weight_bytes: bytes of all initializers that stay.
+        bytes_read: activations and weights read by all kernels.
+        bytes_written: activations written by all kernels.
+    """
+
+    macs: np.ndarray
+    parameters: np.ndarray
+    weight_bytes: np.ndarray
+    bytes_read: np.ndarray
+    bytes_written: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """One initializer: it stays as long as any of the nodes that read it stays.
+
+    Attributes:
+        readers: for every reading node, the blocks that contain it. Empty: nothing reads it, it stays.
+        parameter: a weight in the sense of `parameters`.
+    """
+
+    operand: Operand
+    readers: tuple[tuple[str, ...], ...]
+    parameter: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Presence:
+    """When something exists: none of `blocks` is removed and, if `instead_of` is not empty, one of it is."""
+
+    blocks: tuple[str, ...] = ()
+    instead_of: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Workload:
+    """Fused kernels, initializers and lifetimes of one program. Compared by identity.
+
+    Attributes:
+        kernels: in execution order.
+        stored: initializers of the main graph.
+        blocks: names of the removable blocks, in the order given.
+        liveness: lifetimes of activations.
+    """
+
+    kernels: tuple[Kernel, ...]
+    stored: tuple[Stored, ...]
+    blocks: tuple[str, ...]
+    liveness: Liveness
+    _compiled: dict[str, Any] = dataclasses.field(default_factory=dict, repr=False)
+
+    @property
+    def groups(self) -> frozenset[str]:
+        """Names of all groups that change anything."""
+        operands = [o for k in self.kernels for o in (*k.inputs, *k.outputs) if o is not None]
+        operands += [s.operand for s in self.stored]
+        return frozenset(g for o in operands for e in o.dims for g in e.groups)
+
+    def evaluate(self, fractions: Fractions | None = None, removed: Removed | None = None) -> Priced:
+        """Price a population of plans.
+
+        Args:
+            fractions: kept fraction per group; scalars or arrays of one common length `[plans]`.
+            removed: removed blocks; scalars or bool arrays of the same length.
+
+        Raises:
+            PlanError: a removed block is not in this workload.
+        """
+        fractions, removed = fractions or {}, removed or {}
+        self.check_removed(removed)
+        plans = Population(fractions, removed)
+        return Priced(**{name: plans.total(parts) for name, parts in self._parts().items()})
+
+    def peak_activation_bytes(
+        self, fractions: Fractions | None = None, removed: Removed | None = None
+    ) -> np.ndarray:
+        """Peak activation bytes of a population of plans; definition in `sartor.ir.liveness`."""
+        self.check_removed(removed or {})
+        return self.liveness.evaluate(fractions or {}, removed or {})
+
+    def macs_of_nodes(self, nodes: Iterable[str]) -> float:
+        """MACs, before any pruning, of the kernels whose leading node is in `nodes`."""
+        wanted = set(nodes)
+        return sum(k.macs.full for k in self.kernels if k.name in wanted and not k.instead_of)
+
+    def check_removed(self, removed: Removed) -> None:
+        """Refuse names of blocks that this workload does not know: they would be priced as no change."""
+        unknown = sorted(set(removed) - set(self.blocks))
+        if unknown:
+            raise PlanError(
+                f"The plan removes blocks {unknown}, which this program does not have; "
+                f"removable blocks are {list(self.blocks)}."
+            )
+
+    def _parts(self) -> dict[str, list[tuple[Presence | tuple[Presence, ...], Quantity]]]:
+        if not self._compiled:
+            parts: dict[str, list[tuple[Presence | tuple[Presence, ...], Quantity]]] = {
+                "macs": [(presence(k), k.macs) for k in self.kernels],
+                "bytes_read": [(presence(k), k.bytes_read) for k in self.kernels],
+                "bytes_written": [(presence(k), k.bytes_written) for k in self.kernels],
+                "weight_bytes": [(_any_reader(s), s.operand.bytes) for s in self.stored],
+                "parameters": [
+                    (_any_reader(s), Quantity.product(1, s.operand.dims)) for s in self.stored if s.parameter
+                ],
+            }
+            self._compiled.update({name: _merge(part) for name, part in parts.items()})
+        return self._compiled
+
+
+def presence(kernel: Kernel) -> Presence:
+    """When `kernel` exists."""
+    return Presence(kernel.blocks, kernel.instead_of)
+
+
+def _any_reader(stored: Stored) -> tuple[Presence, ...]:
+    if not stored.readers or () in stored.readers:
+        return (Presence(),)
+    return tuple(sorted({Presence(blocks) for blocks in stored.readers}, key=lambda p: p.blocks))
+
+
+def _merge(
+    parts: Sequence[tuple[Presence | tuple[Presence, ...], Quantity]],
+) -> list[tuple[Presence | tuple[Presence, ...], Quantity]]:
+    """Add up equal products under equal presence: a network has far fewer of them than kernels."""
+    sums: dict[Any, dict[tuple[Extent, ...], float]] = {}
+    for when, quantity in parts:
+        mine = sums.setdefault(when, {})
+        for coefficient, factors in quantity.terms:
+            key = tuple(sorted(factors, key=lambda e: e.terms))
+            mine[key] = mine.get(key, 0.0) + coefficient
+    return [
+        (when, Quantity(tuple((c, factors) for factors, c in mine.items() if c)))
+        for when, mine in sums.items()
+    ]
+
+
+class Population:
+    """Arrays of one set of plans, each extent and each presence computed once."""
+
+    def __init__(self, fractions: Fractions, removed: Removed):
+        self._fractions = {name: np.asarray(value, float) for name, value in fractions.items()}
+        self._removed = {name: np.asarray(value, bool) for name, value in removed.items()}
+        self.shape = np.broadcast_shapes(
+            *(v.shape for v in self._fractions.values()), *(v.shape for v in self._removed.values())
+        )
+        self._extents: dict[Extent, Any] = {}
+        self._present: dict[Any, Any] = {}
+
+    def extent(self, extent: Extent) -> Any:
+        """Length of one axis under every plan."""
+        if extent not in self._extents:
+            self._extents[extent] = whole(extent.evaluate(self._fractions))
+        return self._extents[extent]
+
+    def quantity(self, quantity: Quantity) -> Any:
+        """A cost under every plan."""
+        total: Any = 0.0
+        for coefficient, factors in quantity.terms:
+            total = total + coefficient * math.prod(self.extent(e) for e in factors)
+        return total
+
+    def present(self, when: Presence | tuple[Presence, ...]) -> Any:
+        """1.0 where it exists, else 0.0; a tuple exists where any of its members does."""
+        if when not in self._present:
+            self._present[when] = self._exists(when)
+        return self._present[when]
+
+    def _exists(self, when: Presence | tuple[Presence, ...]) -> Any:
+        if isinstance(when, tuple):
+            gone: Any = 1.0
+            for one in when:
+                gone = gone * (1.0 - self.present(one))
+            return 1.0 - gone
+        kept: Any = 1.0
+        for name in when.blocks:
+            kept = kept * (1.0 - self._removed.get(name, np.False_))
+        if when.instead_of:
+            none_removed: Any = 1.0
+            for name in when.instead_of:
+                none_removed = none_removed * (1.0 - self._removed.get(name, np.False_))
+            kept = kept * (1.0 - none_removed)
+        return kept
+
+    def total(self, parts: Iterable[tuple[Presence | tuple[Presence, ...], Quantity]]) -> np.ndarray:
+        """Sum of what exists, an array of the population's shape."""
+        result: Any = np.zeros(self.shape)
+        for when, quantity in parts:
+            result = result + self.present(when) * self.quantity(quantity)
+        return result
+
+
+def build_workload(
+    program: Program,
+    extents: Mapping[str, tuple[Extent, ...]] | None = None,
+    blocks: Sequence[RemovableBlock] = (),
+) -> Workload:
+    """Describe the cost of `program` as a function of channel groups and removed blocks.
+
+    Args:
+        program: canonical; analysed at its reference shapes.
+        extents: dimensions per value name (activations and initializers) from the channel analysis.
+            None: every dimension is constant.
+        blocks: removable residual blocks; removing one removes the kernels of its nodes.
+
+    Raises:
+        InternalError: `extents` do not belong to this program.
+        ModelError: a shape depends on data.
+    """
+    contains: dict[str, tuple[str, ...]] = {}
+    for block in blocks:
+        for node in block.nodes:
+            contains[node] = (*contains.get(node, ()), block.name)
+    return Workload(
+        kernels=build_kernels(program, extents, contains),
+        stored=_stored(program, extents, contains),
+        blocks=tuple(block.name for block in blocks),
+        liveness=build_liveness(program, extents, blocks),
+    )
+
+
+def _stored(
+    program: Program,
+    extents: Mapping[str, tuple[Extent, ...]] | None,
+    contains: Mapping[str, tuple[str, ...]],
+) -> tuple[Stored, ...]:
+    tensors = Tensors(program, extents)
+    readers: dict[str, list[tuple[str, ...]]] = {name: [] for name in program.initializers}
+    for node in program.nodes():
+        for value in (*node.inputs, *captured_values(node)):
+            if value is not None and value.name in readers:
+                readers[value.name].append(contains.get(node.name or "", ()))
+    for output in program.graph.outputs:
+        if output.name in readers:
+            readers[output.name].append(())
+    return tuple(
+        Stored(tensors[value], tuple(readers[name]), is_parameter(value))
+        for name, value in program.initializers.items()
+    )
+
+
+def is_parameter(value: ir.Value) -> bool:
+    """Whether an initializer counts as a parameter.
+
+    Floating point, and neither a BatchNormalization's running statistics, nor an operator's setting
+    (Clip bounds, Resize scales, Pad fill), nor a rank-0 constant such as an attention scale.
+    """
+    tensor = value.const_value
+    if tensor is None or not tensor.dtype.is_floating_point() or len(tensor.shape) == 0:
+        return False
+    uses = list(value.uses())
+    settings = [u for u in uses if u.idx in _SETTINGS.get(u.node.op_type, ())]
+    statistics = any(u.node.op_type == "BatchNormalization" for u in settings)
+    return not statistics and (not uses or len(settings) < len(uses))
