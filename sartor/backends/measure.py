@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from sartor.backends import process
 from sartor.backends.protocol import Artifact, KernelTime, TargetOptions
 from sartor.backends.rounds import CONFIDENCE, Round, median_interval, ratios
-from sartor.errors import BackendError, MetricUnavailableError, UsageError
+from sartor.errors import MetricUnavailableError, UsageError
 
 if TYPE_CHECKING:
     import numpy as np

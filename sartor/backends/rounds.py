@@ -1,4 +1,4 @@
-"""Interleaved rounds, the interval of a median, and when enough has been measured. No clock but the one given.
+"""Interleaved rounds, the interval of a median, and when enough has been measured.
 
 One round visits every artifact twice, in a mirrored order (A B B A, or B A A B): within a round any
 linear drift of the machine's speed, and any cost of being first, falls on all artifacts alike.
@@ -132,7 +132,11 @@ def run_rounds(
         if len(rounds) < FEWEST_ROUNDS:
             continue
         # Both orders equally often, so that neither start is favoured.
-        if len(rounds) >= min_rounds and len(rounds) % 2 == 0 and is_precise(rounds, count, target_half_width):
+        if (
+            len(rounds) >= min_rounds
+            and len(rounds) % 2 == 0
+            and is_precise(rounds, count, target_half_width)
+        ):
             return rounds, "interval"
         if len(rounds) >= max_rounds:
             return rounds, "max_rounds"

@@ -7,6 +7,7 @@ mode ends with this process.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import faulthandler
 import gc
 import json
@@ -25,7 +26,7 @@ import numpy as np
 from sartor import backends
 from sartor.backends import host
 from sartor.backends.inputs import random_inputs
-from sartor.backends.protocol import Artifact, Session, TargetOptions
+from sartor.backends.protocol import Artifact, Backend, Session, TargetOptions
 from sartor.backends.rounds import Round, run_rounds
 from sartor.errors import SartorError
 
@@ -45,36 +46,30 @@ def measure(request: Mapping[str, Any], send: Send) -> dict[str, Any]:
     options = TargetOptions.from_dict(request["options"])
     artifacts = [Artifact.from_dict(a["artifact"], Path(a["folder"])) for a in request["artifacts"]]
     load_before = host.load_average()
-    sessions, runners = [], []
-    for artifact in artifacts:
-        at = TargetOptions.from_dict(
-            {**options.to_dict(), "shapes": {**artifact.shapes, **options.shapes}}
-        )
-        session = backend.load(artifact, at)
-        sessions.append(session)
-        runners.append(_prepare(session, _inputs(session, at.shapes, request)))
-    warm = [_warm_up(run, request["warm_up_runs"]) for run in runners]
+    subjects = _Subjects(backend, artifacts, options, request)
+    warm = [_warm_up(run, request["warm_up_runs"]) for run in subjects.runners]
     inner = [_inner_runs(seconds, request["visit_s"]) for seconds, _ in warm]
-    durations: list[list[float]] = [[] for _ in runners]
+    durations: list[list[float]] = [[] for _ in artifacts]
 
     def visit(index: int) -> float:
-        samples = _time_runs(runners[index], inner[index])
+        samples = _time_runs(subjects.runners[index], inner[index])
         durations[index].extend(samples)
         return statistics.median(samples)
 
-    def report(done: Round) -> None:
+    def after_round(done: Round) -> None:
         send({"event": "round", "order": done.order, "visits_s": done.visits_s})
+        subjects.maybe_reload()
 
     rounds, ended_by = run_rounds(
         visit,
-        len(runners),
+        len(artifacts),
         min_rounds=request["min_rounds"],
         max_rounds=request["max_rounds"],
         time_limit_s=request["rounds_limit_s"],
         target_half_width=request["target_half_width"],
         seed=request["seed"],
         clock=time.monotonic,
-        on_round=report,
+        on_round=after_round,
     )
     return {
         "rounds": [{"order": r.order, "visits_s": r.visits_s} for r in rounds],
@@ -87,12 +82,62 @@ def measure(request: Mapping[str, Any], send: Send) -> dict[str, Any]:
             **host.conditions(),
             "load_average": {"before": load_before, "after": host.load_average()},
             "runtime": backend.capabilities().version,
-            "session": [dict(session.settings) for session in sessions],
+            "session": [dict(session.settings) for session in subjects.sessions],
             "warm_up_runs": [runs for _, runs in warm],
             "inner_runs": inner,
             "discarded_runs_per_visit": 1,
+            "loads": subjects.loads,
         },
     }
+
+
+class _Subjects:
+    """The artifacts under measurement, loaded anew between rounds.
+
+    Where a session's weights and buffers happen to lie in memory moves its speed by some tenths of a
+    percent, for as long as it lives. One load per artifact would turn that accident into a bias that
+    no number of rounds shows; reloading turns it into noise between rounds, which the interval covers.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        artifacts: Sequence[Artifact],
+        options: TargetOptions,
+        request: Mapping[str, Any],
+    ):
+        self._backend = backend
+        self._artifacts = artifacts
+        self._options = options
+        self._request = request
+        self._generator = random.Random(request["seed"])
+        self._padding: list[bytearray] = []
+        self.loads = 0
+        self._load()
+
+    def maybe_reload(self) -> None:
+        """Reload when the rounds since the last load took at least as long as that load."""
+        if time.monotonic() - self._loaded_at >= self._load_s:
+            self._load()
+
+    def _load(self) -> None:
+        started = time.monotonic()
+        self.sessions: list[Any] = [None] * len(self._artifacts)
+        self.runners: list[Any] = [None] * len(self._artifacts)
+        # A random order and random gaps: else the allocator hands out the same places again.
+        self._padding.clear()
+        for index in self._generator.sample(range(len(self._artifacts)), len(self._artifacts)):
+            self._padding.extend(bytearray(self._generator.randrange(1, 1 << 16)) for _ in range(8))
+            artifact = self._artifacts[index]
+            shapes = {**artifact.shapes, **self._options.shapes}
+            session = self._backend.load(artifact, dataclasses.replace(self._options, shapes=shapes))
+            self.sessions[index] = session
+            self.runners[index] = _prepare(session, _inputs(session, shapes, self._request))
+        for run in self.runners if self.loads else ():
+            _warm_up(run, _FEWEST_INNER, at_least_s=0.005)
+        self.loads += 1
+        self._loaded_at = time.monotonic()
+        self._load_s = self._loaded_at - started
 
 
 def time_models(request: Mapping[str, Any], send: Send) -> dict[str, Any]:

@@ -44,9 +44,9 @@ class OpenVinoSession(Session):
         for name, array in held.items():
             request.set_tensor(name, openvino.Tensor(array, shared_memory=True))
 
-        def once(_keep_alive: object = held) -> None:
-            request.start_async()
-            request.wait()
+        def once(_keep_alive: object = held) -> object:
+            # Synchronous: waiting for an asynchronous call costs 50 microseconds and as much noise.
+            return request.infer(share_outputs=True)
 
         return once
 
