@@ -75,9 +75,8 @@ class Liveness:
     def peak(self) -> Peak:
         """The peak before any pruning."""
         steps, live = self._live(frozenset())
-        totals = [
-            sum(self.sizes[v].full for v in row) + s.body_bytes for s, row in zip(steps, live, strict=True)
-        ]
+        full = {name: size.full for name, size in self.sizes.items()}
+        totals = [sum(full[v] for v in row) + s.body_bytes for s, row in zip(steps, live, strict=True)]
         if not totals:
             return Peak(round(sum(full[v] for v in self.inputs)), "", self.inputs)
         worst = max(range(len(totals)), key=totals.__getitem__)
