@@ -217,7 +217,7 @@ class TestReproducer:
             (folder / "error.json").write_text('{"schema": "other/1"}')
         else:
             (folder / "input.onnx").write_bytes(b"\xff\xff")
-        with pytest.raises(UsageError, match=r"is not a complete reproducer of schema 'sartor\.reproducer/1'"):
+        with pytest.raises(UsageError, match="is not a complete reproducer of schema"):
             replay(folder)
 
 
