@@ -6,11 +6,15 @@ counts unequal, so that a wrong axis is seen.
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
 from torch import nn
 from torch.nn import functional
+
+from sartor.ir.capture import capture
+from sartor.ir.program import Program
 
 Example = tuple[nn.Module, tuple[torch.Tensor, ...]]
 
@@ -350,3 +354,9 @@ ALL = {
     "vgg": tiny_vgg,
 }
 """Every family by name, for parametrised tests."""
+
+
+@functools.cache
+def captured(name: str) -> Program:
+    """The captured program of a family; shared between tests, so clone it before changing it."""
+    return capture(*ALL[name]())

@@ -88,7 +88,16 @@ def read(path: Path, external_root: Path | None, limits: Limits) -> Contents:
         ) from error
     if files:
         ir.external_data.set_base_dir(model.graph, folder)
+        _keep_mapped(model.graph)
     return Contents(model, digest.hexdigest())
+
+
+def _keep_mapped(graph: ir.Graph) -> None:
+    """Present memory-mapped weights as plain tensors, so that a saved program contains them."""
+    for value in graph.initializers.values():
+        tensor = value.const_value
+        if isinstance(tensor, ir.ExternalTensor):
+            value.const_value = ir.Tensor(tensor.numpy(), dtype=tensor.dtype, name=tensor.name)
 
 
 def _parse(path: Path, data: bytes) -> onnx.ModelProto:
