@@ -82,6 +82,17 @@ def positive_number(text: str) -> float:
     return value
 
 
+def not_negative(text: str) -> float:
+    """A finite number of at least 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0.0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"'{text}' is not a number of at least 0")
+    return value
+
+
 def parse_shapes(texts: list[str]) -> dict[str, tuple[int, ...]]:
     """`["x=1,3,224,224"]` as `{"x": (1, 3, 224, 224)}`.
 

@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", help="FILE.py:function or FILE.npz; see the README for what it returns")
     parser.add_argument(
         "--max-drop",
-        type=arguments.positive_number,
+        type=arguments.not_negative,
         default=1.0,
         metavar="POINTS",
         help="largest loss of score in points, 1 point = 0.01 (1)",

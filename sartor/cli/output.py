@@ -10,11 +10,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import math
 import os
 import sys
-from collections.abc import Iterable, Sequence
 from typing import Any
+
+from sartor.report.text import count, seconds, table
+
+__all__ = ["ERROR_SCHEMA", "Result", "Stdout", "count", "error_document", "seconds", "table", "to_json"]
 
 ERROR_SCHEMA = "sartor.error/1"
 
@@ -80,35 +82,3 @@ def to_json(document: dict[str, Any]) -> str:
 def error_document(message: str, exit_code: int) -> dict[str, Any]:
     """The document of `--json` when a command fails."""
     return {"schema": ERROR_SCHEMA, "error": message, "exit_code": exit_code}
-
-
-def table(rows: Iterable[Sequence[str]], header: Sequence[str], align: str = "") -> str:
-    """Columns padded to equal width; `align` has one of `<` and `>` per column, default left."""
-    lines = [list(header), *[list(row) for row in rows]]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
-    align = align or "<" * len(header)
-    text = []
-    for number, line in enumerate(lines):
-        cells = [f"{cell:{side}{width}}" for cell, side, width in zip(line, align, widths, strict=True)]
-        text.append("  ".join(cells).rstrip())
-        if number == 0:
-            text.append("  ".join("-" * width for width in widths))
-    return "\n".join(text)
-
-
-def seconds(value: float) -> str:
-    """A duration with three significant digits, e.g. `1.81 ms`."""
-    for factor, unit in ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs")):
-        if value >= factor:
-            return f"{value / factor:.3g} {unit}"
-    return f"{value * 1e9:.3g} ns"
-
-
-def count(value: float, unit: str = "") -> str:
-    """A count with a decimal prefix, e.g. `4.09 G` or `12.3 MB`."""
-    if not math.isfinite(value):
-        return str(value)
-    for factor, prefix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= factor:
-            return f"{value / factor:.3g} {prefix}{unit}"
-    return f"{value:g} {unit}".rstrip()

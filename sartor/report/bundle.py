@@ -1,0 +1,125 @@
+"""The folder that a fit ships: complete or absent, with a manifest of every file.
+
+`manifest.json` has the schema `sartor.manifest/1`: every file with its size and SHA-256, and the sections
+`exits`, `gates`, `tiles` and `precision`, reserved for passes that make a bundle of several models.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from sartor.errors import UsageError
+
+SCHEMA = "sartor.manifest/1"
+MANIFEST = "manifest.json"
+RESERVED = ("exits", "gates", "tiles", "precision")
+
+
+class Bundle:
+    """Files are written to `folder`, a temporary sibling; `commit` puts it in place of `destination`.
+
+    Leaving the context without `commit`, or with an exception, leaves nothing behind.
+
+    Args:
+        destination: the bundle's folder. An earlier bundle there is replaced as a whole.
+        keep: names of files in the destination that belong to the run rather than to the bundle, such
+            as its journal; they are carried over when the bundle is replaced.
+
+    Raises:
+        UsageError: the destination is a file, or a folder with something else than a bundle in it.
+    """
+
+    def __init__(self, destination: str | os.PathLike[str], keep: tuple[str, ...] = ("journal.jsonl",)):
+        self.destination = Path(destination)
+        self.keep = keep
+        check_destination(self.destination, keep)
+        self.destination.parent.mkdir(parents=True, exist_ok=True)
+        name = self.destination.name
+        self.folder = Path(tempfile.mkdtemp(dir=self.destination.parent, prefix=f".{name}."))
+
+    def __enter__(self) -> Bundle:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def commit(self, **sections: Any) -> Path:
+        """Write the manifest and put the folder in place.
+
+        Args:
+            sections: further JSON sections of the manifest.
+
+        Returns:
+            The destination.
+        """
+        write_manifest(self.folder, **sections)
+        for path in self.folder.rglob("*"):
+            _sync(path)
+        self.folder.chmod(0o755)  # mkdtemp makes it private
+        for name in self.keep:
+            if (self.destination / name).exists() and not (self.folder / name).exists():
+                # A link, not a move: a kill before the rename leaves the old folder whole.
+                os.link(self.destination / name, self.folder / name)
+        old = self.folder.with_name(self.folder.name + ".old")
+        if self.destination.exists():
+            os.rename(self.destination, old)
+        try:
+            os.rename(self.folder, self.destination)
+        except BaseException:
+            if old.exists():
+                os.rename(old, self.destination)
+            raise
+        _sync(self.destination.parent)
+        shutil.rmtree(old, ignore_errors=True)
+        return self.destination
+
+
+def check_destination(destination: Path, keep: tuple[str, ...] = ("journal.jsonl",)) -> None:
+    """Refuse a destination whose content is not ours to replace.
+
+    Raises:
+        UsageError: it is a file, or holds other files than a bundle.
+    """
+    if destination.exists() and not destination.is_dir():
+        raise UsageError(f"The output folder '{destination}' is a file; name a folder.")
+    if not destination.is_dir() or (destination / MANIFEST).is_file():
+        return
+    foreign = sorted(path.name for path in destination.iterdir() if path.name not in keep)
+    if foreign:
+        raise UsageError(
+            f"The output folder '{destination}' holds '{foreign[0]}' and no {MANIFEST}, so it is not a "
+            "bundle that may be replaced; name another folder."
+        )
+
+
+def write_manifest(folder: Path, **sections: Any) -> Path:
+    """Write `manifest.json` for everything that is in `folder`."""
+    from sartor.ir.program import write_atomic
+
+    files = [
+        {
+            "file": path.relative_to(folder).as_posix(),
+            "bytes": path.stat().st_size,
+            "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+        }
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != MANIFEST
+    ]
+    document: dict[str, Any] = {"schema": SCHEMA, "files": files}
+    document.update({name: {} for name in RESERVED})
+    document.update(sections)
+    return write_atomic(folder / MANIFEST, (json.dumps(document, indent=1, sort_keys=True) + "\n").encode())
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
