@@ -15,7 +15,7 @@ from torch import fx, nn
 from sartor.errors import InternalError, UnsupportedOperatorError, UsageError
 from sartor.ir import torch_ops
 from sartor.ir.host_values import HostValues
-from sartor.ir.program import Program
+from sartor.ir.program import Program, infer_shapes
 from sartor.ir.twin_names import RESERVED, identifiers, state_keys
 
 _TORCH_TYPES: dict[ir.DataType, torch.dtype] = {
@@ -93,6 +93,7 @@ class Builder:
         self.host = HostValues(self._constant, self._dimension, self._rank, self._call_number)
         self.keys: dict[str, str] = {}  # state_dict key by initializer name, of those in use
         self.all_keys: dict[str, str] = {}
+        self.shapes: dict[str, tuple[int, ...]] | None = None
         self.count = 0
 
     def build(self, taps: tuple[str, ...]) -> fx.GraphModule:
@@ -158,7 +159,8 @@ class Builder:
             else:
                 key = f"{RESERVED}.constant_{self._next()}"
             _install(self.root, key, tensor)
-            self.values[value] = self.graph.get_attr(key)
+            # The prefix keeps generated variables off names such as `torch`, which the code also reads.
+            self.values[value] = self.graph.create_node("get_attr", key, name=f"p_{key}")
         return self.values[value]
 
     def _dimension(self, value: ir.Value, axis: int) -> fx.Node:
@@ -166,7 +168,11 @@ class Builder:
 
     def _rank(self, value: ir.Value) -> int:
         array = self._constant(value)
-        return array.ndim if array is not None else len(self.program.shapes()[value.name or ""])
+        if array is not None:
+            return array.ndim
+        if self.shapes is None:  # of the inlined model: function bodies have values of their own
+            self.shapes, _ = infer_shapes(self.model, self.program.input_shapes)
+        return len(self.shapes[value.name or ""])
 
     def _call_number(self, function: Callable[..., Any], a: Any, b: Any) -> fx.Node:
         return self.graph.call_function(function, (a, b))

@@ -66,6 +66,10 @@ class HostValues:
             return self._shape(node, inputs[0])
         if node.op_type in ("Identity", "Cast", "Squeeze", "Unsqueeze", "Reshape", "Flatten"):
             return self.resolve(inputs[0])
+        if node.op_type == "ConstantOfShape":
+            count = int(self._numbers(inputs[0])[0])
+            fill = attributes["value"].as_tensor().numpy() if "value" in attributes else np.zeros(1)
+            return (fill.reshape(()).item(),) * count
         if node.op_type == "Concat":
             return tuple(entry for part in inputs for entry in self.resolve(part))
         if node.op_type == "Gather" and attributes.get_int("axis", 0) in (0, -1):
@@ -86,6 +90,9 @@ class HostValues:
         return entries
 
     def _shape(self, node: ir.Node, value: ir.Value) -> tuple[Entry, ...]:
+        producer = value.producer()
+        if producer is not None and producer.op_type == "Shape":
+            return (len(self.resolve(value)),)
         start = node.attributes.get_int("start", 0)
         end = node.attributes.get_int("end", None)
         if start < 0 or end is None or end < 0:

@@ -45,7 +45,10 @@ def resize(
     if sizes:
         factors, targets = _from_sizes(lengths, sizes, keep_aspect_ratio_policy)
     elif scales:
-        factors, targets = list(scales), [math.floor(s * n) for s, n in zip(scales, lengths, strict=True)]
+        factors = list(scales)  # a scale of 1 must not touch the length: the batch may be symbolic
+        targets = [
+            n if math.isclose(s, 1.0) else math.floor(s * n) for s, n in zip(scales, lengths, strict=True)
+        ]
     else:
         raise UnsupportedOperatorError("Resize has neither scales nor sizes; give one of them.")
     crop = coordinate_transformation_mode == "tf_crop_and_resize"
