@@ -8,11 +8,13 @@ from typing import ClassVar
 
 import numpy as np
 import pytest
-from builders import node, program_from_nodes
+from builders import node, program_from_nodes, random_inputs, relative_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from models import ALL, captured
 
 from sartor.errors import InternalError, UsageError
+from sartor.ir.fx import run_twin
 from sartor.passes import registry
 from sartor.passes.base import Context, Pass, PassResult, Semantics, option
 from sartor.passes.fold_batch_norm import FoldBatchNorm
@@ -22,6 +24,7 @@ from sartor.passes.pipeline import Pipeline, Repeat
 from sartor.passes.pipeline_text import parse
 from sartor.passes.registry import REGISTRY, pass_class
 from sartor.passes.remove_dead import RemoveDead
+from sartor.passes.rewriter import Rewriter
 
 
 @dataclasses.dataclass(frozen=True)
@@ -335,3 +338,25 @@ class TestRun:
     def test_results_are_pass_results(self):
         (entry,) = Pipeline([RemoveDead()], []).run(scaled()).results
         assert isinstance(entry.result, PassResult)
+
+
+@pytest.mark.parametrize("name", sorted(ALL))
+def test_deploy_passes_are_exact_on_captured_networks(name):
+    program = captured(name)
+    before = program.to_bytes()
+    pipeline = Pipeline.parse("fold-batch-norm,repeat{max=3}(fold-constants,remove-dead)")
+    result = pipeline.run(program)
+    assert program.to_bytes() == before and not result.unconverged
+    feeds = random_inputs(program, seed=1)
+    expected, actual = run_twin(program, feeds), run_twin(result.program, feeds)
+    assert relative_error(expected, actual) < 1e-6  # weights are float32; the arithmetic here is float64
+    left = sum(item.op_type == "BatchNormalization" for item in result.program.nodes())
+    refused = result.results[0].result.refusals
+    assert left == len(refused)
+    assert (left == 0) == (name != "densenet")  # its norms come before the convolutions
+    if name in ("resnet", "mobilenet", "se", "unet"):
+        wrong = result.program.clone()
+        bias = next(n for n in wrong.initializers if n.endswith("bias"))
+        array = wrong.initializer_array(bias)
+        Rewriter(wrong, "planted").set_initializer(bias, np.roll(array, 1))
+        assert relative_error(expected, run_twin(wrong, feeds)) > 1e-4

@@ -22,7 +22,14 @@ _METADATA = "sartor.option"
 BARE_WORD = re.compile(r"[A-Za-z0-9_./*?:+\-]+")
 """Text of an option that needs no quotes in a pipeline."""
 _SCALARS = (bool, int, float, str)
-REQUIRED: Any = object()
+
+
+class _Required:
+    def __repr__(self) -> str:
+        return "REQUIRED"
+
+
+REQUIRED: Any = _Required()
 """Default of an option that must be given."""
 
 
@@ -163,7 +170,7 @@ class Option:
 
 
 def option(
-    default: Any = dataclasses.MISSING,
+    default: Any = REQUIRED,
     *,
     help: str,
     unit: str = "",
@@ -194,7 +201,8 @@ def option(
         "below": below,
         "choices": tuple(choices),
     }
-    return dataclasses.field(default=default, metadata={_METADATA: declared})
+    field_default = dataclasses.MISSING if default is REQUIRED else default
+    return dataclasses.field(default=field_default, metadata={_METADATA: declared})
 
 
 @functools.cache
