@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 from sartor.backends.protocol import Finding, LegalityReport, TargetOptions
-from sartor.errors import BackendError
+from sartor.errors import BackendError, ModelError
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -127,7 +127,11 @@ def max_rank(limit: int) -> ModelRule:
     """No tensor has more axes than the runtime's kernels take."""
 
     def check(program: Program, options: TargetOptions) -> Check:
-        name, shape = max(program.shapes().items(), key=lambda item: len(item[1]), default=("", ()))
+        try:
+            shapes = program.shapes()
+        except ModelError as error:
+            return False, f"shapes are not known: {error}"
+        name, shape = max(shapes.items(), key=lambda item: len(item[1]), default=("", ()))
         return len(shape) <= limit, f"value '{name}' of rank {len(shape)}"
 
     return ModelRule("tensor-rank", f"Tensors have at most {limit} axes.", check)

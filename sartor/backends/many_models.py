@@ -28,17 +28,17 @@ class ModelTimes(Sequence[float]):
         failures: reason by index.
         reference_s: what the reference kernel took at its fastest; times are scaled to that speed.
         conditions: machine, runtime, repeats.
-        count: models given.
+        total: models given.
     """
 
     seconds: Mapping[int, float]
     failures: Mapping[int, str]
     reference_s: float
     conditions: Mapping[str, Any]
-    count: int
+    total: int
 
     def __len__(self) -> int:
-        return self.count
+        return self.total
 
     @overload
     def __getitem__(self, index: int) -> float: ...
@@ -46,10 +46,10 @@ class ModelTimes(Sequence[float]):
     def __getitem__(self, index: slice) -> Sequence[float]: ...
     def __getitem__(self, index: int | slice) -> float | Sequence[float]:
         if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(self.count))]
-        if not -self.count <= index < self.count:
-            raise IndexError(f"model {index} of {self.count}")
-        index %= self.count
+            return [self[i] for i in range(*index.indices(self.total))]
+        if not -self.total <= index < self.total:
+            raise IndexError(f"model {index} of {self.total}")
+        index %= self.total
         if index not in self.seconds:
             reason = self.failures.get(index, "it was not timed")
             raise MetricUnavailableError(f"Model {index} has no time: {reason}. See `failures`.")

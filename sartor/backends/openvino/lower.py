@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,7 @@ from sartor.backends import telemetry
 from sartor.backends.artifact import concrete_shapes, write_artifact
 from sartor.backends.legality import require_legal
 from sartor.backends.openvino import legality, run
+from sartor.backends.origin import Origin
 from sartor.backends.protocol import Artifact, TargetOptions, TensorSpec
 from sartor.errors import BackendError
 
@@ -18,18 +20,16 @@ if TYPE_CHECKING:
 
 XML = "model.xml"
 BIN = "model.bin"
+_COUNTED = re.compile(r"[A-Za-z]\w*_\d+")
 
 
 def legalize(program: Program) -> Program:
-    """Inline every function; the result is the program itself when it has none."""
+    """Inline the dialect's functions; the result is the program itself when it has none."""
     if not program.model.functions:
         return program
-    from onnx_ir.passes.common import InlinePass
+    from sartor.ir.dialect import inline_dialect
 
-    legal = program.clone()
-    InlinePass()(legal.model)
-    legal.invalidate()
-    return legal
+    return inline_dialect(program)
 
 
 def lower(program: Program, folder: Path, options: TargetOptions) -> Artifact:
@@ -47,11 +47,14 @@ def lower(program: Program, folder: Path, options: TargetOptions) -> Artifact:
     require_legal(legality.NAME, legality.check(legal, options))
     shapes = {**program.input_shapes, **options.shapes}
 
+    proto = legal.to_proto()
+
     def write(temporary: Path) -> tuple[tuple[str, ...], Mapping[str, Any]]:
         model = run.read_model(openvino.Core(), legal.to_bytes())
         specs = tuple(TensorSpec(v.name or "", "", _dims(v)) for v in legal.graph.inputs)
         concrete_shapes(specs, shapes)
         run.reshape(model, shapes)
+        _name_deterministically(model, {node.name for node in proto.graph.node})
         try:
             # The default compresses weights to f16, which would change the function.
             openvino.save_model(model, str(temporary / XML), compress_to_fp16=False)
@@ -59,13 +62,20 @@ def lower(program: Program, folder: Path, options: TargetOptions) -> Artifact:
             raise BackendError(f"OpenVINO could not save the model: {error}") from error
         metadata = {
             "runtime": f"openvino {openvino.__version__.split('-')[0]}",
-            "producers": {
-                output.name: node.name for node in legal.nodes() for output in node.outputs if output.name
-            },
+            "origin": Origin(proto.graph).to_dict(),
         }
         return (XML, BIN), metadata
 
     return write_artifact(legal, folder, options, target=legality.NAME, write=write)
+
+
+def _name_deterministically(model: Any, kept: set[str]) -> None:
+    """Replace names that come from a process-wide counter, so that equal programs give equal files."""
+    kept = kept | {output for op in model.get_ops() for port in op.outputs() for output in port.get_names()}
+    for index, op in enumerate(model.get_ordered_ops()):
+        name = op.get_friendly_name()
+        if _COUNTED.fullmatch(name) and name not in kept:
+            op.set_friendly_name(f"{op.get_type_name()}.{index}")
 
 
 def _dims(value: Any) -> tuple[int | str, ...]:

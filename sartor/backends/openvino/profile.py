@@ -7,9 +7,17 @@ from collections.abc import Mapping
 
 from sartor.backends.inputs import random_inputs
 from sartor.backends.openvino import run
+from sartor.backends.origin import Origin
 from sartor.backends.protocol import Artifact, KernelTime, TargetOptions
 
 _WARM_UP_RUNS = 3
+_ONNX_TYPES: Mapping[str, tuple[str, ...]] = {
+    "Convolution": ("Conv",),
+    "GroupConvolution": ("Conv",),
+    "Deconvolution": ("ConvTranspose",),
+    "FullyConnected": ("Gemm", "MatMul"),
+    "MatMul": ("Gemm", "MatMul"),
+}
 
 
 def profile(artifact: Artifact, options: TargetOptions, runs: int) -> list[KernelTime]:
@@ -34,12 +42,13 @@ def profile(artifact: Artifact, options: TargetOptions, runs: int) -> list[Kerne
                 continue
             durations.setdefault(entry.node_name, []).append(entry.real_time.total_seconds())
             kinds[entry.node_name] = (entry.node_type, entry.exec_type)
-    origins = _origins(session, artifact.metadata.get("producers", {}))
+    origin = Origin.from_dict(artifact.metadata["origin"])
+    layers = _layer_names(session)
     return [
         KernelTime(
             name=name,
             op_type=kinds[name][0],
-            nodes=origins.get(name, ()),
+            nodes=origin.nodes(layers.get(name, (name,)), _ONNX_TYPES.get(kinds[name][0], ())),
             median_s=statistics.median(samples),
             runs=len(samples),
             implementation=kinds[name][1],
@@ -48,15 +57,12 @@ def profile(artifact: Artifact, options: TargetOptions, runs: int) -> list[Kerne
     ]
 
 
-def _origins(session: run.OpenVinoSession, producers: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
-    """Program nodes per kernel: OpenVINO names a layer after its node, or after the value it writes."""
-    known = set(producers.values())
+def _layer_names(session: run.OpenVinoSession) -> dict[str, tuple[str, ...]]:
+    """Original layer names per executed kernel, from the runtime model."""
     found = {}
     for layer in session.compiled.get_runtime_model().get_ops():
         info = layer.get_rt_info()
-        if "originalLayersNames" not in info:
-            continue
-        names = str(info["originalLayersNames"].value).split(",")
-        nodes = (name if name in known else producers.get(name) for name in names)
-        found[layer.get_friendly_name()] = tuple(dict.fromkeys(n for n in nodes if n))
+        if "originalLayersNames" in info:
+            names = str(info["originalLayersNames"].value).split(",")
+            found[layer.get_friendly_name()] = tuple(name for name in names if name)
     return found

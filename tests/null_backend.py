@@ -1,0 +1,133 @@
+"""An out-of-tree backend, and misbehaving ones, installed by a metadata folder alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from sartor.backends.artifact import check_inputs, verify_files, write_artifact
+from sartor.backends.legality import check_rules, fixed_shapes, require_legal
+from sartor.backends.protocol import Capabilities, KernelTime, Session, TensorSpec
+from sartor.errors import UsageError
+
+SECONDS_PER_NODE = 2e-4
+
+
+class NullSession(Session):
+    """Spins for a time proportional to the nodes; outputs zeros."""
+
+    def __init__(self, inputs: tuple[TensorSpec, ...], seconds: float):
+        self.inputs = inputs
+        self.settings = {"seconds": seconds}
+        self._seconds = seconds
+
+    def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        check_inputs(self.inputs, {}, inputs)
+        end = time.perf_counter() + self._seconds
+        while time.perf_counter() < end:
+            pass
+        return {"y": np.zeros(1, np.float32)}
+
+
+class NullBackend:
+    name = "null"
+
+    def capabilities(self):
+        return Capabilities("null", "1.0", ("f32",), {}, control_flow=False, max_rank=4)
+
+    def channel_grid(self, op_type, precision="f32", attributes=None):
+        return 1
+
+    def legality(self, program, options):
+        return check_rules(program, options, [fixed_shapes()], [])
+
+    def legalize(self, program):
+        return program
+
+    def lower(self, program, folder, options):
+        require_legal(self.name, self.legality(program, options))
+
+        def write(temporary: Path):
+            (temporary / "null.json").write_text(json.dumps({"nodes": len(list(program.nodes()))}))
+            return ("null.json",), {}
+
+        return write_artifact(program, folder, options, target=self.name, write=write)
+
+    def load(self, artifact, options):
+        verify_files(artifact)
+        nodes = json.loads(artifact.main_file.read_text())["nodes"]
+        return NullSession(artifact.inputs, nodes * SECONDS_PER_NODE)
+
+    def compile(self, model, options):
+        if model == b"crash":
+            os.abort()
+        if model == b"fail":
+            raise ValueError("planted failure")
+        return NullSession((TensorSpec("x", "float32", (1,)),), len(model) * SECONDS_PER_NODE)
+
+    def profile(self, artifact, options, runs=20):
+        return [KernelTime("all", "Null", (), SECONDS_PER_NODE, runs)]
+
+
+class Crash(NullBackend):
+    name = "crash"
+
+    def load(self, artifact, options):
+        os.write(2, b"planted last words\n")
+        os.abort()
+
+
+class Hang(NullBackend):
+    name = "hang"
+
+    def load(self, artifact, options):
+        time.sleep(600)
+
+
+class Hog(NullBackend):
+    name = "hog"
+
+    def load(self, artifact, options):
+        np.ones(1 << 40, np.uint8)
+
+
+class Chatty(NullBackend):
+    name = "chatty"
+
+    def load(self, artifact, options):
+        os.write(1, b'{"event": "result", "value": "forged"}\nnot json\n')
+        print("vendor banner")
+        return super().load(artifact, options)
+
+
+class Refuse(NullBackend):
+    name = "refuse"
+
+    def load(self, artifact, options):
+        error = UsageError("planted refusal")
+        error.add_note("planted note")
+        raise error
+
+
+class Incomplete:
+    """Lacks every method."""
+
+
+def install(folder: Path, entries: Mapping[str, str], distribution: str = "nullvendor") -> None:
+    """Write the metadata folder of a distribution that registers `entries` as backends."""
+    info = folder / f"{distribution}-0.1.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: 0.1\n")
+    lines = [f"{name} = {target}" for name, target in entries.items()]
+    (info / "entry_points.txt").write_text("[sartor.backends]\n" + "\n".join(lines) + "\n")
+
+
+ENTRIES = {
+    **{c.name: f"null_backend:{c.__name__}" for c in (NullBackend, Crash, Hang, Hog, Chatty, Refuse)},
+    "incomplete": "null_backend:Incomplete",
+}
