@@ -112,6 +112,15 @@ class TestBeforeExpected:
         result = FoldConstants().run(program)
         assert not result.modified and not result.refusals
 
+    def test_an_initializer_that_callers_may_override_is_no_constant(self):
+        program = program_from_nodes(
+            [node("Exp", ["w"], ["e"]), node("Add", ["x", "e"], ["y"])],
+            {"x": (2, 3), "w": (3,)},
+            ["y"],
+            {"w": weights(3)},
+        )
+        assert not FoldConstants().run(program).modified
+
 
 class TestOption:
     def test_max_bytes(self):

@@ -105,6 +105,17 @@ class TestRun:
             Renames().run(small())
         assert caught.value.__notes__ == ["In pass 'renames'."]
 
+    def test_shapes_read_while_applying_are_not_stale_afterwards(self):
+        @dataclasses.dataclass(frozen=True)
+        class Narrow(ScaleWeights):
+            name: ClassVar[str] = "narrow"
+
+            def apply(self, program, plan, rewriter):
+                assert program.shapes()["y"] == (1, 3, 2, 2)
+                rewriter.set_initializer("w", program.initializer_array("w")[:2])
+
+        assert Narrow().run(small()).program.shapes()["y"] == (1, 2, 2, 2)
+
     def test_names_must_be_kebab_case(self):
         with pytest.raises(InternalError, match="expected kebab-case"):
             type("Bad", (ScaleWeights,), {"name": "Bad_Name"})

@@ -79,6 +79,15 @@ def test_nothing_to_do():
     assert not result.modified and result.program is program and result.plan is None
 
 
+def test_an_unused_graph_input_with_a_default_stays():
+    program = program_from_nodes(
+        [node("Relu", ["x"], ["y"])], {"x": (2, 3), "w": (3,)}, ["y"], {"w": vector(1), "orphan": vector(2)}
+    )
+    result = RemoveDead().run(program)
+    assert result.plan["initializers"] == ["orphan"]
+    assert sorted(result.program.initializers) == ["w"]
+
+
 def test_initializer_that_only_a_branch_reads_is_alive():
     program = branchy()
     result = RemoveDead().run(program)
