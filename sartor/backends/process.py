@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping
 from typing import IO, Any
 
 import sartor.errors
+from sartor.backends import telemetry
 from sartor.errors import BackendError, SartorError
 
 _LOG_LINES = 20
@@ -91,6 +92,7 @@ def default_memory_limit(threads: int) -> int:
 
 
 def _environment(threads: int) -> dict[str, str]:
+    telemetry.disable()
     environment = dict(os.environ)
     environment.update({name: str(threads) for name in _THREAD_VARIABLES})
     # Plugins that this process can import must be importable in the worker, from the same places.

@@ -1,22 +1,32 @@
 """Third-party telemetry, switched off before the vendor's import.
 
-`import openvino` looks up an analytics host and writes an identifier into the home folder unless its
-telemetry package cannot be imported, in which case it uses its own stub. nncf shares that package.
+* `import onnxruntime` on Linux and macOS (since the 2026 releases) writes a device identifier and an
+  event cache below `~/.cache` and uploads natively, unless an environment variable is set before the
+  library is loaded; `disable_telemetry_events()` afterwards comes too late for both.
+* `import openvino` looks up an analytics host and writes an identifier into the home folder unless its
+  telemetry package cannot be imported, in which case it uses its own stub. nncf shares that package.
+
+Reference: ONNX Runtime pull requests 27379 and 29843; `openvino/tools/ovc/telemetry_stub.py`.
 """
 
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from types import ModuleType
 
 from sartor.errors import UsageError
 
 _STUBBED = ("openvino_telemetry",)
+# The released library reads the first name; its development branch has also used the second.
+_OPT_OUTS = ("ORT_DISABLE_TELEMETRY", "ORT_TELEMETRY_DISABLED")
 
 
 def disable() -> None:
-    """Make telemetry packages unimportable for the rest of this process."""
+    """Opt out of telemetry for the rest of this process and for its children."""
+    for name in _OPT_OUTS:
+        os.environ[name] = "1"
     for name in _STUBBED:
         sys.modules[name] = None  # type: ignore[assignment]  # documented: makes `import name` raise
 
@@ -40,6 +50,6 @@ def import_vendor(module: str, requirement: str) -> ModuleType:
             f"Install it with: pip install '{requirement}'"
         ) from error
     switch_off = getattr(loaded, "disable_telemetry_events", None)
-    if switch_off is not None:  # ONNX Runtime; it reports events on some platforms only
+    if switch_off is not None:  # ONNX Runtime on Windows has no variable
         switch_off()
     return loaded

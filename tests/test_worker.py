@@ -1,0 +1,132 @@
+"""The subprocess: crashes, hangs, memory, noise on standard output, and plugins outside the tree."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+
+import null_backend
+import pytest
+from backend_programs import small_cnn
+
+from sartor import backends
+from sartor.backends import process
+from sartor.backends.many_models import time_models
+from sartor.backends.measure import measure, profile
+from sartor.backends.protocol import TargetOptions
+from sartor.errors import BackendError, UsageError
+
+
+@pytest.fixture
+def artifact(tmp_path, monkeypatch):
+    """An artifact of the out-of-tree backend; every backend of `null_backend` is registered."""
+    null_backend.install(tmp_path / "site", null_backend.ENTRIES)
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    backends.REGISTRY.refresh()
+    yield backends.get("null").lower(small_cnn(8), tmp_path / "artifact", TargetOptions())
+    monkeypatch.undo()
+    backends.REGISTRY.refresh()
+
+
+def request_of(artifact, backend):
+    return {
+        "command": "profile",
+        "backend": backend,
+        "options": TargetOptions().to_dict(),
+        "artifact": artifact.to_dict(),
+        "folder": str(artifact.folder),
+        "runs": 1,
+    }
+
+
+def quick(name, artifact):
+    return measure(name, [artifact], min_rounds=6, max_rounds=6, visit_s=0.004)
+
+
+def test_a_plugin_outside_the_tree_is_measured(artifact):
+    result = quick("null", artifact)
+    nodes = 9
+    assert result.baseline.median == pytest.approx(nodes * null_backend.SECONDS_PER_NODE, rel=0.05)
+    assert result.target["version"] == "1.0"
+    assert profile("null", artifact)[0].name == "all"
+
+
+def test_a_crash_is_an_error_with_the_last_words(artifact):
+    with pytest.raises(BackendError, match="SIGABRT") as raised:
+        quick("crash", artifact)
+    assert any("planted last words" in note for note in raised.value.__notes__)
+
+
+def test_a_hang_is_stopped_in_time_with_the_place(artifact, monkeypatch):
+    monkeypatch.setattr("sartor.backends.measure._START_S", 1.0)
+    started = time.monotonic()
+    with pytest.raises(BackendError, match="did not finish within 1 s") as raised:
+        measure("hang", [artifact], time_limit_s=0.0)
+    assert time.monotonic() - started < 10
+    assert any("in load" in note for note in raised.value.__notes__)  # the stack trace
+
+
+def test_a_worker_that_ignores_its_own_limit_is_killed(artifact, monkeypatch):
+    monkeypatch.setattr(process, "_GRACE_S", -0.01)  # the parent gives up first
+    with pytest.raises(BackendError, match="did not finish"):
+        process.call(request_of(artifact, "hang"), threads=1, time_limit_s=0.01)
+
+
+def test_memory_is_limited(artifact):
+    with pytest.raises(BackendError, match="MemoryError"):
+        quick("hog", artifact)
+
+
+def test_prints_of_a_vendor_do_not_reach_the_answer(artifact, capfd):
+    assert quick("chatty", artifact).baseline.median > 0
+    assert capfd.readouterr().out == ""
+
+
+def test_errors_keep_class_message_and_notes(artifact):
+    with pytest.raises(UsageError, match="planted refusal") as raised:
+        quick("refuse", artifact)
+    assert raised.value.__notes__ == ["planted note"]
+
+
+def test_thread_pools_are_fixed(artifact, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    environment = process._environment(2)
+    assert environment["OMP_NUM_THREADS"] == environment["OPENBLAS_NUM_THREADS"] == "2"
+    assert os.environ["OMP_NUM_THREADS"] == "7"
+
+
+def test_a_model_that_crashes_the_worker_costs_only_itself(artifact):
+    times = time_models("null", [b"1234", b"crash", b"12345678", b"fail"], repeats=2)
+    assert set(times.failures) == {1, 3}
+    assert "SIGABRT" in times.failures[1] and "planted failure" in times.failures[3]
+    assert times[2] == pytest.approx(2 * times[0], rel=0.1)
+
+
+def test_modules_in_the_working_folder_are_not_imported(tmp_path):
+    (tmp_path / "json.py").write_text("raise SystemExit('imported from the working folder')")
+    code = (
+        "import sys\nsys.path = [p for p in sys.path if p]\n"
+        "from sartor.backends import process\n"
+        "try:\n    process.call({'command': 'profile', 'backend': 'zzz', 'options': {}, 'artifact': {}, "
+        "'folder': '', 'runs': 1}, threads=1, time_limit_s=60)\n"
+        "except Exception as error:\n    assert 'zzz' in str(error), error\n"
+        "else:\n    raise SystemExit('no error')\n"
+    )
+    subprocess.run([sys.executable, "-P", "-c", code], cwd=tmp_path, check=True, timeout=60)
+
+
+def test_no_process_is_left_behind(artifact, monkeypatch):
+    started = []
+    original = subprocess.Popen
+
+    def record(*arguments, **keywords):
+        started.append(original(*arguments, **keywords))
+        return started[-1]
+
+    monkeypatch.setattr(process.subprocess, "Popen", record)
+    quick("null", artifact)
+    with pytest.raises(BackendError):
+        quick("crash", artifact)
+    assert len(started) == 2 and all(p.poll() is not None for p in started)
