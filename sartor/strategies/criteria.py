@@ -1,0 +1,261 @@
+"""Importance of channel-group units and residual blocks: what is cheapest to lose.
+
+An importance is extensive: for one group or block it grows with what would be removed, so that units and
+blocks compete in one currency *within a criterion*. Between criteria the numbers mean nothing.
+
+The first-order criterion works on the gradients of gates; see `sartor.strategies.gates`.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, Protocol
+
+import numpy as np
+
+from sartor.errors import UsageError
+from sartor.ir.program import Program
+from sartor.strategies.gates import gate_gradients
+from sartor.strategies.importance import (
+    AnalysisLike,
+    Batches,
+    BlockLike,
+    Importance,
+    members_with,
+    per_unit,
+    removable,
+)
+
+__all__ = [
+    "CRITERIA",
+    "L1",
+    "L2",
+    "BatchNormGamma",
+    "Criterion",
+    "Importance",
+    "Random",
+    "Taylor",
+    "criterion",
+]
+
+
+class Criterion(Protocol):
+    """A way to score units and blocks. Implementations hold no state."""
+
+    name: ClassVar[str]
+    needs_data: ClassVar[bool]
+
+    def unit_importance(
+        self,
+        program: Program,
+        analysis: AnalysisLike,
+        blocks: Sequence[BlockLike],
+        *,
+        data: Batches | None = None,
+        loss: Callable[..., Any] | None = None,
+        seed: int = 0,
+    ) -> Importance:
+        """Score every unit of every group and every removable block.
+
+        Args:
+            program: the program that `analysis` and `blocks` describe.
+            analysis: its channel groups.
+            blocks: its residual blocks.
+            data: re-iterable of `(inputs, labels)`; only criteria with `needs_data` read it.
+            loss: differentiable `(outputs by name, labels) -> scalar`, the mean over samples.
+            seed: of random criteria.
+
+        Raises:
+            UsageError: the criterion cannot score this program, or data are missing.
+        """
+        ...
+
+
+class _WeightNorm:
+    """A norm over each unit's producer slices: weights of all layers that make the unit's features."""
+
+    name: ClassVar[str] = ""
+    needs_data: ClassVar[bool] = False
+    order: ClassVar[int] = 1
+
+    def unit_importance(
+        self,
+        program: Program,
+        analysis: AnalysisLike,
+        blocks: Sequence[BlockLike],
+        *,
+        data: Batches | None = None,
+        loss: Callable[..., Any] | None = None,
+        seed: int = 0,
+    ) -> Importance:
+        """See `Criterion`. A block scores the same norm over every weight matrix or kernel inside it."""
+        groups = {}
+        for group in analysis.groups:
+            totals = np.zeros(group.size)
+            for member in members_with(group, "producer"):
+                totals += per_unit(
+                    self._powers(program.initializer_array(member.initializer)), member, group.size
+                )
+            groups[group.name] = self._root(totals)
+        scores = {}
+        for block in removable(blocks):
+            weights = [program.initializer_array(name) for name in _block_weights(program, block)]
+            scores[block.name] = float(self._root(np.asarray(sum(self._powers(w).sum() for w in weights))))
+        return Importance(groups, scores)
+
+    def _powers(self, array: np.ndarray) -> np.ndarray:
+        return np.abs(array.astype(np.float64)) ** self.order
+
+    def _root(self, total: np.ndarray) -> np.ndarray:
+        return total ** (1.0 / self.order)
+
+
+class L1(_WeightNorm):
+    """Sum of absolute producer weights per unit."""
+
+    name: ClassVar[str] = "l1"
+    order: ClassVar[int] = 1
+
+
+class L2(_WeightNorm):
+    """Euclidean norm of producer weights per unit."""
+
+    name: ClassVar[str] = "l2"
+    order: ClassVar[int] = 2
+
+
+class BatchNormGamma:
+    """Sum of |γ| of the BatchNormalizations that scale a unit."""
+
+    name: ClassVar[str] = "bn-gamma"
+    needs_data: ClassVar[bool] = False
+
+    def unit_importance(
+        self,
+        program: Program,
+        analysis: AnalysisLike,
+        blocks: Sequence[BlockLike],
+        *,
+        data: Batches | None = None,
+        loss: Callable[..., Any] | None = None,
+        seed: int = 0,
+    ) -> Importance:
+        """See `Criterion`. A block scores the sum of |γ| inside it."""
+        scales: dict[str, list[str]] = {}
+        for node in program.nodes():
+            if node.op_type == "BatchNormalization" and node.inputs[1] is not None:
+                scales.setdefault(node.inputs[1].name or "", []).append(node.name or "")
+        groups = {}
+        for group in analysis.groups:
+            members = [m for m in group.members if m.initializer in scales]
+            if not members:
+                raise UsageError(
+                    f"Criterion 'bn-gamma' needs a BatchNormalization in every group; '{group.name}' has "
+                    "none (it may have been folded). Use criterion l1, l2 or taylor, or --keep this group."
+                )
+            totals = np.zeros(group.size)
+            for member in members:
+                gamma = np.abs(program.initializer_array(member.initializer).astype(np.float64))
+                totals += per_unit(gamma, member, group.size)
+            groups[group.name] = totals
+        scores = {}
+        for block in removable(blocks):
+            inside = set(block.nodes)
+            names = [name for name, nodes in scales.items() if inside & set(nodes)]
+            if not names:
+                raise UsageError(
+                    f"Criterion 'bn-gamma' needs a BatchNormalization in every block; '{block.name}' has "
+                    "none. Use criterion l1, l2 or taylor."
+                )
+            scores[block.name] = float(sum(np.abs(program.initializer_array(n)).sum() for n in names))
+        return Importance(groups, scores)
+
+
+class Random:
+    """Uniform in [0, 1) by seed and name, so that other groups do not shift a group's numbers."""
+
+    name: ClassVar[str] = "random"
+    needs_data: ClassVar[bool] = False
+
+    def unit_importance(
+        self,
+        program: Program,
+        analysis: AnalysisLike,
+        blocks: Sequence[BlockLike],
+        *,
+        data: Batches | None = None,
+        loss: Callable[..., Any] | None = None,
+        seed: int = 0,
+    ) -> Importance:
+        """See `Criterion`."""
+
+        def generator(name: str) -> np.random.Generator:
+            return np.random.default_rng([seed, zlib.crc32(name.encode())])
+
+        return Importance(
+            {group.name: generator(group.name).random(group.size) for group in analysis.groups},
+            {block.name: float(generator(block.name).random()) for block in removable(blocks)},
+        )
+
+
+class Taylor:
+    """First-order Taylor expansion in gates: the squared gradient of the mean loss.
+
+    Reference: METHODS.md, TECO (5.7) for units and (5.8) for blocks: the gradient is averaged over the data
+    and then squared. The mean of squared per-sample gradients ranks differently and is another criterion.
+    """
+
+    name: ClassVar[str] = "taylor"
+    needs_data: ClassVar[bool] = True
+
+    def unit_importance(
+        self,
+        program: Program,
+        analysis: AnalysisLike,
+        blocks: Sequence[BlockLike],
+        *,
+        data: Batches | None = None,
+        loss: Callable[..., Any] | None = None,
+        seed: int = 0,
+    ) -> Importance:
+        """See `Criterion`."""
+        if data is None:
+            raise UsageError("Criterion 'taylor' needs data for gradients; give --data, or use l1 or l2.")
+        gradients = gate_gradients(program, analysis, blocks, data, loss=loss)
+        return Importance(
+            {name: gradient**2 for name, gradient in gradients.groups.items()},
+            {name: gradient**2 for name, gradient in gradients.blocks.items()},
+        )
+
+
+CRITERIA: dict[str, Criterion] = {c.name: c for c in (L1(), L2(), BatchNormGamma(), Random(), Taylor())}
+"""Every criterion by name."""
+
+
+def criterion(name: str) -> Criterion:
+    """The criterion called `name`.
+
+    Raises:
+        UsageError: there is none.
+    """
+    if name not in CRITERIA:
+        raise UsageError(f"Unknown criterion '{name}'; expected one of {', '.join(sorted(CRITERIA))}.")
+    return CRITERIA[name]
+
+
+def _block_weights(program: Program, block: BlockLike) -> list[str]:
+    """Initializers of two or more axes that nodes of the block read, each once."""
+    inside = set(block.nodes)
+    names = [
+        value.name or ""
+        for node in program.nodes()
+        if node.name in inside
+        for value in node.inputs
+        if value is not None
+        and value.is_initializer()
+        and value.const_value is not None
+        and len(value.const_value.shape) > 1
+        and value.const_value.dtype.is_floating_point()
+    ]
+    return list(dict.fromkeys(names))
