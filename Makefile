@@ -48,4 +48,4 @@ bench: $(VENV)/.installed-bench
 
 clean:
 	rm -rf $(VENV) out build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
-	rm -rf examples/digits/model.onnx examples/digits/.trained
+	rm -f examples/digits/model.onnx examples/digits/model.safetensors examples/digits/.trained

@@ -21,7 +21,9 @@ class Block(nn.Module):
         self.bn2 = nn.BatchNorm2d(c_out)
         self.shortcut: nn.Module = nn.Identity()
         if stride != 1 or c_in != c_out:
-            self.shortcut = nn.Sequential(nn.Conv2d(c_in, c_out, 1, stride, bias=False), nn.BatchNorm2d(c_out))
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(c_in, c_out, 1, stride, bias=False), nn.BatchNorm2d(c_out)
+            )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = torch.relu(self.bn1(self.conv1(x)))
@@ -50,7 +52,7 @@ class DigitsNet(nn.Module):
 
 
 def digits_net() -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
-    """The network, trained if `train.py` has run, and example inputs: `examples/digits/model.py:digits_net`."""
+    """The network, trained if `train.py` has run, and example inputs: `model.py:digits_net`."""
     model = DigitsNet()
     if WEIGHTS.exists():
         from safetensors.torch import load_file

@@ -30,11 +30,10 @@ def train(epochs: int, threads: int, seed: int) -> torch.nn.Module:
     torch.manual_seed(seed)
     torch.set_num_threads(threads)
     splits = digits()
-    # Convolutions of this size are about a third faster in this layout.
     model = DigitsNet().to(memory_format=torch.channels_last)
     steps = epochs * len(splits["train"])
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=steps, pct_start=0.25)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, nesterov=True, weight_decay=5e-4)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.05, total_steps=steps, pct_start=0.25)
     start = time.perf_counter()
     for epoch in range(epochs):
         model.train()
@@ -47,14 +46,17 @@ def train(epochs: int, threads: int, seed: int) -> torch.nn.Module:
             schedule.step()
         score = accuracy(model, splits["evaluate"])
         spent = time.perf_counter() - start
-        print(f"epoch {epoch + 1:2d}/{epochs}  loss {loss.item():.3f}  evaluate {score:.1%}  {spent:.0f} s")
+        print(
+            f"epoch {epoch + 1:2d}/{epochs}  loss {loss.item():.3f}  evaluate {score:.1%}  {spent:.0f} s",
+            flush=True,
+        )
     print(f"test accuracy {accuracy(model, splits['test']):.2%}")
     return model.eval()
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=FOLDER / "model.onnx")

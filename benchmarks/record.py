@@ -1,0 +1,45 @@
+"""The document of every benchmark, schema `sartor.bench/1`."""
+
+from __future__ import annotations
+
+import json
+import os
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("sartor", "torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "openvino", "torch-pruning")
+
+
+def conditions(**more: Any) -> dict[str, Any]:
+    from sartor.backends import host
+
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    load = [round(value, 2) for value in os.getloadavg()]
+    return {
+        **host.conditions(),
+        "load": load,
+        "versions": versions,
+        **more,
+    }
+
+
+def write(
+    path: str | None, name: str, rows: list[dict], summary: dict[str, Any], **more: Any
+) -> dict[str, Any]:
+    document = {
+        "schema": "sartor.bench/1",
+        "name": name,
+        "conditions": conditions(**more),
+        "rows": rows,
+        "summary": summary,
+    }
+    if path is not None:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    return document
