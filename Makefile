@@ -22,6 +22,7 @@ $(BIN)/pip:
 
 # One stamp per extra: changed requirements reinstall, an interrupted install starts again.
 $(VENV)/.installed-%: $(BIN)/pip pyproject.toml constraints.txt
+	@echo "installing what '$*' needs into $(VENV): a minute or more, up to several gigabytes"
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt -e '.[$*]'
 	@touch $@
 
