@@ -38,6 +38,8 @@ def generalise(
     batch_inputs: Sequence[str],
     size: int,
     reference_shapes: Mapping[str, tuple[int, ...]],
+    *,
+    unmistakable: bool = False,
 ) -> Program:
     """Return a program for any batch, or `program` itself with the reason why not.
 
@@ -46,12 +48,13 @@ def generalise(
         batch_inputs: graph inputs whose axis 0 is the batch.
         size: the static batch; 1 leaves room for ambiguity, which is resolved by trying alternatives.
         reference_shapes: input shapes of the result.
+        unmistakable: `size` is from `unusual_batch`, so every axis of that length is the batch.
     """
     choices: list[int] = []
     reason = ""
     for _ in range(_MAX_ALTERNATIVES):
         candidate = program.clone()
-        state = State(candidate, tuple(batch_inputs), size, choices=list(choices))
+        state = State(candidate, tuple(batch_inputs), size, list(choices), unmistakable)
         try:
             _rewrite(state)
         except Refusal as refusal:
@@ -194,13 +197,18 @@ def check_batch(program: Program, *, size: int = 3, seed: int = 0) -> str:
 
 
 def relative_error(a: np.ndarray, b: np.ndarray) -> float:
-    """max|a - b| / max|a|; infinite for different shapes."""
+    """max|a - b| / max|a|; infinite for different shapes, NaN where only one of the two is NaN."""
     if a.shape != b.shape:
         return float("inf")
     if a.size == 0:
         return 0.0
     a, b = a.astype(np.float64), b.astype(np.float64)
-    return float(np.max(np.abs(a - b)) / max(float(np.max(np.abs(a))), 1e-30))
+    differ = ~((a == b) | (np.isnan(a) & np.isnan(b)))
+    if not differ.any():
+        return 0.0
+    finite = np.abs(a[np.isfinite(a)])
+    scale = max(float(finite.max()) if finite.size else 0.0, 1e-30)
+    return float(np.max(np.abs(a[differ] - b[differ]))) / scale
 
 
 def random_inputs(program: Program, *, size: int | None = None, seed: int = 0) -> dict[str, np.ndarray]:

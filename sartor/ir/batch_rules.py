@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import numpy as np
 import onnx_ir as ir
@@ -43,12 +43,20 @@ class Label:
 class State:
     """Labels so far, static shapes, and the alternatives taken where size 1 is ambiguous."""
 
-    def __init__(self, program: Program, batch_inputs: tuple[str, ...], size: int, choices: list[int]):
+    def __init__(
+        self,
+        program: Program,
+        batch_inputs: tuple[str, ...],
+        size: int,
+        choices: list[int],
+        unmistakable: bool = False,
+    ):
         self.program = program
         self.graph = program.graph
         self.batch_inputs = batch_inputs
         self.size = size
-        self.shapes: Mapping[str, tuple[int, ...]] = program.shapes()
+        self.unmistakable = unmistakable
+        self.shapes: dict[str, tuple[int, ...]] = dict(program.shapes())
         self.types = program.types()
         self.labels: dict[ir.Value, Label] = {}
         self._choices = choices
@@ -118,8 +126,15 @@ class State:
         expand = ir.node("Expand", [value, target], num_outputs=1, name=f"{prefix}.expand")
         expand.outputs[0].name = f"{prefix}.expand"
         self.graph.insert_before(node, expand)
+        shape = list(self.shape(value))
+        shape[label.axis] = self.size
+        self.learn(prefix + ".expand", tuple(shape))
         node.replace_input_with(index, expand.outputs[0])
         self.labels[expand.outputs[0]] = label
+
+    def learn(self, name: str, shape: tuple[int, ...]) -> None:
+        """Record the static shape of a value made here."""
+        self.shapes[name] = shape
 
     def _free(self, name: str) -> str:
         taken = {n.name for n in self.graph} | set(self.shapes)
@@ -139,6 +154,8 @@ def apply(state: State, node: ir.Node) -> None:
         Refusal: the node mixes samples, or has no rule.
     """
     labelled = [i for i in node.inputs if i is not None and i in state.labels]
+    if not labelled and state.unmistakable and _expand_constants(state, node):
+        labelled = [i for i in node.inputs if i is not None and i in state.labels]
     if not labelled and node.op_type != "If":
         if node.op_type in ("Expand", "Tile"):
             _expand_independent(state, node)
@@ -154,6 +171,22 @@ def apply(state: State, node: ir.Node) -> None:
     except Refusal as refusal:
         where = state.program.provenance.get(node.name or "")
         raise Refusal(f"{refusal}{f' at {where}' if where else ''}") from None
+
+
+def _expand_constants(state: State, node: ir.Node) -> bool:
+    """Repeat by the idiom a folded constant that held one slice per sample, such as an initial state."""
+    found = False
+    for index, value in enumerate(node.inputs):
+        array = array_of(node, index)
+        if value is None or array is None or state.size not in array.shape:
+            continue
+        if array.ndim < 2 and array.dtype.kind not in "fb":
+            continue  # a shape, or a list of positions
+        label = Label(array.shape.index(state.size))
+        _shrink(state, node, index, label.axis, label)
+        state.expand(node, index, label, array.ndim)
+        found = True
+    return found
 
 
 def _label(state: State, node: ir.Node, index: int = 0) -> Label | None:
@@ -217,9 +250,7 @@ def _shrink(state: State, node: ir.Node, index: int, axis: int, label: Label) ->
     name = free_name(state.graph, f"{node.name}.{index}")
     value = folding.constant(state.graph, name, first)
     node.replace_input_with(index, value)
-    shapes = dict(state.shapes)
-    shapes[name] = first.shape
-    state.shapes = shapes
+    state.learn(name, first.shape)
 
 
 def _axis_of(state: State, node: ir.Node, default: int) -> int:
@@ -407,10 +438,8 @@ def _concat(state: State, node: ir.Node) -> None:
     for index, value in enumerate(node.inputs):
         if value is None or value in state.labels:
             continue
-        if state.size > 1:
+        if state.shape(value)[label.axis] != 1:
             _shrink(state, node, index, label.axis, label)
-        elif state.shape(value)[label.axis] != 1:
-            raise _refuse(node, f"its input {index} has a fixed batch")
         state.expand(node, index, label, rank)
     _set(state, node, label)
 

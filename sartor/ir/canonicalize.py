@@ -13,7 +13,7 @@ import onnx
 import onnx_ir as ir
 
 from sartor.errors import ModelError, UnsupportedOperatorError
-from sartor.ir import cleanup, folding, normalise
+from sartor.ir import cleanup, folding, normalise, sequences
 from sartor.ir.program import (
     CANONICAL_IR_VERSION,
     CANONICAL_OPSET,
@@ -92,14 +92,12 @@ def canonicalize(
     constants = cleanup.constants_to_initializers(graph)
     cleanup.fix_names(model)
     check_operators(model, provenance, before_folding=True)
-    try:
-        graph.sort()
-    except ValueError as error:
-        raise ModelError("The graph contains a cycle; a model must be a directed acyclic graph.") from error
+    cleanup.sort(graph)
     folded: set[str] = {v.name for v in constants if v.name}
     for _ in range(_MAX_ROUNDS):
         shapes, types = infer_shapes(model, input_shapes)
         changed = folding.fold(graph, shapes, types, protected, folded)
+        changed += sequences.remove_sequences(graph, shapes)
         changed += cleanup.simplify(graph, shapes, types, protected, folded)
         changed += cleanup.remove_dead(graph)
         if not changed:
@@ -114,8 +112,8 @@ def canonicalize(
         if domain not in ("", DIALECT_DOMAIN):
             del model.opset_imports[domain]
     model.opset_imports[""] = CANONICAL_OPSET
-    _check_known(graph, shapes, provenance)
     check_operators(model, provenance)
+    _check_known(graph, shapes, provenance)
 
 
 def check_operators(

@@ -169,7 +169,7 @@ def _capture(module: torch.nn.Module, examples: tuple[torch.Tensor, ...], name: 
             names = [v.name or "" for v in program.graph.inputs]
             batch_inputs = tuple(n for n, c in zip(names, carries, strict=True) if c)
             reference = dict(zip(names, shapes, strict=True))
-            general = batching.generalise(program, batch_inputs, size, reference)
+            general = batching.generalise(program, batch_inputs, size, reference, unmistakable=True)
             if general.batch.symbolic:
                 reason = batching.check_batch(general)
                 if not reason:

@@ -115,6 +115,18 @@ def _take_over_output(graph: ir.Graph, old: ir.Value, new: ir.Value) -> None:
     old.replace_all_uses_with(new)
 
 
+def sort(graph: ir.Graph) -> None:
+    """Put nodes into execution order, as they stood where possible.
+
+    Raises:
+        ModelError: the graph contains a cycle.
+    """
+    try:
+        graph.sort()
+    except ValueError as error:
+        raise ModelError("The graph contains a cycle; a model must be a directed acyclic graph.") from error
+
+
 def sort_initializers(graph: ir.Graph) -> None:
     """Order initializers by name: equal programs serialise equally, whatever order they were made in."""
     ordered = sorted(graph.initializers.items())

@@ -17,8 +17,8 @@ from onnx.reference import ReferenceEvaluator
 from sartor.errors import ModelError
 from sartor.ir.program import CANONICAL_OPSET
 
-MAX_FOLDED_ELEMENTS = 1 << 22
-"""A folded constant may not be larger; a file of a few bytes could otherwise ask for gigabytes."""
+MAX_FOLDED_ELEMENTS = 1 << 28
+"""Of all folded constants together: a file of a few bytes could otherwise ask for any amount of memory."""
 NEVER_FOLDED = frozenset(
     """Bernoulli DequantizeLinear DynamicQuantizeLinear If Loop Multinomial QuantizeLinear RandomNormal
     RandomNormalLike RandomUniform RandomUniformLike Scan""".split()
@@ -48,6 +48,11 @@ def fold(
         Number of nodes replaced.
     """
     count = 0
+    budget = MAX_FOLDED_ELEMENTS - sum(
+        value.const_value.size
+        for name in folded
+        if (value := graph.initializers.get(name)) is not None and value.const_value is not None
+    )
     for node in list(graph):
         if node in skip or node.domain not in ("", "ai.onnx"):
             continue
@@ -63,13 +68,14 @@ def fold(
                 i.const_value is None or not i.is_initializer() or i.name in protected for i in inputs
             ):
                 continue
-            if _result_size(node, shapes) > MAX_FOLDED_ELEMENTS:
+            if _result_size(node, shapes) > budget:
                 continue
             array = _evaluate(node)
         if array is None:
             continue
-        replace_by_constant(graph, node, array)
-        folded.add(output.name or "")
+        value = replace_by_constant(graph, node, array)
+        folded.add(value.name or "")
+        budget -= array.size
         count += 1
     return count
 
@@ -87,7 +93,7 @@ def replace_by_constant(graph: ir.Graph, node: ir.Node, array: np.ndarray) -> ir
 
 def constant(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
     """Register an initializer called `name` (which must be free) holding `array`."""
-    tensor = ir.Tensor(np.array(array, order="C"), name=name)  # ascontiguousarray would make scalars 1-D
+    tensor = ir.Tensor(np.asarray(array, order="C"), name=name)  # ascontiguousarray would make scalars 1-D
     value = ir.Value(
         name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor
     )

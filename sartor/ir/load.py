@@ -67,6 +67,7 @@ def _load(
     cleanup.fix_names(model)
     model = opset.raise_opset(model)
     inline_functions(model)
+    cleanup.sort(model.graph)
     cleanup.fix_names(model)
     origin = provenance.extract(model)
     parameters = {
@@ -106,7 +107,9 @@ def _load(
     reason = "no input has a dynamic axis 0"
     if carriers:
         try:
-            general = batching.generalise(canonical_at(tiled, model), carriers, size, reference)
+            general = batching.generalise(
+                canonical_at(tiled, model), carriers, size, reference, unmistakable=True
+            )
         except ModelError as error:
             reason = f"the model cannot be analysed at batch {size}: {error}"
         else:

@@ -11,12 +11,13 @@ from collections.abc import Callable
 
 import numpy as np
 import onnx
+import onnx.inliner
 import onnx_ir as ir
 
 from sartor.errors import ModelError, UnsupportedOperatorError
 from sartor.ir.program import CANONICAL_OPSET, DIALECT_DOMAIN
 
-OLDEST_OPSET = 7
+OLDEST_OPSET = 6
 _DEFAULT = ("", "ai.onnx")
 # Attributes that a newer operator gained, with the value that means "as before".
 _NEUTRAL = {
@@ -188,10 +189,10 @@ def _upgrade(model: ir.Model, version: int) -> None:
     for node in _all_nodes(model):
         if node.domain not in _DEFAULT:
             continue
-        if node.op_type in ("Softmax", "LogSoftmax", "Hardmax") and version < 13:
+        if (rule_with_ranks := _rank_rule(node, version)) is not None:
             if ranks is None:
                 ranks = _ranks(model)
-            _softmax(node, ranks)
+            rule_with_ranks(node, ranks)
         elif (rule := _UPGRADES.get(node.op_type)) is not None:
             rule(node, version)
         elif node.op_type in _CHANGED_MEANING and version < _CHANGED_MEANING[node.op_type]:
@@ -199,6 +200,37 @@ def _upgrade(model: ir.Model, version: int) -> None:
                 f"Node '{node.name}' ({node.op_type}) of opset {version} has another meaning at opset "
                 f"{CANONICAL_OPSET}. Export the model at opset {CANONICAL_OPSET}."
             )
+
+
+def _rank_rule(node: ir.Node, version: int) -> Callable[[ir.Node, dict[str, int]], None] | None:
+    if node.op_type in ("Softmax", "LogSoftmax", "Hardmax") and version < 13:
+        return _softmax
+    if version < 7 and ("broadcast" in node.attributes or (node.op_type == "PRelu")):
+        return _align_second
+    return None
+
+
+def _align_second(node: ir.Node, ranks: dict[str, int]) -> None:
+    """Before opset 7 the second operand was aligned at `axis`, not at the end (a PRelu slope at axis 1)."""
+    explicit = node.attributes.pop("axis", None)
+    node.attributes.pop("broadcast", None)
+    axis = explicit.as_int() if explicit is not None else 1 if node.op_type == "PRelu" else None
+    first, second = node.inputs[0], node.inputs[1]
+    if axis is None or first is None or second is None:
+        return
+    rank, own = ranks.get(first.name or ""), ranks.get(second.name or "")
+    if rank is None or own is None:
+        raise ModelError(
+            f"Node '{node.name}' ({node.op_type}) broadcasts at an axis, but a rank is not known."
+        )
+    trailing = rank - axis % rank - own
+    if trailing > 0:
+        axes = _new_constant(node, "trailing_axes", range(own, own + trailing))
+        spread = ir.node("Unsqueeze", [second, axes], num_outputs=1, name=f"{node.outputs[0].name}.aligned")
+        spread.outputs[0].name = spread.name
+        assert node.graph is not None
+        node.graph.insert_before(node, spread)
+        node.replace_input_with(1, spread.outputs[0])
 
 
 _CHANGED_MEANING = {"GroupNormalization": 21, "GridSample": 20, "DFT": 20, "Scan": 9, "RoiAlign": 16}
@@ -220,7 +252,7 @@ def _ranks(model: ir.Model) -> dict[str, int]:
 
 def _new_constant(node: ir.Node, role: str, values: object, dtype: type = np.int64) -> ir.Value:
     """A Constant node before `node`; canonicalize turns it into an initializer."""
-    array = np.asarray(values, dtype=dtype)
+    array = np.asarray(list(values) if isinstance(values, range) else values, dtype=dtype)
     name = f"{node.outputs[0].name}.{role}"
     constant = ir.node("Constant", [], {"value": ir.Tensor(array, name=name)}, num_outputs=1, name=name)
     constant.outputs[0].name = name
@@ -242,6 +274,12 @@ def _attribute_to_input(attribute: str, index: int, dtype: type = np.int64) -> U
             _put(node, index, _new_constant(node, attribute, found.value, dtype))
 
     return rule
+
+
+def _top_k(node: ir.Node, version: int) -> None:
+    found = node.attributes.pop("k", None)
+    if found is not None:
+        _put(node, 1, _new_constant(node, "k", [found.as_int()]))
 
 
 def _split(node: ir.Node, version: int) -> None:
@@ -272,6 +310,9 @@ def _batch_norm(node: ir.Node, version: int) -> None:
             f"Node '{node.name}' (BatchNormalization) has spatial=0, statistics per pixel, which has no counterpart."
         )
     node.attributes.pop("spatial", None)
+    if version < 7 and not node.attributes.get_int("is_test", 0):
+        raise ModelError(f"Node '{node.name}' (BatchNormalization) has is_test=0: a training graph.")
+    node.attributes.pop("is_test", None)
     if version < 14 and any(o.uses() for o in node.outputs[1:]):
         raise ModelError(
             f"Node '{node.name}' (BatchNormalization) returns batch statistics: a training graph."
@@ -366,6 +407,6 @@ _UPGRADES: dict[str, Upgrade] = {
     "Resize": _resize,
     "Slice": _slice,
     "Split": _split,
-    "TopK": _attribute_to_input("k", 1),
+    "TopK": _top_k,
     "Upsample": _upsample,
 }

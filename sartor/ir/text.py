@@ -68,7 +68,12 @@ def excerpt(program: Program, node: ir.Node, around: int = 5) -> str:
 def _known(program: Program) -> tuple[Mapping[str, tuple[int, ...]], Mapping[str, ir.DataType]]:
     try:
         return program.shapes(), program.types()
-    except (ModelError, ValueError, TypeError):  # a dump must also work on the broken program it explains
+    except (
+        ModelError,
+        RuntimeError,
+        ValueError,
+        TypeError,
+    ):  # a dump must also work on the broken program it explains
         return {}, {}
 
 

@@ -6,6 +6,7 @@ ONNX's own inference lets through (`sartor.ir.constraints`), such as a Conv of 5
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import NoReturn
 
@@ -21,7 +22,10 @@ from sartor.ir.program import (
     CANONICAL_OPSET,
     DIALECT_DOMAIN,
     Program,
+    infer_shapes,
 )
+
+_FAILING_NODE = re.compile(r"node name: ([^)]+)\)")
 
 Signature = tuple[tuple[str, str, str, tuple[int | str, ...]], ...]
 """`(input|output, name, element type, dimensions)` of every graph input and output, in order."""
@@ -57,18 +61,15 @@ def verify_program(program: Program, reference: Signature | None = None) -> None
     _check_header(program)
     _check_scopes(program)
     _check_schemas(program)
+    _check_initializers(program)
     try:
         shapes, types = program.shapes(), program.types()
     except ModelError as error:
-        _fail(program, None, str(error))
-    _check_initializers(program)
+        _explain_inference(program, str(error))
     _check_types(program, types)
     context = Context(program, shapes)
     for node in program.nodes():
-        for constraint in CONSTRAINTS.get((node.domain, node.op_type), ()):
-            problem = constraint(context, node)
-            if problem:
-                _fail(program, node, f"Node {program.where(node)}: {problem}")
+        _check_constraints(context, node)
     _check_signature(program, shapes, types, reference)
 
 
@@ -77,6 +78,33 @@ def _fail(program: Program, node: ir.Node | None, message: str) -> NoReturn:
     if node is not None:
         error.add_note(text.excerpt(program, node))
     raise error
+
+
+def _check_constraints(context: Context, node: ir.Node) -> None:
+    for constraint in CONSTRAINTS.get((node.domain, node.op_type), ()):
+        problem = constraint(context, node)
+        if problem:
+            _fail(context.program, node, f"Node {context.program.where(node)}: {problem}")
+
+
+def _explain_inference(program: Program, message: str) -> NoReturn:
+    """Say in our words what ONNX's inference rejected; its own words name neither values nor source."""
+    found = _FAILING_NODE.search(message)
+    nodes = list(program.graph)
+    failing = next((i for i, n in enumerate(nodes) if found is not None and n.name == found.group(1)), None)
+    if failing is None:
+        _fail(program, None, message)
+    partial = program.clone()
+    partial.graph.outputs.clear()
+    partial.graph.remove(list(partial.graph)[failing:][::-1], safe=True)
+    try:
+        shapes, _ = infer_shapes(partial.model, partial.input_shapes)
+    except ModelError:
+        shapes = {}
+    for node in nodes[: failing + 1]:  # the cause may lie before the node that inference stumbled over
+        _check_constraints(Context(program, shapes), node)
+    detail = message.partition(found.group(0))[2].strip(" :") if found is not None else message
+    _fail(program, nodes[failing], f"Node {program.where(nodes[failing])}: {detail}")
 
 
 def _check_header(program: Program) -> None:
