@@ -209,3 +209,23 @@ def test_outputs_that_hold_no_classes_are_refused():
         score(lambda i: {"y": i["x"]}, [({"x": x}, np.zeros(2, int))])
     with pytest.raises(UsageError, match="NaN"):
         score(lambda i: {"y": i["x"] * np.nan}, [({"x": x}, np.zeros(2, int))])
+
+
+# ---- the example ----------------------------------------------------------------------------------
+def test_digits_example_keeps_the_contract_and_its_test_split_apart():
+    from pathlib import Path
+
+    spec = Path(__file__).parent.parent / "examples/digits/data.py"
+    data = load_data(f"{spec}:digits", ["image"])
+
+    def unaugmented(split):
+        return {image.tobytes() for image in split._batches.images}
+
+    splits = [unaugmented(s) for s in (data.train, data.evaluate, data.test)]
+    assert [len(s) for s in splits] == [1100, 250, 447]
+    assert not splits[2] & (splits[0] | splits[1]) and not splits[0] & splits[1]
+    inputs, labels = data.train.first()
+    assert inputs["image"].shape == (64, 1, 32, 32) and inputs["image"].dtype == np.float32
+    assert labels.dtype.kind == "i" and abs(inputs["image"].mean()) < 0.3 < inputs["image"].std()
+    first, second = (next(iter(data.train))[0]["image"] for _ in range(2))
+    assert not np.array_equal(first, second), "every pass is augmented anew"

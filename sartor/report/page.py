@@ -84,7 +84,7 @@ def _verdict(report: Report) -> str:
         for name, value, note in facts
     )
     kind = "met" if status == "met" else "missed"
-    headline = _escape(STATUS.get(status, status))
+    headline = _escape(STATUS.get(status) or str(status))
     return f'<section class="verdict {kind}"><h2>{headline}</h2><dl class="facts">{cells}</dl></section>'
 
 
