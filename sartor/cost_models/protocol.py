@@ -39,7 +39,7 @@ class CostEstimate:
         method: how the numbers came about, for people.
         metrics: value per metric name, units in the names (`latency_s`, `macs`, `weight_bytes`…).
         intervals: 95 % interval per metric name, where the model knows its error.
-        kernels: breakdown of the latency; it sums to `latency_s` minus the model's constant offset.
+        kernels: breakdown of the latency; it sums to `latency_s` minus what belongs to no kernel.
         unmodelled: kernels, or effects, that the model does not describe.
     """
 

@@ -1,0 +1,99 @@
+"""What a one-kernel model costs beyond its kernel: the call, and converting to a blocked layout and back.
+
+Inside a network values stay in the runtime's own layout; a sample enters and leaves it, which can take
+longer than a 1x1 convolution. The cost is measured with depthwise convolutions of size 1: with one of
+them a model takes `gap + k`, with three `gap + 3k`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from sartor.cost_models.signatures import Signature, empty_model, identity_model
+
+LAYOUT_FAMILIES = ("conv", "depthwise")
+_MOST_PROBES = 40
+_MOST_SHARE = 0.9  # of a sample that is explained by its boundary, at most
+
+Map = tuple[int, ...]
+"""Batch and spatial sizes of a feature map: `(N, H, W)`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Boundary:
+    """Measured boundary costs of one target.
+
+    Attributes:
+        call_s: an empty call.
+        gaps: per feature map, ascending channel counts and the seconds beyond the kernel (call included)
+            of a model that reads and writes such a map.
+    """
+
+    call_s: float
+    gaps: Mapping[Map, tuple[tuple[int, ...], tuple[float, ...]]]
+
+    def own_s(self, signature: Signature, sizes: Sequence[int], total_s: float) -> float:
+        """The kernel's own share of a sample that took `total_s`."""
+        beyond = self.call_s
+        if signature.family in LAYOUT_FAMILIES:
+            ends = [self._gap(where, channels) for where, channels in ends_of(signature, sizes)]
+            if all(math.isfinite(gap) for gap in ends):
+                beyond += sum(gap - self.call_s for gap in ends) / 2
+        return total_s - min(max(beyond, 0.0), _MOST_SHARE * total_s)
+
+    def _gap(self, where: Map, channels: int) -> float:
+        if where not in self.gaps:
+            return math.nan
+        axis, seconds = self.gaps[where]
+        return float(np.interp(channels, axis, seconds))
+
+
+def ends_of(signature: Signature, sizes: Sequence[int]) -> list[tuple[Map, int]]:
+    """Feature maps, with channels, that a convolution's sample model reads and writes."""
+    spec: dict[str, Any] = signature.spec
+    c_out = sizes[0] * spec["multiplier"] if len(sizes) == 1 else sizes[1]
+    inner, outer = (spec["batch"], *spec["spatial"]), (spec["batch"], *spec["out"])
+    residuals = sum(op_type == "Add" for op_type, _ in spec["epilogue"])
+    return [(inner, sizes[0]), *[(outer, c_out)] * (1 + residuals)]
+
+
+def probes(wanted: Iterable[tuple[Map, int]]) -> list[tuple[Map, int]]:
+    """Which (map, channels) to measure: all that occur, or a spread of channels per map if too many."""
+    channels: dict[Map, set[int]] = {}
+    for where, count in wanted:
+        channels.setdefault(where, set()).add(max(count, 8))
+    if not channels:
+        return []
+    most = max(2, _MOST_PROBES // len(channels))
+    chosen = []
+    for where in sorted(channels):
+        ordered = sorted(channels[where])
+        keep = np.unique(np.linspace(0, len(ordered) - 1, min(most, len(ordered))).round().astype(int))
+        chosen += [(where, ordered[i]) for i in keep]
+    return chosen
+
+
+def probe_models(chosen: Sequence[tuple[Map, int]]) -> list[bytes]:
+    """An empty call, then one and three identities per probe."""
+    models = [empty_model()]
+    for (batch, *spatial), channels in chosen:
+        models += [identity_model((batch, channels, *spatial), repeats) for repeats in (1, 3)]
+    return models
+
+
+def boundary_from(chosen: Sequence[tuple[Map, int]], seconds: Sequence[float]) -> Boundary:
+    """Boundary from the times of `probe_models(chosen)`; NaN where a model could not be timed."""
+    call = seconds[0] if math.isfinite(seconds[0]) else 0.0
+    found: dict[Map, list[tuple[int, float]]] = {}
+    for (where, channels), one, three in zip(chosen, seconds[1::2], seconds[2::2], strict=True):
+        if math.isfinite(one) and math.isfinite(three):
+            found.setdefault(where, []).append((channels, max(call, one - (three - one) / 2)))
+    gaps = {
+        where: (tuple(c for c, _ in points), tuple(g for _, g in points)) for where, points in found.items()
+    }
+    return Boundary(call, gaps)
