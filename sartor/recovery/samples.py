@@ -1,0 +1,175 @@
+"""The training set of recovery: held in memory and shuffled where it fits, streamed where it does not."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, fx
+
+from sartor.errors import UsageError
+from sartor.ir.fx import to_tensor, twin_info
+
+CACHE_BYTES = 512 << 20
+"""Largest training set that is held in memory, inputs and labels together."""
+BATCH_SIZES = (16, 128)
+"""Bounds of the batch size: BatchNormalization needs some samples, and steps must not become too few."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """One training step's worth of data.
+
+    Attributes:
+        inputs: in the order of the twin's inputs.
+        labels: or None.
+        teacher: outputs of the original by name.
+    """
+
+    inputs: list[Tensor]
+    labels: Tensor | None
+    teacher: dict[str, Tensor]
+
+
+class Samples:
+    """Batches of a training set with the original's outputs on them.
+
+    A set within `CACHE_BYTES` is shuffled anew each epoch, by seed and epoch only, and the original runs
+    once per sample. A larger one keeps its own batches and order, and the original runs every time.
+
+    Args:
+        data: re-iterable of `(inputs by name, labels or None)`.
+        teacher: twin of the original.
+        seed: of the order.
+        cache_bytes: in place of `CACHE_BYTES`.
+
+    Raises:
+        UsageError: there are no data.
+    """
+
+    def __init__(
+        self,
+        data: Iterable[tuple[Mapping[str, np.ndarray], np.ndarray | None]],
+        teacher: fx.GraphModule,
+        seed: int,
+        *,
+        cache_bytes: int | None = None,
+    ):
+        self._data = data
+        self._teacher = teacher
+        self._info = twin_info(teacher)
+        self._seed = seed
+        self._inputs: list[Tensor] = []
+        self._labels: Tensor | None = None
+        self._known: Tensor | None = None
+        self._outputs: dict[str, Tensor] = {}
+        self.cached = self._load(CACHE_BYTES if cache_bytes is None else cache_bytes)
+
+    @property
+    def count(self) -> int | None:
+        """Number of samples where they are held in memory."""
+        return len(self._inputs[0]) if self.cached else None
+
+    def epoch(self, number: int, start: int = 0) -> Iterator[Batch]:
+        """Batches of one epoch, from batch `start` on."""
+        if not self.cached:
+            for position, (inputs, labels) in enumerate(self._data):
+                if position >= start:
+                    tensors = self._tensors(inputs)
+                    yield Batch(tensors, _labels(labels), self._run(tensors))
+            return
+        count = len(self._inputs[0])
+        order = torch.from_numpy(np.random.default_rng([self._seed, number]).permutation(count))
+        parts = list(torch.split(order, self._batch_size))
+        if len(parts) > 1 and len(parts[-1]) < self._batch_size:
+            parts.pop()  # a handful of samples would upset BatchNormalization
+        for part in parts[start:]:
+            yield self._select(part)
+
+    def sample(self, limit: int) -> list[Batch]:
+        """The same few batches every time: what progress is compared on; at most `limit` samples."""
+        if self.cached:
+            count = min(limit, len(self._inputs[0]))
+            order = torch.from_numpy(
+                np.random.default_rng(self._seed).permutation(len(self._inputs[0]))[:count]
+            )
+            return [self._select(part) for part in torch.split(order, self._batch_size)]
+        batches: list[Batch] = []
+        for batch in self.epoch(0):
+            batches.append(batch)
+            if sum(len(b.inputs[0]) for b in batches) >= limit:
+                break
+        return batches
+
+    def inputs(self, limit: int) -> Iterator[list[Tensor]]:
+        """Inputs of at most `limit` batches, without running the original."""
+        if not self.cached:
+            for position, (inputs, _) in enumerate(self._data):
+                if position >= limit:
+                    return
+                yield self._tensors(inputs)
+            return
+        order = torch.from_numpy(np.random.default_rng(self._seed).permutation(len(self._inputs[0])))
+        for part in torch.split(order, self._batch_size)[:limit]:
+            yield [tensor[part] for tensor in self._inputs]
+
+    def _load(self, limit: int) -> bool:
+        inputs: list[list[Tensor]] = []
+        labels: list[Tensor | None] = []
+        size = 0
+        for batch_inputs, batch_labels in self._data:
+            tensors = self._tensors(batch_inputs)
+            target = _labels(batch_labels)
+            inputs.append(tensors)
+            labels.append(target)
+            size += sum(
+                t.numel() * t.element_size() for t in [*tensors, *([] if target is None else [target])]
+            )
+            if size > limit:
+                return False
+        if not inputs:
+            raise UsageError("The training data are empty; recovery needs at least one batch.")
+        self._inputs = [torch.cat(parts) for parts in zip(*inputs, strict=True)]
+        present = [target for target in labels if target is not None]
+        if present and len(present) == len(labels):
+            self._labels = torch.cat(present)
+        count = len(self._inputs[0])
+        low, high = BATCH_SIZES
+        self._batch_size = min(max(len(inputs[0][0]), low), high, count)
+        self._known = torch.zeros(count, dtype=torch.bool)
+        return True
+
+    def _tensors(self, inputs: Mapping[str, np.ndarray]) -> list[Tensor]:
+        missing = [name for name in self._info.inputs if name not in inputs]
+        if missing:
+            raise UsageError(f"The training data lack input '{missing[0]}'; they have {sorted(inputs)}.")
+        return [to_tensor(inputs[name], self._info.dtype) for name in self._info.inputs]
+
+    def _run(self, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
+        with torch.no_grad():
+            return dict(zip(self._info.outputs, self._teacher(*tensors), strict=True))
+
+    def _select(self, part: Tensor) -> Batch:
+        assert self._known is not None
+        tensors = [tensor[part] for tensor in self._inputs]
+        fresh = part[~self._known[part]]
+        if len(fresh):
+            for name, output in self._run([tensor[fresh] for tensor in self._inputs]).items():
+                if name not in self._outputs:
+                    shape = (len(self._known), *output.shape[1:])
+                    self._outputs[name] = torch.zeros(shape, dtype=output.dtype)
+                self._outputs[name][fresh] = output
+            self._known[fresh] = True
+        labels = None if self._labels is None else self._labels[part]
+        return Batch(tensors, labels, {name: output[part] for name, output in self._outputs.items()})
+
+
+def _labels(labels: np.ndarray | None) -> Tensor | None:
+    if labels is None:
+        return None
+    array = np.asarray(labels)
+    return torch.from_numpy(
+        np.array(array.astype(np.float32) if array.dtype.kind == "f" else array.astype(np.int64))
+    )

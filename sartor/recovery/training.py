@@ -1,0 +1,349 @@
+"""The training loop of recovery; see `sartor.recovery.distillation` for what it does and promises."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sartor.errors import UsageError
+from sartor.ir.fx import pull_weights, to_fx, twin_info
+from sartor.ir.program import Program
+from sartor.recovery import losses
+from sartor.recovery.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from sartor.recovery.samples import Batch, Samples
+from sartor.recovery.twins import Predict, batch_norms, predictor, reestimate_statistics, restore, snapshot
+
+Score = tuple[float, float]
+_CLIP_NORM = 5.0  # Adam's steps do not depend on the gradient's scale: this only catches outliers
+_JUDGED_SAMPLES = 256
+_STATISTICS_BATCHES = 64
+_MINIMUM_BATCH = 4  # with fewer samples per channel, batch statistics are noise: train with running ones
+_WARM_UP = 0.03
+
+
+@dataclasses.dataclass(frozen=True)
+class RecoveryOptions:
+    """How to train; the defaults suit fine-tuning after a cut.
+
+    Attributes:
+        learning_rate: Adam's peak rate.
+        temperature: of the softened class scores.
+        label_weight: weight of the loss against labels beside distillation.
+        max_steps: stop after this many steps; the schedule then depends on steps only.
+    """
+
+    learning_rate: float = 1e-3
+    temperature: float = 2.0
+    label_weight: float = 0.5
+    max_steps: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("learning_rate", "temperature"):
+            if not getattr(self, name) > 0:
+                raise UsageError(f"Recovery option '{name}' is {getattr(self, name)}; it must be above 0.")
+        if self.label_weight < 0 or (self.max_steps is not None and self.max_steps < 1):
+            raise UsageError("Recovery needs a label_weight of at least 0 and max_steps of at least 1.")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class RecoveryResult:
+    """What came out.
+
+    Attributes:
+        program: the program with the best weights seen.
+        steps: optimizer steps taken.
+        seconds: wall time, resumed parts included.
+        history: one entry per judgement: `step`, `seconds`, `phase` (start, statistics, training, final),
+            `distance` (to the original on a fixed sample, lower is better), `kept`; `score` with an
+            `evaluate`; `loss` and `learning_rate` while training.
+        notes: what was done otherwise than asked, and why.
+    """
+
+    program: Program
+    steps: int
+    seconds: float
+    history: tuple[Mapping[str, Any], ...]
+    notes: tuple[str, ...] = ()
+
+
+class Training:
+    """One recovery; most of its fields are what a checkpoint holds."""
+
+    def __init__(
+        self,
+        program: Program,
+        original: Program,
+        data: Iterable[Any],
+        budget_s: float,
+        seed: int,
+        loss: Callable[..., Any] | None,
+        progress: Callable[[float, str], None] | None,
+        evaluate: Callable[[Predict], float] | None,
+        folder: Path | None,
+        options: RecoveryOptions,
+    ):
+        self.started = time.perf_counter()
+        self.program, self.options, self.folder = program, options, folder
+        self.budget_s, self.loss, self.evaluate = budget_s, loss, evaluate
+        self.report = progress or (lambda fraction, text: None)
+        self.gm = to_fx(program, dtype=torch.float32)
+        teacher = to_fx(original, dtype=torch.float32).requires_grad_(False)
+        self.names = twin_info(self.gm).outputs
+        self.probabilities = losses.probability_outputs(program)
+        self.samples = Samples(data, teacher, seed)
+        self.judged = self.samples.sample(_JUDGED_SAMPLES)
+        self.notes: list[str] = []
+        self.use_labels = self._labels_fit()
+        self.parameters = [p for p in self.gm.parameters() if p.requires_grad]
+        if not self.parameters:
+            raise UsageError("The program has no trainable weights, so nothing can be recovered.")
+        self.optimizer = torch.optim.Adam(self.parameters, lr=options.learning_rate)
+        self.identity = {
+            "program": program.sha256(),
+            "original": original.sha256(),
+            "seed": seed,
+            **dataclasses.asdict(options),
+        }
+        self.phase = ""
+        self.step = self.epoch = self.position = 0
+        self.rate_scale = 1.0
+        self.total_steps = options.max_steps
+        self.earlier_s = 0.0  # of the runs before a resume
+        self.judgement_s = 0.0
+        self.history: list[dict[str, Any]] = []
+        self.best: dict[str, Tensor] = {}
+        self.best_score: Score = (-math.inf, -math.inf)
+
+    @property
+    def elapsed_s(self) -> float:
+        """Wall time so far, resumed parts included."""
+        return self.earlier_s + time.perf_counter() - self.started
+
+    def execute(self) -> RecoveryResult:
+        """Run, or resume, to the end."""
+        self._resume()
+        if self.phase == "":
+            self._judge("start")
+        if self.phase == "start":
+            self._statistics("statistics")
+        if self.phase != "final":
+            self._train()
+            self._statistics("final")
+        restore(self.gm, self.best)
+        self.report(1.0, "recovery: done")
+        program = pull_weights(self.program, self.gm)
+        return RecoveryResult(program, self.step, self.elapsed_s, tuple(self.history), tuple(self.notes))
+
+    # ---- judging ---------------------------------------------------------------------------
+    def _judge(self, phase: str, **entry: Any) -> None:
+        """Score the current weights and keep them if they are the best so far."""
+        start = time.perf_counter()
+        self.gm.eval()
+        with torch.no_grad():
+            pairs = [(self._distance(batch), len(batch.inputs[0])) for batch in self.judged]
+        distance = sum(float(d) * n for d, n in pairs) / sum(n for _, n in pairs)
+        entry = {"step": self.step, "phase": phase, "distance": distance, **entry}
+        score: Score = (0.0, -distance)
+        if self.evaluate is not None:
+            value = float(self.evaluate(predictor(self.gm)))
+            entry["score"] = value
+            score = (value, -distance)
+        usable = not any(math.isnan(part) for part in score)
+        # Equal scores are decided by the distance: a small evaluation split is full of ties.
+        entry["kept"] = not self.best or (usable and score > self.best_score)
+        if entry["kept"]:
+            self.best = snapshot(self.gm)
+            self.best_score = score if usable else (-math.inf, -math.inf)
+        self.judgement_s = time.perf_counter() - start
+        entry["seconds"] = round(self.elapsed_s, 3)
+        self.history.append(entry)
+        self._save(phase)
+
+    def _outputs(self, batch: Batch) -> dict[str, Tensor]:
+        return dict(zip(self.names, self.gm(*batch.inputs), strict=True))
+
+    def _distance(self, batch: Batch) -> Tensor:
+        temperature = self.options.temperature
+        return losses.distillation_loss(self._outputs(batch), batch.teacher, temperature, self.probabilities)
+
+    def _statistics(self, phase: str) -> None:
+        """Re-estimate BatchNormalization from the best weights on; kept only where that is better."""
+        restore(self.gm, self.best)
+        fixed = self.options.max_steps is not None
+        in_time = fixed or self.elapsed_s < self.budget_s
+        if batch_norms(self.gm) and in_time and not self._tiny_batches:
+            seconds = math.inf if fixed else 0.05 * self.budget_s
+            reestimate_statistics(self.gm, self.samples.inputs(_STATISTICS_BATCHES), seconds=seconds)
+            self._judge(phase)
+            restore(self.gm, self.best)
+        self._save(phase)
+
+    @property
+    def _tiny_batches(self) -> bool:
+        return len(self.judged[0].inputs[0]) < _MINIMUM_BATCH
+
+    def _labels_fit(self) -> bool:
+        batch = self.judged[0]
+        if self.loss is not None or batch.labels is None:
+            return self.loss is not None
+        outputs = {name: batch.teacher[name] for name in self.names}
+        try:
+            losses.label_loss(outputs, batch.labels, self.probabilities)
+        except UsageError as error:
+            self.notes.append(f"labels were not used: {error}")
+            return False
+        return True
+
+    # ---- training --------------------------------------------------------------------------
+    def _train(self) -> None:
+        frozen = self._tiny_batches
+        if frozen and batch_norms(self.gm):
+            self.notes.append(
+                f"BatchNormalization kept its running statistics: batches have under {_MINIMUM_BATCH} samples"
+            )
+        judged_s, judged_step = self.elapsed_s, self.step
+        recent = [0.0, 0]  # sum and count of losses since the last judgement
+        first_step, first_s, reported_s = self.step, 0.0, 0.0
+        while not self._finished():
+            before = self.step
+            for batch in self.samples.epoch(self.epoch, self.position):
+                rate = self._learning_rate()
+                self.gm.train(not frozen)
+                value = self._update(batch, rate)
+                self.step += 1
+                self.position += 1
+                recent = [recent[0] + value, recent[1] + 1]
+                if self.step == first_step + 1:  # the first step warms caches up and is not typical
+                    first_s = self.elapsed_s
+                elif self.step == first_step + 4 and self.options.max_steps is None:
+                    self._plan_steps((self.elapsed_s - first_s) / 3)
+                if self._finished():
+                    break
+                if self._judgement_is_due(judged_s, judged_step):
+                    self._judge("training", loss=recent[0] / recent[1], learning_rate=rate)
+                    judged_s, judged_step, recent = self.elapsed_s, self.step, [0.0, 0]
+                if self.elapsed_s - reported_s > 1.0:
+                    reported_s = self.elapsed_s
+                    self.report(self._fraction(), f"recovery: step {self.step}, loss {value:.4g}")
+            else:
+                if self.step == before and self.position == 0:
+                    raise UsageError(
+                        "The training data gave no batch when iterated again; give a list, or an object "
+                        "whose __iter__ starts from the beginning."
+                    )
+                self.epoch, self.position = self.epoch + 1, 0
+        if recent[1]:
+            self._judge("training", loss=recent[0] / recent[1], learning_rate=self._learning_rate())
+
+    def _update(self, batch: Batch, rate: float) -> float:
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        outputs = self._outputs(batch)
+        value = losses.distillation_loss(outputs, batch.teacher, self.options.temperature, self.probabilities)
+        if self.loss is not None:
+            value = value + self.options.label_weight * losses.checked(self.loss(outputs, batch.labels))
+        elif self.use_labels and batch.labels is not None:
+            labelled = losses.label_loss(outputs, batch.labels, self.probabilities)
+            value = value + self.options.label_weight * labelled
+        self.optimizer.zero_grad(set_to_none=True)
+        value.backward()
+        norm = nn.utils.clip_grad_norm_(self.parameters, _CLIP_NORM)
+        if bool(torch.isfinite(norm)):
+            self.optimizer.step()
+        else:  # a diverged step: back to the best weights, without the momentum that led here
+            restore(self.gm, self.best)
+            self.optimizer.state.clear()
+            self.rate_scale *= 0.5
+            if len(self.notes) < 8:
+                self.notes.append(f"step {self.step}: the gradient was not finite; weights were put back")
+        return float(value.detach())
+
+    def _learning_rate(self) -> float:
+        fraction = self._fraction()
+        warm = min(1.0, (fraction + 1e-3) / _WARM_UP)
+        cosine = 0.5 * (1.0 + math.cos(math.pi * fraction))
+        return self.rate_scale * self.options.learning_rate * warm * cosine
+
+    def _plan_steps(self, step_s: float) -> None:
+        left_s = self.budget_s - self._reserve_s() - self.elapsed_s
+        judging = 1.1  # judgements take up to a tenth of the time
+        self.total_steps = self.step + max(int(left_s / max(step_s, 1e-6) / judging), 0)
+
+    def _fraction(self) -> float:
+        """How far training is, in [0, 1]: by steps, and by time too unless the steps were asked for."""
+        by_steps = self.step / self.total_steps if self.total_steps else 0.0
+        if self.options.max_steps is not None:
+            return min(by_steps, 1.0)
+        by_time = self.elapsed_s / max(self.budget_s - self._reserve_s(), 1e-6)
+        return min(max(by_steps, by_time), 1.0)
+
+    def _reserve_s(self) -> float:
+        """Time kept for what follows training: statistics and two judgements."""
+        return min(0.05 * self.budget_s + 2.0 * self.judgement_s, 0.5 * self.budget_s)
+
+    def _finished(self) -> bool:
+        if self.total_steps is not None and self.step >= self.total_steps:
+            return True
+        return self.elapsed_s >= self.budget_s - self._reserve_s()
+
+    def _judgement_is_due(self, judged_s: float, judged_step: int) -> bool:
+        if self.options.max_steps is not None:
+            return self.step - judged_step >= max(self.options.max_steps // 10, 1)
+        return self.elapsed_s - judged_s >= max(self.budget_s / 12, 10.0 * self.judgement_s)
+
+    # ---- checkpoints -----------------------------------------------------------------------
+    def _save(self, phase: str) -> None:
+        self.phase = phase
+        if self.folder is None:
+            return
+        tensors = {f"current/{key}": value for key, value in snapshot(self.gm).items()}
+        tensors |= {f"best/{key}": value for key, value in self.best.items()}
+        for index, parameter in enumerate(self.parameters):
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                tensors[f"optimizer/{index}/{key}"] = torch.as_tensor(value)
+        state = {
+            "phase": phase,
+            "step": self.step,
+            "epoch": self.epoch,
+            "position": self.position,
+            "rate_scale": self.rate_scale,
+            "total_steps": self.total_steps,
+            "seconds": self.elapsed_s,
+            "judgement_s": self.judgement_s,
+            "best_score": [x if math.isfinite(x) else None for x in self.best_score],
+            "history": self.history,
+            "notes": self.notes,
+        }
+        save_checkpoint(self.folder, self.identity, Checkpoint(tensors, state))
+
+    def _resume(self) -> None:
+        found = None if self.folder is None else load_checkpoint(self.folder, self.identity)
+        if found is None:
+            return
+        state = found.state
+
+        def part(prefix: str) -> dict[str, Tensor]:
+            return {k.removeprefix(prefix): v for k, v in found.tensors.items() if k.startswith(prefix)}
+
+        self.best = part("best/")
+        restore(self.gm, part("current/"))
+        for index, parameter in enumerate(self.parameters):
+            values = part(f"optimizer/{index}/")
+            if values:
+                self.optimizer.state[parameter] = values
+        self.phase, self.rate_scale = state["phase"], state["rate_scale"]
+        self.step, self.epoch, self.position = state["step"], state["epoch"], state["position"]
+        self.total_steps = state["total_steps"]
+        self.earlier_s = state["seconds"]
+        self.judgement_s = state["judgement_s"]
+        score = [-math.inf if x is None else x for x in state["best_score"]]
+        self.best_score = (score[0], score[1])
+        self.history = list(state["history"])
+        self.notes = list(state["notes"])
