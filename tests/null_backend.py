@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
+import subprocess
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -89,18 +91,31 @@ class Hang(NullBackend):
         time.sleep(600)
 
 
+class Stubborn(NullBackend):
+    """Hangs with a child of its own, and without the worker's own alarm."""
+
+    name = "stubborn"
+
+    def load(self, artifact, options):
+        faulthandler.cancel_dump_traceback_later()
+        child = subprocess.Popen(["sleep", "600"])
+        (artifact.folder / "child").write_text(str(child.pid))
+        time.sleep(600)
+
+
 class Hog(NullBackend):
     name = "hog"
 
     def load(self, artifact, options):
-        np.ones(1 << 40, np.uint8)
+        np.empty(3 << 30, np.uint8)  # never touched: address space only
+        return super().load(artifact, options)
 
 
 class Chatty(NullBackend):
     name = "chatty"
 
     def load(self, artifact, options):
-        os.write(1, b'{"event": "result", "value": "forged"}\nnot json\n')
+        os.write(1, b'{"event": "round", "order": [0], "visits_s": [123.0]}\nnot json\n')
         print("vendor banner")
         return super().load(artifact, options)
 
@@ -128,6 +143,9 @@ def install(folder: Path, entries: Mapping[str, str], distribution: str = "nullv
 
 
 ENTRIES = {
-    **{c.name: f"null_backend:{c.__name__}" for c in (NullBackend, Crash, Hang, Hog, Chatty, Refuse)},
+    **{
+        c.name: f"null_backend:{c.__name__}"
+        for c in (NullBackend, Crash, Hang, Stubborn, Hog, Chatty, Refuse)
+    },
     "incomplete": "null_backend:Incomplete",
 }

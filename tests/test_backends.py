@@ -87,6 +87,14 @@ def test_settings_record_the_options(lowered):
     assert 'hreads": 1' in text and 'hreads": 2' in text and "kept" in text
 
 
+def test_onnxruntime_is_specialised_for_the_shape(program, tmp_path):
+    backend = backends.get("onnxruntime")
+    artifact = backend.lower(program, tmp_path / "out", TargetOptions())
+    fixed, free = backend.load(artifact, AT_BATCH_1), backend.load(artifact, TargetOptions())
+    assert fixed.settings["input_shapes"] == {"x": [1, 3, 16, 16]}
+    assert free.settings["input_shapes"] == {"x": ["N", 3, 16, 16]}
+
+
 def test_artifact_round_trips_without_any_path(lowered, tmp_path):
     _, artifact = lowered
     read = open_artifact(artifact.folder)

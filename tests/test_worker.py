@@ -30,19 +30,8 @@ def artifact(tmp_path, monkeypatch):
     backends.REGISTRY.refresh()
 
 
-def request_of(artifact, backend):
-    return {
-        "command": "profile",
-        "backend": backend,
-        "options": TargetOptions().to_dict(),
-        "artifact": artifact.to_dict(),
-        "folder": str(artifact.folder),
-        "runs": 1,
-    }
-
-
-def quick(name, artifact):
-    return measure(name, [artifact], min_rounds=6, max_rounds=6, visit_s=0.004)
+def quick(name, artifact, **changes):
+    return measure(name, [artifact], min_rounds=6, max_rounds=6, visit_s=0.004, **changes)
 
 
 def test_a_plugin_outside_the_tree_is_measured(artifact):
@@ -68,19 +57,38 @@ def test_a_hang_is_stopped_in_time_with_the_place(artifact, monkeypatch):
     assert any("in load" in note for note in raised.value.__notes__)  # the stack trace
 
 
-def test_a_worker_that_ignores_its_own_limit_is_killed(artifact, monkeypatch):
-    monkeypatch.setattr(process, "_GRACE_S", -0.01)  # the parent gives up first
-    with pytest.raises(BackendError, match="did not finish"):
-        process.call(request_of(artifact, "hang"), threads=1, time_limit_s=0.01)
+def test_a_stubborn_worker_is_killed_with_its_children(artifact, monkeypatch):
+    monkeypatch.setattr("sartor.backends.measure._START_S", 1.5)
+    monkeypatch.setattr(process, "_GRACE_S", 0.1)
+    started = time.monotonic()
+    with pytest.raises(BackendError, match="did not finish within 2 s"):
+        measure("stubborn", [artifact], time_limit_s=0.0)
+    assert time.monotonic() - started < 10
+    child = int((artifact.folder / "child").read_text())
+    deadline = time.monotonic() + 5
+    while time.monotonic() < deadline and is_running(child):
+        time.sleep(0.05)
+    assert not is_running(child)
+
+
+def is_running(pid):
+    try:
+        with open(f"/proc/{pid}/stat") as stream:
+            return stream.read().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
 
 
 def test_memory_is_limited(artifact):
     with pytest.raises(BackendError, match="MemoryError"):
-        quick("hog", artifact)
+        quick("hog", artifact, memory_limit_bytes=2 << 30)
+    assert quick("hog", artifact, memory_limit_bytes=6 << 30).baseline.median > 0
 
 
 def test_prints_of_a_vendor_do_not_reach_the_answer(artifact, capfd):
-    assert quick("chatty", artifact).baseline.median > 0
+    seen = []
+    result = quick("chatty", artifact, on_round=seen.append)
+    assert result.rounds == tuple(seen) and len(seen) == 6
     assert capfd.readouterr().out == ""
 
 

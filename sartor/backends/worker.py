@@ -134,7 +134,7 @@ class _Subjects:
             self.sessions[index] = session
             self.runners[index] = _prepare(session, _inputs(session, shapes, self._request))
         for run in self.runners if self.loads else ():
-            _warm_up(run, _FEWEST_INNER, at_least_s=0.005)
+            _warm_up(run, 1, at_least_s=0.005)
         self.loads += 1
         self._loaded_at = time.monotonic()
         self._load_s = self._loaded_at - started

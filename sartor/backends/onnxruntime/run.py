@@ -23,7 +23,8 @@ class OnnxRuntimeSession(Session):
         self._fixed = fixed
         self._outputs = [output.name for output in session.get_outputs()]
         self.inputs = inputs
-        self.settings = settings
+        shapes = {value.name: value.shape for value in session.get_inputs()}
+        self.settings = {**settings, "input_shapes": shapes}
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Outputs by name. See `protocol.Session.run`."""
@@ -84,12 +85,11 @@ def session_options(
         made.add_free_dimension_override_by_name(symbol, size)
     settings = {
         "provider": "CPUExecutionProvider",
-        "intra_op_threads": options.threads,
+        "intra_op_threads": made.intra_op_num_threads,
         "inter_op_threads": 1,
         "execution_mode": "sequential",
         "graph_optimization_level": "all",
         "denormals": "flushed to zero" if options.flush_denormals else "kept",
-        "free_dimension_overrides": fixed,
     }
     return made, fixed, settings
 
