@@ -34,11 +34,14 @@ def test_what_counts_as_a_parameter():
     x = net.unary("Clip", x, "clip", "low", "high")
     net.constant("scale", np.asarray(0.5, np.float32))
     net.nodes.append(helper.make_node("Mul", [x, "scale"], ["m"], name="m"))
+    net.constant("one", np.asarray([2], np.float32)), net.constant("slope", np.asarray([[[0.1]]], np.float32))
+    net.nodes.append(helper.make_node("Div", ["m", "one"], ["d"], name="d"))
+    net.nodes.append(helper.make_node("PRelu", ["d", "slope"], ["p"], name="p"))
     net.constant("target", np.array([1, -1]))
-    net.nodes.append(helper.make_node("Reshape", ["m", "target"], ["y"], name="y"))
+    net.nodes.append(helper.make_node("Reshape", ["p", "target"], ["y"], name="y"))
     cost = static_cost(net.program(("y",)))
-    assert cost.parameters == 6 * 4 * 9 + 2 * 6
-    assert cost.weight_bytes == 4 * (6 * 4 * 9 + 4 * 6 + 3) + 2 * 8
+    assert cost.parameters == 6 * 4 * 9 + 2 * 6 + 1  # the slope is trained, bounds and factors are not
+    assert cost.weight_bytes == 4 * (6 * 4 * 9 + 4 * 6 + 5) + 2 * 8
 
 
 def test_a_weight_read_twice_counts_once():

@@ -61,7 +61,9 @@ def _grow(
     blocks_of: Mapping[str, tuple[str, ...]],
 ) -> tuple[list[ir.Node], tuple[Fused, ...]]:
     allowed = set(blocks_of.get(lead.name or "", ()))
-    nodes, fused, seen = [lead], [], set()
+    nodes: list[ir.Node] = [lead]
+    fused: list[Fused] = []
+    seen: set[str] = set()
     value = lead.outputs[0]
     while not value.is_graph_output():
         step = _next(lead, value, order, shapes, seen)

@@ -232,9 +232,10 @@ def _body_peak(
             if value.name and value not in outside:
                 born[value], last[value] = index, index
     for index, node in enumerate(nodes):
-        for value in (*node.inputs, *captured_values(node)):
-            if value in last:
-                last[value] = max(last[value], index)
+        reads: list[ir.Value | None] = [*node.inputs, *captured_values(node)]
+        for read in reads:
+            if read is not None and read in last:
+                last[read] = max(last[read], index)
     for value in body.outputs:
         if value in last:
             last[value] = len(nodes)

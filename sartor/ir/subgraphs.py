@@ -53,9 +53,11 @@ def body_shapes(program: Program) -> dict[str, tuple[tuple[int, ...], ir.DataTyp
             value.const_value = None
             light.graph.inputs.append(value)
     for node in light.graph:
-        for value in (*node.inputs, *node.outputs, *captured_values(node)):
-            if value is not None and value.name in shapes:
-                value.shape, value.type = ir.Shape(shapes[value.name]), ir.TensorType(types[value.name])
+        known: list[ir.Value | None] = [*node.inputs, *node.outputs, *captured_values(node)]
+        for outer in known:
+            name = "" if outer is None else outer.name or ""
+            if outer is not None and name in shapes:
+                outer.shape, outer.type = ir.Shape(shapes[name]), ir.TensorType(types[name])
     inferred = onnx.shape_inference.infer_shapes(ir.to_proto(light), data_prop=True)
     found: dict[str, tuple[tuple[int, ...], ir.DataType]] = {}
     stack = [a for n in inferred.graph.node for a in n.attribute]

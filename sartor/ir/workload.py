@@ -26,8 +26,9 @@ Fractions = Mapping[str, Any]
 Removed = Mapping[str, Any]
 """Whether a block is removed, per block name, each a bool or a bool array `[plans]`; False where absent."""
 
-_SETTINGS = {"Clip": (1, 2), "Resize": (1, 2), "Pad": (2,), "BatchNormalization": (3, 4)}
-"""Float inputs that are no parameters: bounds, scales, fill values, running statistics."""
+_SETTINGS = {"Clip": (1, 2), "Resize": (1, 2), "Pad": (2,)}
+"""Float inputs that are no parameters: bounds, scales, fill values."""
+_ARITHMETIC = frozenset({"Add", "Sub", "Mul", "Div", "Pow"})
 
 
 class RemovableBlock(Protocol):
@@ -295,12 +296,16 @@ def is_parameter(value: ir.Value) -> bool:
     """Whether an initializer counts as a parameter.
 
     Floating point, and neither a BatchNormalization's running statistics, nor an operator's setting
-    (Clip bounds, Resize scales, Pad fill), nor a rank-0 constant such as an attention scale.
+    (Clip bounds, Resize scales, Pad fill), nor a single number: rank-0 constants, and one-element ones
+    that arithmetic reads, such as the attention scales that exporters write as tensors of shape `[1]`.
     """
     tensor = value.const_value
     if tensor is None or not tensor.dtype.is_floating_point() or len(tensor.shape) == 0:
         return False
     uses = list(value.uses())
+    if any(u.node.op_type == "BatchNormalization" and u.idx in (3, 4) for u in uses):
+        return False
+    if tensor.size == 1 and uses and all(u.node.op_type in _ARITHMETIC for u in uses):
+        return False
     settings = [u for u in uses if u.idx in _SETTINGS.get(u.node.op_type, ())]
-    statistics = any(u.node.op_type == "BatchNormalization" for u in settings)
-    return not statistics and (not uses or len(settings) < len(uses))
+    return not uses or len(settings) < len(uses)
