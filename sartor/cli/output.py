@@ -75,8 +75,8 @@ class Stdout:
 
 
 def to_json(document: dict[str, Any]) -> str:
-    """Strict JSON text: a number that is not finite is a bug here, not an extension of the format."""
-    return json.dumps(document, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
+    """One line of strict JSON: a number that is not finite is a bug here, not an extension of the format."""
+    return json.dumps(document, allow_nan=False, ensure_ascii=False) + "\n"
 
 
 def error_document(message: str, exit_code: int) -> dict[str, Any]:
