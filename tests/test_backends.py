@@ -227,8 +227,6 @@ def test_profile_names_the_nodes(lowered):
     named = {name for kernel in kernels for name in kernel.nodes}
     assert {"conv0", "conv1", "linear"} <= named
     assert all(kernel.runs == 5 and kernel.median_s >= 0 for kernel in kernels)
-    slowest = max(kernels, key=lambda kernel: kernel.median_s)
-    assert "conv1" in slowest.nodes  # 91 % of the work
 
 
 def test_gated_programs_run_on_both(program, tmp_path):

@@ -253,8 +253,8 @@ def test_three_artifacts_and_given_inputs():
 
 def test_profile_in_a_subprocess(lowered):
     name, artifacts = lowered
-    kernels = profile(name, artifacts[0], runs=5)
-    assert "conv1" in max(kernels, key=lambda kernel: kernel.median_s).nodes
+    kernels = profile(name, artifacts[0], runs=25)
+    assert "conv1" in max(kernels, key=lambda kernel: kernel.median_s).nodes  # 97 % of the work
 
 
 def product(size: int) -> bytes:

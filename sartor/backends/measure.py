@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import statistics
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sartor.backends import process
+from sartor.backends.many_models import ModelTimes, time_models
 from sartor.backends.protocol import Artifact, KernelTime, TargetOptions
 from sartor.backends.rounds import CONFIDENCE, Round, median_interval, ratios
 from sartor.errors import MetricUnavailableError, UsageError
 
 if TYPE_CHECKING:
     import numpy as np
+
+__all__ = ["LatencyStats", "Measurement", "ModelTimes", "Ratio", "measure", "profile", "time_models"]
 
 _START_S = 300.0  # importing the vendor, loading and compiling, warm-up; beside the rounds' own limit
 
@@ -247,8 +251,6 @@ def profile(
 
 
 def _ratio(rounds: Sequence[Round], index: int) -> Ratio:
-    import statistics
-
     samples = ratios(rounds, index)
     return Ratio(statistics.median(samples), median_interval(samples, CONFIDENCE))
 
