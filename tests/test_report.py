@@ -6,7 +6,7 @@ import pytest
 
 from sartor.errors import InternalError, UsageError
 from sartor.report import read_report, summary, write_report
-from sartor.report.bundle import Bundle
+from sartor.report.bundle import Bundle, refresh_manifest
 from sartor.report.charts import ticks
 
 
@@ -168,6 +168,15 @@ def test_bundle_appears_whole_with_its_manifest(tmp_path):
     assert all(manifest[name] == {} for name in ("exits", "gates", "tiles", "precision"))
     assert manifest["target"] == {"name": "onnxruntime"}
     assert [p.name for p in target.parent.iterdir()] == ["digits"], "nothing temporary stays"
+
+
+def test_a_file_added_later_is_listed(tmp_path):
+    with Bundle(tmp_path / "out") as bundle:
+        bundle.commit(target={"name": "x"})
+    (tmp_path / "out" / "extra.json").write_text("{}")
+    refresh_manifest(tmp_path / "out")
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert [f["file"] for f in manifest["files"]] == ["extra.json"] and manifest["target"] == {"name": "x"}
 
 
 def test_failure_leaves_the_old_bundle(tmp_path):

@@ -47,7 +47,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of data splits, importance and training (0)")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder of the bundle")
     parser.add_argument(
-        "--keep-source", action="store_true", help="also write provenance.json: source lines per node"
+        "--keep-source",
+        action="store_true",
+        help="also write model.onnx.provenance.json: module paths and source lines per node",
     )
     arguments.add_keep(parser)
 
@@ -92,6 +94,7 @@ def run(options: argparse.Namespace) -> Result:
 
     from sartor.fit import FitOptions, fit
     from sartor.report import summary
+    from sartor.report.bundle import refresh_manifest
 
     fit_options = FitOptions(
         target=options.target,
@@ -106,4 +109,7 @@ def run(options: argparse.Namespace) -> Result:
     )
     with Progress.on_stderr() as progress:
         result = fit(program, fit_options, data, folder, progress)
+    if options.keep_source:
+        arguments.write_provenance(program, folder / "model.onnx")
+        refresh_manifest(folder)
     return Result(result.report, f"{summary(result.report)}\nwrote {folder}", result.exit_code)

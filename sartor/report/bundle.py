@@ -117,6 +117,12 @@ def write_manifest(folder: Path, **sections: Any) -> Path:
     return write_atomic(folder / MANIFEST, (json.dumps(document, indent=1, sort_keys=True) + "\n").encode())
 
 
+def refresh_manifest(folder: Path) -> Path:
+    """List the files of a bundle anew, after one was added to it; other sections stay as they are."""
+    document = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    return write_manifest(folder, **{k: v for k, v in document.items() if k not in ("schema", "files")})
+
+
 def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
