@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from cost_networks import Net, make_program, residual, residual_blocks
+from cost_networks import FakeBlock, Net, make_program, residual, residual_blocks
 from onnx import TensorProto, helper
 
 from sartor.cost_models.boundary import probe_models, probes
@@ -146,6 +146,20 @@ def test_removed_blocks_are_recovered():
     truth = [target.network_s(wide(None, skip).program(("logits",))) for skip in ((), (0,), (0, 2))]
     np.testing.assert_allclose(predicted, truth, rtol=0.05)
     assert (np.diff(predicted) < 0).all()
+
+
+def test_equal_kernels_in_different_blocks_go_one_by_one():
+    net = Net((1, 16, 8, 8))
+    first = net.conv("x", 16, 3, "c1")
+    second = net.conv(first, 16, 3, "c2")
+    last = net.conv(second, 16, 1, "c3")
+    blocks = (FakeBlock("p", ("n_c1",), ("x",), (first,)), FakeBlock("q", ("n_c2",), (first,), (second,)))
+    workload = build_workload(net.program((last,)), net.extents, blocks)
+    _, table = build(Target(), workload)
+    removed = {"p": np.array([0, 1, 0, 1], bool), "q": np.array([0, 0, 1, 1], bool)}
+    none, p, q, both = table.estimate_batch(workload, {}, removed)
+    assert none > p == q > both
+    assert none - p == pytest.approx(p - both)
 
 
 def test_layout_and_call_are_not_charged_to_kernels():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import onnx_ir as ir
-from cost_networks import make_program, mobilenet_v2, residual, residual_blocks
+from cost_networks import FakeBlock, make_program, mobilenet_v2, residual, residual_blocks
 from onnx import TensorProto, helper
 
 from sartor.ir.liveness import peak_activation
@@ -142,3 +142,15 @@ def test_removed_blocks_shorten_lifetimes_in_a_population():
     assert first[1] < first[0]
     widths = workload.peak_activation_bytes({"a": np.arange(1, 17) / 16})
     assert (np.diff(widths) >= 0).all() and widths[-1] > widths[0]
+
+
+def test_what_reads_a_removed_block_keeps_the_blocks_input_alive():
+    edges = [("Relu", "x", "a"), ("Neg", "a", "b"), ("Abs", "x", "c"), ("Exp", "c", "d"), ("Sin", "d", "e")]
+    edges += [("Sum", "bce", "y")]
+    block = FakeBlock("block", ("n1",), ("a",), ("b",))
+    workload = build_workload(program(edges), None, (block,))
+    # x, then a in the place of b, c, e and y at the sum
+    assert workload.peak_activation_bytes({}, {"block": True}) == 5 * KB
+    assert workload.peak_activation_bytes() == 5 * KB
+    without = [("Relu", "x", "a"), *edges[2:-1], ("Sum", "ace", "y")]
+    assert peak_activation(program(without)).bytes == 5 * KB

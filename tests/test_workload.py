@@ -254,3 +254,20 @@ def test_an_unknown_block_is_refused():
     workload = build_workload(net.program(("logits",)), net.extents, residual_blocks())
     with pytest.raises(PlanError, match="'blok'"):
         workload.evaluate({}, {"blok": True})
+
+
+def test_values_inside_a_fused_kernel_are_not_moved():
+    net = Net((1, 8, 10, 10))
+    net.unary("Relu", net.add(net.conv("x", 8, 3, "c"), "x", "s"), "y")
+    (kernel,) = build_workload(net.program(("y",))).kernels
+    assert kernel.bytes_read.full == 4 * (8 * 100 + 8 * 8 * 9)
+    assert kernel.bytes_written.full == 4 * 8 * 100
+
+
+def test_an_add_whose_other_operand_comes_later_is_not_fused():
+    net = Net((1, 8, 10, 10))
+    c = net.conv("x", 8, 3, "c")
+    late = net.unary("Neg", "x", "late")
+    net.add(c, late, "y")
+    workload = build_workload(net.program(("y",)))
+    assert [k.nodes for k in workload.kernels] == [("n_c",), ("n_late",), ("n_y",)]
