@@ -19,7 +19,7 @@ import onnx_ir as ir
 
 from sartor.errors import ModelError, UsageError
 from sartor.ir import batch_rules, cleanup
-from sartor.ir.batch_rules import Label, Refusal, State
+from sartor.ir.batch_state import Label, Refusal, State
 from sartor.ir.program import BATCH_SYMBOL, Batch, Program, infer_shapes
 
 _PRIMES = (29, 31, 37, 41, 43, 23, 47, 53, 59, 61)
@@ -190,9 +190,9 @@ def check_batch(program: Program, *, size: int = 3, seed: int = 0) -> str:
             expected = apart[0][index]
         else:
             expected = np.concatenate([run[index] for run in apart], axis=dims.index(BATCH_SYMBOL))
-        error = relative_error(together[index], expected)
-        if not error <= CHECK_TOLERANCE:
-            return f"output '{output.name}' at batch {size} differs from per-sample runs by {error:.1e}"
+        gap = relative_error(together[index], expected)
+        if not gap <= CHECK_TOLERANCE:
+            return f"output '{output.name}' at batch {size} differs from per-sample runs by {gap:.1e}"
     return ""
 
 

@@ -14,6 +14,7 @@ import onnx_ir as ir
 
 from sartor.errors import ModelError, UnsupportedOperatorError
 from sartor.ir import cleanup, folding, normalise, sequences
+from sartor.ir.folding import names
 from sartor.ir.program import (
     CANONICAL_IR_VERSION,
     CANONICAL_OPSET,
@@ -22,31 +23,31 @@ from sartor.ir.program import (
     infer_shapes,
 )
 
-ELEMENTWISE_UNARY = frozenset(
-    """Abs Acos Acosh Asin Asinh Atan Atanh Cast Ceil Celu Clip Cos Cosh Elu Erf Exp Floor Gelu HardSigmoid
-    HardSwish Identity IsInf IsNaN LeakyRelu Log Mish Neg Not Reciprocal Relu Round Selu Shrink Sigmoid Sign
-    Sin Sinh Softplus Softsign Sqrt Tan Tanh ThresholdedRelu""".split()
+ELEMENTWISE_UNARY = names(
+    """Abs Acos Acosh Asin Asinh Atan Atanh Cast Ceil Celu Clip Cos Cosh Elu Erf Exp Floor Gelu
+    HardSigmoid HardSwish Identity IsInf IsNaN LeakyRelu Log Mish Neg Not Reciprocal Relu Round Selu
+    Shrink Sigmoid Sign Sin Sinh Softplus Softsign Sqrt Tan Tanh ThresholdedRelu"""
 )
-ELEMENTWISE_BROADCAST = frozenset(
-    """Add And BitShift BitwiseAnd BitwiseOr BitwiseXor Div Equal Greater GreaterOrEqual Less LessOrEqual Max
-    Mean Min Mod Mul Or PRelu Pow Sub Sum Where Xor""".split()
+ELEMENTWISE_BROADCAST = names(
+    """Add And BitShift BitwiseAnd BitwiseOr BitwiseXor Div Equal Greater GreaterOrEqual Less LessOrEqual
+    Max Mean Min Mod Mul Or PRelu Pow Sub Sum Where Xor"""
 )
-REDUCTIONS = frozenset(
+REDUCTIONS = names(
     """ReduceL1 ReduceL2 ReduceLogSum ReduceLogSumExp ReduceMax ReduceMean ReduceMin ReduceProd ReduceSum
-    ReduceSumSquare""".split()
+    ReduceSumSquare"""
 )
-CONTRACTIONS = frozenset("Conv ConvTranspose Einsum Gemm MatMul".split())
-POOLS = frozenset(
-    "AveragePool GlobalAveragePool GlobalLpPool GlobalMaxPool LpPool MaxPool DepthToSpace SpaceToDepth".split()
+CONTRACTIONS = names("Conv ConvTranspose Einsum Gemm MatMul")
+POOLS = names(
+    "AveragePool GlobalAveragePool GlobalLpPool GlobalMaxPool LpPool MaxPool DepthToSpace SpaceToDepth"
 )
-NORMS = frozenset(
-    """BatchNormalization GroupNormalization InstanceNormalization LayerNormalization LpNormalization LRN
-    MeanVarianceNormalization""".split()
+NORMS = names(
+    """BatchNormalization GroupNormalization InstanceNormalization LayerNormalization LpNormalization
+    LRN MeanVarianceNormalization"""
 )
-ALONG_AXIS = frozenset("ArgMax ArgMin CumSum Hardmax LogSoftmax Softmax TopK".split())
-MOVEMENT = frozenset(
-    """Concat Expand Flatten Gather GatherElements GatherND Pad Reshape Resize Shape Slice Split Squeeze Tile
-    Transpose Trilu Unsqueeze""".split()
+ALONG_AXIS = names("ArgMax ArgMin CumSum Hardmax LogSoftmax Softmax TopK")
+MOVEMENT = names(
+    """Concat Expand Flatten Gather GatherElements GatherND Pad Reshape Resize Shape Slice Split Squeeze
+    Tile Transpose Trilu Unsqueeze"""
 )
 CANONICAL_OPS = frozenset(
     ELEMENTWISE_UNARY
@@ -146,7 +147,8 @@ def check_operators(
         domain = f" of domain '{node.domain}'" if node.domain not in ("", "ai.onnx") else ""
         raise UnsupportedOperatorError(
             f"Node {_where(node, provenance)} uses operator '{node.op_type}'{domain}, which is outside the "
-            f"canonical table of {len(CANONICAL_OPS)} operators. Replace it by supported operators, or cut the "
+            f"canonical table of {len(CANONICAL_OPS)} operators. Replace it by supported operators, or cut "
+            "the "
             "model before it."
         )
 
@@ -158,8 +160,10 @@ def _check_known(
         for output in node.outputs:
             if output.name and output.name not in shapes and node.op_type not in STRUCTURAL_OPS:
                 raise ModelError(
-                    f"The shape of value '{output.name}' of node {_where(node, provenance)} depends on data, or "
-                    "on a dimension that is not fixed. Give every input's shape with --shape NAME=1,3,224,224, "
+                    f"The shape of value '{output.name}' of node {_where(node, provenance)} depends on "
+                    "data, or "
+                    "on a dimension that is not fixed. Give every input's shape with --shape "
+                    "NAME=1,3,224,224, "
                     "or cut the model before this node."
                 )
 

@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import hashlib
 import importlib.util
+import inspect
 import io
 import logging
 import os
@@ -36,6 +37,7 @@ from sartor.ir.verify import verify_program
 if TYPE_CHECKING:
     import torch
 
+_POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 _QUIET_LOGGERS = ("torch.onnx", "torch.export", "torch._dynamo", "torch.fx", "onnxscript", "onnx_ir")
 
 
@@ -67,6 +69,7 @@ def capture(
     if not examples or not all(isinstance(e, torch.Tensor) for e in examples):
         kinds = [type(e).__name__ for e in examples]
         raise UsageError(f"Example inputs must be a tensor or a tuple of tensors, got {kinds}.")
+    examples = _resized(module, examples, shapes or {})
     modes = {child: child.training for child in module.modules()}
     module.eval()
     try:
@@ -76,6 +79,7 @@ def capture(
             child.training = mode
     if shapes:
         program = batching.with_shapes(program, shapes)
+    verify_program(program)
     program.source = dataclasses.replace(
         program.source, sha256=hashlib.sha256(program.to_bytes()).hexdigest()
     )
@@ -151,6 +155,28 @@ def _call(path: Path, function: str) -> tuple[Any, Any]:
     return result
 
 
+def _resized(
+    module: torch.nn.Module, examples: tuple[torch.Tensor, ...], shapes: Mapping[str, Sequence[int]]
+) -> tuple[torch.Tensor, ...]:
+    """Example inputs at the shapes asked for, where they differ in more than the batch."""
+    import torch
+
+    if not shapes:
+        return examples
+    names = [n for n, p in inspect.signature(module.forward).parameters.items() if p.kind in _POSITIONAL]
+    generator = torch.Generator().manual_seed(0)
+    result = []
+    for position, example in enumerate(examples):
+        wanted = tuple(int(d) for d in shapes.get(names[position] if position < len(names) else "", ()))
+        if not wanted or wanted[1:] == tuple(example.shape[1:]) or min(wanted) < 1:
+            result.append(example)
+        elif example.is_floating_point():
+            result.append(torch.randn(wanted, generator=generator, dtype=torch.float64).to(example.dtype))
+        else:  # an index that the example contains is the only one known to be legal
+            result.append(example.reshape(-1)[:1].expand(wanted).contiguous())
+    return tuple(result)
+
+
 def _capture(module: torch.nn.Module, examples: tuple[torch.Tensor, ...], name: str) -> Program:
     shapes = [tuple(e.shape) for e in examples]
     first = shapes[0][0] if shapes[0] else 0
@@ -210,7 +236,8 @@ def _export(module: torch.nn.Module, examples: tuple[torch.Tensor, ...], name: s
     names = [v.name or "" for v in model.graph.inputs]
     if len(names) != len(examples):
         raise ModelError(
-            f"The exported graph has inputs {names} for {len(examples)} example inputs; an input that the module "
+            f"The exported graph has inputs {names} for {len(examples)} example inputs; an input that the "
+            "module "
             "does not read cannot be captured. Remove it."
         )
     input_shapes = dict(zip(names, (tuple(e.shape) for e in examples), strict=True))

@@ -9,13 +9,14 @@ import onnx_ir as ir
 from onnx_ir.passes.common import NameFixPass, RemoveUnusedNodesPass
 
 from sartor.errors import ModelError
+from sartor.ir.folding import names
 
 Shapes = Mapping[str, tuple[int, ...]]
 Types = Mapping[str, ir.DataType]
 
-_SAME_SHAPE_IS_IDENTITY = frozenset("Expand Flatten Reshape Squeeze Tile Unsqueeze".split())
-_ONE_INPUT_IS_IDENTITY = frozenset("Concat Max Mean Min Sum".split())
-_EMPTY_REDUCTION_IS_IDENTITY = frozenset("ReduceMax ReduceMean ReduceMin ReduceProd ReduceSum".split())
+_SAME_SHAPE_IS_IDENTITY = names("Expand Flatten Reshape Squeeze Tile Unsqueeze")
+_ONE_INPUT_IS_IDENTITY = names("Concat Max Mean Min Sum")
+_EMPTY_REDUCTION_IS_IDENTITY = names("ReduceMax ReduceMean ReduceMin ReduceProd ReduceSum")
 
 
 class _Names:
@@ -57,7 +58,7 @@ def constants_to_initializers(graph: ir.Graph) -> list[ir.Value]:
     Raises:
         ModelError: a sparse or string constant.
     """
-    created = []
+    created: list[ir.Value] = []
     for node in list(graph):
         if node.op_type != "Constant" or node.domain not in ("", "ai.onnx"):
             continue

@@ -57,7 +57,8 @@ def conv(context: Context, node: ir.Node) -> str:
     if x[1] != expected:
         spelled = f"{w[0]}" if transposed else f"{w[1]} per group in {group} groups"
         return (
-            f"its data {_name(node, 0)} has {x[1]} channels, its weight {_name(node, 1)} expects {spelled}. Prune "
+            f"its data {_name(node, 0)} has {x[1]} channels, its weight {_name(node, 1)} expects {spelled}. "
+            "Prune "
             "both together."
         )
     made = w[1] * group if transposed else w[0]
@@ -79,7 +80,8 @@ def channel_parameters(context: Context, node: ir.Node) -> str:
     for index, shape in enumerate(parameters, start=1):
         if shape is not None and shape != (x[1],):
             return (
-                f"{_name(node, index)} has shape {list(shape)}, but its data {_name(node, 0)} has {x[1]} channels. "
+                f"{_name(node, index)} has shape {list(shape)}, but its data {_name(node, 0)} has {x[1]} "
+                "channels. "
                 "Slice it with them."
             )
     groups = node.attributes.get_int("num_groups", 1)
@@ -94,7 +96,9 @@ def layer_norm(context: Context, node: ir.Node) -> str:
     normalised = x[node.attributes.get_int("axis", -1) % len(x) :]
     for index, shape in enumerate(parameters, start=1):
         if shape is not None and not _broadcasts_to(shape, normalised):
-            return f"{_name(node, index)} has shape {list(shape)}; it normalises axes of sizes {list(normalised)}."
+            return (
+                f"{_name(node, index)} has shape {list(shape)}; the normalised axes are {list(normalised)}."
+            )
     return ""
 
 
@@ -108,7 +112,10 @@ def gemm(context: Context, node: ir.Node) -> str:
     a = a[::-1] if node.attributes.get_int("transA", 0) else a
     b = b[::-1] if node.attributes.get_int("transB", 0) else b
     if a[1] != b[0]:
-        return f"{_name(node, 0)} has {a[1]} features, its weight {_name(node, 1)} expects {b[0]}. Prune both together."
+        return (
+            f"{_name(node, 0)} has {a[1]} features, its weight {_name(node, 1)} expects {b[0]}. "
+            "Prune both together."
+        )
     if rest and rest[0] is not None and not _broadcasts_to(rest[0], (a[0], b[1])):
         return f"its bias {_name(node, 2)} has shape {list(rest[0])}; the result is {[a[0], b[1]]}."
     return ""
@@ -138,7 +145,8 @@ def elementwise(context: Context, node: ir.Node) -> str:
         for other, against in known[:position]:
             if not _compatible(shape, against):
                 return (
-                    f"{_name(node, other)} has shape {list(against)} and {_name(node, index)} has {list(shape)}; they do "
+                    f"{_name(node, other)} has shape {list(against)} and {_name(node, index)} has "
+                    f"{list(shape)}; they do "
                     "not broadcast. Both belong to one channel group; prune them together."
                 )
     if node.op_type == "PRelu" and len(known) == 2 and not _broadcasts_to(known[1][1], known[0][1]):
@@ -162,7 +170,10 @@ def reshape(context: Context, node: ir.Node) -> str:
     fixed = math.prod(d for d in dims if d != -1)
     total = math.prod(x)
     if dims.count(-1) > 1 or (total % fixed if -1 in dims and fixed else -1 not in dims and total != fixed):
-        return f"its data {_name(node, 0)} of shape {list(x)} has {total} elements, its target {dims} does not fit."
+        return (
+            f"its data {_name(node, 0)} of shape {list(x)} has {total} elements; its target {dims} does not "
+            "fit. Recompute the target."
+        )
     if result is not None and math.prod(result) != total:
         return f"it makes shape {list(result)} from {list(x)}; the numbers of elements differ."
     return ""
@@ -186,7 +197,10 @@ def concat(context: Context, node: ir.Node) -> str:
         if len(shape) != len(shapes[0]) or any(
             a != b for i, (a, b) in enumerate(zip(shape, shapes[0], strict=True)) if i != axis
         ):
-            return f"input 0 has shape {list(shapes[0])} and input {index} {list(shape)}; only axis {axis} may differ."
+            return (
+                f"input 0 has shape {list(shapes[0])} and input {index} {list(shape)}; only axis {axis} may "
+                "differ."
+            )
     result = context.shape(node.outputs[0])
     if (
         result is not None
@@ -218,7 +232,7 @@ def gather(context: Context, node: ir.Node) -> str:
     axis = node.attributes.get_int("axis", 0) % len(x)
     low, high = int(indices.min()), int(indices.max())
     if low < -x[axis] or high >= x[axis]:
-        return f"indices reach from {low} to {high}, its data has {x[axis]} positions on axis {axis}. Remap them."
+        return f"indices reach from {low} to {high}, its data has {x[axis]} positions on axis {axis}."
     return ""
 
 

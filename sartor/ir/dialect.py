@@ -25,7 +25,8 @@ CHANNEL_GATE = "ChannelGate"
 
 
 def channel_gate() -> ir.Function:
-    """`ChannelGate(x [N, C, ...], gate [C]) -> y [N, C, ...]` with `y[n, c] = x[n, c] * gate[c]`, any rank >= 2."""
+    """`ChannelGate(x [N, C, ...], gate [C]) -> y [N, C, ...]` with `y[n, c] = x[n, c] * gate[c]`, any rank "
+    ">= 2."""
     x, gate = ir.Value(name="x"), ir.Value(name="gate")
 
     def node(op_type: str, name: str, inputs: list[ir.Value], **attributes: Any) -> ir.Value:
@@ -53,8 +54,8 @@ def is_channel_gate(node: ir.Node) -> bool:
 def insert_channel_gate(program: Program, value_name: str, *, name: str | None = None) -> str:
     """Gate axis 1 of a value of the main graph; every reader then sees the gated value.
 
-    **Becomes** `v -> readers` to `v -> ChannelGate(v, gate) -> readers`, with an initializer `gate` of ones, so
-    that the program still computes the same function. `program` is modified.
+    **Becomes** `v -> readers` to `v -> ChannelGate(v, gate) -> readers`, with an initializer `gate` of ones,
+    so that the program still computes the same function. `program` is modified.
 
     Args:
         program: canonical; its opset is already the canonical one.

@@ -17,13 +17,19 @@ from onnx.reference import ReferenceEvaluator
 from sartor.errors import ModelError
 from sartor.ir.program import CANONICAL_OPSET
 
+
+def names(text: str) -> frozenset[str]:
+    """The words of `text`, as a set."""
+    return frozenset(text.split())
+
+
 MAX_FOLDED_ELEMENTS = 1 << 28
 """Of all folded constants together: a file of a few bytes could otherwise ask for any amount of memory."""
-NEVER_FOLDED = frozenset(
-    """Bernoulli DequantizeLinear DynamicQuantizeLinear If Loop Multinomial QuantizeLinear RandomNormal
-    RandomNormalLike RandomUniform RandomUniformLike Scan""".split()
+NEVER_FOLDED = names(
+    """Bernoulli DequantizeLinear DynamicQuantizeLinear If Loop Multinomial QuantizeLinear
+    RandomNormal RandomNormalLike RandomUniform RandomUniformLike Scan"""
 )
-_GROWING = frozenset("ConstantOfShape Expand OneHot Pad Range Resize Tile".split())
+_GROWING = names("ConstantOfShape Expand OneHot Pad Range Resize Tile")
 
 
 def fold(
@@ -169,6 +175,7 @@ def _evaluate(node: ir.Node) -> np.ndarray | None:
         return None
     except Exception as error:
         raise ModelError(
-            f"Constant node '{node.name}' ({node.op_type}) cannot be evaluated: {error}. Its inputs do not fit."
+            f"Constant node '{node.name}' ({node.op_type}) cannot be evaluated: {error}. Its inputs do not "
+            "fit."
         ) from error
     return np.asarray(result)

@@ -21,7 +21,9 @@ from sartor.ir.onnx_file import Limits, read
 from sartor.ir.program import DIALECT_DOMAIN, Batch, Program, Source
 from sartor.ir.verify import verify_program
 
-__all__ = ["Limits", "inline_functions", "load"]
+DEFAULT_LIMITS = Limits()
+
+__all__ = ["DEFAULT_LIMITS", "Limits", "inline_functions", "load"]
 
 
 def load(
@@ -29,7 +31,7 @@ def load(
     *,
     shapes: Mapping[str, Sequence[int]] | None = None,
     external_root: str | os.PathLike[str] | None = None,
-    limits: Limits = Limits(),
+    limits: Limits = DEFAULT_LIMITS,
 ) -> Program:
     """Load, raise to the canonical opset, canonicalize, and make the batch axis symbolic.
 
@@ -117,6 +119,10 @@ def _load(
                 return general
             reason = general.batch.reason
     program = canonical_at(reference, spare)
+    if carriers:  # declared dynamic, but written for one batch: read it as a file of that batch
+        general = batching.generalise(program, carriers, reference[carriers[0]][0], reference)
+        if general.batch.symbolic:
+            return general
     program.batch = Batch(symbolic=False, inputs=carriers, reason=reason)
     return batching.fix_signature(program)
 
@@ -195,9 +201,8 @@ def _reference(
                 symbols.setdefault(symbol, int(size))
     result = {}
     for name, dims in declared.items():
-        given = shapes.get(name)
-        if given is not None:
-            wanted = tuple(int(d) for d in given)
+        if name in shapes:
+            wanted = tuple(int(d) for d in shapes[name])
             static_batch = not batch_inputs  # a fully static model may change its batch later
             fits = dims is None or (
                 len(dims) == len(wanted)
@@ -228,7 +233,8 @@ def _reference(
                     str(d) if isinstance(d, int) else ("1" if a == 0 else "224") for a, d in enumerate(dims)
                 )
                 raise ModelError(
-                    f"Dimension {axis} of input '{name}' ('{dim or '?'}') is dynamic and is not the batch. Fix it "
+                    f"Dimension {axis} of input '{name}' ('{dim or '?'}') is dynamic and is not the batch. "
+                    "Fix it "
                     f"with --shape {name}={example} (your sizes)."
                 )
         result[name] = tuple(sizes)

@@ -12,11 +12,12 @@ import onnx_ir as ir
 from sartor.errors import ModelError
 from sartor.ir import folding
 from sartor.ir.cleanup import array_of
+from sartor.ir.folding import names
 from sartor.ir.program import CANONICAL_OPSET
 
-_WINDOWED = frozenset("AveragePool Conv ConvTranspose LpPool MaxPool".split())
-_PRIVATE_CONSTANTS = frozenset(
-    "Expand Gather Pad Reshape Resize Slice Split Squeeze Tile TopK Unsqueeze CumSum Trilu".split()
+_WINDOWED = names("AveragePool Conv ConvTranspose LpPool MaxPool")
+_PRIVATE_CONSTANTS = names(
+    "Expand Gather Pad Reshape Resize Slice Split Squeeze Tile TopK Unsqueeze CumSum Trilu"
 )
 _REDUCTIONS_PREFIX = "Reduce"
 
@@ -48,7 +49,7 @@ def normalise(graph: ir.Graph, shapes: Shapes, protected: Set[str]) -> None:
 def _schema(op_type: str) -> tuple[tuple[str, ...], tuple[tuple[str, ir.Attr], ...]]:
     schema = onnx.defs.get_schema(op_type, CANONICAL_OPSET, "")
     defaults = tuple(
-        (name, ir.from_proto(attribute.default_value))
+        (name, ir.serde.deserialize_attribute(attribute.default_value))
         for name, attribute in sorted(schema.attributes.items())
         if attribute.default_value.type != onnx.AttributeProto.UNDEFINED
     )
@@ -129,7 +130,8 @@ def _split_pads(total: list[int], upper: bool) -> list[int]:
 def _inference_mode(node: ir.Node) -> None:
     if node.attributes.get_int("training_mode", 0):
         raise ModelError(
-            f"Node '{node.name}' (BatchNormalization) runs in training mode; export the model in inference mode."
+            f"Node '{node.name}' (BatchNormalization) runs in training mode; export the model in inference "
+            "mode."
         )
 
 
@@ -204,7 +206,7 @@ def free_name(graph: ir.Graph, name: str) -> str:
 
 
 def _privatise(graph: ir.Graph, node: ir.Node, protected: Set[str]) -> None:
-    names = _schema(node.op_type)[0]
+    formal = _schema(node.op_type)[0]
     for index in range(1, len(node.inputs)):
         value = node.inputs[index]
         if (
@@ -214,6 +216,6 @@ def _privatise(graph: ir.Graph, node: ir.Node, protected: Set[str]) -> None:
             or value.name in protected
         ):
             continue
-        if value.name == f"{node.name}.{names[index]}" and len(value.uses()) == 1:
+        if value.name == f"{node.name}.{formal[index]}" and len(value.uses()) == 1:
             continue
         set_operand(graph, node, index, value.const_value.numpy())

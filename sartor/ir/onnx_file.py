@@ -57,7 +57,8 @@ def read(path: Path, external_root: Path | None, limits: Limits) -> Contents:
             raise ModelError(f"The model file '{path}' {what}. Give an .onnx file or FILE.py:function.")
         if size > limits.file_bytes:
             raise ModelError(
-                f"The model file '{path.name}' has {size} bytes; the limit is {limits.file_bytes}. Move its weights "
+                f"The model file '{path.name}' has {size} bytes; the limit is {limits.file_bytes}. Move its "
+                "weights "
                 "to external data."
             )
         data = path.read_bytes()
@@ -106,7 +107,8 @@ def _parse(path: Path, data: bytes) -> onnx.ModelProto:
         proto.ParseFromString(data)
     except DecodeError as error:
         raise ModelError(
-            f"'{path.name}' is not an ONNX model, or is truncated ({len(data)} bytes do not parse as a protobuf). "
+            f"'{path.name}' is not an ONNX model, or is truncated ({len(data)} bytes do not parse as a "
+            "protobuf). "
             "Export it again."
         ) from error
     except RecursionError as error:
@@ -142,7 +144,8 @@ def _check_structure(proto: onnx.ModelProto, limits: Limits) -> None:
         for node in graph.node:
             if node.domain not in known:
                 raise UnsupportedOperatorError(
-                    f"Node '{node.name}' uses operator '{node.op_type}' of domain '{node.domain}', which is not "
+                    f"Node '{node.name}' uses operator '{node.op_type}' of domain '{node.domain}', which is "
+                    "not "
                     "part of ONNX. Export the model with standard operators only."
                 )
         if graph.sparse_initializer:
@@ -152,7 +155,8 @@ def _check_structure(proto: onnx.ModelProto, limits: Limits) -> None:
     for node in proto.graph.node:
         if node.domain not in ("", "ai.onnx") and (node.domain, node.op_type) not in functions:
             raise UnsupportedOperatorError(
-                f"Node '{node.name}' calls function '{node.domain}::{node.op_type}', which the file does not define."
+                f"Node '{node.name}' calls function '{node.domain}::{node.op_type}', which the file does "
+                "not define."
             )
 
 
@@ -230,14 +234,16 @@ def _check_external(tensor: onnx.TensorProto, expected: int, folder: Path, files
     parts = location.replace("\\", "/").split("/")
     if not location or os.path.isabs(location) or ".." in parts or "\0" in location or ":" in parts[0]:
         raise ModelError(
-            f"External data of tensor '{tensor.name}' lies at '{location}', outside the model's folder. Put it "
+            f"External data of tensor '{tensor.name}' lies at '{location}', outside the model's folder. Put "
+            "it "
             "beside the model."
         )
     target = folder / location
     resolved = target.resolve()
     if not resolved.is_relative_to(folder):
         raise ModelError(
-            f"External data of tensor '{tensor.name}' at '{location}' is a link that leaves the model's folder."
+            f"External data of tensor '{tensor.name}' at '{location}' is a link that leaves the model's "
+            "folder."
         )
     if not resolved.is_file():
         raise ModelError(f"External data file '{location}' of tensor '{tensor.name}' does not exist.")
@@ -247,7 +253,8 @@ def _check_external(tensor: onnx.TensorProto, expected: int, folder: Path, files
         raise ModelError(f"External data of tensor '{tensor.name}' has no valid offset or length.") from error
     if offset < 0 or length != expected or offset + length > resolved.stat().st_size:
         raise ModelError(
-            f"External data of tensor '{tensor.name}' needs {expected} bytes at offset {offset} of '{location}', "
+            f"External data of tensor '{tensor.name}' needs {expected} bytes at offset {offset} of "
+            f"'{location}', "
             f"which has {resolved.stat().st_size}. The file is truncated or belongs to another model."
         )
     files[location] = resolved

@@ -103,7 +103,8 @@ def _node(node: ir.Node, shapes: Mapping[str, tuple[int, ...]], types: Mapping[s
         f"{k}={text}" for k, a in sorted(node.attributes.items()) if (text := _attribute(a))
     )
     domain = f"{node.domain}::" if node.domain else ""
-    return f"{outputs} = {domain}{node.op_type}({inputs}){f' {{{attributes}}}' if attributes else ''} # {node.name}"
+    options = f" {{{attributes}}}" if attributes else ""
+    return f"{outputs} = {domain}{node.op_type}({inputs}){options} # {node.name}"
 
 
 def _annotation(name: str, shapes: Mapping[str, tuple[int, ...]], types: Mapping[str, ir.DataType]) -> str:
@@ -138,7 +139,8 @@ def _attribute(attribute: ir.Attr) -> str:
         return ""
     if attribute.type == ir.AttributeType.TENSOR:
         tensor = attribute.as_tensor()
-        return f"{tensor.dtype.name.lower()}{list(tensor.shape)}:{hashlib.sha256(tensor.tobytes()).hexdigest()[:8]}"
+        digest = hashlib.sha256(tensor.tobytes()).hexdigest()[:_HASH_DIGITS]
+        return f"{tensor.dtype.name.lower()}{list(tensor.shape)}:{digest}"
     value = attribute.value
     if isinstance(value, (list, tuple)):
         return f"[{','.join(f'{v:g}' if isinstance(v, float) else str(v) for v in value)}]"

@@ -174,7 +174,8 @@ def _check_nodes(program: Program, graph: ir.Graph, known: set[ir.Value], names:
                 _fail(
                     program,
                     shown,
-                    f"Input {index} of node {program.where(node)} is value '{value.name}', which is {rule}. Nodes "
+                    f"Input {index} of node {program.where(node)} is value '{value.name}', which is {rule}. "
+                    "Nodes "
                     "stand in execution order and read only what exists.",
                 )
         for attribute in node.attributes.values():
@@ -274,7 +275,8 @@ def _check_types(program: Program, types: Mapping[str, ir.DataType]) -> None:
                     _fail(
                         program,
                         node,
-                        f"Node {program.where(node)} has type {expected.name} on input {first} and {dtype.name} on "
+                        f"Node {program.where(node)} has type {expected.name} on input {first} and "
+                        f"{dtype.name} on "
                         f"input {index}; they must be equal. Insert a Cast.",
                     )
 
