@@ -65,7 +65,7 @@ def torchscript(
     opset: int = 17,
     dynamic: bool = True,
 ) -> Path:
-    """Export with the older, tracing exporter: Constant nodes, Identity sharing, Shape/Gather/Concat chains."""
+    """Export with the tracing exporter: Constant nodes, Identity sharing, Shape/Gather/Concat chains."""
     axes = {"input": {0: "batch"}, "output": {0: "batch"}} if dynamic else None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -82,6 +82,31 @@ def torchscript(
             training=torch.onnx.TrainingMode.PRESERVE,
         )
     return path
+
+
+def if_model(path: Path) -> Path:
+    """`If` whose bodies read an initializer of the main graph; the condition is an input."""
+    bodies = {
+        f"{name}_branch": helper.make_graph(
+            [helper.make_node(operator, ["x", "w"], [f"{name}_out"], name=name)],
+            name,
+            [],
+            [helper.make_tensor_value_info(f"{name}_out", TensorProto.FLOAT, [1, 3])],
+        )
+        for name, operator in (("then", "Add"), ("else", "Mul"))
+    }
+    nodes = [
+        helper.make_node("If", ["c"], ["r"], name="choose", **bodies),
+        helper.make_node("Relu", ["r"], ["y"], name="act"),
+    ]
+    return save(
+        path,
+        nodes,
+        {"x": [1, 3], "c": []},
+        {"y": [1, 3]},
+        [weights("w", 3), weights("dead", 2)],
+        types={"c": TensorProto.BOOL},
+    )
 
 
 def run(model: bytes | Path, inputs: dict[str, np.ndarray]) -> list[np.ndarray]:

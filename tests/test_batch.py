@@ -1,4 +1,4 @@
-"""The symbolic batch: merged axes, expanded constants, ambiguity at size 1, and refusals that name the node."""
+"""The symbolic batch: merged axes, expanded constants, ambiguity at size 1, refusals that name the node."""
 
 from __future__ import annotations
 

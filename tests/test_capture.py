@@ -129,6 +129,17 @@ def test_several_inputs_and_outputs() -> None:
     assert len(program.graph.outputs) == 2
 
 
+def test_shape_replaces_the_example() -> None:
+    module, example = tiny_resnet()
+    program = capture(module, example, shapes={"x": (2, 3, 24, 20)})
+    assert program.input_shapes == {"x": (2, 3, 24, 20)}
+    assert [str(d) for d in program.graph.inputs[0].shape] == ["N", "3", "24", "20"]
+    with pytest.raises(UsageError, match="names input 'y'"):
+        capture(module, example, shapes={"y": (2, 3, 24, 20)})
+    with pytest.raises(UsageError, match="does not fit"):
+        capture(module, example, shapes={"x": (0, 3, 16, 16)})
+
+
 def test_an_input_without_the_batch_is_left_alone() -> None:
     class Table(nn.Module):
         def forward(self, x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:

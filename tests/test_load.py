@@ -13,7 +13,7 @@ import pytest
 import torch
 from models import ALL, captured
 from onnx import TensorProto, helper
-from onnx_files import random, run, save, tensor, torchscript, weights
+from onnx_files import if_model, random, run, save, tensor, torchscript, weights
 
 from sartor.errors import ModelError, UnsupportedOperatorError, UsageError
 from sartor.ir.batch import check_batch, relative_error
@@ -261,28 +261,6 @@ def test_weights_in_constant_nodes_become_initializers(tmp_path: Path) -> None:
     same(path, program, {"x": random(2, 3)})
 
 
-def if_model(path: Path) -> Path:
-    """`If` whose bodies read an initializer of the main graph; the condition is an input."""
-    bodies = {
-        f"{name}_branch": helper.make_graph(
-            [node(operator, ["x", "w"], [f"{name}_out"], name=name)],
-            name,
-            [],
-            [helper.make_tensor_value_info(f"{name}_out", TensorProto.FLOAT, [1, 3])],
-        )
-        for name, operator in (("then", "Add"), ("else", "Mul"))
-    }
-    nodes = [node("If", ["c"], ["r"], name="choose", **bodies), node("Relu", ["r"], ["y"], name="act")]
-    return save(
-        path,
-        nodes,
-        {"x": [1, 3], "c": []},
-        {"y": [1, 3]},
-        [weights("w", 3), weights("dead", 2)],
-        types={"c": TensorProto.BOOL},
-    )
-
-
 def test_if_passes_and_keeps_what_its_bodies_read(tmp_path: Path) -> None:
     path = if_model(tmp_path / "m.onnx")
     program = load(path)
@@ -290,6 +268,47 @@ def test_if_passes_and_keeps_what_its_bodies_read(tmp_path: Path) -> None:
     assert not program.batch.symbolic and "choose" in program.batch.reason
     for condition in (True, False):
         same(path, program, {"x": random(1, 3), "c": np.array(condition)})
+
+
+DATA = Path(onnx.__file__).parent / "backend" / "test" / "data"
+CONVERTED = sorted(p.parent for p in DATA.glob("pytorch-*/*/model.onnx"))
+
+
+@pytest.mark.skipif(not CONVERTED, reason="this build of onnx carries no test data")
+def test_onnx_own_converted_models() -> None:
+    """The opset-6 files that ONNX's own tests use, with their inputs and expected outputs."""
+    compared = 0
+    for folder in CONVERTED:
+        try:
+            program = load(folder / "model.onnx")
+        except UnsupportedOperatorError:
+            continue
+        sample = folder / "test_data_set_0"
+        arrays = {
+            kind: [
+                onnx.numpy_helper.to_array(onnx.TensorProto.FromString(path.read_bytes()))
+                for path in sorted(sample.glob(f"{kind}_*.pb"), key=lambda p: int(p.stem.split("_")[1]))
+            ]
+            for kind in ("input", "output")
+        }
+        inputs = dict(zip((v.name for v in program.graph.inputs), arrays["input"], strict=True))
+        found = run(program.to_bytes(), inputs)
+        for a, b in zip(arrays["output"], found, strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5, err_msg=folder.name)
+        compared += 1
+    assert compared == len(CONVERTED)
+
+
+@pytest.mark.parametrize(
+    "name", ["light_squeezenet", "light_densenet121", "light_shufflenet", "light_resnet50"]
+)
+def test_onnx_light_models(name: str) -> None:
+    path = DATA / "light" / f"{name}.onnx"
+    if not path.exists():
+        pytest.skip("this build of onnx carries no light models")
+    program = load(path)
+    assert program.batch.symbolic, program.batch.reason
+    same(path, program, {program.graph.inputs[0].name: random(1, 3, 224, 224)}, 1e-4)
 
 
 # ---- shapes -------------------------------------------------------------------------------------
@@ -333,6 +352,22 @@ def test_shapes_that_do_not_fit(tmp_path: Path, shapes: dict, message: str, firs
 def test_shape_sets_the_batch_of_a_static_file(tmp_path: Path) -> None:
     program = load(relu(tmp_path / "m.onnx", [1, 3]), shapes={"x": (8, 3)})
     assert program.input_shapes == {"x": (8, 3)} and program.shapes()["y"] == (8, 3)
+
+
+def test_a_dynamic_file_written_for_one_sample(tmp_path: Path) -> None:
+    """Declared dynamic, but the Reshape in it fits batch 1 only: a common export mistake, repaired."""
+    target = tensor("t", np.array([1, 12], np.int64))
+    path = save(
+        tmp_path / "m.onnx",
+        [node("Reshape", ["x", "t"], ["y"])],
+        {"x": ["batch", 3, 4]},
+        {"y": ["batch", 12]},
+        [target],
+        check=False,
+    )
+    program = load(path)
+    assert program.batch.symbolic
+    assert run(program.to_bytes(), {"x": random(3, 3, 4)})[0].shape == (3, 12)
 
 
 def test_inputs_that_share_a_symbol_share_its_size(tmp_path: Path) -> None:
