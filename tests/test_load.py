@@ -401,6 +401,27 @@ def test_truncated(tmp_path: Path, fraction: float) -> None:
         load(path)
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_damaged_bytes_never_surface_as_another_error(tmp_path: Path, seed: int) -> None:
+    """Flip bytes in a file: it loads, or is refused in our words."""
+    data = captured("vgg").to_bytes()
+    graph = data.index(b"node_conv2d")
+    generator = np.random.default_rng(seed)
+    path = tmp_path / "m.onnx"
+    refused = 0
+    for _ in range(40):
+        damaged = bytearray(data)
+        for position in generator.integers(max(0, graph - 100), graph + 1500, size=generator.integers(1, 4)):
+            damaged[position % len(data)] = generator.integers(256)
+        path.write_bytes(bytes(damaged))
+        try:
+            load(path)
+        except UsageError as error:  # ModelError is one
+            refused += 1
+            assert len(str(error)) < 2000
+    assert refused > 5
+
+
 def test_missing_file_and_folder(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="does not exist"):
         load(tmp_path / "no.onnx")

@@ -13,11 +13,11 @@ from pathlib import Path
 import onnx_ir as ir
 from onnx_ir.passes.common import InlinePass
 
-from sartor.errors import ModelError, UsageError, VerificationError
+from sartor.errors import ModelError, SartorError, UsageError, VerificationError
 from sartor.ir import batch as batching
 from sartor.ir import canonicalize as canonical
 from sartor.ir import cleanup, opset, provenance
-from sartor.ir.onnx_file import Limits, read
+from sartor.ir.onnx_file import Limits, checker_complaint, read
 from sartor.ir.program import DIALECT_DOMAIN, Batch, Program, Source
 from sartor.ir.verify import verify_program
 
@@ -47,17 +47,32 @@ def load(
         UnsupportedOperatorError: an operator outside the canonical table.
         UsageError: `shapes` names no input, or does not fit it.
     """
-    program = _load(
-        Path(path), shapes or {}, Path(external_root) if external_root is not None else None, limits
-    )
+    file = Path(path)
+    root = Path(external_root) if external_root is not None else None
     try:
+        program = _load(file, shapes or {}, root, limits)
         verify_program(program)
     except VerificationError as error:
-        refused = ModelError(f"'{Path(path).name}' is not a valid model: {error}")
+        refused = ModelError(f"'{file.name}' is not a valid model: {error}")
         for note in getattr(error, "__notes__", ()):
             refused.add_note(note)
         raise refused from error
+    except SartorError:
+        raise
+    except Exception as error:
+        complaint = "a name is not valid UTF-8" if _undecodable(error) else checker_complaint(file)
+        if complaint:
+            raise ModelError(f"'{file.name}' is not a valid ONNX model: {complaint}") from error
+        raise
     return program
+
+
+def _undecodable(error: BaseException | None) -> bool:
+    while error is not None:
+        if isinstance(error, UnicodeDecodeError):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _load(

@@ -93,6 +93,15 @@ def read(path: Path, external_root: Path | None, limits: Limits) -> Contents:
     return Contents(model, digest.hexdigest())
 
 
+def checker_complaint(path: Path) -> str:
+    """What ONNX's own checker says against a file that we failed on; empty if it finds nothing."""
+    try:
+        onnx.checker.check_model(str(path), full_check=True)
+    except Exception as error:  # the checker raises several unrelated types
+        return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+    return ""
+
+
 def _keep_mapped(graph: ir.Graph) -> None:
     """Present memory-mapped weights as plain tensors, so that a saved program contains them."""
     for value in graph.initializers.values():
@@ -142,6 +151,9 @@ def _check_structure(proto: onnx.ModelProto, limits: Limits) -> None:
         if count > limits.nodes:
             raise ModelError(f"The model has more than {limits.nodes} nodes; the file is refused.")
         for node in graph.node:
+            for text in (node.name, node.op_type, node.domain, *node.input, *node.output):
+                if isinstance(text, bytes):  # protobuf hands out what is not UTF-8 as bytes
+                    raise ModelError(f"The name {text!r} is not valid UTF-8; the file is damaged.")
             if node.domain not in known:
                 raise UnsupportedOperatorError(
                     f"Node '{node.name}' uses operator '{node.op_type}' of domain '{node.domain}', which is "
