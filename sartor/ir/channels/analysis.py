@@ -1,0 +1,363 @@
+"""The result of label propagation: named groups, their members, what is blocked and why, and extents."""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+
+import numpy as np
+
+from sartor.errors import PlanError, UsageError
+from sartor.ir.channels import rules as _rules  # noqa: F401  (registers the rule table)
+from sartor.ir.channels.groups import Classes, UnitSet
+from sartor.ir.channels.labels import Factor, Reason
+from sartor.ir.channels.propagate import Propagation
+from sartor.ir.extents import Extent
+from sartor.ir.plan import Plan
+from sartor.ir.program import Program
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Member:
+    """One axis of one parameter that a group narrows.
+
+    Attributes:
+        initializer: parameter name.
+        axis: axis of that parameter.
+        role: `producer`, `consumer`, `affine` (scale, shift, statistics, depthwise weights, tables).
+        index_map: int array, one entry per index of the axis: the unit, or −1 for none of this group.
+    """
+
+    initializer: str
+    axis: int
+    role: str
+    index_map: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ChannelGroup:
+    """Units that can be removed independently of all other groups.
+
+    Attributes:
+        name: the first producing parameter; joint factors add `[axis]` of the direction.
+        size: number of removable units.
+        granularity: parameter indices that go with one unit on the first producing axis.
+        members: every parameter axis that is narrowed, producers first.
+        kind: `channels`, or `slices` for a direction of a joint factor.
+        floors: sets of units of which at least one must stay, beside the whole group.
+    """
+
+    name: str
+    size: int
+    granularity: int
+    members: tuple[Member, ...]
+    kind: str
+    floors: tuple[np.ndarray, ...] = ()
+
+    def members_with(self, role: str) -> tuple[Member, ...]:
+        """Members of one role."""
+        return tuple(m for m in self.members if m.role == role)
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockedAxis:
+    """A parameter axis that makes features and cannot be narrowed (or only in part).
+
+    Attributes:
+        value: parameter name.
+        axis: its axis.
+        reason: the rule that forbids it.
+        source: the node at which it was found, with the author's module and line where known.
+        channels: number of indices concerned.
+    """
+
+    value: str
+    axis: int
+    reason: str
+    source: str
+    channels: int
+
+
+class ChannelAnalysis:
+    """Channel groups of a program. Build it with `channel_groups`."""
+
+    def __init__(self, program: Program, keep: Sequence[str] = ()):
+        self.program = program
+        self.propagation = Propagation(program)
+        self.propagation.run()
+        self._protect(keep)
+        self.classes = Classes(self.propagation)
+        simple = self.classes.simple(self.propagation.produced)
+        modes = self.classes.joint_modes()
+        self._parameters = sorted(self.propagation.parameter_atoms.items(), key=lambda item: int(item[1][0]))
+        self._group_of = np.full(self.propagation.space.count, -1, dtype=np.int64)
+        self._unit_of = np.full(self.propagation.space.count, -1, dtype=np.int64)
+        self._modes_of: dict[int, list[int]] = {}
+        self._sets = simple + modes
+        self._joint_from = len(simple)
+        for number, units in enumerate(simple):
+            self._group_of[units.classes] = number
+            self._unit_of[units.classes] = units.units
+        for number, units in enumerate(modes, start=len(simple)):
+            for cls in units.classes.tolist():
+                self._modes_of.setdefault(cls, []).append(number)
+        self._in_mode = np.zeros(self.propagation.space.count, dtype=bool)
+        self._in_mode[list(self._modes_of)] = True
+        named = self._name(self._collect_members())
+        self._names = {number: group.name for number, group in named}
+        self._numbers = {group.name: number for number, group in named}
+        self.groups: tuple[ChannelGroup, ...] = tuple(group for _, group in named)
+
+    def group(self, name: str) -> ChannelGroup:
+        """The group called `name`.
+
+        Raises:
+            PlanError: there is none.
+        """
+        for group in self.groups:
+            if group.name == name:
+                return group
+        raise PlanError(f"There is no channel group '{name}' in '{self.program.source.name}'.")
+
+    # ---- construction ----------------------------------------------------------------------
+    def _protect(self, keep: Sequence[str]) -> None:
+        """Block what `--keep` globs name: parameters, or the outputs of nodes and modules."""
+        for pattern in keep:
+            hit = False
+            reason = Reason(f"protected by --keep '{pattern}'", "")
+            for (name, _), atoms in self.propagation.parameter_atoms.items():
+                if fnmatch.fnmatchcase(name, pattern):
+                    self.propagation.space.block(atoms, reason)
+                    hit = True
+            for node in self.program.nodes():
+                module = self.program.provenance.get(node.name or "")
+                names = [node.name or "", module.module if module else ""]
+                if any(n and fnmatch.fnmatchcase(n, pattern) for n in names):
+                    hit = True
+                    for output in node.outputs:
+                        self.propagation.space.block_labels(self.propagation.labels(output), reason)
+            hit = hit or any(fnmatch.fnmatchcase(n, pattern) for n in self.program.initializers)
+            if not hit:
+                raise UsageError(
+                    f"--keep '{pattern}' matches no parameter, node or module. List names with `sartor inspect`."
+                )
+
+    def _lookup(self, number: int, classes: np.ndarray) -> np.ndarray:
+        """Unit of each class in set `number`, −1 where it has none."""
+        units = self._sets[number]
+        if number < self._joint_from:
+            return np.where(self._group_of[classes] == number, self._unit_of[classes], -1)
+        found = np.minimum(np.searchsorted(units.classes, classes), units.classes.size - 1)
+        return np.where(units.classes[found] == classes, units.units[found], -1)
+
+    def sets_of(self, classes: np.ndarray) -> list[int]:
+        """Numbers of the unit sets that any of these classes belongs to."""
+        flat = classes.ravel()
+        numbers = set(np.unique(self._group_of[flat]).tolist()) - {-1}
+        for cls in np.unique(flat[self._in_mode[flat]]).tolist():
+            numbers.update(self._modes_of[cls])
+        return sorted(numbers)
+
+    def _collect_members(self) -> dict[int, list[Member]]:
+        space = self.propagation.space
+        produced = np.zeros(space.count, dtype=bool)
+        consumed = np.zeros(space.count, dtype=bool)
+        for atoms in self.propagation.produced:
+            produced[atoms] = True
+        for sink in self.propagation.sinks:
+            if sink.weight:
+                consumed[sink.atoms] = True
+        self._leaf(produced)
+        self._leaf(consumed)
+        members: dict[int, list[Member]] = {}
+        for (name, axis), atoms in self._parameters:
+            role = "producer" if produced[atoms].any() else "consumer" if consumed[atoms].any() else "affine"
+            classes = self.classes.of_atom[atoms]
+            for number in self.sets_of(classes):
+                index_map = self._lookup(number, classes)
+                if (index_map >= 0).any():
+                    members.setdefault(number, []).append(Member(name, axis, role, index_map))
+        return members
+
+    def _leaf(self, flags: np.ndarray) -> None:
+        """Spread flags from derived atoms to the leaves below them (a projection stands for its slices)."""
+        for projection in reversed(self.propagation.space.projections):
+            marked = projection.children[flags[projection.slices]]
+            flags[marked.ravel()] = True
+
+    def _name(self, members: dict[int, list[Member]]) -> list[tuple[int, ChannelGroup]]:
+        result = []
+        used: dict[str, int] = {}
+        order = {"producer": 0, "affine": 1, "consumer": 2}
+        for number in sorted(members, key=lambda n: self._position(members[n])):
+            mine = sorted(members[number], key=lambda m: order[m.role])
+            first = mine[0]
+            if first.role != "producer":
+                continue
+            size = int(self._sets[number].units.max()) + 1
+            base = first.initializer.removesuffix(".weight")
+            counts = np.bincount(first.index_map[first.index_map >= 0], minlength=size)
+            granularity = int(counts.max())
+            kind = "slices" if number >= self._joint_from else "channels"
+            name = base if kind == "channels" else f"{base}[{size}x{granularity}]"
+            used[name] = used.get(name, 0) + 1
+            if used[name] > 1:
+                name = f"{name}#{used[name]}"
+            floors = tuple(self._floors(number, size))
+            result.append((number, ChannelGroup(name, size, granularity, tuple(mine), kind, floors)))
+        return result
+
+    def _position(self, members: list[Member]) -> tuple[int, int]:
+        producers = [m for m in members if m.role == "producer"] or members
+        return min(int(self.propagation.parameter_atoms[m.initializer, m.axis][0]) for m in producers), 0
+
+    def _floors(self, number: int, size: int) -> list[np.ndarray]:
+        """Axes that would become empty although the group as a whole does not."""
+        seen: dict[bytes, np.ndarray] = {}
+        for classes in self._axis_arrays.get(number, []):
+            units = self._lookup(number, classes)
+            if (units < 0).any():
+                continue
+            distinct = np.unique(units)
+            if distinct.size < size:
+                seen.setdefault(distinct.tobytes(), distinct)
+        return list(seen.values())
+
+    @cached_property
+    def _axis_arrays(self) -> dict[int, list[np.ndarray]]:
+        """Distinct one-axis class arrays of all activations, by the unit sets they belong to."""
+        arrays: dict[bytes, np.ndarray] = {}
+        for labels in self.propagation.value_labels.values():
+            for factor in labels:
+                classes = self.classes.of_atom[factor.atoms.ravel()]
+                arrays.setdefault(classes.tobytes(), classes)
+        result: dict[int, list[np.ndarray]] = {}
+        for classes in arrays.values():
+            for number in self.sets_of(classes):
+                result.setdefault(number, []).append(classes)
+        return result
+
+    # ---- what is blocked -------------------------------------------------------------------
+    @cached_property
+    def blocked(self) -> tuple[BlockedAxis, ...]:
+        """Producing parameter axes that no group narrows, with the first reason found."""
+        produced = np.zeros(self.propagation.space.count, dtype=bool)
+        for atoms in self.propagation.produced:
+            produced[atoms] = True
+        self._leaf(produced)
+        result = []
+        grouped = self._classes_in_groups
+        for (name, axis), atoms in self._parameters:
+            if not produced[atoms].any():
+                continue
+            classes = self.classes.of_atom[atoms]
+            stuck = classes[~grouped[classes]]
+            if not stuck.size:
+                continue
+            reasons = self.classes.reason_of[stuck]
+            known = reasons[reasons >= 0]
+            if known.size:
+                reason = self.classes.reasons[int(known[0])]
+                text, where = reason.text, self._where(reason.node)
+            else:
+                text, where = "no direction leaves more than one removable unit", ""
+            result.append(BlockedAxis(name, axis, text, where, int(stuck.size)))
+        return tuple(result)
+
+    @cached_property
+    def _classes_in_groups(self) -> np.ndarray:
+        flags = np.zeros(self.propagation.space.count, dtype=bool)
+        for number in self._names:
+            units = self._sets[number]
+            flags[units.classes[units.units >= 0]] = True
+        return flags
+
+    def _where(self, name: str) -> str:
+        for node in self.program.nodes():
+            if node.name == name:
+                return self.program.where(node)
+        return ""
+
+    # ---- plans -----------------------------------------------------------------------------
+    def dead(self, plan: Plan) -> np.ndarray:
+        """Boolean per class: removed by the plan.
+
+        Raises:
+            PlanError: a group is unknown, has another size, or an axis would become empty.
+        """
+        dead = np.zeros(self.propagation.space.count, dtype=bool)
+        for name, entry in plan.groups.items():
+            group = self.group(name)
+            if entry.size != group.size:
+                raise PlanError(
+                    f"Group '{name}' has {group.size} units, the plan was made for {entry.size}; "
+                    "make a new plan for this model."
+                )
+            kept = np.zeros(group.size, dtype=bool)
+            kept[list(entry.keep)] = True
+            for floor in group.floors:
+                if not kept[floor].any():
+                    raise PlanError(
+                        f"The plan removes every channel of one input of a Concat or Split in '{name}'."
+                    )
+            units = self._sets[self._numbers[name]]
+            gone = (units.units >= 0) & ~kept[units.units]
+            dead[units.classes[gone]] = True
+        return dead
+
+    def alive_atoms(self, plan: Plan) -> np.ndarray:
+        """Boolean per atom: kept by the plan."""
+        return ~self.dead(plan)[self.classes.of_atom]
+
+    # ---- extents ---------------------------------------------------------------------------
+    @cached_property
+    def extents(self) -> Mapping[str, tuple[Extent, ...]]:
+        """Length of every axis of every value as an expression of kept fractions."""
+        result: dict[str, tuple[Extent, ...]] = {}
+        cache: dict[tuple[int, int], Extent] = {}
+        by_parameter: dict[str, list[Factor]] = {}
+        for (name, axis), atoms in self._parameters:
+            by_parameter.setdefault(name, []).append(Factor((axis,), atoms))
+        for name, shape in self.propagation.shapes.items():
+            labels = by_parameter.get(name) or self.propagation.value_labels.get(name, ())
+            axes = [Extent.constant(d) for d in shape]
+            for factor in labels:
+                for position, axis in enumerate(factor.axes):
+                    key = (id(factor.atoms), position)
+                    if key not in cache:
+                        cache[key] = self._extent(factor, position)
+                    axes[axis] = cache[key]
+            result[name] = tuple(axes)
+        return result
+
+    def _extent(self, factor: Factor, position: int) -> Extent:
+        classes = self.classes.of_atom[factor.atoms]
+        slices = np.moveaxis(classes, position, 0).reshape(classes.shape[position], -1)
+        code = np.zeros(len(slices), dtype=np.int64)
+        numbers = [n for n in self.sets_of(slices) if n in self._names]
+        for bit, number in enumerate(numbers[:62]):
+            units = self._lookup(number, slices)
+            code |= ((units[:, 0] >= 0) & (units == units[:, :1]).all(axis=1)).astype(np.int64) << bit
+        terms = []
+        for value, count in zip(*np.unique(code, return_counts=True), strict=True):
+            names = tuple(self._names[n] for bit, n in enumerate(numbers[:62]) if value >> bit & 1)
+            terms.append((float(count), names))
+        return Extent(tuple(terms))
+
+
+def channel_groups(program: Program, keep: Sequence[str] = ()) -> ChannelAnalysis:
+    """Find every prunable dimension of a program.
+
+    Args:
+        program: canonical program.
+        keep: globs of parameter, node or module names that must not be narrowed.
+
+    Raises:
+        UsageError: a glob matches nothing.
+    """
+    return ChannelAnalysis(program, keep)
+
+
+__all__ = ["BlockedAxis", "ChannelAnalysis", "ChannelGroup", "Member", "UnitSet", "channel_groups"]
