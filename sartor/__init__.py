@@ -7,11 +7,14 @@ runtimes are imported only by the call that needs them.
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 import types
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # ONNX Runtime reads it when it is imported; later is too late
 
 if TYPE_CHECKING:
     from sartor import backends as backends

@@ -11,7 +11,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from sartor.cli import main
-from sartor.cli.budget import Limit, parse_budget
+from sartor.budget import Limit, parse_budget
 from sartor.cli.fit import parse_recovery
 from sartor.cli.main import COMMANDS
 from sartor.cli.progress import Progress

@@ -10,7 +10,7 @@ import argparse
 import re
 
 from sartor.cli import arguments
-from sartor.cli.budget import parse_budget
+from sartor.budget import parse_budget
 from sartor.cli.output import Result
 from sartor.cli.progress import Progress
 from sartor.errors import UsageError

@@ -159,7 +159,8 @@ class _Finder:
             shortcut, branch, detour, region = b, a, second, first
         if not any(self._weighted(node) for node in region.nodes):
             return
-        reason, sites = self._obstacle(add, shortcut, branch, detour, region), ()
+        sites: tuple[Site, ...] = ()
+        reason = self._obstacle(add, shortcut, branch, detour, region)
         if not reason:
             search = ZeroSearch(self.program, region.nodes, self.free)
             reason, sites = search.reason(branch), search.sites(branch)
@@ -305,6 +306,3 @@ def _prefix(modules: list[str]) -> str:
             break
         shared.append(parts[0])
     return ".".join(shared)
-
-
-__all__ = ["Block", "Site", "masked_block_initializers", "residual_blocks"]

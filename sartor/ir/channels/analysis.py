@@ -12,7 +12,8 @@ import numpy as np
 from sartor.errors import PlanError, UsageError
 from sartor.ir.channels import rules as _rules  # noqa: F401  (registers the rule table)
 from sartor.ir.channels.groups import Classes, UnitSet
-from sartor.ir.channels.labels import Factor, Reason
+from sartor.ir.channels.labels import Factor
+from sartor.ir.channels.masking import zeros
 from sartor.ir.channels.propagate import Propagation
 from sartor.ir.extents import Extent
 from sartor.ir.plan import Plan
@@ -87,7 +88,6 @@ class ChannelAnalysis:
         self.program = program
         self.propagation = Propagation(program)
         self.propagation.run()
-        self._protect(keep)
         self.classes = Classes(self.propagation)
         simple = self.classes.simple(self.propagation.produced)
         modes = self.classes.joint_modes()
@@ -106,9 +106,19 @@ class ChannelAnalysis:
         self._in_mode = np.zeros(self.propagation.space.count, dtype=bool)
         self._in_mode[list(self._modes_of)] = True
         named = self._name(self._collect_members())
-        self._names = {number: group.name for number, group in named}
         self._numbers = {group.name: number for number, group in named}
-        self.groups: tuple[ChannelGroup, ...] = tuple(group for _, group in named)
+        # Protected groups keep their place in the numbering, so that a plan does not depend on `keep`.
+        protected = self._protected(keep)
+        self._kept_by: dict[int, str] = {}
+        for number, _ in named:
+            units = self._sets[number]
+            movable = units.classes[units.units >= 0]
+            for pattern, flags in protected.items():
+                if flags[movable].any():
+                    self._kept_by[number] = pattern
+        self._all = {group.name: group for _, group in named}
+        self.groups: tuple[ChannelGroup, ...] = tuple(g for number, g in named if number not in self._kept_by)
+        self._names = {number: group.name for number, group in named if number not in self._kept_by}
 
     def group(self, name: str) -> ChannelGroup:
         """The group called `name`.
@@ -116,33 +126,36 @@ class ChannelAnalysis:
         Raises:
             PlanError: there is none.
         """
-        for group in self.groups:
-            if group.name == name:
-                return group
+        if name in self._all:
+            return self._all[name]
         raise PlanError(f"There is no channel group '{name}' in '{self.program.source.name}'.")
 
     # ---- construction ----------------------------------------------------------------------
-    def _protect(self, keep: Sequence[str]) -> None:
-        """Block what `--keep` globs name: parameters, or the outputs of nodes and modules."""
+    def _protected(self, keep: Sequence[str]) -> dict[str, np.ndarray]:
+        """Classes of what `--keep` globs name, by pattern: parameters, or the outputs of nodes and modules."""
+        result = {}
         for pattern in keep:
-            hit = False
-            reason = Reason(f"protected by --keep '{pattern}'", "")
-            for (name, _), atoms in self.propagation.parameter_atoms.items():
-                if fnmatch.fnmatchcase(name, pattern):
-                    self.propagation.space.block(atoms, reason)
-                    hit = True
+            atoms = [
+                atoms
+                for (name, _), atoms in self.propagation.parameter_atoms.items()
+                if fnmatch.fnmatchcase(name, pattern)
+            ]
+            hit = any(fnmatch.fnmatchcase(n, pattern) for n in self.program.initializers)
             for node in self.program.nodes():
                 module = self.program.provenance.get(node.name or "")
                 names = [node.name or "", module.module if module else ""]
                 if any(n and fnmatch.fnmatchcase(n, pattern) for n in names):
                     hit = True
-                    for output in node.outputs:
-                        self.propagation.space.block_labels(self.propagation.labels(output), reason)
-            hit = hit or any(fnmatch.fnmatchcase(n, pattern) for n in self.program.initializers)
+                    atoms += [f.atoms.ravel() for v in node.outputs for f in self.propagation.labels(v)]
             if not hit:
                 raise UsageError(
                     f"--keep '{pattern}' matches no parameter, node or module. List names with `sartor inspect`."
                 )
+            flags = np.zeros(self.propagation.space.count, dtype=bool)
+            for array in atoms:
+                flags[self.classes.of_atom[array]] = True
+            result[pattern] = flags
+        return result
 
     def _lookup(self, number: int, classes: np.ndarray) -> np.ndarray:
         """Unit of each class in set `number`, −1 where it has none."""
@@ -258,7 +271,10 @@ class ChannelAnalysis:
                 continue
             reasons = self.classes.reason_of[stuck]
             known = reasons[reasons >= 0]
-            if known.size:
+            kept_by = [self._kept_by[n] for n in self.sets_of(stuck) if n in self._kept_by]
+            if kept_by:
+                text, where = f"protected by --keep '{kept_by[0]}'", ""
+            elif known.size:
                 reason = self.classes.reasons[int(known[0])]
                 text, where = reason.text, self._where(reason.node)
             else:
@@ -310,6 +326,22 @@ class ChannelAnalysis:
     def alive_atoms(self, plan: Plan) -> np.ndarray:
         """Boolean per atom: kept by the plan."""
         return ~self.dead(plan)[self.classes.of_atom]
+
+    def masked_members(self, group: ChannelGroup) -> tuple[Member, ...]:
+        """The parameter axes that MASKED zeroes for the units of `group`: where its gates multiply."""
+        dead = np.zeros(self.propagation.space.count, dtype=bool)
+        units = self._sets[self._numbers[group.name]]
+        dead[units.classes[units.units >= 0]] = True
+        maps = {(m.initializer, m.axis): m.index_map for m in group.members}
+        found: dict[tuple[str, int], np.ndarray] = {}
+        for zero in zeros(self.propagation, dead[self.classes.of_atom]):
+            key = (zero.initializer, zero.axis)
+            found[key] = found.get(key, np.zeros_like(zero.mask)) | zero.mask
+        return tuple(
+            Member(name, axis, "masked", np.where(mask, maps[name, axis], -1))
+            for (name, axis), mask in found.items()
+            if (name, axis) in maps
+        )
 
     # ---- extents ---------------------------------------------------------------------------
     @cached_property

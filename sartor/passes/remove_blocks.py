@@ -1,0 +1,269 @@
+"""`remove-blocks`: replace residual blocks by their shortcut."""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+import onnx_ir as ir
+
+from sartor.errors import PlanError, UsageError
+from sartor.ir.blocks import Block, residual_blocks
+from sartor.ir.plan import Plan
+from sartor.ir.program import Program
+from sartor.passes.base import Context, Pass, Planned, Refusal, Semantics, option
+from sartor.passes.rewriter import Rewriter
+
+_MAKES_NONNEGATIVE = frozenset(
+    {"Relu", "Sigmoid", "HardSigmoid", "Softmax", "Abs", "Exp", "Softplus", "Sqrt", "ReduceL1", "ReduceL2"}
+    | {"ReduceSumSquare"}
+)
+_KEEPS_NONNEGATIVE = frozenset(
+    {"Identity", "MaxPool", "AveragePool", "GlobalAveragePool", "GlobalMaxPool", "Reshape", "Transpose"}
+    | {"Flatten", "Squeeze", "Unsqueeze", "Slice", "Split", "Gather", "Expand", "Tile", "DepthToSpace"}
+    | {"SpaceToDepth", "ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin"}
+)
+_COMBINES_NONNEGATIVE = frozenset({"Add", "Mul", "Concat", "Max", "Min"})
+
+
+@dataclasses.dataclass(frozen=True)
+class RemoveBlocks(Pass):
+    """Remove residual blocks: those that globs name, or the least important ones.
+
+    Becomes: y = Add(x, f(x))                 →   y = x
+             y = Relu(Add(x, f(x))), x ≥ 0    →   y = x
+
+    With `blocks` alone every block that matches goes. With `count` the least important go, among those
+    that match if `blocks` is given. Criteria other than random are read from `context.extras["importance"]`,
+    a function `(criterion, program, blocks, context) → score by block name`.
+
+    Ensures: equal to MASKED, the original with the last affine parameters of the branch zeroed; see
+    `sartor.ir.blocks`. Nodes and initializers that only the branch read are gone.
+
+    Refuses when: the shortcut passes through layers or is broadcast; the branch is used elsewhere; the
+    block's result or a value of the branch is a graph output; no affine parameters make the branch 0; a node
+    or parameter of it is kept; fewer blocks are removable than `count`.
+    """
+
+    name: ClassVar[str] = "remove-blocks"
+    semantics: ClassVar[Semantics] = Semantics.NEEDS_TRAINING
+
+    blocks: tuple[str, ...] = option((), help="globs of block names, see `sartor inspect`")
+    count: int = option(0, help="how many blocks to remove; 0: every block that `blocks` names", minimum=0)
+    criterion: str = option("random", help="what ranks blocks: random, l1, l2, taylor")
+    seed: int = option(0, help="of criterion random", minimum=0)
+
+    def plan(self, program: Program, context: Context) -> Any:
+        """Choose blocks. See `Pass.plan`.
+
+        Raises:
+            UsageError: a glob matches no block, or nothing provides the criterion.
+        """
+        if not self.blocks and not self.count:
+            return None
+        found = residual_blocks(program)
+        wanted = self._matching(found)
+        refusals: list[Refusal] = []
+        candidates: list[Block] = []
+        for block in wanted:
+            kept = None if not block.removable else _kept(program, block, context)
+            if block.removable and kept is None:
+                candidates.append(block)
+            elif self.blocks or kept is not None:
+                refusals.append(Refusal(block.name, block.reason or f"'{kept}' of the branch is kept"))
+        if self.count:
+            if len(candidates) < self.count:
+                asked = f"{self.count} blocks are to be removed, but only {len(candidates)} can be"
+                refusals.append(Refusal(", ".join(self.blocks) or "*", asked))
+            scores = self._scores(program, candidates, context)
+            ranked = sorted(range(len(candidates)), key=lambda i: (scores[candidates[i].name], i))
+            candidates = [candidates[i] for i in sorted(ranked[: self.count])]
+        if not candidates:
+            return Planned(None, tuple(refusals))
+        names = tuple(block.name for block in candidates)
+        return Planned(Plan(program.source.sha256, blocks=names, notes={"pass": str(self)}), tuple(refusals))
+
+    def apply(self, program: Program, plan: Any, rewriter: Rewriter) -> None:
+        """Remove the plan's blocks. See `Pass.apply`."""
+        remove_blocks(program, plan.blocks, rewriter)
+
+    def _matching(self, found: Sequence[Block]) -> list[Block]:
+        """Blocks that a glob names, all without globs."""
+        for pattern in self.blocks:
+            if not any(fnmatch.fnmatchcase(block.name, pattern) for block in found):
+                names = ", ".join(f"'{block.name}'" for block in found[:20]) or "none"
+                raise UsageError(
+                    f"No residual block matches '{pattern}'; the blocks of this program are: {names}. "
+                    "Name one of these."
+                )
+        patterns = self.blocks or ("*",)
+        return [b for b in found if any(fnmatch.fnmatchcase(b.name, p) for p in patterns)]
+
+    def _scores(self, program: Program, candidates: Sequence[Block], context: Context) -> Mapping[str, float]:
+        if self.criterion == "random":
+            draws = np.random.default_rng(self.seed).random(len(candidates))
+            return {block.name: float(draw) for block, draw in zip(candidates, draws, strict=True)}
+        importance = context.extras.get("importance")
+        if importance is None:
+            raise UsageError(
+                f"Criterion '{self.criterion}' of remove-blocks needs a function `importance` in the context's "
+                "extras, which is absent. Provide one or use criterion=random."
+            )
+        scores = importance(self.criterion, program, tuple(candidates), context)
+        for block in candidates:
+            score = scores.get(block.name)
+            if score is None or not math.isfinite(score):
+                raise UsageError(
+                    f"Criterion '{self.criterion}' gives block '{block.name}' the score {score}, expected a "
+                    "finite number. Use another criterion."
+                )
+        return {block.name: float(scores[block.name]) for block in candidates}
+
+
+def remove_blocks(program: Program, names: Iterable[str], rewriter: Rewriter) -> None:
+    """Remove residual blocks of `program` in place, in graph order whatever the order of `names`.
+
+    Blocks may follow each other (the shortcut of one is the result of another) and contain each other.
+
+    Raises:
+        PlanError: a name is no block of this program, or the block is not removable.
+    """
+    wanted = dict.fromkeys(names)
+    if not wanted:
+        return
+    found = {block.name: block for block in residual_blocks(program)}
+    for name in wanted:
+        if name not in found:
+            raise PlanError(
+                f"The plan removes block '{name}', which this program does not have. Make the plan from the "
+                "program it is applied to."
+            )
+        if not found[name].removable:
+            raise PlanError(
+                f"The plan removes block '{name}', which is not removable: {found[name].reason}. "
+                "Leave it out of the plan."
+            )
+    chosen = [block for block in found.values() if block.name in wanted]
+    doomed = {rewriter.node(name) for block in chosen for name in block.nodes}
+    relus: dict[ir.Node, None] = {}
+    for block in chosen:
+        add = rewriter.node(block.add)
+        # By index: an earlier block may have replaced the value. The branch is never another block's result.
+        kept = add.inputs[1 if add.inputs[0] is not None and add.inputs[0].name == block.branch else 0]
+        assert kept is not None
+        relus.update((user, None) for user, _ in add.outputs[0].uses() if user.op_type == "Relu")
+        rewriter.replace_value(add.outputs[0], kept)
+        rewriter.count("blocks_removed")
+    _bypass_relus(program, relus, doomed, rewriter)
+    _remove(program, doomed, rewriter)
+    program.invalidate()
+
+
+def _bypass_relus(
+    program: Program, relus: Iterable[ir.Node], doomed: set[ir.Node], rewriter: Rewriter
+) -> None:
+    """Let readers of Relu(x) read x where x ≥ 0 is proven; such a Relu is then doomed, too."""
+    nonnegative = nonnegative_values(program)
+    for relu in relus:
+        source = relu.inputs[0]
+        if relu in doomed or source not in nonnegative or relu.outputs[0].is_graph_output():
+            continue
+        assert source is not None
+        rewriter.replace_value(relu.outputs[0], source)
+        rewriter.count("relus_removed")
+        doomed.add(relu)
+
+
+def _remove(program: Program, doomed: set[ir.Node], rewriter: Rewriter) -> None:
+    """Remove nodes, then what only they read: weights, and nodes that several of them shared."""
+    main = program.graph
+    inside = doomed
+    while inside:
+        read = {value for node in inside for value in _read(node)}
+        rewriter.remove_nodes(sorted(inside, key=lambda node: node.name or ""))
+        inside = set()
+        for value in sorted(read, key=lambda value: value.name or ""):
+            if value.uses() or value.is_graph_output() or value.is_graph_input() or value.graph is not main:
+                continue
+            producer = value.producer()
+            if value.is_initializer():
+                rewriter.remove_initializer(value)
+            elif producer is not None and producer.graph is main:
+                if not any(output.uses() or output.is_graph_output() for output in producer.outputs):
+                    inside.add(producer)
+
+
+def _read(node: ir.Node) -> set[ir.Value]:
+    """Values that a node or its bodies read."""
+    bodies = [body for a in node.attributes.values() for body in _bodies(a)]
+    readers = [node, *(inner for body in bodies for inner in body.all_nodes())]
+    return {value for reader in readers for value in reader.inputs if value is not None}
+
+
+def _bodies(attribute: ir.Attr) -> Sequence[ir.Graph]:
+    if attribute.type == ir.AttributeType.GRAPH:
+        return (attribute.as_graph(),)
+    return attribute.as_graphs() if attribute.type == ir.AttributeType.GRAPHS else ()
+
+
+def nonnegative_values(program: Program) -> set[ir.Value]:
+    """Values of the main graph that are ≥ 0 for every input, as far as the operators prove it."""
+    known: set[ir.Value] = set()
+
+    def holds(value: ir.Value | None) -> bool:
+        if value is None or value in known:
+            return value is not None
+        if value.const_value is None or not value.is_initializer() or value.is_graph_input():
+            return False
+        array = value.const_value.numpy()
+        if array.dtype.kind == "f" and bool((array >= 0).all()):
+            known.add(value)
+        return value in known
+
+    for node in program.nodes():
+        if node.domain not in ("", "ai.onnx"):
+            continue
+        op, inputs = node.op_type, list(node.inputs)
+        if (
+            op in _MAKES_NONNEGATIVE
+            or (op in _KEEPS_NONNEGATIVE and holds(inputs[0]))
+            or (op in _COMBINES_NONNEGATIVE and all(holds(value) for value in inputs))
+            or (op == "Mul" and inputs[0] is inputs[1])
+            or (
+                op == "Clip"
+                and (holds(inputs[0]) or (len(inputs) > 1 and holds(inputs[1])))
+                and _sane(inputs)
+            )
+        ):
+            known.update(node.outputs)
+    return known
+
+
+def _sane(clip: Sequence[ir.Value | None]) -> bool:
+    """Whether the upper bound of a Clip is absent or a constant ≥ 0."""
+    if len(clip) < 3 or clip[2] is None:
+        return True
+    bound = clip[2].const_value
+    return bound is not None and bool((bound.numpy() >= 0).all())
+
+
+def _kept(program: Program, block: Block, context: Context) -> str | None:
+    """A node of the block, or a parameter that it reads, that a `keep` glob protects."""
+    if not context.keep:
+        return None
+    inside = set(block.nodes)
+    for node in program.nodes():
+        if node.name not in inside:
+            continue
+        names = [
+            node.name or "",
+            *(v.name or "" for v in node.inputs if v is not None and v.is_initializer()),
+        ]
+        for name in names:
+            if context.is_kept(name):
+                return name
+    return None
