@@ -192,9 +192,10 @@ def _remove(program: Program, doomed: set[ir.Node], rewriter: Rewriter) -> None:
             producer = value.producer()
             if value.is_initializer():
                 rewriter.remove_initializer(value)
-            elif producer is not None and producer.graph is main:
-                if not any(output.uses() or output.is_graph_output() for output in producer.outputs):
-                    inside.add(producer)
+            elif producer is not None and not any(
+                output.uses() or output.is_graph_output() for output in producer.outputs
+            ):
+                inside.add(producer)
 
 
 def _read(node: ir.Node) -> set[ir.Value]:
