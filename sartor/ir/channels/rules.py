@@ -509,10 +509,8 @@ def _space_to_depth(ctx: Propagation, node: ir.Node) -> None:
     reason = ctx.reason(node, "SpaceToDepth moves this axis into channels")
     labels = ctx.space.block_axes(ctx.labels(node.inputs[0]), [2, 3], reason)
     repeats = new[1] // old[1]
-    ctx.set(
-        node.outputs[0],
-        tuple(Factor((1,), np.tile(f.atoms, repeats)) if f.axes == (1,) else f for f in labels),
-    )
+    tiled = [Factor(f.axes, np.tile(f.atoms, [repeats if a == 1 else 1 for a in f.axes])) for f in labels]
+    ctx.set(node.outputs[0], tuple(tiled))
 
 
 @rule("ConstantOfShape", "Range", "Constant", effect="makes values without channels")
