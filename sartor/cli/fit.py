@@ -9,8 +9,8 @@ from __future__ import annotations
 import argparse
 import re
 
-from sartor.cli import arguments
 from sartor.budget import parse_budget
+from sartor.cli import arguments
 from sartor.cli.output import Result
 from sartor.cli.progress import Progress
 from sartor.errors import UsageError

@@ -10,6 +10,7 @@ import dataclasses
 
 import numpy as np
 
+from sartor.errors import PlanError
 from sartor.ir.blocks import residual_blocks
 from sartor.ir.channels import ChannelAnalysis, channel_groups
 from sartor.ir.channels.masking import Zero, zeros
@@ -56,7 +57,11 @@ def _block_demands(program: Program, plan: Plan) -> list[Zero]:
     blocks = {block.name: block for block in residual_blocks(program)}
     demands = []
     for name in plan.blocks:
-        block = blocks[name]
+        block = blocks.get(name)
+        if block is None or not block.removable:
+            raise PlanError(
+                f"'{program.source.name}' has no removable block '{name}'. List blocks with `sartor inspect`."
+            )
         inside = set(block.nodes)
         for parameter in block.last_affine:
             for user, index in program.initializers[parameter].uses():

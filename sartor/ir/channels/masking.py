@@ -208,5 +208,5 @@ class _Walk:
 
     def _clip_keeps_zero(self, node: ir.Node) -> bool:
         bounds = [self.propagation.constant(v) for v in node.inputs[1:]]
-        low, high = (bounds + [None, None])[:2]
+        low, high = [*bounds, None, None][:2]
         return (low is None or float(low) <= 0) and (high is None or float(high) >= 0)
