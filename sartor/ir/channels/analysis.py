@@ -11,6 +11,7 @@ import numpy as np
 
 from sartor.errors import PlanError, UsageError
 from sartor.ir.channels import rules as _rules  # noqa: F401  (registers the rule table)
+from sartor.ir.channels.floors import floors
 from sartor.ir.channels.groups import Classes, UnitSet
 from sartor.ir.channels.labels import Factor
 from sartor.ir.channels.masking import zeros
@@ -218,39 +219,25 @@ class ChannelAnalysis:
             used[name] = used.get(name, 0) + 1
             if used[name] > 1:
                 name = f"{name}#{used[name]}"
-            floors = tuple(self._floors(number, size))
-            result.append((number, ChannelGroup(name, size, granularity, tuple(mine), kind, floors)))
+            least = tuple(self._floors.get(number, []))
+            result.append((number, ChannelGroup(name, size, granularity, tuple(mine), kind, least)))
         return result
 
     def _position(self, members: list[Member]) -> tuple[int, int]:
         producers = [m for m in members if m.role == "producer"] or members
         return min(int(self.propagation.parameter_atoms[m.initializer, m.axis][0]) for m in producers), 0
 
-    def _floors(self, number: int, size: int) -> list[np.ndarray]:
-        """Axes that would become empty although the group as a whole does not."""
-        seen: dict[bytes, np.ndarray] = {}
-        for classes in self._axis_arrays.get(number, []):
-            units = self._lookup(number, classes)
-            if (units < 0).any():
-                continue
-            distinct = np.unique(units)
-            if distinct.size < size:
-                seen.setdefault(distinct.tobytes(), distinct)
-        return list(seen.values())
-
     @cached_property
-    def _axis_arrays(self) -> dict[int, list[np.ndarray]]:
-        """Distinct one-axis class arrays of all activations, by the unit sets they belong to."""
+    def _floors(self) -> dict[int, list[np.ndarray]]:
+        """Sets of units of which one must stay, by unit set, over every labelled axis of an activation."""
         arrays: dict[bytes, np.ndarray] = {}
         for labels in self.propagation.value_labels.values():
             for factor in labels:
                 classes = self.classes.of_atom[factor.atoms.ravel()]
                 arrays.setdefault(classes.tobytes(), classes)
-        result: dict[int, list[np.ndarray]] = {}
-        for classes in arrays.values():
-            for number in self.sets_of(classes):
-                result.setdefault(number, []).append(classes)
-        return result
+        found = ((classes, self.sets_of(classes)) for classes in arrays.values())
+        sizes = {number: int(units.units.max()) + 1 for number, units in enumerate(self._sets)}
+        return floors(((classes, numbers) for classes, numbers in found if numbers), self._lookup, sizes)
 
     # ---- what is blocked -------------------------------------------------------------------
     @cached_property
