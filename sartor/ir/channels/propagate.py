@@ -163,13 +163,8 @@ class Propagation:
         """Block everything the node reads; its outputs are free."""
         reason = self.reason(node, text)
         for value in node.inputs:
-            if value is not None and (not self.is_parameter(value)):
+            if value is not None:
                 self.space.block_labels(self.labels(value), reason)
-            elif value is not None:
-                for axis in range(len(self.shape(value))):
-                    atoms = self.parameter_atoms.get((value.name or "", axis))
-                    if atoms is not None:
-                        self.space.block(atoms, reason)
         captured = [
             v
             for a in node.attributes.values()
