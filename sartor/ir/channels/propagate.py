@@ -214,20 +214,26 @@ class Propagation:
     ) -> None:
         """Note the sink of a contraction and the weight axes that create features in it."""
         constant = [v is not None and self.is_constant(v) for v in values]
+        if all(constant):
+            return
+        open_letters = set(summed)
         for i, value in enumerate(values):
-            if value is None or not constant[i] or all(constant):
+            if value is None or not constant[i]:
                 continue
             elsewhere = {letter for j, other in enumerate(letters) if j != i for letter in other}
             for factor in parts[i]:
                 if set(factor.axes) & summed:
                     self.sinks.append(Sink(node.name or "", value, factor.atoms, weight=True))
+                    open_letters -= set(factor.axes)
                 if set(factor.axes) - summed - elsewhere:
                     self.produced.append(factor.atoms)
-        if not any(constant):
-            left = values[0]
-            for factor in parts[0]:
-                if left is not None and set(factor.axes) & summed:
-                    self.sinks.append(Sink(node.name or "", left, factor.atoms, weight=False))
+        for i, value in enumerate(values):  # what no weight contracts, the leftmost operand must zero
+            if value is None or constant[i]:
+                continue
+            closed = [f for f in parts[i] if set(f.axes) & open_letters]
+            for factor in closed:
+                self.sinks.append(Sink(node.name or "", value, factor.atoms, weight=False))
+            open_letters.difference_update(*(f.axes for f in closed))
 
 
 def _captured(graph: ir.Graph) -> list[ir.Value]:
