@@ -10,7 +10,7 @@ from sartor.ir.channels.propagate import Propagation, rule
 
 _PASS_THROUGH = """Abs Acos Acosh Asin Asinh Atan Atanh BitwiseNot Cast Ceil Celu Clip Cos Cosh Elu Erf Exp Floor
 Gelu HardSigmoid HardSwish Identity IsInf IsNaN LeakyRelu Log Mish Neg Not Reciprocal Relu Round Selu Shrink Sigmoid
-Sign Sin Sinh Softplus Softsign Sqrt Tan Tanh ThresholdedRelu QuantizeLinear DequantizeLinear""".split()
+Sign Sin Sinh Softplus Softsign Sqrt Tan Tanh ThresholdedRelu""".split()
 _ELEMENTWISE = """Add And BitwiseAnd BitwiseOr BitwiseXor Div Equal Greater GreaterOrEqual Less LessOrEqual Max Mean
 Min Mod Mul Or PRelu Pow Sub Sum Where Xor""".split()
 _REDUCE = """ReduceL1 ReduceL2 ReduceLogSum ReduceLogSumExp ReduceMax ReduceMean ReduceMin ReduceProd ReduceSum
@@ -39,6 +39,19 @@ def _elementwise(ctx: Propagation, node: ir.Node) -> None:
 def _batch_norm(ctx: Propagation, node: ir.Node) -> None:
     rank = len(ctx.shape(node.inputs[0]))
     operands = [(node.inputs[0], tuple(range(rank)))] + [(v, (1,)) for v in node.inputs[1:5]]
+    ctx.set(node.outputs[0], ctx.product(node, operands, tuple(range(rank))))
+
+
+@rule("QuantizeLinear", "DequantizeLinear", effect="pass through; scales and zero points join their axis")
+def _quantize(ctx: Propagation, node: ir.Node) -> None:
+    rank = len(ctx.shape(node.inputs[0]))
+    parameters = [v for v in node.inputs[1:] if v is not None]
+    if any(len(ctx.shape(v)) > 1 for v in parameters):
+        ctx.refuse(node, f"{node.op_type} in blocks")
+        return
+    axis = ctx.attribute(node, "axis", 1) % max(rank, 1)
+    operands = [(node.inputs[0], tuple(range(rank)))]
+    operands += [(v, (axis,)) for v in parameters if len(ctx.shape(v)) == 1]
     ctx.set(node.outputs[0], ctx.product(node, operands, tuple(range(rank))))
 
 
