@@ -80,8 +80,9 @@ def _normalise(ctx: Propagation, node: ir.Node, mixed: range, parameters: tuple[
     for value in node.inputs[1:]:
         if value is not None and len(ctx.shape(value)) <= len(parameters):
             operands.append((value, parameters[len(parameters) - len(ctx.shape(value)) :]))
-    labels = ctx.product(node, operands, tuple(range(rank)))
-    ctx.set(node.outputs[0], ctx.space.block_axes(labels, mixed, _mixes(ctx, node)))
+    labels = ctx.space.block_axes(ctx.product(node, operands, tuple(range(rank))), mixed, _mixes(ctx, node))
+    for output in node.outputs:  # the statistics of LayerNormalization have size 1 along the mixed axes
+        ctx.set(output, labels)
 
 
 @rule(
