@@ -418,7 +418,7 @@ def _concat(ctx: Propagation, node: ir.Node) -> None:
     axis = ctx.attribute(node, "axis") % len(shape)
     reason = ctx.reason(node, "concatenated with an axis that carries no channels")
     parts = [(ctx.labels(v), ctx.shape(v)) for v in node.inputs if v is not None]
-    cluster = sorted({a for labels, _ in parts for f in labels if axis in f.axes for a in f.axes})
+    cluster = _cluster(axis, [f for labels, _ in parts for f in labels])
     result: list[Factor] = []
     if cluster:
         axes = tuple(cluster)
@@ -438,6 +438,16 @@ def _concat(ctx: Propagation, node: ir.Node) -> None:
     remaining, _ = ctx.space.combine(rest, frozenset(), reason)
     result.extend(Factor(letters, atoms) for letters, atoms in remaining.items())
     ctx.set(node.outputs[0], tuple(sorted(result, key=lambda f: f.axes)))
+
+
+def _cluster(axis: int, factors: list[Factor]) -> list[int]:
+    """Axes that share a factor with `axis`, directly or through others; none when it carries no labels."""
+    found: set[int] = set()
+    joined = {axis}
+    while joined != found:
+        found = joined
+        joined = found.union(*(f.axes for f in factors if found & set(f.axes)))
+    return sorted(found) if any(axis in f.axes for f in factors) else []
 
 
 def _others(shape: tuple[int, ...], axis: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
