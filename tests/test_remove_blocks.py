@@ -18,6 +18,7 @@ from sartor.ir.verify import verify_program
 from sartor.passes.base import Context
 from sartor.passes.remove_blocks import RemoveBlocks, nonnegative_values, remove_blocks
 from sartor.passes.rewriter import Rewriter
+from sartor.strategies.importance import Importance
 
 FAMILIES = ("resnet", "mobilenet", "se", "vit", "vit_manual")
 TOLERANCE = 1e-9
@@ -238,9 +239,9 @@ def test_option_criterion_reads_importance_from_the_context():
     program = captured("resnet")
     seen = []
 
-    def importance(criterion, given, blocks, context):
+    def importance(criterion, given, analysis, blocks, context):
         seen.append((criterion, [b.name for b in blocks]))
-        return {"layer1.0": 3.0, "layer1.1": 1.0, "layer2.1": 2.0}
+        return Importance({}, {"layer1.0": 3.0, "layer1.1": 1.0, "layer2.1": 2.0})
 
     context = Context(extras={"importance": importance})
     plan = RemoveBlocks(count=2, criterion="taylor").plan(program, context).data
@@ -248,7 +249,7 @@ def test_option_criterion_reads_importance_from_the_context():
     assert seen == [("taylor", ["layer1.0", "layer1.1", "layer2.1"])]
     with pytest.raises(UsageError, match="'taylor' of remove-blocks needs a function `importance`"):
         RemoveBlocks(count=2, criterion="taylor").plan(program, Context())
-    broken = Context(extras={"importance": lambda *_: {"layer1.0": float("nan")}})
+    broken = Context(extras={"importance": lambda *_: Importance({}, {"layer1.0": float("nan")})})
     with pytest.raises(UsageError, match=r"block 'layer1\.0' the score nan"):
         RemoveBlocks(count=1, criterion="l1").plan(program, broken)
 

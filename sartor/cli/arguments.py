@@ -199,22 +199,24 @@ def write_provenance(program: Program, beside: Path) -> Path:
 
 
 def pass_context(options: argparse.Namespace, program: Program) -> Any:
-    """The `Context` of a pipeline: `--data`, `--seed` and `--keep`.
+    """The `Context` of a pipeline: `--data`, `--seed` and `--keep`, and criteria for passes that rank.
 
     Raises:
         UsageError: the data does not fit the program.
     """
     from sartor.passes.base import Context
+    from sartor.strategies.supply import importance
 
+    context = Context(seed=options.seed, keep=tuple(options.keep), extras={"importance": importance})
     if options.data is None:
-        return Context(seed=options.seed, keep=tuple(options.keep))
+        return context
     from sartor.data import load_data
 
     data = load_data(options.data, list(program.input_shapes), options.seed, program=program)
     splits = {"calibration": data.calibration, "evaluate": data.evaluate, "test": data.test}
     if data.train is not None:
         splits["train"] = data.train
-    return Context(data=splits, loss=data.loss, seed=options.seed, keep=tuple(options.keep))
+    return dataclasses.replace(context, data=splits, loss=data.loss)
 
 
 def plain(value: Any) -> Any:

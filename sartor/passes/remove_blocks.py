@@ -39,7 +39,8 @@ class RemoveBlocks(Pass):
 
     With `blocks` alone every block that matches goes. With `count` the least important go, among those
     that match if `blocks` is given. Criteria other than random are read from `context.extras["importance"]`,
-    a function `(criterion, program, blocks, context) → score by block name`.
+    a function `(criterion, program, analysis or None, blocks, context)` whose result has scores by block
+    name under `blocks`.
 
     Ensures: equal to MASKED, the original with the last affine parameters of the branch zeroed; see
     `sartor.ir.blocks`. Nodes and initializers that only the branch read are gone.
@@ -113,7 +114,7 @@ class RemoveBlocks(Pass):
                 f"Criterion '{self.criterion}' of remove-blocks needs a function `importance` in the context's "
                 "extras, which is absent. Provide one or use criterion=random."
             )
-        scores = importance(self.criterion, program, tuple(candidates), context)
+        scores = importance(self.criterion, program, None, tuple(candidates), context).blocks
         for block in candidates:
             score = scores.get(block.name)
             if score is None or not math.isfinite(score):

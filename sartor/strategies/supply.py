@@ -1,0 +1,41 @@
+"""The function behind `context.extras["importance"]`: any criterion, for passes that may not import criteria."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from sartor.ir.program import Program
+from sartor.strategies.criteria import criterion
+from sartor.strategies.importance import AnalysisLike, BlockLike, Importance
+
+
+class _NoGroups:
+    groups: Sequence[Any] = ()
+
+
+def importance(
+    name: str, program: Program, analysis: AnalysisLike | None, blocks: Sequence[BlockLike], context: Any
+) -> Importance:
+    """Score units and blocks by the criterion called `name`.
+
+    Args:
+        name: see `sartor.strategies.criteria.CRITERIA`.
+        program: the program that `analysis` and `blocks` describe.
+        analysis: its channel groups; None when only blocks are to be scored.
+        blocks: its residual blocks; empty when only units are to be scored.
+        context: `sartor.passes.base.Context`; `calibration` of its data (else `evaluate`), its loss and its
+            seed are used.
+
+    Raises:
+        UsageError: there is no such criterion, it cannot score this program, or data are missing.
+    """
+    data = context.data.get("calibration", context.data.get("evaluate"))
+    return criterion(name).unit_importance(
+        program,
+        analysis if analysis is not None else _NoGroups(),
+        blocks,
+        data=data,
+        loss=context.loss,
+        seed=context.seed,
+    )
