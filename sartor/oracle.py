@@ -22,10 +22,9 @@ from sartor.errors import VerificationError
 from sartor.ir.channels import ChannelAnalysis, channel_groups
 from sartor.ir.plan import Plan
 from sartor.ir.program import Program
-from sartor.ir.workload import is_parameter
 from sartor.passes.masked import masked
 from sartor.passes.prune import apply_plan
-from sartor.passes.rewriter import Rewriter
+from sartor.random_weights import randomise
 
 TOLERANCE_F64 = 1e-9
 TOLERANCE_F32 = 1e-4
@@ -140,12 +139,12 @@ def compare(
 
     inputs = random_inputs(original, seed=seed)
     small = run_twin(pruned, inputs)
-    large = run_twin(mask, inputs)
+    large, gradients = _with_gradients(mask, plan, analysis, inputs)
     error = relative_error(large, small)
     lowered = None
     if backend is not None:
         lowered = relative_error(*(_run_lowered(p, inputs, backend, threads) for p in (mask, pruned)))
-    insensitive = _insensitive(original, mask, plan, analysis, inputs, large, tolerance)
+    insensitive = _insensitive(original, plan, gradients, inputs, large, tolerance)
     wrong = not error <= tolerance or (lowered is not None and not lowered <= TOLERANCE_F32)
     verdict = "failed" if wrong else "inconclusive" if insensitive else "passed"
     return OracleResult(verdict, error, tolerance, lowered, TOLERANCE_F32, insensitive)
@@ -194,71 +193,6 @@ def require(result: OracleResult, program: Program, plan: Plan, folder: Path | N
 # ---- parts -----------------------------------------------------------------------------------
 
 
-def randomise(program: Program, analysis: ChannelAnalysis, seed: int) -> Program:
-    """The program with every parameter and buffer random, so that the variance of activations is preserved.
-
-    Weights ~ N(0, 2 / fan-in), norm scales and variances uniform in [0.5, 1.5], everything else
-    N(0, 0.3). Single numbers (attention scales, exponents, bounds) and masks stay.
-    """
-    clone = program.clone()
-    rewriter = Rewriter(clone, "randomise")
-    generator = np.random.default_rng(seed)
-    positive, statistics, fans = _roles(program)
-    consumed = {(m.initializer, m.axis) for g in analysis.groups for m in g.members if m.role == "consumer"}
-    for name, value in sorted(clone.initializers.items()):
-        tensor = value.const_value
-        if tensor is None or not (name in statistics or is_parameter(program.initializers[name])):
-            continue
-        array = tensor.numpy()
-        if not np.isfinite(array).all() or np.abs(array).max() > 1e3:
-            continue  # an attention mask, not a parameter
-        if name in positive:
-            drawn = generator.random(array.shape) + 0.5
-        elif array.ndim >= 2:
-            axes = [a for n, a in consumed if n == name]
-            fan = fans.get(name) or math.prod(array.shape) / array.shape[axes[0] - 1 if axes else 0]
-            drawn = generator.standard_normal(array.shape) * math.sqrt(2.0 / max(fan, 1.0))
-        else:
-            drawn = generator.standard_normal(array.shape) * 0.3
-        rewriter.set_initializer(name, drawn.astype(array.dtype))
-    clone.invalidate()
-    return clone
-
-
-def _roles(program: Program) -> tuple[set[str], set[str], dict[str, float]]:
-    """Initializers that must be positive (norm scales, variances), running statistics, fan-in of weights."""
-    positive: set[str] = set()
-    statistics: set[str] = set()
-    fans: dict[str, float] = {}
-    for node in program.nodes():
-        names = [v.name if v is not None else None for v in node.inputs]
-        if node.op_type == "BatchNormalization":
-            positive.update(n for n in (names[1], names[4]) if n)
-            statistics.update(n for n in names[3:5] if n)
-        elif node.op_type in ("LayerNormalization", "InstanceNormalization", "GroupNormalization"):
-            positive.update(n for n in names[1:2] if n)
-        elif node.op_type in ("Conv", "ConvTranspose", "MatMul", "Gemm"):
-            weight = node.inputs[1]
-            producer = weight.producer() if weight is not None else None
-            turned = producer is not None and producer.op_type == "Transpose"
-            source = producer.inputs[0] if turned and producer is not None else weight
-            if source is None or source.name not in program.initializers:
-                continue
-            shape = program.initializer_array(source.name or "").shape
-            if node.op_type == "Conv":
-                fans[source.name or ""] = math.prod(shape[1:])
-            elif node.op_type == "ConvTranspose":
-                groups, strides = node.attributes.get("group"), node.attributes.get("strides")
-                step = math.prod(strides.value) if strides is not None else 1
-                per = groups.value if groups is not None else 1
-                fans[source.name or ""] = shape[0] / per * math.prod(shape[2:]) / step
-            elif len(shape) >= 2:
-                flipped = node.attributes.get("transB")
-                last = turned or (node.op_type == "Gemm" and flipped is not None and flipped.value)
-                fans[source.name or ""] = shape[-1] if last else shape[-2]
-    return positive, statistics, fans
-
-
 def before_softmax(program: Program) -> Program:
     """The program with the input of a final Softmax as the output, in place of what hides differences."""
     clone = program.clone()
@@ -291,9 +225,8 @@ def _run_lowered(
 
 def _insensitive(
     original: Program,
-    mask: Program,
     plan: Plan,
-    analysis: ChannelAnalysis,
+    gradients: Mapping[str, np.ndarray],
     inputs: Mapping[str, np.ndarray],
     outputs: Mapping[str, np.ndarray],
     tolerance: float,
@@ -303,39 +236,45 @@ def _insensitive(
 
     needed = SENSITIVITY * tolerance
     missing: list[str] = []
-    if plan.groups:
-        gradients = _gradients(mask, analysis, inputs, outputs)
-        scale = max(float(np.abs(a).max()) for a in outputs.values())
-        for name, entry in plan.groups.items():
-            moved = PERTURBATION * np.abs(gradients[name][list(entry.keep)]).max()
-            if not moved > needed * scale:
-                missing.append(name)
+    scale = max((float(np.abs(a).max()) for a in outputs.values() if a.size), default=0.0)
+    for name, entry in plan.groups.items():
+        moved = PERTURBATION * np.abs(gradients[name][list(entry.keep)]).max()
+        if not moved > needed * scale:
+            missing.append(name)
     if plan.blocks and relative_error(run_twin(original, inputs), outputs) <= needed:
         missing += plan.blocks
     return tuple(missing)
 
 
-def _gradients(
-    mask: Program,
-    analysis: ChannelAnalysis,
-    inputs: Mapping[str, np.ndarray],
-    outputs: Mapping[str, np.ndarray],
-) -> Mapping[str, np.ndarray]:
-    """Derivative of one random mean of the outputs by every unit's gate, in one backward sweep.
+def _with_gradients(
+    mask: Program, plan: Plan, analysis: ChannelAnalysis, inputs: Mapping[str, np.ndarray]
+) -> tuple[dict[str, np.ndarray], Mapping[str, np.ndarray]]:
+    """Outputs of MASKED, and the derivative of one random mean of them by every unit's gate, in one sweep.
 
-    It is a lower bound of how far the gate moves some output; one sweep serves all groups.
+    The derivative is a lower bound of how far the gate moves some output, and one sweep serves all groups.
     """
     import torch
 
+    from sartor.ir.fx import run_twin
     from sartor.strategies.gates import gate_gradients
 
+    if not plan.groups:
+        return run_twin(mask, inputs), {}
     generator = np.random.default_rng(1)
-    signs = {name: torch.from_numpy(generator.choice([-1.0, 1.0], a.shape)) for name, a in outputs.items()}
+    seen: dict[str, np.ndarray] = {}
 
     def loss(result: Mapping[str, torch.Tensor], _: Any) -> torch.Tensor:
-        return torch.stack([(result[n] * s.to(result[n].dtype)).mean() for n, s in signs.items()]).sum()
+        total = torch.zeros((), dtype=torch.float64)
+        for name, output in result.items():
+            seen[name] = output.detach().numpy().copy()
+            if output.is_floating_point():
+                signs = generator.choice([-1.0, 1.0], tuple(output.shape))
+                total = total + (output * torch.from_numpy(signs)).mean()
+        return total
 
-    return gate_gradients(mask, analysis, (), [(dict(inputs), None)], loss=loss).groups
+    data = [(dict(inputs), None)]
+    found = gate_gradients(mask, analysis, (), data, loss=loss, dtype=torch.float64)
+    return seen, found.groups
 
 
 __all__ = ["OracleResult", "check", "compare", "randomise", "relative_error", "require"]

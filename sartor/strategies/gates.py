@@ -33,10 +33,12 @@ def gate_gradients(
     data: Batches,
     *,
     loss: Callable[..., Any] | None = None,
+    dtype: Any = None,
 ) -> Importance:
     """Gradient of the mean loss with respect to every gate at 1, in one sweep over the data.
 
-    Uses the FX twin in float32 and eval mode: BatchNormalization uses its running statistics.
+    Uses the FX twin in eval mode (BatchNormalization uses its running statistics), in float32 unless told
+    otherwise.
 
     Args:
         program: the program that `analysis` and `blocks` describe.
@@ -45,6 +47,7 @@ def gate_gradients(
         data: re-iterable of `(inputs, labels)`.
         loss: `(outputs by name, labels or None) -> mean over samples`. By default the loss against labels of
             `sartor.recovery.losses`, or without labels the mean squared L2 norm of the outputs.
+        dtype: torch float type of the computation.
 
     Returns:
         Signed gradients, one per unit and per removable block.
@@ -60,7 +63,7 @@ def gate_gradients(
                 f"Block '{block.name}' is removable but has no last affine layer to put a gate on."
             )
         tensors.update(block.last_affine)
-    gradients = mean_gradients(program, data, {name for name in tensors if name}, loss=loss)
+    gradients = mean_gradients(program, data, {name for name in tensors if name}, loss=loss, dtype=dtype)
 
     def product(name: str) -> np.ndarray:
         return program.initializer_array(name).astype(np.float64) * gradients[name]
@@ -81,6 +84,7 @@ def mean_gradients(
     names: Iterable[str],
     *,
     loss: Callable[..., Any] | None = None,
+    dtype: Any = None,
 ) -> dict[str, np.ndarray]:
     """Gradient of the mean loss over all samples with respect to initializers.
 
@@ -89,6 +93,7 @@ def mean_gradients(
         data: re-iterable of `(inputs, labels)`; batches weigh by their number of samples.
         names: float initializers.
         loss: see `gate_gradients`.
+        dtype: see `gate_gradients`.
 
     Returns:
         float64 arrays by initializer name; zeros for an initializer that no output depends on.
@@ -101,7 +106,7 @@ def mean_gradients(
     from sartor.ir.fx import to_fx, to_tensor, twin_info
     from sartor.recovery import losses
 
-    gm = to_fx(program, dtype=torch.float32).eval()
+    gm = to_fx(program, dtype=dtype or torch.float32).eval()
     info = twin_info(gm)
     probabilities = losses.probability_outputs(program)
     wanted = set(names)

@@ -1,0 +1,136 @@
+"""Random weights under which errors show: no fresh norms, no dead layers, activations of order one.
+
+With running statistics a BatchNormalization normalises nothing, and every residual addition doubles the
+variance: in a network of fifty blocks an error in a bias would drown. So weights are drawn with the
+variance that theory gives, and scaled layer by layer to what one sample shows.
+
+Reference: Mishkin & Matas, "All you need is a good init", ICLR 2016 (layer-sequential unit variance).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from sartor.ir.channels import ChannelAnalysis
+from sartor.ir.program import Program
+from sartor.ir.workload import is_parameter
+from sartor.passes.rewriter import Rewriter
+
+_ENOUGH = 2.0  # a layer whose output has a root mean square within this factor of 1 is left as drawn
+
+
+def randomise(program: Program, analysis: ChannelAnalysis, seed: int) -> Program:
+    """The program with every parameter and buffer random, so that the variance of activations is preserved.
+
+    Weights ~ N(0, 2 / fan-in), then scaled so that their layer's output is of order one; norm scales and
+    variances uniform in [0.5, 1.5], everything else N(0, 0.3). Single numbers (attention scales, exponents,
+    bounds) and masks stay.
+
+    Args:
+        program: canonical; not changed.
+        analysis: its channel groups.
+        seed: of the draws and of the sample that layers are scaled by.
+    """
+    clone = program.clone()
+    rewriter = Rewriter(clone, "randomise")
+    generator = np.random.default_rng(seed)
+    positive, statistics, fans, weights = _roles(program)
+    consumed = {(m.initializer, m.axis) for g in analysis.groups for m in g.members if m.role == "consumer"}
+    for name, value in sorted(clone.initializers.items()):
+        tensor = value.const_value
+        if tensor is None or not (name in statistics or is_parameter(program.initializers[name])):
+            continue
+        array = tensor.numpy()
+        if not np.isfinite(array).all() or np.abs(array).max() > 1e3:
+            continue  # an attention mask, not a parameter
+        if name in positive:
+            drawn = generator.random(array.shape) + 0.5
+        elif array.ndim >= 2:
+            axes = [a for n, a in consumed if n == name]
+            fan = fans.get(name) or math.prod(array.shape) / array.shape[axes[0] - 1 if axes else 0]
+            drawn = generator.standard_normal(array.shape) * math.sqrt(2.0 / max(fan, 1.0))
+        else:
+            drawn = generator.standard_normal(array.shape) * 0.3
+        rewriter.set_initializer(name, drawn.astype(array.dtype))
+    clone.invalidate()
+    for name, scale in _excess(clone, weights, seed).items():
+        array = clone.initializer_array(name)
+        rewriter.set_initializer(name, (array / scale).astype(array.dtype))
+    clone.invalidate()
+    return clone
+
+
+def _excess(program: Program, weights: dict[str, str], seed: int) -> dict[str, float]:
+    """By how much to divide each weight, found in one pass in which every layer sees scaled inputs.
+
+    Args:
+        program: with drawn weights.
+        weights: weight by name of the node that contracts with it.
+        seed: of the sample.
+    """
+    import torch
+    from torch import fx
+
+    from sartor.ir.batch import random_inputs
+    from sartor.ir.fx import to_fx, to_tensor, twin_info
+
+    scales: dict[str, float] = {}
+
+    class Scaling(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> Any:
+            result = super().run_node(n)
+            weight = weights.get(n.meta.get("onnx_node") or "")
+            if weight is None:
+                return result
+            if weight not in scales:
+                size = float(result.square().mean().sqrt())
+                ordinary = 1 / _ENOUGH <= size <= _ENOUGH or size == 0 or not math.isfinite(size)
+                scales[weight] = 1.0 if ordinary else size
+            # The bias is scaled, too, here but not in the program: it is small beside the rest.
+            return result if scales[weight] == 1.0 else result / scales[weight]
+
+    gm = to_fx(program, dtype="float32")
+    info = twin_info(gm)
+    inputs = random_inputs(program, seed=seed)
+    with torch.no_grad():
+        Scaling(gm).run(*(to_tensor(inputs[name], info.dtype) for name in info.inputs))
+    return {name: scale for name, scale in scales.items() if scale != 1.0}
+
+
+def _roles(program: Program) -> tuple[set[str], set[str], dict[str, float], dict[str, str]]:
+    """What must be positive, what is a running statistic, fan-in by weight, and weight by contraction."""
+    positive: set[str] = set()
+    statistics: set[str] = set()
+    fans: dict[str, float] = {}
+    weights: dict[str, str] = {}
+    for node in program.nodes():
+        names = [v.name if v is not None else None for v in node.inputs]
+        if node.op_type == "BatchNormalization":
+            positive.update(n for n in (names[1], names[4]) if n)
+            statistics.update(n for n in names[3:5] if n)
+        elif node.op_type in ("LayerNormalization", "InstanceNormalization", "GroupNormalization"):
+            positive.update(n for n in names[1:2] if n)
+        elif node.op_type in ("Conv", "ConvTranspose", "MatMul", "Gemm"):
+            weight = node.inputs[1]
+            producer = weight.producer() if weight is not None else None
+            turned = producer is not None and producer.op_type == "Transpose"
+            source = producer.inputs[0] if turned and producer is not None else weight
+            if source is None or source.name not in program.initializers:
+                continue
+            weights[node.name or ""] = source.name or ""
+            shape = program.initializer_array(source.name or "").shape
+            if node.op_type == "Conv":
+                fans[source.name or ""] = math.prod(shape[1:])
+            elif node.op_type == "ConvTranspose":
+                groups, strides = node.attributes.get("group"), node.attributes.get("strides")
+                step = math.prod(strides.value) if strides is not None else 1
+                per = groups.value if groups is not None else 1
+                fans[source.name or ""] = shape[0] / per * math.prod(shape[2:]) / step
+            elif len(shape) >= 2:
+                flipped = node.attributes.get("transB")
+                last = turned or (node.op_type == "Gemm" and flipped is not None and flipped.value)
+                fans[source.name or ""] = shape[-1] if last else shape[-2]
+    return positive, statistics, fans, weights
