@@ -21,7 +21,7 @@ import numpy as np
 from sartor.errors import VerificationError
 from sartor.ir.channels import ChannelAnalysis, channel_groups
 from sartor.ir.plan import Plan
-from sartor.ir.program import Program
+from sartor.ir.program import Program, write_atomic
 from sartor.passes.masked import masked
 from sartor.passes.prune import apply_plan
 from sartor.random_weights import randomise
@@ -144,21 +144,26 @@ def compare(
     lowered = None
     if backend is not None:
         lowered = relative_error(*(_run_lowered(p, inputs, backend, threads) for p in (mask, pruned)))
-    insensitive = _insensitive(original, plan, gradients, inputs, large, tolerance)
+    insensitive = _insensitive(original, pruned, plan, analysis, gradients, inputs, large, tolerance)
     wrong = not error <= tolerance or (lowered is not None and not lowered <= TOLERANCE_F32)
     verdict = "failed" if wrong else "inconclusive" if insensitive else "passed"
     return OracleResult(verdict, error, tolerance, lowered, TOLERANCE_F32, insensitive)
 
 
 def relative_error(reference: Mapping[str, np.ndarray], other: Mapping[str, np.ndarray]) -> float:
-    """Largest max|a − b| / max|a| over the outputs; infinite for NaN, infinities or different shapes."""
+    """Largest max|a − b| / max|a| over the outputs; infinite for NaN, infinities or different shapes.
+
+    False and True count as 0 and 1. An output that `other` lacks is infinitely wrong.
+    """
     worst = 0.0
     for name, a in reference.items():
-        b = other[name]
-        if a.shape != b.shape or not (np.isfinite(a).all() and np.isfinite(b).all()):
+        b = other.get(name)
+        if b is None or a.shape != b.shape:
             return math.inf
-        if a.size and np.issubdtype(a.dtype, np.number):
+        if a.size:
             a, b = a.astype(np.float64), b.astype(np.float64)
+            if not (np.isfinite(a).all() and np.isfinite(b).all()):
+                return math.inf
             scale = float(np.abs(a).max())
             difference = float(np.abs(a - b).max())
             worst = max(worst, difference / scale if scale > 0 else (0.0 if difference == 0 else math.inf))
@@ -175,8 +180,10 @@ def require(result: OracleResult, program: Program, plan: Plan, folder: Path | N
         return
     note = ""
     if folder is not None:
+        # The plan names the model beside it, not the file that this one was made from.
+        own = dataclasses.replace(plan, source_sha256=program.sha256())
         program.save(folder / "model.onnx")
-        (folder / "plan.json").write_text(plan.to_json(), encoding="utf-8")
+        write_atomic(folder / "plan.json", own.to_json().encode())
         note = f" Reproduce it with the model and plan in '{folder}'."
     if result.verdict == "failed":
         raise VerificationError(
@@ -225,7 +232,9 @@ def _run_lowered(
 
 def _insensitive(
     original: Program,
+    pruned: Program,
     plan: Plan,
+    analysis: ChannelAnalysis,
     gradients: Mapping[str, np.ndarray],
     inputs: Mapping[str, np.ndarray],
     outputs: Mapping[str, np.ndarray],
@@ -238,6 +247,8 @@ def _insensitive(
     missing: list[str] = []
     scale = max((float(np.abs(a).max()) for a in outputs.values() if a.size), default=0.0)
     for name, entry in plan.groups.items():
+        if not any(m.initializer in pruned.initializers for m in analysis.group(name).members):
+            continue  # it went with a removed block: nothing of it is left to be wrong
         moved = PERTURBATION * np.abs(gradients[name][list(entry.keep)]).max()
         if not moved > needed * scale:
             missing.append(name)
