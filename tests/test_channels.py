@@ -471,6 +471,13 @@ def test_an_axis_that_sees_two_groups_in_part_cannot_become_empty():
     assert sorted(f.tolist() for g in analysis.groups for f in g.floors) in ([[2, 3]], [[0, 1]])
 
 
+def test_an_axis_that_sees_one_group_whole_needs_no_floor():
+    net = Net(3, 4, 4)
+    y = net.op("Concat", net.conv("x", 4), net.conv("x", 4), axis=1)
+    analysis = channel_groups(net.program(net.conv(net.slice(y, 2, 8, 1), 2), net.conv(y, 2)))
+    assert [g.floors for g in analysis.groups] == [(), ()]
+
+
 def test_an_axis_on_the_diagonal_of_two_directions_pins_a_unit_of_each():
     """Channels 0 and 3 of two groups of two: losing one group and the other's first channel leaves none."""
     net = Net(3, 4, 4)
@@ -654,6 +661,26 @@ def test_unknown_group_is_a_plan_error():
 
 
 # ---- rules that only matter beside others ----------------------------------------------------
+
+
+def test_concat_where_another_part_shares_other_axes():
+    """Concat along heads of a part labelled (heads, dims) and a part labelled (tokens, dims)."""
+    net = Net(4, 6)
+    first = net.heads(net.linear("x", 6, bias=False), 3, 2)
+    mean = net.op("ReduceMean", "x", net.constant([1]), keepdims=0)
+    second = net.reshape(net.op("MatMul", mean, net.weight(6, 8)), 0, 1, 4, 2)
+    second = net.op("Expand", second, net.constant([1, 2, 4, 2]))
+    y = net.op("Transpose", net.op("Concat", first, second, axis=1), perm=[0, 2, 1, 3])
+    program = net.program(net.linear(net.reshape(y, 0, 4, 10), 2))
+    analysis = channel_groups(program)
+    for group in analysis.groups:
+        for member in group.members:
+            if member.initializer == "w2":
+                tokens = member.index_map.reshape(4, 2)
+                assert (tokens == tokens[:1]).all(), "tokens of one part cannot go without the others"
+    dims = next(g for g in analysis.groups if any(m.initializer == "w2" for m in g.members))
+    assert (dims.size, len(dims.members)) == (2, 3)
+    shapes_after(program, analysis, **{dims.name: [1]})
 
 
 def test_scales_of_quantized_weights_are_narrowed_with_them():
