@@ -95,6 +95,12 @@ def _against_labels(outputs: Outputs, labels: np.ndarray) -> _Part:
                 f"Output '{name}' has shape {list(output.shape)}, which holds no class scores [N, C, ...] "
                 f"for integer labels of shape {list(labels.shape)}; give a 'metric' with the data."
             )
+        classes = output.shape[1]
+        if ids.dtype.kind != "b" and ids.size and int(ids.max()) >= classes:
+            raise UsageError(
+                f"The labels go up to {int(ids.max())}, but output '{name}' has {classes} classes; number them "
+                f"from 0 to {classes - 1}, or give a 'metric' with the data."
+            )
         predicted = output.argmax(axis=1)
         return _Part(name, True, float((predicted == ids).sum()), float(ids.size))
     if labels.shape != output.shape:

@@ -31,6 +31,7 @@ def run(options: argparse.Namespace) -> Result:
 
     output = arguments.output_file(options.output)
     masked_output = arguments.output_file(options.masked) if options.masked else None
+    arguments.require_distinct(output, masked_output)
     plan = Plan.load(options.plan)
     program = arguments.open_program(options)
     pruned = apply_plan(program, plan)

@@ -45,7 +45,9 @@ def add_target(parser: argparse.ArgumentParser, *, required: bool = True) -> Non
 
 def add_conditions(parser: argparse.ArgumentParser) -> None:
     """`--threads` and `--precision`."""
-    parser.add_argument("--threads", type=positive, default=1, metavar="N", help="threads of the target (1)")
+    parser.add_argument(
+        "--threads", type=thread_count, default=1, metavar="N", help="threads of the target (1)"
+    )
     parser.add_argument("--precision", choices=PRECISIONS, default="f32", help="compute precision (f32)")
 
 
@@ -68,6 +70,26 @@ def positive(text: str) -> int:
         value = 0
     if value < 1:
         raise argparse.ArgumentTypeError(f"'{text}' is not an integer of at least 1")
+    return value
+
+
+def seed(text: str) -> int:
+    """An integer of at least 0: random generators take no other."""
+    try:
+        value = int(text)
+    except ValueError:
+        value = -1
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"'{text}' is not an integer of at least 0")
+    return value
+
+
+def thread_count(text: str) -> int:
+    """An integer from 1 to the machine's processors; more threads than those wait for each other for minutes."""
+    value = positive(text)
+    most = os.cpu_count() or value
+    if value > most:
+        raise argparse.ArgumentTypeError(f"'{text}' is more than the {most} processors of this machine")
     return value
 
 
@@ -138,6 +160,18 @@ def output_file(text: str) -> Path:
         raise UsageError(f"The output '{text}' is a folder; name a file.")
     _writable_parent(path)
     return path
+
+
+def require_distinct(*paths: Path | None) -> None:
+    """Refuse outputs that would overwrite each other.
+
+    Raises:
+        UsageError: two of them are one file.
+    """
+    given = [path.resolve() for path in paths if path is not None]
+    for path in given:
+        if given.count(path) > 1:
+            raise UsageError(f"Two outputs are the same file, '{path.name}'; name two files.")
 
 
 def output_folder(text: str) -> Path:

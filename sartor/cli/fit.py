@@ -44,7 +44,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--recovery", metavar="none|minutes=M", help="distil from the original for M minutes (minutes=5)"
     )
     parser.add_argument("--strategy", default="budgeted-greedy", help="what decides (budgeted-greedy)")
-    parser.add_argument("--seed", type=int, default=0, help="of data splits, importance and training (0)")
+    parser.add_argument(
+        "--seed", type=arguments.seed, default=0, help="of data splits, importance and training (0)"
+    )
     parser.add_argument("--out", required=True, metavar="DIR", help="folder of the bundle")
     parser.add_argument(
         "--keep-source",

@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=0.02,
         help="stop when the interval's half width is this share of the median (0.02)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="seed of inputs and of the order (0)")
+    parser.add_argument("--seed", type=arguments.seed, default=0, help="seed of inputs and of the order (0)")
 
 
 def run(options: argparse.Namespace) -> Result:

@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--data", metavar="DATA", help="FILE.npz or FILE.py:function, for criteria that need data"
     )
     parser.add_argument(
-        "--seed", type=int, default=0, help="seed of passes without one, and of data splits (0)"
+        "--seed", type=arguments.seed, default=0, help="seed of passes without one, and of data splits (0)"
     )
     arguments.add_keep(parser)
 
@@ -42,6 +42,7 @@ def run(options: argparse.Namespace) -> Result:
     pipeline = Pipeline.parse(options.passes)
     output = arguments.output_file(options.output)
     plan_output = arguments.output_file(options.plan_out) if options.plan_out else None
+    arguments.require_distinct(output, plan_output)
     program = arguments.open_program(options)
     result = pipeline.run(program, arguments.pass_context(options, program))
     plan_text = _plan_text(result) if plan_output else None

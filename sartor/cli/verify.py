@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--samples", type=arguments.positive, default=4, metavar="N", help="random inputs (4)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="seed of the inputs (0)")
+    parser.add_argument("--seed", type=arguments.seed, default=0, help="seed of the inputs (0)")
 
 
 def run(options: argparse.Namespace) -> Result:

@@ -73,7 +73,7 @@ class Plan:
         """
         try:
             document = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise PlanError(f"The plan is not valid JSON: {error}.") from error
         if not isinstance(document, dict) or document.get("schema") != SCHEMA:
             found = document.get("schema") if isinstance(document, dict) else type(document).__name__
@@ -87,7 +87,7 @@ class Plan:
             raise PlanError(f"The plan uses sections {filled}, which this version does not apply.")
         try:
             groups = {
-                str(name): GroupPlan(int(entry["size"]), tuple(int(i) for i in entry["keep"]))
+                str(name): GroupPlan(_integer(entry["size"]), tuple(map(_integer, entry["keep"])))
                 for name, entry in document.get("groups", {}).items()
             }
             return Plan(
@@ -115,3 +115,10 @@ class Plan:
     def fractions(self) -> dict[str, float]:
         """Kept fraction per group, for pricing."""
         return {name: len(g.keep) / g.size for name, g in self.groups.items()}
+
+
+def _integer(value: Any) -> int:
+    """`value` itself: rounding 0.5 to 0 would cut something else than the file says."""
+    if type(value) is not int:
+        raise ValueError(f"expected an integer, found {value!r}")
+    return value

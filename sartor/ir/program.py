@@ -24,7 +24,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from sartor.errors import InternalError, ModelError
+from sartor.errors import InternalError, ModelError, UsageError
 
 CANONICAL_OPSET = 21
 """Opset of the canonical dialect; see docs/adr/0003."""
@@ -186,6 +186,7 @@ class Program:
     def to_proto(self) -> onnx.ModelProto:
         """The model as an ONNX protobuf: canonical, without value_info, metadata or source lines."""
         proto = ir.to_proto(self.model)
+        proto.graph.initializer.sort(key=lambda tensor: tensor.name)  # a pass may have added one
         _strip(proto)
         return proto
 
@@ -203,8 +204,19 @@ class Program:
 
 
 def write_atomic(path: str | os.PathLike[str], data: bytes) -> Path:
-    """Write `data` to `path` so that a kill leaves either the old file or the new one."""
+    """Write `data` to `path` so that a kill leaves either the old file or the new one.
+
+    Raises:
+        UsageError: the file system refuses: no such folder, no permission, no space.
+    """
     target = Path(path)
+    try:
+        return _write_atomic(target, data)
+    except OSError as error:
+        raise UsageError(f"'{target}' cannot be written: {error.strerror or error}.") from error
+
+
+def _write_atomic(target: Path, data: bytes) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
     try:
