@@ -8,65 +8,31 @@ the status. Measurements and decisions go to a journal: a run that was killed re
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import itertools
+import fnmatch
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from sartor.budget import Limit
-from sartor.errors import EXIT_BUDGET_MISSED, EXIT_MET, EXIT_QUALITY_MISSED, UsageError, VerificationError
+from sartor.errors import EXIT_BUDGET_MISSED, EXIT_MET, EXIT_QUALITY_MISSED, UsageError
 from sartor.ir.blocks import residual_blocks
 from sartor.ir.channels import channel_groups
 from sartor.ir.plan import Plan
 from sartor.ir.program import Program
-from sartor.ir.workload import build_workload
-from sartor.strategies.budgeted_greedy import BudgetedGreedy, Decision, require_strategy
+from sartor.journal import Journal
+from sartor.selection import Selection
+from sartor.strategies.budgeted_greedy import require_strategy
+from sartor.workbench import LOWERED_TOLERANCE, FitOptions, Workbench, static_costs, versions
 
 if TYPE_CHECKING:
     from sartor.backends.measure import Measurement
     from sartor.backends.protocol import Artifact
     from sartor.data import Data
 
-STATIC = ("macs", "weight_bytes", "peak_activation_bytes")
-LOWERED_TOLERANCE = {"f32": 1e-4, "bf16": 5e-2}
-"""Relative error of an artifact against the float64 reference, by precision."""
-_MOST_MEASURED = 6
-_TABLE_S, _SELECT_S, _FINAL_S = 20.0, 12.0, 30.0
-_SLACK = 0.985  # selection wants the interval's upper bound this far inside: the final run is another draw
-_IMPORTANCE_SAMPLES = 1024
+__all__ = ["FitOptions", "FitResult", "fit"]
 
-
-@dataclasses.dataclass(frozen=True)
-class FitOptions:
-    """What to fit to, and how.
-
-    Attributes:
-        target: backend name.
-        budget: upper limits by key: latency (s), macs, weight_bytes, peak_activation_bytes.
-        threads: of the target.
-        precision: of the target.
-        max_drop: largest loss of score, points (1 point = 0.01).
-        recovery_s: seconds of distillation; 0 for none.
-        strategy: what decides.
-        seed: of importance, training and measuring order.
-        keep: globs of parameters, nodes and modules that stay.
-    """
-
-    target: str
-    budget: Mapping[str, Limit]
-    threads: int = 1
-    precision: str = "f32"
-    max_drop: float = 1.0
-    recovery_s: float = 0.0
-    strategy: str = "budgeted-greedy"
-    seed: int = 0
-    keep: tuple[str, ...] = ()
+_BASELINE_S, _FINAL_S = 6.0, 30.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,185 +99,63 @@ def fit(
 
 class _Fit:
     def __init__(self, program: Program, options: FitOptions, data: Data | None, folder: Path, progress: Any):
-        from sartor import backends
-        from sartor.backends.protocol import TargetOptions
-
         if data is None and options.recovery_s > 0:
             raise UsageError("Recovery needs data to train on; give data, or use recovery none.")
-        self.program, self.options, self.data, self.folder, self.progress = (
-            program,
-            options,
-            data,
-            folder,
-            progress,
-        )
-        self.backend = backends.get(options.target)
-        self.target = TargetOptions(threads=options.threads, precision=options.precision)
-        self.analysis = channel_groups(program, options.keep)
-        self.blocks = [b for b in residual_blocks(program) if not self._protected(b)]
-        self.workload = build_workload(
-            program, self.analysis.extents, [b for b in self.blocks if b.removable]
-        )
-        self.history: list[dict[str, Any]] = []
+        self.program, self.options, self.data = program, options, data
+        self.folder, self.progress = folder, progress
         self.decisions: list[str] = []
-        self.limits: dict[str, float] = {}
-
-    def _protected(self, block: Any) -> bool:
-        import fnmatch
-
-        names = [*block.nodes, *block.last_affine, block.name]
-        names += [p.module for n in block.nodes if (p := self.program.provenance.get(n)) is not None]
-        return any(fnmatch.fnmatchcase(n, pattern) for n in names for pattern in self.options.keep)
+        self.history: list[dict[str, Any]] = []
 
     def run(self) -> FitResult:
+        from sartor import backends
         from sartor.backends.legality import require_legal
-        from sartor.journal import Journal
+        from sartor.backends.protocol import TargetOptions
 
-        require_legal(self.options.target, self.backend.legality(self.program, self.target))
+        target = TargetOptions(threads=self.options.threads, precision=self.options.precision)
+        require_legal(self.options.target, backends.get(self.options.target).legality(self.program, target))
+        self.analysis = channel_groups(self.program, self.options.keep)
+        self.blocks = [b for b in residual_blocks(self.program) if not self._protected(b)]
         key = {
             "source": self.program.source.sha256,
             "shapes": {k: list(v) for k, v in self.program.input_shapes.items()},
             "options": dataclasses.asdict(self.options),
-            "versions": self._versions(),
+            "versions": versions(self.options.target),
             "data": self.data.source if self.data is not None else None,
         }
         with (
             Journal(self.folder / "journal.jsonl", key) as self.journal,
             tempfile.TemporaryDirectory(prefix="sartor-fit-") as work,
         ):
-            self.work = Path(work)
-            return self._run()
+            self.progress.stage("baseline")
+            self.bench = Workbench(self.program, self.options, self.data, Path(work))
+            return self._deliver(*self._select())
+
+    def _protected(self, block: Any) -> bool:
+        names = [*block.nodes, *block.last_affine, block.name]
+        names += [p.module for n in block.nodes if (p := self.program.provenance.get(n)) is not None]
+        return any(fnmatch.fnmatchcase(n, pattern) for n in names for pattern in self.options.keep)
 
     # ---- stages ----------------------------------------------------------------------------
-    def _run(self) -> FitResult:
-        self.progress.stage("baseline")
-        self.baseline = self._lower(self.program, "baseline")
-        self.reference = self.backend.load(self.baseline, self.target)
-        self.before = self._static(self.program)
-        first = self._measure([self.baseline], _SELECT_S / 2)
-        self.baseline_s = first.latencies[0].median
-        self._set_limits()
-        plan = Plan(self.program.source.sha256)
-        predicted_s = self.baseline_s
-        if any(self._value(key) > limit for key, limit in self.limits.items()):
-            self.progress.stage("kernel table")
-            self.table = self._kernel_table()
-            plan, predicted_s = self._select()
-        else:
-            self.decisions.append("the original is within every limit; nothing is removed")
-        return self._deliver(plan, predicted_s)
-
-    def _value(self, key: str) -> float:
-        return self.baseline_s if key == "latency" else float(self.before[key])
-
-    def _set_limits(self) -> None:
-        for key, limit in self.options.budget.items():
-            self.limits[key] = limit.absolute(self._value(key))
-
-    def _kernel_table(self) -> Any:
-        from sartor.backends.measure import time_models
-        from sartor.cost_models.measured import MeasuredTable
-        from sartor.cost_models.sampling import build_table
-
-        known = self.journal.find("table")
-        if known is not None:
-            return MeasuredTable.from_json(known["table"])
-        options = dataclasses.replace(self.target, flush_denormals=True)
-
-        def timer(models: list[bytes]) -> Any:
-            return time_models(self.options.target, models, options, repeats=3)
-
-        table = build_table(
-            self.workload,
-            timer,
-            target={"name": self.options.target, **self.target.to_dict()},
-            channel_grid=lambda op: self.backend.channel_grid(op, self.options.precision),
-            seconds=_TABLE_S,
-        )
-        table.calibrate(self.workload, self.baseline_s)
-        self.journal.append("table", table=table.to_json())
-        return table
-
     def _select(self) -> tuple[Plan, float]:
-        importance, criterion = self._importance()
-        self.decisions.append(f"importance by criterion '{criterion}'")
-        strategy = BudgetedGreedy(
-            self.analysis, self.blocks, importance, self.workload, self._price, lambda g: self._grid(g)
-        )
-        self._check_floor(strategy.floor())
-        self.progress.stage("search", _MOST_MEASURED)
-        wanted = dict(self.limits)
-        if "latency" in wanted:
-            wanted["latency"] *= 0.97
-        best: tuple[Plan, float, float] | None = None
-        last: tuple[Plan, float] | None = None
-        for step in range(1, _MOST_MEASURED + 1):
-            decision = strategy.search(wanted)
-            record = self._try(step, decision)
-            self.progress.advance()
-            last = (decision.plan, decision.predicted.get("latency", self.baseline_s))
-            if "latency" not in self.limits:
-                return last
-            goal = self.limits["latency"] / self.baseline_s
-            ratio, upper = record["ratio"], record["ci95"][1]
-            self.table.calibrate(
-                self.workload,
-                ratio * self.baseline_s,
-                decision.plan.fractions(),
-                {b: True for b in decision.plan.blocks},
-            )
-            if upper <= goal * _SLACK:
-                if best is None or ratio > best[2]:
-                    best = (*last, ratio)
-                if ratio >= goal * 0.93 or step == _MOST_MEASURED:
-                    break
-                wanted["latency"] = min(
-                    self.limits["latency"] * 0.97, wanted["latency"] * goal * 0.965 / ratio
-                )
-                self.decisions.append(f"step {step} is {ratio:.3f}×, further than needed; loosened")
-            else:
-                if best is not None:
-                    break
-                wanted["latency"] = min(
-                    wanted["latency"], self.limits["latency"] * 0.975 * 0.975 * goal / upper
-                )
-                self.decisions.append(f"step {step} is {ratio:.3f}× (upper {upper:.3f}); tightened")
-                if not decision.feasible:
-                    break
-        return (best[0], best[1]) if best is not None else last  # type: ignore[return-value]
-
-    def _try(self, step: int, decision: Decision) -> dict[str, Any]:
-        """Apply, prove, lower and measure a decision, or take it from the journal."""
-        digest = hashlib.sha256(decision.plan.to_json().encode()).hexdigest()
-        known = self.journal.find("measured", plan=digest)
+        """The plan and its predicted latency, seconds."""
+        self.before = static_costs(self.program)
+        known = self.journal.find("baseline")
         if known is None:
-            from sartor.passes.prune import apply_plan
-
-            pruned = apply_plan(self.program, decision.plan, self.analysis)
-            artifact = self._lower(pruned, f"step{step}")
-            measured = self._measure([self.baseline, artifact], _SELECT_S)
-            fields: dict[str, Any] = {
-                "plan": digest,
-                "ratio": measured.ratio.latency,
-                "ci95": list(measured.ratio.latency_ci95),
-                "predicted_latency_s": decision.predicted.get("latency"),
-            }
-            if self.data is not None:
-                fields["score"] = self._score(artifact, "evaluate")[0]
-            known = self.journal.append("measured", **fields)
-        entry: dict[str, Any] = {
-            "step": step,
-            "change": describe(decision),
-            "measured_ratio": known["ratio"],
-            "measured_ci95": known["ci95"],
-        }
-        if known["predicted_latency_s"] is not None:
-            entry["predicted_latency_s"] = known["predicted_latency_s"]
-        if "score" in known:
-            entry["score"] = known["score"]
-        self.history.append(entry)
-        self.progress(f"step {step}: {known['ratio']:.3f}x measured, {entry['change']}")
-        return known
+            first = self.bench.measure([self.bench.baseline], _BASELINE_S)
+            known = self.journal.append("baseline", latency_s=first.latencies[0].median)
+        self.baseline_s = float(known["latency_s"])
+        values = {**self.before, "latency": self.baseline_s}
+        limits = {key: limit.absolute(values[key]) for key, limit in self.options.budget.items()}
+        if all(values[key] <= limit for key, limit in limits.items()):
+            self.decisions.append("the original is within every limit; nothing is removed")
+            return Plan(self.program.source.sha256), self.baseline_s
+        selection = Selection(
+            self.bench, self.analysis, self.blocks, limits, values, self.journal, self.progress
+        )
+        try:
+            return selection.run()
+        finally:
+            self.history, self.decisions = selection.history, [*self.decisions, *selection.decisions]
 
     def _deliver(self, plan: Plan, predicted_s: float) -> FitResult:
         from sartor.passes.masked import masked
@@ -329,10 +173,10 @@ class _Fit:
             mask.save(bundle.folder / "masked.onnx")
             result.save(bundle.folder / "model.onnx")
             (bundle.folder / "plan.json").write_text(plan.to_json(), encoding="utf-8")
-            artifact = self.backend.lower(result, bundle.folder / "artifact", self.target)
-            lowered_error = self._verify(result, artifact)
+            artifact = self.bench.backend.lower(result, bundle.folder / "artifact", self.bench.target)
+            lowered_error = self.bench.verify(result, artifact)
             self.progress.stage("final measurement")
-            final = self._measure([self.baseline, artifact], _FINAL_S, seed=self.options.seed + 1)
+            final = self.bench.measure([self.bench.baseline, artifact], _FINAL_S, seed=self.options.seed + 1)
             report = self._report(plan, predicted_s, verdict, artifact, result, final, lowered_error)
             write_report(report, bundle.folder)
             bundle.commit(source={"sha256": self.program.source.sha256, "name": self.program.source.name})
@@ -348,7 +192,7 @@ class _Fit:
             self.program,
             plan,
             analysis=self.analysis,
-            backend=self.backend,
+            backend=self.bench.backend,
             threads=self.options.threads,
             seed=self.options.seed,
         )
@@ -378,7 +222,7 @@ class _Fit:
             loss=self.data.loss,
             threads=len(os.sched_getaffinity(0)),
             progress=lambda fraction, text: self.progress(f"recovery {fraction:.0%}: {text}"),
-            evaluate=lambda predict: self._score_with(predict, "evaluate")[0],
+            evaluate=lambda predict: self.bench.score_with(predict, "evaluate")[0],
             checkpoint_dir=self._checkpoints,
         )
         self.decisions.append(
@@ -386,131 +230,6 @@ class _Fit:
         )
         self.decisions.extend(recovered.notes)
         return recovered.program
-
-    # ---- parts -----------------------------------------------------------------------------
-    def _lower(self, program: Program, name: str) -> Artifact:
-        artifact: Artifact = self.backend.lower(program, self.work / name, self.target)
-        return artifact
-
-    def _measure(self, artifacts: list[Artifact], seconds: float, seed: int | None = None) -> Measurement:
-        from sartor.backends.measure import measure
-
-        return measure(
-            self.options.target,
-            artifacts,
-            self.target,
-            time_limit_s=seconds,
-            target_half_width=0.01,
-            seed=self.options.seed if seed is None else seed,
-        )
-
-    def _static(self, program: Program) -> dict[str, int]:
-        from sartor.cost_models.static import static_cost
-
-        cost = static_cost(program)
-        return {
-            key: int(getattr(cost, key))
-            for key in ("macs", "parameters", "weight_bytes", "peak_activation_bytes")
-        }
-
-    def _price(
-        self, fractions: Mapping[str, np.ndarray], removed: Mapping[str, np.ndarray]
-    ) -> Mapping[str, np.ndarray]:
-        priced: dict[str, np.ndarray] = {}
-        if "latency" in self.limits:
-            priced["latency"] = np.atleast_1d(self.table.estimate_batch(self.workload, fractions, removed))
-        if "macs" in self.limits or "weight_bytes" in self.limits:
-            cost = self.workload.evaluate(fractions, removed)
-            priced.update(
-                {k: np.atleast_1d(getattr(cost, k)) for k in ("macs", "weight_bytes") if k in self.limits}
-            )
-        if "peak_activation_bytes" in self.limits:
-            priced["peak_activation_bytes"] = np.atleast_1d(
-                self.workload.peak_activation_bytes(fractions, removed)
-            )
-        return priced
-
-    def _grid(self, group: Any) -> int:
-        readers = {
-            node.op_type
-            for member in group.members
-            for node, _ in self.program.initializers[member.initializer].uses()
-            if node.op_type in ("Conv", "ConvTranspose", "Gemm", "MatMul")
-        }
-        return max((self.backend.channel_grid(op, self.options.precision) for op in readers), default=1)
-
-    def _check_floor(self, floor: Mapping[str, float]) -> None:
-        for key, limit in self.limits.items():
-            slack = 0.9 if key == "latency" else 1.0  # the latency floor is a prediction
-            if floor[key] * slack > limit:
-                full = self._value(key)
-                raise UsageError(
-                    f"The budget {key}={limit:.6g} is below the feasible floor: the smallest plan is predicted at "
-                    f"{floor[key]:.6g} ({floor[key] / full:.3f}x of {full:.6g}). Raise the limit, or protect less."
-                )
-
-    def _importance(self) -> tuple[Any, str]:
-        from sartor.strategies.criteria import criterion
-
-        if self.data is not None and self.program.batch.symbolic:
-            batches = _Limited(self.data.calibration, _IMPORTANCE_SAMPLES)
-            try:
-                scores = criterion("taylor").unit_importance(
-                    self.program,
-                    self.analysis,
-                    self.blocks,
-                    data=batches,
-                    loss=self.data.loss,
-                    seed=self.options.seed,
-                )
-                return scores, "taylor"
-            except UsageError as error:
-                self.decisions.append(f"criterion 'taylor' does not apply: {error}")
-        return criterion("l2").unit_importance(
-            self.program, self.analysis, self.blocks, seed=self.options.seed
-        ), "l2"
-
-    def _score(self, artifact: Artifact, split: str) -> tuple[float, int]:
-        return self._score_with(self.backend.load(artifact, self.target).run, split)
-
-    def _score_with(self, predict: Callable[..., Any], split: str) -> tuple[float, int]:
-        from sartor.scoring import score
-
-        assert self.data is not None
-        return score(predict, getattr(self.data, split), self.data.metric, self.reference.run)
-
-    def _verify(self, program: Program, artifact: Artifact) -> float:
-        """Relative error of the artifact against the program in float64, on a calibration input where there is one."""
-        from sartor.ir.batch import random_inputs
-        from sartor.ir.fx import run_twin
-        from sartor.oracle import relative_error
-
-        inputs: Any = random_inputs(program, seed=self.options.seed)
-        if self.data is not None:
-            inputs = self.data.calibration.first()[0]
-        expected = run_twin(program, inputs)
-        error = relative_error(expected, self.backend.load(artifact, self.target).run(inputs))
-        tolerance = LOWERED_TOLERANCE.get(self.options.precision, 1e-4)
-        if not error <= tolerance:
-            raise VerificationError(
-                f"The artifact for '{self.options.target}' differs from the float64 reference by {error:.3g}, above "
-                f"{tolerance:.0e} for {self.options.precision}."
-            )
-        return error
-
-    def _versions(self) -> dict[str, str]:
-        import importlib.metadata
-        import platform
-
-        import sartor
-
-        versions = {"sartor": sartor.__version__, "python": platform.python_version()}
-        for name in ("numpy", "onnx", "onnx-ir", "onnxscript", "torch", self.options.target):
-            try:
-                versions[name] = importlib.metadata.version(name)
-            except importlib.metadata.PackageNotFoundError:
-                continue
-        return versions
 
     # ---- report ----------------------------------------------------------------------------
     def _report(
@@ -524,11 +243,11 @@ class _Fit:
         lowered_error: float,
     ) -> dict[str, Any]:
         baseline: dict[str, Any] = {"latency_s": dataclasses.asdict(final.latencies[0]), **self.before}
-        after: dict[str, Any] = {"latency_s": dataclasses.asdict(final.latencies[1]), **self._static(result)}
+        after: dict[str, Any] = {"latency_s": dataclasses.asdict(final.latencies[1]), **static_costs(result)}
         quality = "unmeasured"
         if self.data is not None:
-            baseline["score"], baseline["score_n"] = self._score(self.baseline, "test")
-            after["score"], after["score_n"] = self._score(artifact, "test")
+            baseline["score"], baseline["score_n"] = self.bench.score(self.bench.baseline, "test")
+            after["score"], after["score_n"] = self.bench.score(artifact, "test")
             lost = baseline["score"] - after["score"]
             quality = "kept" if lost <= self.options.max_drop / 100.0 + 1e-12 else "missed"
         low, high = final.ratio.latency_ci95
@@ -576,29 +295,5 @@ class _Fit:
             "decisions": self.decisions,
             "conditions": final.to_dict()["conditions"]
             | {"ended_by": final.ended_by, "rounds": len(final.rounds)},
-            "versions": self._versions(),
+            "versions": versions(self.options.target),
         }
-
-
-class _Limited:
-    """The first `count` samples of a split, re-iterable."""
-
-    def __init__(self, split: Any, count: int):
-        self.split, self.count = split, count
-
-    def __iter__(self) -> Iterator[Any]:
-        seen = 0
-        for inputs, labels in self.split:
-            yield inputs, labels
-            seen += len(next(iter(inputs.values())))
-            if seen >= self.count:
-                return
-
-
-def describe(decision: Decision) -> str:
-    """One line: how many groups were narrowed and which blocks removed."""
-    plan = decision.plan
-    parts = [f"{len(plan.groups)} groups narrowed"]
-    if plan.blocks:
-        parts.append(f"{len(plan.blocks)} blocks removed ({', '.join(itertools.islice(plan.blocks, 4))})")
-    return ", ".join(parts)

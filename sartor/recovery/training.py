@@ -100,6 +100,7 @@ class Training:
         self.samples = Samples(data, teacher, seed)
         self.judged = self.samples.sample(_JUDGED_SAMPLES)
         self.notes: list[str] = []
+        self.most_threads = torch.get_num_threads()
         self.use_labels = self._labels_fit()
         self.parameters = [p for p in self.gm.parameters() if p.requires_grad]
         if not self.parameters:
@@ -202,7 +203,25 @@ class Training:
         return True
 
     # ---- training --------------------------------------------------------------------------
+    def _choose_threads(self) -> None:
+        """Use one thread where several are slower: beside other work they wait for each other at every barrier."""
+        if self.most_threads < 2 or self.options.max_steps is not None:
+            return
+        seconds = {}
+        self.gm.eval()
+        for threads in (self.most_threads, 1):
+            torch.set_num_threads(threads)
+            taken = []
+            for _ in range(3):
+                start = time.perf_counter()
+                self._distance(self.judged[0]).backward()
+                taken.append(time.perf_counter() - start)
+            seconds[threads] = min(taken)
+        self.optimizer.zero_grad(set_to_none=True)
+        torch.set_num_threads(min(seconds, key=lambda threads: seconds[threads]))
+
     def _train(self) -> None:
+        self._choose_threads()
         frozen = self._tiny_batches
         if frozen and batch_norms(self.gm):
             self.notes.append(
@@ -228,6 +247,7 @@ class Training:
                     break
                 if self._judgement_is_due(judged_s, judged_step):
                     self._judge("training", loss=recent[0] / recent[1], learning_rate=rate)
+                    self._choose_threads()
                     judged_s, judged_step, recent = self.elapsed_s, self.step, [0.0, 0]
                 if self.elapsed_s - reported_s > 1.0:
                     reported_s = self.elapsed_s

@@ -1,0 +1,264 @@
+"""Chooses the plan of a fit: propose, apply, measure, recalibrate, tighten or loosen, repeat."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from sartor.errors import UsageError
+from sartor.ir.channels import ChannelAnalysis
+from sartor.ir.plan import Plan
+from sartor.ir.workload import build_workload
+from sartor.journal import Journal
+from sartor.strategies.budgeted_greedy import BudgetedGreedy, Decision
+from sartor.workbench import Workbench, static_costs
+
+_MOST_MEASURED = 6
+_TABLE_S, _SELECT_S = 20.0, 12.0
+_INSIDE = 0.985
+"""Selection wants the interval's upper bound this far inside the limit: the final run is another draw."""
+_NEAR = 0.93
+"""A candidate below this share of the limit removed more than it had to."""
+_IMPORTANCE_SAMPLES = 1024
+
+
+class Selection:
+    """Search under limits, steered by a kernel table and corrected by measurements.
+
+    Args:
+        bench: target, data and baseline.
+        analysis: channel groups of the original.
+        blocks: its residual blocks that may go.
+        limits: absolute limit by budget key.
+        baseline: the original's value by budget key, latency in seconds included.
+        journal: of the run; what it holds is not measured again.
+        progress: see `sartor.fit.fit`.
+    """
+
+    def __init__(
+        self,
+        bench: Workbench,
+        analysis: ChannelAnalysis,
+        blocks: Sequence[Any],
+        limits: Mapping[str, float],
+        baseline: Mapping[str, float],
+        journal: Journal,
+        progress: Any,
+    ):
+        self.bench, self.analysis, self.blocks, self.journal = bench, analysis, blocks, journal
+        self.program, self.options, self.backend = bench.program, bench.options, bench.backend
+        self.limits, self.baseline, self.progress = dict(limits), baseline, progress
+        self.workload = build_workload(self.program, analysis.extents, [b for b in blocks if b.removable])
+        self.history: list[dict[str, Any]] = []
+        self.decisions: list[str] = []
+
+    def run(self) -> tuple[Plan, float]:
+        """The chosen plan and its predicted latency, seconds.
+
+        Raises:
+            UsageError: a limit is below what any plan can reach.
+        """
+        self.progress.stage("kernel table")
+        self.table = self._kernel_table()
+        importance, criterion = self._importance()
+        self.decisions.append(f"importance by criterion '{criterion}'")
+        strategy = BudgetedGreedy(
+            self.analysis, self.blocks, importance, self.workload, self._price, self._grid
+        )
+        self._check_floor(strategy.floor())
+        self.progress.stage("search", _MOST_MEASURED)
+        wanted = dict(self.limits)
+        if "latency" in wanted:
+            wanted["latency"] *= 0.97
+        best: tuple[Plan, float, float] | None = None
+        last: tuple[Plan, float] | None = None
+        for step in range(1, _MOST_MEASURED + 1):
+            decision = strategy.search(wanted)
+            if last is not None and decision.plan == last[0]:
+                break  # the next coarser step is over the limit: this is as near as the grid allows
+            record = self._try(step, decision)
+            self.progress.advance()
+            last = (decision.plan, float(decision.predicted["latency"]))
+            over = self._over(record)
+            if "latency" in self.limits:
+                removed = {name: True for name in decision.plan.blocks}
+                latency_s = record["ratio"] * self.baseline["latency"]
+                self.table.calibrate(self.workload, latency_s, decision.plan.fractions(), removed)
+            if not over:
+                tightness = self._tightness(record)
+                if best is None or tightness > best[2]:
+                    best = (*last, tightness)
+                if tightness >= _NEAR or "latency" not in self.limits:
+                    break
+                wanted["latency"] = min(self.limits["latency"] * 0.97, wanted["latency"] * 0.965 / tightness)
+                self.decisions.append(f"step {step} is {record['ratio']:.3f}×, further than needed; loosened")
+                continue
+            if best is not None:
+                break
+            for key, excess in over.items():
+                wanted[key] = min(wanted[key], self.limits[key] * 0.975) / excess * 0.985
+            said = ", ".join(f"{key} {100 * (excess - 1):.1f} %" for key, excess in over.items())
+            self.decisions.append(f"step {step} is over by {said}; tightened")
+            if not decision.feasible:
+                break
+        assert last is not None
+        return (best[0], best[1]) if best is not None else last
+
+    def _over(self, record: Mapping[str, Any]) -> dict[str, float]:
+        """Keys whose measured value is above what selection accepts, and by which factor."""
+        result = {}
+        for key, limit in self.limits.items():
+            if key == "latency":
+                value = record["ci95"][1] * self.baseline["latency"] / _INSIDE
+            else:
+                value = record["static"][key]
+            if value > limit:
+                result[key] = value / limit
+        return result
+
+    def _tightness(self, record: Mapping[str, Any]) -> float:
+        """How near the measured latency is to its limit, as a share of it; 1 without such a limit."""
+        if "latency" not in self.limits:
+            return 1.0
+        return float(record["ratio"] * self.baseline["latency"] / self.limits["latency"])
+
+    def _try(self, step: int, decision: Decision) -> dict[str, Any]:
+        """Apply, prove, lower and measure a decision, or take it from the journal."""
+        digest = hashlib.sha256(decision.plan.to_json().encode()).hexdigest()
+        known = self.journal.find("measured", plan=digest)
+        if known is None:
+            from sartor.passes.prune import apply_plan
+
+            pruned = apply_plan(self.program, decision.plan, self.analysis)
+            artifact = self.bench.lower(pruned, f"step{step}")
+            measured = self.bench.measure([self.bench.baseline, artifact], _SELECT_S)
+            fields: dict[str, Any] = {
+                "plan": digest,
+                "ratio": measured.ratio.latency,
+                "ci95": list(measured.ratio.latency_ci95),
+                "predicted_latency_s": float(decision.predicted["latency"]),
+                "static": static_costs(pruned),
+            }
+            if self.bench.data is not None:
+                fields["score"] = self.bench.score(artifact, "evaluate")[0]
+            known = self.journal.append("measured", **fields)
+        entry: dict[str, Any] = {
+            "step": step,
+            "change": describe(decision),
+            "measured_ratio": known["ratio"],
+            "measured_ci95": known["ci95"],
+            "predicted_latency_s": known["predicted_latency_s"],
+        }
+        if "score" in known:
+            entry["score"] = known["score"]
+        self.history.append(entry)
+        self.progress(f"step {step}: {known['ratio']:.3f}x measured, {entry['change']}")
+        return known
+
+    def _kernel_table(self) -> Any:
+        from sartor.backends.measure import time_models
+        from sartor.cost_models.measured import MeasuredTable
+        from sartor.cost_models.sampling import build_table
+
+        known = self.journal.find("table")
+        if known is not None:
+            return MeasuredTable.from_json(known["table"])
+        options = dataclasses.replace(self.bench.target, flush_denormals=True)
+
+        def timer(models: list[bytes]) -> Any:
+            return time_models(self.options.target, models, options, repeats=3)
+
+        table = build_table(
+            self.workload,
+            timer,
+            target={"name": self.options.target, **self.bench.target.to_dict()},
+            channel_grid=lambda op: self.backend.channel_grid(op, self.options.precision),
+            seconds=_TABLE_S,
+        )
+        table.calibrate(self.workload, self.baseline["latency"])
+        self.journal.append("table", table=table.to_json())
+        return table
+
+    def _price(
+        self, fractions: Mapping[str, np.ndarray], removed: Mapping[str, np.ndarray]
+    ) -> Mapping[str, np.ndarray]:
+        """Latency always (no step may be slower), the budget's other quantities where it names them."""
+        priced = {"latency": np.atleast_1d(self.table.estimate_batch(self.workload, fractions, removed))}
+        if "macs" in self.limits or "weight_bytes" in self.limits:
+            cost = self.workload.evaluate(fractions, removed)
+            priced |= {
+                k: np.atleast_1d(getattr(cost, k)) for k in ("macs", "weight_bytes") if k in self.limits
+            }
+        if "peak_activation_bytes" in self.limits:
+            peak = self.workload.peak_activation_bytes(fractions, removed)
+            priced["peak_activation_bytes"] = np.atleast_1d(peak)
+        return priced
+
+    def _grid(self, group: Any) -> int:
+        readers = {
+            node.op_type
+            for member in group.members
+            for node, _ in self.program.initializers[member.initializer].uses()
+            if node.op_type in ("Conv", "ConvTranspose", "Gemm", "MatMul")
+        }
+        return max((self.backend.channel_grid(op, self.options.precision) for op in readers), default=1)
+
+    def _check_floor(self, floor: Mapping[str, float]) -> None:
+        for key, limit in self.limits.items():
+            slack = 0.9 if key == "latency" else 1.0  # the latency floor is a prediction
+            if floor[key] * slack > limit:
+                full = self.baseline[key]
+                raise UsageError(
+                    f"The budget {key}={limit:.6g} is below the feasible floor: the smallest plan is predicted at "
+                    f"{floor[key]:.6g} ({floor[key] / full:.3f}x of {full:.6g}). Raise the limit, or protect less."
+                )
+
+    def _importance(self) -> tuple[Any, str]:
+        from sartor.strategies.criteria import criterion
+
+        if self.bench.data is not None and self.program.batch.symbolic:
+            batches = _Limited(self.bench.data.calibration, _IMPORTANCE_SAMPLES)
+            try:
+                scores = criterion("taylor").unit_importance(
+                    self.program,
+                    self.analysis,
+                    self.blocks,
+                    data=batches,
+                    loss=self.bench.data.loss,
+                    seed=self.options.seed,
+                )
+                return scores, "taylor"
+            except UsageError as error:
+                self.decisions.append(f"criterion 'taylor' does not apply: {error}")
+        return criterion("l2").unit_importance(
+            self.program, self.analysis, self.blocks, seed=self.options.seed
+        ), "l2"
+
+
+class _Limited:
+    """The first `count` samples of a split, re-iterable."""
+
+    def __init__(self, split: Any, count: int):
+        self.split, self.count = split, count
+
+    def __iter__(self) -> Iterator[Any]:
+        seen = 0
+        for inputs, labels in self.split:
+            yield inputs, labels
+            seen += len(next(iter(inputs.values())))
+            if seen >= self.count:
+                return
+
+
+def describe(decision: Decision) -> str:
+    """One line: how many groups were narrowed and which blocks removed."""
+    plan = decision.plan
+    parts = [f"{len(plan.groups)} groups narrowed"]
+    if plan.blocks:
+        parts.append(f"{len(plan.blocks)} blocks removed ({', '.join(itertools.islice(plan.blocks, 4))})")
+    return ", ".join(parts)

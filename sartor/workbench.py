@@ -1,0 +1,147 @@
+"""What a fit does with one candidate: lower it, measure it against the baseline, score it, check it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sartor.budget import Limit
+from sartor.errors import VerificationError
+from sartor.ir.program import Program
+
+if TYPE_CHECKING:
+    from sartor.backends.measure import Measurement
+    from sartor.backends.protocol import Artifact
+    from sartor.data import Data
+
+LOWERED_TOLERANCE = {"f32": 1e-4, "bf16": 5e-2}
+"""Relative error of an artifact against the float64 reference, by precision."""
+
+
+@dataclasses.dataclass(frozen=True)
+class FitOptions:
+    """What to fit to, and how.
+
+    Attributes:
+        target: backend name.
+        budget: upper limits by key: latency (s), macs, weight_bytes, peak_activation_bytes.
+        threads: of the target.
+        precision: of the target.
+        max_drop: largest loss of score, points (1 point = 0.01).
+        recovery_s: seconds of distillation; 0 for none.
+        strategy: what decides.
+        seed: of importance, training and measuring order.
+        keep: globs of parameters, nodes and modules that stay.
+    """
+
+    target: str
+    budget: Mapping[str, Limit]
+    threads: int = 1
+    precision: str = "f32"
+    max_drop: float = 1.0
+    recovery_s: float = 0.0
+    strategy: str = "budgeted-greedy"
+    seed: int = 0
+    keep: tuple[str, ...] = ()
+
+
+class Workbench:
+    """Target, data and baseline of one fit.
+
+    Args:
+        program: the original.
+        options: target, threads, precision, seed.
+        data: splits for scores, or None.
+        folder: scratch folder for artifacts.
+    """
+
+    def __init__(self, program: Program, options: FitOptions, data: Data | None, folder: Path):
+        from sartor import backends
+        from sartor.backends.protocol import TargetOptions
+
+        self.program, self.options, self.data, self.folder = program, options, data, folder
+        self.backend = backends.get(options.target)
+        self.target = TargetOptions(threads=options.threads, precision=options.precision)
+        self.baseline = self.lower(program, "baseline")
+        self.reference = self.backend.load(self.baseline, self.target)
+
+    def lower(self, program: Program, name: str) -> Artifact:
+        """The artifact of a candidate, in the scratch folder."""
+        artifact: Artifact = self.backend.lower(program, self.folder / name, self.target)
+        return artifact
+
+    def measure(self, artifacts: list[Artifact], seconds: float, seed: int | None = None) -> Measurement:
+        """Interleaved measurement of `artifacts`, the baseline first."""
+        from sartor.backends.measure import measure
+
+        return measure(
+            self.options.target,
+            artifacts,
+            self.target,
+            time_limit_s=seconds,
+            target_half_width=0.01,
+            seed=self.options.seed if seed is None else seed,
+        )
+
+    def score(self, artifact: Artifact, split: str) -> tuple[float, int]:
+        """Score of an artifact as its target runs it, and the number of samples."""
+        return self.score_with(self.backend.load(artifact, self.target).run, split)
+
+    def score_with(self, predict: Callable[..., Any], split: str) -> tuple[float, int]:
+        """Score of any predictor on a split."""
+        from sartor.scoring import score
+
+        assert self.data is not None
+        return score(predict, getattr(self.data, split), self.data.metric, self.reference.run)
+
+    def verify(self, program: Program, artifact: Artifact) -> float:
+        """Relative error of the artifact against the program in float64, on a calibration input if there is one.
+
+        Raises:
+            VerificationError: it is above the tolerance of the precision.
+        """
+        from sartor.ir.batch import random_inputs
+        from sartor.ir.fx import run_twin
+        from sartor.oracle import relative_error
+
+        inputs: Any = random_inputs(program, seed=self.options.seed)
+        if self.data is not None:
+            inputs = self.data.calibration.first()[0]
+        expected = run_twin(program, inputs)
+        error = relative_error(expected, self.backend.load(artifact, self.target).run(inputs))
+        tolerance = LOWERED_TOLERANCE.get(self.options.precision, 1e-4)
+        if not error <= tolerance:
+            raise VerificationError(
+                f"The artifact for '{self.options.target}' differs from the float64 reference by {error:.3g}, above "
+                f"{tolerance:.0e} for {self.options.precision}."
+            )
+        return error
+
+
+def static_costs(program: Program) -> dict[str, int]:
+    """MACs, parameters and bytes of a program, by the report's keys."""
+    from sartor.cost_models.static import static_cost
+
+    cost = static_cost(program)
+    return {
+        key: int(getattr(cost, key))
+        for key in ("macs", "parameters", "weight_bytes", "peak_activation_bytes")
+    }
+
+
+def versions(target: str) -> dict[str, str]:
+    """Versions of everything that can change a result."""
+    import importlib.metadata
+    import platform
+
+    import sartor
+
+    found = {"sartor": sartor.__version__, "python": platform.python_version()}
+    for name in ("numpy", "onnx", "onnx-ir", "onnxscript", "torch", target):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
