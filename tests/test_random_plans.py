@@ -8,6 +8,7 @@ from builders import random_inputs, relative_error
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from random_graphs import legal_plans, programs
+from test_channels import reordered, shape_of_groups
 
 from sartor.errors import PlanError
 from sartor.ir.channels import channel_groups
@@ -97,3 +98,10 @@ def test_extents_are_lengths(data):
         for extent in analysis.extents[name]:
             halves = float(extent.evaluate({g: 0.5 for g in extent.groups}))
             assert (0 < halves < extent.full) if extent.groups else halves == extent.full
+
+
+@given(programs(), st.integers(0, 2**16))
+@SETTINGS
+def test_groups_do_not_depend_on_the_order_of_nodes(program, seed):
+    again = channel_groups(reordered(program, seed))
+    assert shape_of_groups(again) == shape_of_groups(channel_groups(program))
