@@ -316,14 +316,15 @@ class ChannelAnalysis:
 
     def masked_members(self, group: ChannelGroup) -> tuple[Member, ...]:
         """The parameter axes that MASKED zeroes for the units of `group`: where its gates multiply."""
-        dead = np.zeros(self.propagation.space.count, dtype=bool)
         units = self._sets[self._numbers[group.name]]
-        dead[units.classes[units.units >= 0]] = True
         maps = {(m.initializer, m.axis): m.index_map for m in group.members}
         found: dict[tuple[str, int], np.ndarray] = {}
-        for zero in zeros(self.propagation, dead[self.classes.of_atom]):
-            key = (zero.initializer, zero.axis)
-            found[key] = found.get(key, np.zeros_like(zero.mask)) | zero.mask
+        for half in (0, 1):  # never all units at once: of a query's features that would take its heads, too
+            dead = np.zeros(self.propagation.space.count, dtype=bool)
+            dead[units.classes[(units.units >= 0) & (units.units % 2 == half)]] = True
+            for zero in zeros(self.propagation, dead[self.classes.of_atom]):
+                key = (zero.initializer, zero.axis)
+                found[key] = found.get(key, np.zeros_like(zero.mask)) | zero.mask
         return tuple(
             Member(name, axis, "masked", np.where(mask, maps[name, axis], -1))
             for (name, axis), mask in found.items()

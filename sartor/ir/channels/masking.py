@@ -53,8 +53,12 @@ def zeros(propagation: Propagation, dead: np.ndarray) -> list[Zero]:
     """
     walk = _Walk(propagation)
     for sink in propagation.sinks:
+        gone = dead[sink.atoms]
+        if not sink.weight and len(sink.summed) < gone.ndim:
+            # A slice that goes as a whole, as a head of q·k does, is cut where its result is read.
+            gone = gone & ~gone.all(axis=sink.summed, keepdims=True)
         wanted = np.zeros_like(dead)
-        wanted[sink.atoms[dead[sink.atoms]]] = True
+        wanted[sink.atoms[gone]] = True
         if not wanted.any():
             continue
         node = walk.nodes[sink.node]

@@ -24,12 +24,14 @@ class Sink:
         value: the operand to be zeroed: the weight when one is constant, otherwise the left operand.
         atoms: the operand's own atoms on the summed axes.
         weight: True when `value` is computed from parameters alone.
+        summed: dimensions of `atoms` that are summed over; the others survive in the result.
     """
 
     node: str
     value: ir.Value
     atoms: np.ndarray
     weight: bool
+    summed: tuple[int, ...]
 
 
 Rule = Callable[["Propagation", ir.Node], None]
@@ -223,7 +225,7 @@ class Propagation:
             elsewhere = {letter for j, other in enumerate(letters) if j != i for letter in other}
             for factor in parts[i]:
                 if set(factor.axes) & summed:
-                    self.sinks.append(Sink(node.name or "", value, factor.atoms, weight=True))
+                    self._sink(node, value, factor, summed, weight=True)
                     open_letters -= set(factor.axes)
                 if set(factor.axes) - summed - elsewhere:
                     self.produced.append(factor.atoms)
@@ -232,8 +234,14 @@ class Propagation:
                 continue
             closed = [f for f in parts[i] if set(f.axes) & open_letters]
             for factor in closed:
-                self.sinks.append(Sink(node.name or "", value, factor.atoms, weight=False))
+                self._sink(node, value, factor, summed, weight=False)
             open_letters.difference_update(*(f.axes for f in closed))
+
+    def _sink(
+        self, node: ir.Node, value: ir.Value, factor: Factor, summed: frozenset[int], weight: bool
+    ) -> None:
+        dimensions = tuple(i for i, letter in enumerate(factor.axes) if letter in summed)
+        self.sinks.append(Sink(node.name or "", value, factor.atoms, weight, dimensions))
 
 
 def _captured(graph: ir.Graph) -> list[ir.Value]:
