@@ -10,8 +10,8 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from sartor.cli import main
 from sartor.budget import Limit, parse_budget
+from sartor.cli import main
 from sartor.cli.fit import parse_recovery
 from sartor.cli.main import COMMANDS
 from sartor.cli.progress import Progress

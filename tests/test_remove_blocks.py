@@ -247,7 +247,7 @@ def test_option_criterion_reads_importance_from_the_context():
     plan = RemoveBlocks(count=2, criterion="taylor").plan(program, context).data
     assert plan.blocks == ("layer1.1", "layer2.1")
     assert seen == [("taylor", ["layer1.0", "layer1.1", "layer2.1"])]
-    with pytest.raises(UsageError, match="'taylor' of remove-blocks needs a function `importance`"):
+    with pytest.raises(UsageError, match="'taylor' needs data"):
         RemoveBlocks(count=2, criterion="taylor").plan(program, Context())
     broken = Context(extras={"importance": lambda *_: Importance({}, {"layer1.0": float("nan")})})
     with pytest.raises(UsageError, match=r"block 'layer1\.0' the score nan"):

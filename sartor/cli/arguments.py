@@ -233,15 +233,14 @@ def write_provenance(program: Program, beside: Path) -> Path:
 
 
 def pass_context(options: argparse.Namespace, program: Program) -> Any:
-    """The `Context` of a pipeline: `--data`, `--seed` and `--keep`, and criteria for passes that rank.
+    """The `Context` of a pipeline: `--data`, `--seed` and `--keep`.
 
     Raises:
         UsageError: the data does not fit the program.
     """
     from sartor.passes.base import Context
-    from sartor.strategies.supply import importance
 
-    context = Context(seed=options.seed, keep=tuple(options.keep), extras={"importance": importance})
+    context = Context(seed=options.seed, keep=tuple(options.keep))
     if options.data is None:
         return context
     from sartor.data import load_data

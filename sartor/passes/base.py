@@ -20,9 +20,11 @@ from sartor.ir.program import Program
 from sartor.passes.options import Option, option, options_of, validate
 from sartor.passes.rewriter import Rewriter
 from sartor.passes.structure import signature_of, structure_of
+from sartor.plugins import Registry
 
 __all__ = ["Context", "Option", "Pass", "PassResult", "Planned", "Refusal", "Semantics", "option"]
 
+_IMPORTANCE = Registry("sartor.importance", "importance", {"criteria": "sartor.strategies.supply:importance"})
 _KEBAB = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
 
 
@@ -68,6 +70,16 @@ class Context:
     seed: int = 0
     keep: tuple[str, ...] = ()
     extras: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def importance(self) -> Callable[..., Any]:
+        """What scores units and blocks: `(criterion, program, analysis or None, blocks, context)`.
+
+        `extras["importance"]`, or the criteria that come with Sartor. They are found through the plugin
+        registry, because passes do not know strategies.
+        """
+        given = self.extras.get("importance")
+        return given if given is not None else _IMPORTANCE.load("criteria")
 
     def is_kept(self, name: str) -> bool:
         """Whether a `keep` glob (case-sensitive) matches the name of a parameter or node."""

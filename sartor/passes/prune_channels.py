@@ -10,7 +10,6 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from sartor.errors import UsageError
 from sartor.ir.channels import ChannelAnalysis, ChannelGroup, channel_groups
 from sartor.ir.plan import GroupPlan, Plan
 from sartor.ir.program import Program
@@ -74,13 +73,8 @@ class PruneChannels(Pass):
                 g.name: np.random.default_rng([self.seed, zlib.crc32(g.name.encode())]).random(g.size)
                 for g in analysis.groups
             }
-        score = context.extras.get("importance")
-        if score is None:
-            raise UsageError(
-                f"Criterion '{self.criterion}' is not available here; pass Context(extras={{'importance': …}}) "
-                "or use criterion=random."
-            )
-        result: Mapping[str, np.ndarray] = score(self.criterion, program, analysis, (), context).groups
+        scored = context.importance(self.criterion, program, analysis, (), context)
+        result: Mapping[str, np.ndarray] = scored.groups
         return result
 
 

@@ -38,9 +38,7 @@ class RemoveBlocks(Pass):
              y = Relu(Add(x, f(x))), x ≥ 0    →   y = x
 
     With `blocks` alone every block that matches goes. With `count` the least important go, among those
-    that match if `blocks` is given. Criteria other than random are read from `context.extras["importance"]`,
-    a function `(criterion, program, analysis or None, blocks, context)` whose result has scores by block
-    name under `blocks`.
+    that match if `blocks` is given. Criteria other than random are scored by `context.importance`.
 
     Ensures: equal to MASKED, the original with the last affine parameters of the branch zeroed; see
     `sartor.ir.blocks`. Nodes and initializers that only the branch read are gone.
@@ -108,13 +106,7 @@ class RemoveBlocks(Pass):
         if self.criterion == "random":
             draws = np.random.default_rng(self.seed).random(len(candidates))
             return {block.name: float(draw) for block, draw in zip(candidates, draws, strict=True)}
-        importance = context.extras.get("importance")
-        if importance is None:
-            raise UsageError(
-                f"Criterion '{self.criterion}' of remove-blocks needs a function `importance` in the context's "
-                "extras, which is absent. Provide one or use criterion=random."
-            )
-        scores = importance(self.criterion, program, None, tuple(candidates), context).blocks
+        scores = context.importance(self.criterion, program, None, tuple(candidates), context).blocks
         for block in candidates:
             score = scores.get(block.name)
             if score is None or not math.isfinite(score):

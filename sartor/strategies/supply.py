@@ -1,4 +1,4 @@
-"""The function behind `context.extras["importance"]`: any criterion, for passes that may not import criteria."""
+"""The function behind `Context.importance`: any criterion, for passes, which may not import criteria."""
 
 from __future__ import annotations
 
