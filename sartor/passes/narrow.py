@@ -12,7 +12,7 @@ import onnx_ir as ir
 from sartor.errors import InternalError
 from sartor.ir.channels import ChannelAnalysis
 from sartor.ir.channels.labels import Factor
-from sartor.ir.channels.rules import slice_bounds
+from sartor.ir.channels.rules_movement import slice_bounds
 from sartor.ir.program import Program
 from sartor.passes.rewriter import Rewriter
 

@@ -10,7 +10,7 @@ from functools import cached_property
 import numpy as np
 
 from sartor.errors import PlanError, UsageError
-from sartor.ir.channels import rules as _rules  # noqa: F401  (registers the rule table)
+from sartor.ir.channels import rules_movement as _rules  # noqa: F401  (registers both rule tables)
 from sartor.ir.channels.floors import floors
 from sartor.ir.channels.groups import Classes, UnitSet
 from sartor.ir.channels.labels import Factor

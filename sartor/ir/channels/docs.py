@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 
-from sartor.ir.channels import rules as _rules  # noqa: F401  (registers the rule table)
+from sartor.ir.channels import rules_movement as _rules  # noqa: F401  (registers both rule tables)
 from sartor.ir.channels.propagate import EFFECTS
 
 _HEAD = """\
