@@ -267,7 +267,7 @@ class Attention(nn.Module):
 
 
 @functools.cache
-def attention(fused, bias=True):
+def attention(fused, bias):
     return capture(seeded(Attention(fused, bias)), example(1, 5, 7))
 
 
@@ -295,7 +295,7 @@ def test_qk_dims_of_separate_linears_zero_the_query_only(bias):
 
 
 def test_qk_dims_of_a_chunked_linear_zero_the_query_rows_only():
-    program = attention(True)
+    program = attention(True, True)
     group = qk_group(program)
     assert {m.initializer for m in group.members} == {"qkv.weight", "qkv.bias"}
     plan = Plan(program.source.sha256, {group.name: GroupPlan(6, (1, 4, 5))})
@@ -319,7 +319,7 @@ def check_attention(program, plan, mask):
 
 @pytest.mark.parametrize("fused", [False, True])
 def test_a_query_bias_left_behind_is_seen(fused):
-    program = attention(fused)
+    program = attention(fused, True)
     plan = Plan(program.source.sha256, {qk_group(program).name: GroupPlan(6, (1, 4, 5))})
     mask, _ = masked(program, plan)
     name = "qkv.bias" if fused else "q.bias"
@@ -331,7 +331,7 @@ def test_a_query_bias_left_behind_is_seen(fused):
 @pytest.mark.parametrize("fused", [False, True])
 def test_every_direction_of_attention_at_once(fused):
     """Heads, query and key dims, value dims and embedding together, by random plans."""
-    program = attention(fused)
+    program = attention(fused, True)
     sizes = sorted(g.size for g in channel_groups(program).groups)
     assert sizes == [2, 6, 6, 12]
     for seed in range(4):
