@@ -24,6 +24,8 @@ _INSIDE = 0.985
 """Selection wants the interval's upper bound this far inside the limit: the final run is another draw."""
 _NEAR = 0.93
 """A candidate below this share of the limit removed more than it had to."""
+_APPROACH = (0.6, 0.25)
+"""Where milder plans are measured, as shares of the way from the limit back to the original."""
 _IMPORTANCE_SAMPLES = 1024
 
 
@@ -71,24 +73,20 @@ class Selection:
             self.analysis, self.blocks, importance, self.workload, self._price, self._grid
         )
         self._check_floor(strategy.floor())
-        self.progress.stage("search", _MOST_MEASURED)
+        self.progress.stage("search", _MOST_MEASURED + len(_APPROACH))
+        self._approach(strategy)
         wanted = dict(self.limits)
         if "latency" in wanted:
             wanted["latency"] *= 0.97
         best: tuple[Plan, float, float] | None = None
         last: tuple[Plan, float] | None = None
-        for step in range(1, _MOST_MEASURED + 1):
+        for step in range(len(self.history) + 1, len(self.history) + 1 + _MOST_MEASURED):
             decision = strategy.search(wanted)
             if last is not None and decision.plan == last[0]:
                 break  # the next coarser step is over the limit: this is as near as the grid allows
             record = self._try(step, decision)
-            self.progress.advance()
             last = (decision.plan, float(decision.predicted["latency"]))
             over = self._over(record)
-            if "latency" in self.limits:
-                removed = {name: True for name in decision.plan.blocks}
-                latency_s = record["ratio"] * self.baseline["latency"]
-                self.table.calibrate(self.workload, latency_s, decision.plan.fractions(), removed)
             if not over:
                 tightness = self._tightness(record)
                 if best is None or tightness > best[2]:
@@ -108,6 +106,16 @@ class Selection:
                 break
         assert last is not None
         return (best[0], best[1]) if best is not None else last
+
+    def _approach(self, strategy: BudgetedGreedy) -> None:
+        """Measure milder plans on the way to a latency limit: they calibrate the table and show the trade-off."""
+        if "latency" not in self.limits:
+            return
+        goal = self.limits["latency"]
+        for share in _APPROACH:
+            decision = strategy.search({"latency": goal + share * (self.baseline["latency"] - goal)})
+            if decision.steps:
+                self._try(len(self.history) + 1, decision)
 
     def _over(self, record: Mapping[str, Any]) -> dict[str, float]:
         """Keys whose measured value is above what selection accepts, and by which factor."""
@@ -157,6 +165,11 @@ class Selection:
         if "score" in known:
             entry["score"] = known["score"]
         self.history.append(entry)
+        if "latency" in self.limits:
+            removed = {name: True for name in decision.plan.blocks}
+            latency_s = known["ratio"] * self.baseline["latency"]
+            self.table.calibrate(self.workload, latency_s, decision.plan.fractions(), removed)
+        self.progress.advance()
         self.progress(f"step {step}: {known['ratio']:.3f}x measured, {entry['change']}")
         return known
 

@@ -143,7 +143,7 @@ def _trade_off(report: Report) -> str:
     )
     legend = [
         ("baseline", "original"),
-        ("step", "measured on the way (evaluate split)"),
+        ("step", "measured on the way, before recovery (evaluate split)"),
         ("result", "result"),
     ]
     return _section(
@@ -158,7 +158,8 @@ def _predicted(report: Report) -> str:
     history = [entry for entry in report["history"] if entry.get("predicted_latency_s") is not None]
     if not history or not baseline:
         return ""
-    predicted = [(float(entry["step"]), entry["predicted_latency_s"] / baseline) for entry in history]
+    predicted = [(0.0, 1.0)]
+    predicted += [(float(entry["step"]), entry["predicted_latency_s"] / baseline) for entry in history]
     markers = [
         Point(
             float(entry["step"]),
@@ -190,8 +191,8 @@ def _predicted(report: Report) -> str:
         y_format=lambda v: f"{v:.2f}×",
         lines=[("predicted", predicted)],
         limits=[Limit("y", budget, "budget")] if budget is not None else [],
-        include=((), (0.0, 1.0)),
-        bounds=((float("-inf"), float("inf")), (0.0, float("inf"))),
+        include=((0.0, max(last, 4.0)), (0.0, 1.0)),
+        bounds=((0.0, float("inf")), (0.0, float("inf"))),
     )
     final = report["predicted"].get("latency_s")
     note = "The line is the cost model's prediction per step, the marks are interleaved measurements."
