@@ -4,6 +4,7 @@ import re
 
 import pytest
 
+from sartor.cli.arguments import output_folder
 from sartor.errors import InternalError, UsageError
 from sartor.report import read_report, summary, write_report
 from sartor.report.bundle import Bundle, refresh_manifest
@@ -195,6 +196,30 @@ def test_failure_leaves_the_old_bundle(tmp_path):
     assert (target / "model.onnx").read_bytes() == b"new"
     assert (target / "journal.jsonl").read_text() == "kept"
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_a_kill_left_goes_with_the_next_bundle(tmp_path):
+    """Killed between the two renames: the earlier bundle lies aside, and only a journal is in its place."""
+    target = tmp_path / "out"
+    for left in (".out.partial", ".out.partial.old", "out"):
+        (tmp_path / left).mkdir()
+    (tmp_path / ".out.partial" / "half").write_text("")
+    (tmp_path / ".out.partial.old" / "report.json").write_text("{}")
+    (target / "journal.jsonl").write_text("{}\n")
+    with Bundle(target) as bundle:
+        (bundle.folder / "model.onnx").write_bytes(b"new")
+        bundle.commit()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert {path.name for path in target.iterdir()} == {"journal.jsonl", "manifest.json", "model.onnx"}
+
+
+@pytest.mark.parametrize(
+    ("text", "name"), [(".", "here"), ("sub/..", "here"), ("../here/", "here"), ("out", "out")]
+)
+def test_output_folder_always_has_a_name(tmp_path, monkeypatch, text, name):
+    (tmp_path / "here" / "sub").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here")
+    assert output_folder(text).name == name
 
 
 def test_foreign_folders_are_not_replaced(tmp_path):

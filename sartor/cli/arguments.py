@@ -181,6 +181,10 @@ def output_folder(text: str) -> Path:
         UsageError: it is a file, or its parent cannot be written.
     """
     path = Path(text)
+    if path.name in ("", ".."):  # its siblings are named after it
+        path = path.resolve()
+    if not path.name:
+        raise UsageError("The output folder is the root of the file system; name another folder.")
     if path.exists() and not path.is_dir():
         raise UsageError(f"The output folder '{text}' is a file; name a folder.")
     _writable_parent(path)

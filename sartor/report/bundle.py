@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ RESERVED = ("exits", "gates", "tiles", "precision")
 
 
 class Bundle:
-    """Files are written to `folder`, a temporary sibling; `commit` puts it in place of `destination`.
+    """Files are written to `folder`, a hidden sibling; `commit` puts it in place of `destination`.
 
     Leaving the context without `commit`, or with an exception, leaves nothing behind.
 
@@ -40,8 +39,10 @@ class Bundle:
         self.keep = keep
         check_destination(self.destination, keep)
         self.destination.parent.mkdir(parents=True, exist_ok=True)
-        name = self.destination.name
-        self.folder = Path(tempfile.mkdtemp(dir=self.destination.parent, prefix=f".{name}."))
+        # A fixed name, so that what a killed run left there goes with the next run to this destination.
+        self.folder = self.destination.with_name(f".{self.destination.name}.partial")
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.folder.mkdir()
 
     def __enter__(self) -> Bundle:
         return self
@@ -61,12 +62,12 @@ class Bundle:
         write_manifest(self.folder, **sections)
         for path in self.folder.rglob("*"):
             _sync(path)
-        self.folder.chmod(0o755)  # mkdtemp makes it private
         for name in self.keep:
             if (self.destination / name).exists() and not (self.folder / name).exists():
                 # A link, not a move: a kill before the rename leaves the old folder whole.
                 os.link(self.destination / name, self.folder / name)
         old = self.folder.with_name(self.folder.name + ".old")
+        shutil.rmtree(old, ignore_errors=True)
         if self.destination.exists():
             os.rename(self.destination, old)
         try:
