@@ -15,7 +15,14 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sartor.errors import EXIT_BUDGET_MISSED, EXIT_MET, EXIT_QUALITY_MISSED, UsageError
+from sartor.errors import (
+    EXIT_BUDGET_MISSED,
+    EXIT_MET,
+    EXIT_QUALITY_MISSED,
+    EXIT_USAGE,
+    SartorError,
+    UsageError,
+)
 from sartor.ir.blocks import residual_blocks
 from sartor.ir.channels import channel_groups
 from sartor.ir.plan import Plan
@@ -91,8 +98,8 @@ def fit(
     existed = folder.exists()
     try:
         return _Fit(program, options, data, folder, progress or Silent()).run()
-    except UsageError:
-        if not existed:
+    except SartorError as error:
+        if error.exit_code == EXIT_USAGE and not existed:
             shutil.rmtree(folder, ignore_errors=True)
         raise
 
@@ -101,6 +108,11 @@ class _Fit:
     def __init__(self, program: Program, options: FitOptions, data: Data | None, folder: Path, progress: Any):
         if data is None and options.recovery_s > 0:
             raise UsageError("Recovery needs data to train on; give data, or use recovery none.")
+        if options.recovery_s > 0 and not program.batch.symbolic:
+            raise UsageError(
+                f"Recovery needs a free batch axis, but the model's is fixed: {program.batch.reason}. Use "
+                "--recovery none, or export the model with a dynamic batch axis."
+            )
         self.program, self.options, self.data = program, options, data
         self.folder, self.progress = folder, progress
         self.decisions: list[str] = []

@@ -80,6 +80,7 @@ class Selection:
             wanted["latency"] *= 0.97
         best: tuple[Plan, float, float] | None = None
         last: tuple[Plan, float] | None = None
+        met, failed = 0.0, None  # what was wanted of the last accepted and the last refused plan
         for step in range(len(self.history) + 1, len(self.history) + 1 + _MOST_MEASURED):
             decision = strategy.search(wanted)
             if last is not None and decision.plan == last[0]:
@@ -93,11 +94,19 @@ class Selection:
                     best = (*last, tightness)
                 if tightness >= _NEAR or "latency" not in self.limits:
                     break
-                wanted["latency"] = min(self.limits["latency"] * 0.97, wanted["latency"] * 0.965 / tightness)
+                met = wanted["latency"]
+                aim = min(self.limits["latency"] * 0.97, met * 0.965 / tightness)
+                wanted["latency"] = aim if failed is None or aim < failed else (met + failed) / 2
                 self.decisions.append(f"step {step} is {record['ratio']:.3f}×, further than needed; loosened")
+                continue
+            if best is not None and set(over) == {"latency"}:
+                failed = wanted["latency"]
+                wanted["latency"] = (met + failed) / 2
+                self.decisions.append(f"step {step} is {record['ratio']:.3f}×, over; halfway back")
                 continue
             if best is not None:
                 break
+            failed = wanted.get("latency")
             for key, excess in over.items():
                 wanted[key] = min(wanted[key], self.limits[key] * 0.975) / excess * 0.985
             said = ", ".join(f"{key} {100 * (excess - 1):.1f} %" for key, excess in over.items())

@@ -187,7 +187,11 @@ class BudgetedGreedy:
 
     def _plan(self, kept: Mapping[str, int], removed: set[str]) -> Plan:
         groups = {}
+        gone = {node for b in self.blocks if b.name in removed for node in b.nodes}
         for group in self.analysis.groups:
+            producers = {m.initializer for m in group.members if m.role == "producer"}
+            if gone and producers and all(self._read_only_by(p, gone) for p in producers):
+                continue  # the whole group goes with a removed block
             count = self.levels[group.name][kept[group.name]]
             if count < group.size:
                 keep = np.zeros(group.size, dtype=bool)
