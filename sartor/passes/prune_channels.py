@@ -86,4 +86,9 @@ def keep_best(group: ChannelGroup, scores: np.ndarray, count: int) -> tuple[int,
     for floor in group.floors:
         if not kept[floor].any():
             kept[floor[np.argmax(scores[floor])]] = True
+    for unit in order[::-1]:  # what a floor added takes the place of the weakest that no floor needs
+        if kept.sum() <= max(count, 1):
+            break
+        if kept[unit]:
+            kept[unit] = any(unit in f and np.count_nonzero(kept[f]) == 1 for f in group.floors)
     return tuple(int(i) for i in np.flatnonzero(kept))
