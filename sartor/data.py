@@ -18,6 +18,7 @@ How the score is computed is in `sartor.scoring`.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -200,6 +201,16 @@ class Data:
     metric: Metric | None = None
     test_is_evaluate: bool = False
     source: str = ""
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the source's name and the first batches of what is scored; training data may be shuffled."""
+        digest = hashlib.sha256(self.source.encode())
+        for split in (self.evaluate, self.test):
+            inputs, labels = split.first()
+            for name, array in sorted(inputs.items()):
+                digest.update(f"{name} {array.dtype} {array.shape}".encode() + array.tobytes())
+            digest.update(b"" if labels is None else np.ascontiguousarray(labels).tobytes())
+        return digest.hexdigest()
 
 
 def load_data(

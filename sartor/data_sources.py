@@ -61,14 +61,14 @@ def _call(path: Path, function: str) -> Any:
         try:
             module_spec.loader.exec_module(module)
         except Exception as error:
-            raise UsageError(f"The data file '{path}' failed on import: {_first_line(error)}.") from error
+            raise UsageError(f"The data file '{path}' failed on import: {_one_line(error)}.") from error
         target = getattr(module, function, None)
         if not callable(target):
             raise UsageError(f"The data file '{path}' has no function '{function}'.")
         try:
             return target()
         except Exception as error:
-            raise UsageError(f"'{path}:{function}' failed: {_first_line(error)}.") from error
+            raise UsageError(f"'{path}:{function}' failed: {_one_line(error)}.") from error
     finally:
         sys.path.remove(str(path.resolve().parent))
 
@@ -125,7 +125,7 @@ def _read_npz(path: Path) -> dict[str, np.ndarray]:
         raise
     except Exception as error:  # zip, header and pickle errors have no common class
         raise UsageError(
-            f"The data file '{path}' cannot be read as an .npz of plain arrays: {_first_line(error)}."
+            f"The data file '{path}' cannot be read as an .npz of plain arrays: {_one_line(error)}."
         ) from error
 
 
@@ -162,6 +162,6 @@ class ArraySplit:
             yield {name: array[rows] for name, array in self.arrays.items()}, labels
 
 
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0].rstrip('.')}" if text else type(error).__name__
+def _one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text.rstrip('.')}" if text else type(error).__name__

@@ -132,7 +132,7 @@ class _Fit:
             "shapes": {k: list(v) for k, v in self.program.input_shapes.items()},
             "options": dataclasses.asdict(self.options),
             "versions": versions(self.options.target),
-            "data": self.data.source if self.data is not None else None,
+            "data": self.data.fingerprint() if self.data is not None else None,
         }
         with (
             Journal(self.folder / "journal.jsonl", key) as self.journal,
@@ -151,21 +151,22 @@ class _Fit:
     def _select(self) -> tuple[Plan, float]:
         """The plan and its predicted latency, seconds."""
         self.before = static_costs(self.program)
+        selection = Selection(self.bench, self.analysis, self.blocks, self.journal, self.progress)
+        values: dict[str, float] = dict(self.before)
+        static = {k: v.absolute(values[k]) for k, v in self.options.budget.items() if k != "latency"}
+        selection.require_reachable(static, values)
         known = self.journal.find("baseline")
         if known is None:
             first = self.bench.measure([self.bench.baseline], _BASELINE_S)
             known = self.journal.append("baseline", latency_s=first.latencies[0].median)
         self.baseline_s = float(known["latency_s"])
-        values = {**self.before, "latency": self.baseline_s}
+        values["latency"] = self.baseline_s
         limits = {key: limit.absolute(values[key]) for key, limit in self.options.budget.items()}
         if all(values[key] <= limit for key, limit in limits.items()):
             self.decisions.append("the original is within every limit; nothing is removed")
             return Plan(self.program.source.sha256), self.baseline_s
-        selection = Selection(
-            self.bench, self.analysis, self.blocks, limits, values, self.journal, self.progress
-        )
         try:
-            return selection.run()
+            return selection.run(limits, values)
         finally:
             self.history, self.decisions = selection.history, [*self.decisions, *selection.decisions]
 

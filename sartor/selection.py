@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from sartor.ir.channels import ChannelAnalysis
 from sartor.ir.plan import Plan
 from sartor.ir.workload import build_workload
 from sartor.journal import Journal
-from sartor.strategies.budgeted_greedy import BudgetedGreedy, Decision
+from sartor.strategies.budgeted_greedy import BudgetedGreedy, Decision, Price, floor
 from sartor.workbench import Workbench, static_costs
 
 _MOST_MEASURED = 6
@@ -36,8 +36,6 @@ class Selection:
         bench: target, data and baseline.
         analysis: channel groups of the original.
         blocks: its residual blocks that may go.
-        limits: absolute limit by budget key.
-        baseline: the original's value by budget key, latency in seconds included.
         journal: of the run; what it holds is not measured again.
         progress: see `sartor.fit.fit`.
     """
@@ -47,32 +45,48 @@ class Selection:
         bench: Workbench,
         analysis: ChannelAnalysis,
         blocks: Sequence[Any],
-        limits: Mapping[str, float],
-        baseline: Mapping[str, float],
         journal: Journal,
         progress: Any,
     ):
         self.bench, self.analysis, self.blocks, self.journal = bench, analysis, blocks, journal
         self.program, self.options, self.backend = bench.program, bench.options, bench.backend
-        self.limits, self.baseline, self.progress = dict(limits), baseline, progress
+        self.progress = progress
         self.workload = build_workload(self.program, analysis.extents, [b for b in blocks if b.removable])
         self.history: list[dict[str, Any]] = []
         self.decisions: list[str] = []
 
-    def run(self) -> tuple[Plan, float]:
+    def require_reachable(self, limits: Mapping[str, float], baseline: Mapping[str, float]) -> None:
+        """Refuse limits that no plan can reach, before anything is measured.
+
+        Args:
+            limits: absolute limit by budget key; a latency is not looked at.
+            baseline: the original's value by budget key.
+
+        Raises:
+            UsageError: a limit is below the floor.
+        """
+        static = {key: limit for key, limit in limits.items() if key != "latency"}
+        self._check_floor(static, baseline, lambda f, r: self._static(static, f, r))
+
+    def run(self, limits: Mapping[str, float], baseline: Mapping[str, float]) -> tuple[Plan, float]:
         """The chosen plan and its predicted latency, seconds.
+
+        Args:
+            limits: absolute limit by budget key.
+            baseline: the original's value by budget key, latency in seconds included.
 
         Raises:
             UsageError: a limit is below what any plan can reach.
         """
+        self.limits, self.baseline = dict(limits), baseline
         self.progress.stage("kernel table")
         self.table = self._kernel_table()
+        self._check_floor(limits, baseline, self._price)
         importance, criterion = self._importance()
         self.decisions.append(f"importance by criterion '{criterion}'")
         strategy = BudgetedGreedy(
             self.analysis, self.blocks, importance, self.workload, self._price, self._grid
         )
-        self._check_floor(strategy.floor())
         self.progress.stage("search", _MOST_MEASURED + len(_APPROACH))
         self._approach(strategy)
         wanted = dict(self.limits)
@@ -210,13 +224,19 @@ class Selection:
         self, fractions: Mapping[str, np.ndarray], removed: Mapping[str, np.ndarray]
     ) -> Mapping[str, np.ndarray]:
         """Latency always (no step may be slower), the budget's other quantities where it names them."""
-        priced = {"latency": np.atleast_1d(self.table.estimate_batch(self.workload, fractions, removed))}
-        if "macs" in self.limits or "weight_bytes" in self.limits:
+        latency = np.atleast_1d(self.table.estimate_batch(self.workload, fractions, removed))
+        return {"latency": latency, **self._static(self.limits, fractions, removed)}
+
+    def _static(
+        self, keys: Iterable[str], fractions: Mapping[str, np.ndarray], removed: Mapping[str, np.ndarray]
+    ) -> dict[str, np.ndarray]:
+        """What the graph alone says, for those of `keys` that it says."""
+        wanted = set(keys)
+        priced: dict[str, np.ndarray] = {}
+        if wanted & {"macs", "weight_bytes"}:
             cost = self.workload.evaluate(fractions, removed)
-            priced |= {
-                k: np.atleast_1d(getattr(cost, k)) for k in ("macs", "weight_bytes") if k in self.limits
-            }
-        if "peak_activation_bytes" in self.limits:
+            priced |= {k: np.atleast_1d(getattr(cost, k)) for k in ("macs", "weight_bytes") if k in wanted}
+        if "peak_activation_bytes" in wanted:
             peak = self.workload.peak_activation_bytes(fractions, removed)
             priced["peak_activation_bytes"] = np.atleast_1d(peak)
         return priced
@@ -230,14 +250,15 @@ class Selection:
         }
         return max((self.backend.channel_grid(op, self.options.precision) for op in readers), default=1)
 
-    def _check_floor(self, floor: Mapping[str, float]) -> None:
-        for key, limit in self.limits.items():
+    def _check_floor(self, limits: Mapping[str, float], baseline: Mapping[str, float], price: Price) -> None:
+        least = floor(self.analysis.groups, self.blocks, self._grid, price)
+        for key, limit in limits.items():
             slack = 0.9 if key == "latency" else 1.0  # the latency floor is a prediction
-            if floor[key] * slack > limit:
-                full = self.baseline[key]
+            if least[key] * slack > limit:
+                full = baseline[key]
                 raise UsageError(
                     f"The budget {key}={limit:.6g} is below the feasible floor: the smallest plan is predicted at "
-                    f"{floor[key]:.6g} ({floor[key] / full:.3f}x of {full:.6g}). Raise the limit, or protect less."
+                    f"{least[key]:.6g} ({least[key] / full:.3f}x of {full:.6g}). Raise the limit, or protect less."
                 )
 
     def _importance(self) -> tuple[Any, str]:

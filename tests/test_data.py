@@ -76,6 +76,15 @@ def test_missing_and_truncated_files_are_one_sentence(tmp_path):
     assert "\n" not in str(error.value)
 
 
+def test_fingerprint_tells_content_apart(tmp_path):
+    found = []
+    for _ in range(2):
+        for scale in (1, 2):
+            np.savez(tmp_path / "d.npz", x=scale * arrays()[0], labels=arrays()[1])
+            found.append(load_data(str(tmp_path / "d.npz"), ["x"]).fingerprint())
+    assert found[0] == found[2] != found[1] == found[3]
+
+
 # ---- functions -------------------------------------------------------------------------------------
 def test_function_with_evaluate_only_falls_back(tmp_path):
     spec = write_source(tmp_path, "def load(): return {'evaluate': [({'x': X}, Y)]}")

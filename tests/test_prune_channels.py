@@ -24,7 +24,7 @@ from sartor.passes.base import Context
 from sartor.passes.masked import masked
 from sartor.passes.pipeline import Pipeline
 from sartor.passes.prune import apply_plan
-from sartor.passes.prune_channels import PruneChannels, keep_best
+from sartor.passes.prune_channels import PruneChannels
 from sartor.strategies.supply import importance
 
 FAMILIES = ("mobilenet", "densenet", "vit", "vgg")
@@ -309,8 +309,8 @@ def test_both_halves_of_a_concat_keep_a_channel():
     (group,) = channel_groups(program).groups
     assert group.size == 10 and len(group.floors) == 2
     scores = np.arange(10.0)  # the right half matters more
-    assert keep_best(group, scores, 3) == (3, 8, 9)  # three stay: the floor's takes the place of 7
-    assert keep_best(group, scores, 0) == (3, 9)
+    assert group.keep_best(scores, 3) == (3, 8, 9)  # three stay: the floor's takes the place of 7
+    assert group.keep_best(scores, 0) == (3, 9)
     for seed in range(8):
         pruned = PruneChannels(ratio=0.9, seed=seed).run(program).program
         verify_program(pruned)

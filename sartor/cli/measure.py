@@ -13,6 +13,7 @@ from typing import Any
 from sartor.cli import arguments
 from sartor.cli.output import Result, seconds
 from sartor.cli.progress import Progress
+from sartor.errors import SartorError
 
 EXAMPLE = "sartor measure small.onnx --against model.onnx --target onnxruntime"
 
@@ -49,7 +50,10 @@ def run(options: argparse.Namespace) -> Result:
     target = arguments.target_options(options, program)
     programs = [program]
     if options.against is not None:
-        programs.insert(0, open_model(options.against, dict(program.input_shapes)))
+        try:
+            programs.insert(0, open_model(options.against, dict(program.input_shapes)))
+        except SartorError as error:
+            raise type(error)(f"'{options.against}' with the input shapes of MODEL: {error}") from error
     with (
         tempfile.TemporaryDirectory(prefix="sartor-") as folder,
         Progress.on_stderr() as progress,

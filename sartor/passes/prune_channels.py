@@ -44,7 +44,7 @@ class PruneChannels(Pass):
         groups, refusals = {}, []
         for group in analysis.groups:
             removed = self._removed(group)
-            keep = keep_best(group, scores[group.name], group.size - removed)
+            keep = group.keep_best(scores[group.name], group.size - removed)
             if len(keep) < group.size:
                 groups[group.name] = GroupPlan(group.size, keep)
             elif self.ratio > 0:
@@ -76,19 +76,3 @@ class PruneChannels(Pass):
         scored = context.importance(self.criterion, program, analysis, (), context)
         result: Mapping[str, np.ndarray] = scored.groups
         return result
-
-
-def keep_best(group: ChannelGroup, scores: np.ndarray, count: int) -> tuple[int, ...]:
-    """Indices of the `count` most important units (at least one), every floor of the group respected."""
-    order = np.argsort(-scores, kind="stable")
-    kept = np.zeros(group.size, dtype=bool)
-    kept[order[: max(count, 1)]] = True
-    for floor in group.floors:
-        if not kept[floor].any():
-            kept[floor[np.argmax(scores[floor])]] = True
-    for unit in order[::-1]:  # what a floor added takes the place of the weakest that no floor needs
-        if kept.sum() <= max(count, 1):
-            break
-        if kept[unit]:
-            kept[unit] = any(unit in f and np.count_nonzero(kept[f]) == 1 for f in group.floors)
-    return tuple(int(i) for i in np.flatnonzero(kept))

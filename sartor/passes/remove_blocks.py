@@ -81,8 +81,6 @@ class RemoveBlocks(Pass):
             scores = self._scores(program, candidates, context)
             ranked = sorted(range(len(candidates)), key=lambda i: (scores[candidates[i].name], i))
             candidates = [candidates[i] for i in sorted(ranked[: self.count])]
-        if not candidates:
-            return Planned(None, tuple(refusals))
         names = tuple(block.name for block in candidates)
         return Planned(Plan(program.source.sha256, blocks=names, notes={"pass": str(self)}), tuple(refusals))
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -72,11 +72,10 @@ class BudgetedGreedy:
         self.analysis, self.workload, self.price = analysis, workload, price
         self.blocks = [b for b in blocks if b.removable]
         self.levels = {g.name: levels(g, grid(g)) for g in analysis.groups}
-        self.order: dict[str, np.ndarray] = {}
+        self.importance = importance
         self.cost: dict[str, np.ndarray] = {}
         for group in analysis.groups:
             scores = importance.groups[group.name]
-            self.order[group.name] = np.argsort(scores, kind="stable")  # least important first
             self.cost[group.name] = np.concatenate([[0.0], np.cumsum(lamp(scores))])
         self.block_cost = self._block_costs(importance)
 
@@ -133,12 +132,6 @@ class BudgetedGreedy:
         feasible = all(current[key] <= limit for key, limit in limits.items())
         return Decision(self._plan(kept, removed), tuple(steps), current, feasible)
 
-    def floor(self) -> Mapping[str, float]:
-        """Predicted quantities of the smallest plan this strategy makes."""
-        kept = {name: len(found) - 1 for name, found in self.levels.items()}
-        priced = self._price_all([(kept, {b.name for b in self.blocks}), (kept, set())])
-        return {key: float(values.min()) for key, values in priced.items()}
-
     def _candidates(
         self, kept: dict[str, int], removed: set[str]
     ) -> list[tuple[str, float, dict[str, int], set[str]]]:
@@ -194,13 +187,9 @@ class BudgetedGreedy:
                 continue  # the whole group goes with a removed block
             count = self.levels[group.name][kept[group.name]]
             if count < group.size:
-                keep = np.zeros(group.size, dtype=bool)
-                keep[self.order[group.name][group.size - count :]] = True
-                for floor in group.floors:
-                    if not keep[floor].any():
-                        ranks = np.argsort(self.order[group.name])
-                        keep[floor[np.argmax(ranks[floor])]] = True
-                groups[group.name] = GroupPlan(group.size, tuple(int(i) for i in np.flatnonzero(keep)))
+                keep = group.keep_best(self.importance.groups[group.name], count)
+                if len(keep) < group.size:
+                    groups[group.name] = GroupPlan(group.size, keep)
         names = tuple(b.name for b in self.blocks if b.name in removed)
         return Plan(self.analysis.program.source.sha256, groups, names, {"strategy": "budgeted-greedy"})
 
@@ -218,6 +207,16 @@ def levels(group: ChannelGroup, grid: int) -> list[int]:
     fewest = max(1, min(units, group.size), math.ceil(group.size * _FEWEST_SHARE))
     counts = range((group.size - 1) // units * units, 0, -units)
     return [group.size, *(c for c in counts if c >= fewest)]
+
+
+def floor(
+    groups: Iterable[ChannelGroup], blocks: Iterable[Any], grid: Callable[[ChannelGroup], int], price: Price
+) -> Mapping[str, float]:
+    """Quantities of the smallest plan this strategy makes, with and without its removable `blocks`."""
+    fewest = {g.name: levels(g, grid(g))[-1] / g.size for g in groups}
+    fractions = {name: np.array([share, share]) for name, share in fewest.items()}
+    priced = price(fractions, {b.name: np.array([True, False]) for b in blocks if b.removable})
+    return {key: float(np.min(values)) for key, values in priced.items()}
 
 
 def lamp(scores: np.ndarray) -> np.ndarray:

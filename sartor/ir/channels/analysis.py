@@ -62,6 +62,26 @@ class ChannelGroup:
         """Members of one role."""
         return tuple(m for m in self.members if m.role == role)
 
+    def keep_best(self, scores: np.ndarray, count: int) -> tuple[int, ...]:
+        """Indices of the `count` units of highest score (at least one), every floor respected.
+
+        Args:
+            scores: `[size]`, higher is better; of equal ones the first is kept.
+            count: how many stay; more where the floors need more.
+        """
+        order = np.argsort(-np.asarray(scores), kind="stable")
+        kept = np.zeros(self.size, dtype=bool)
+        kept[order[: max(count, 1)]] = True
+        for floor in self.floors:
+            if not kept[floor].any():
+                kept[floor[np.argmax(scores[floor])]] = True
+        for unit in order[::-1]:  # what a floor added takes the place of the weakest that no floor needs
+            if kept.sum() <= max(count, 1):
+                break
+            if kept[unit]:
+                kept[unit] = any(unit in f and np.count_nonzero(kept[f]) == 1 for f in self.floors)
+        return tuple(int(i) for i in np.flatnonzero(kept))
+
 
 @dataclasses.dataclass(frozen=True)
 class BlockedAxis:
