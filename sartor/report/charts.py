@@ -122,7 +122,7 @@ def scatter(
         else:
             y = at_y(limit.value)
             parts.append(_line(left, y, width - right, y, "limit"))
-            parts.append(_text(width - right - 4, y - 5, limit.label, "limit-label end"))
+            parts.append(_text(left + 6, y + 15, limit.label, "limit-label"))
     for kind, line in lines:
         path = " ".join(f"{at_x(x):.1f},{at_y(y):.1f}" for x, y in line)
         parts.append(f'<polyline class="line {_escape(kind)}" points="{path}"/>')
