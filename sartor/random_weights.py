@@ -2,7 +2,9 @@
 
 With running statistics a BatchNormalization normalises nothing, and every residual addition doubles the
 variance: in a network of fifty blocks an error in a bias would drown. So weights are drawn with the
-variance that theory gives, and scaled layer by layer to what one sample shows.
+variance that theory gives, and scaled layer by layer to what one sample shows. Running statistics are
+drawn around those of the sample: what activations have in common must not grow from layer to layer until
+it hides in what they differ.
 
 Reference: Mishkin & Matas, "All you need is a good init", ICLR 2016 (layer-sequential unit variance).
 """
@@ -19,15 +21,17 @@ from sartor.ir.program import Program
 from sartor.ir.workload import is_parameter
 from sartor.passes.rewriter import Rewriter
 
+_FEWEST_POSITIONS = 16  # per channel, for statistics that mean something
 _ENOUGH = 2.0  # a layer whose output has a root mean square within this factor of 1 is left as drawn
 
 
 def randomise(program: Program, analysis: ChannelAnalysis, seed: int) -> Program:
     """The program with every parameter and buffer random, so that the variance of activations is preserved.
 
-    Weights ~ N(0, 2 / fan-in), then scaled so that their layer's output is of order one; norm scales and
-    variances uniform in [0.5, 1.5], everything else N(0, 0.3). Single numbers (attention scales, exponents,
-    bounds) and masks stay.
+    Weights ~ N(0, 2 / fan-in), then scaled so that their layer's output is of order one; norm scales
+    uniform in [0.5, 1.5], everything else N(0, 0.3). Running means are those of one sample plus N(0, 0.3)
+    deviations, running variances the sample's times [0.5, 1.5]. Single numbers (attention scales,
+    exponents, bounds) and masks stay.
 
     Args:
         program: canonical; not changed.
@@ -56,15 +60,14 @@ def randomise(program: Program, analysis: ChannelAnalysis, seed: int) -> Program
             drawn = generator.standard_normal(array.shape) * 0.3
         rewriter.set_initializer(name, drawn.astype(array.dtype))
     clone.invalidate()
-    for name, scale in _excess(clone, weights, seed).items():
-        array = clone.initializer_array(name)
-        rewriter.set_initializer(name, (array / scale).astype(array.dtype))
+    for name, array in _fitted(clone, weights, seed).items():
+        rewriter.set_initializer(name, array.astype(clone.initializer_array(name).dtype))
     clone.invalidate()
     return clone
 
 
-def _excess(program: Program, weights: dict[str, str], seed: int) -> dict[str, float]:
-    """By how much to divide each weight, found in one pass in which every layer sees scaled inputs.
+def _fitted(program: Program, weights: dict[str, str], seed: int) -> dict[str, np.ndarray]:
+    """Weights and running statistics fitted to one sample, in one pass in which every layer sees fitted inputs.
 
     Args:
         program: with drawn weights.
@@ -78,11 +81,16 @@ def _excess(program: Program, weights: dict[str, str], seed: int) -> dict[str, f
     from sartor.ir.fx import to_fx, to_tensor, twin_info
 
     scales: dict[str, float] = {}
+    statistics: dict[str, torch.Tensor] = {}
+    norms = {n.name: n for n in program.nodes() if n.op_type == "BatchNormalization"}
 
-    class Scaling(fx.Interpreter):
+    class Fitting(fx.Interpreter):
         def run_node(self, n: fx.Node) -> Any:
+            name = n.meta.get("onnx_node") or ""
+            if name in norms and n.op == "call_module":
+                return self._normalise(n, [v.name or "" for v in norms[name].inputs[3:5] if v is not None])
             result = super().run_node(n)
-            weight = weights.get(n.meta.get("onnx_node") or "")
+            weight = weights.get(name)
             if weight is None:
                 return result
             if weight not in scales:
@@ -92,12 +100,23 @@ def _excess(program: Program, weights: dict[str, str], seed: int) -> dict[str, f
             # The bias is scaled, too, here but not in the program: it is small beside the rest.
             return result if scales[weight] == 1.0 else result / scales[weight]
 
+        def _normalise(self, n: fx.Node, names: list[str]) -> Any:
+            x, scale, bias, mean, variance = self.fetch_args_kwargs_from_env(n)[0]
+            if names[0] not in statistics and names[1] not in statistics:
+                spread, middle = torch.var_mean(x, dim=[0, *range(2, x.dim())], correction=0)
+                known = (spread > 1e-12) & (x.numel() // x.shape[1] >= _FEWEST_POSITIONS)
+                statistics[names[0]] = torch.where(known, middle + mean * spread.sqrt(), mean)
+                statistics[names[1]] = torch.where(known, spread * variance, variance)
+            found = [statistics.get(k, v) for k, v in zip(names, (mean, variance), strict=True)]
+            return self.call_module(str(n.target), (x, scale, bias, *found), {})
+
     gm = to_fx(program, dtype="float32")
     info = twin_info(gm)
     inputs = random_inputs(program, seed=seed)
     with torch.no_grad():
-        Scaling(gm).run(*(to_tensor(inputs[name], info.dtype) for name in info.inputs))
-    return {name: scale for name, scale in scales.items() if scale != 1.0}
+        Fitting(gm).run(*(to_tensor(inputs[name], info.dtype) for name in info.inputs))
+    fitted = {k: program.initializer_array(k) / s for k, s in scales.items() if s != 1.0}
+    return fitted | {k: v.numpy() for k, v in statistics.items()}
 
 
 def _roles(program: Program) -> tuple[set[str], set[str], dict[str, float], dict[str, str]]:
