@@ -217,10 +217,12 @@ def _export(module: torch.nn.Module, examples: tuple[torch.Tensor, ...], name: s
     """Export at exactly these inputs; static canonical program, batch not analysed."""
     import torch
 
+    from sartor.ir.capture_attention import decompose_attention
+
     log = io.StringIO()
     try:
         with _quiet(log), torch.no_grad():
-            exported = torch.export.export(module, examples)
+            exported = decompose_attention(torch.export.export(module, examples))
             onnx_program = torch.onnx.export(
                 exported, dynamo=True, optimize=False, opset_version=CANONICAL_OPSET, verbose=False
             )

@@ -177,9 +177,26 @@ def simplify(graph: ir.Graph, shapes: Shapes, types: Types, protected: Set[str],
             count += _cast_like(graph, node, types)
         elif node.op_type in ("Conv", "ConvTranspose"):
             count += _drop_zero_bias(node, protected, folded)
+        elif node.op_type == "Gather":
+            count += _gather_everything(graph, node, shapes)
         elif (source := _identity_source(node, shapes, types)) is not None:
             count += bypass(graph, node, source)
     return count
+
+
+def _gather_everything(graph: ir.Graph, node: ir.Node, shapes: Shapes) -> int:
+    """Gathering all elements of a flat tensor in their order is a Reshape: so as_strided leaves torch."""
+    flat, indices = (
+        shapes.get(node.inputs[0].name or "") if node.inputs[0] is not None else None,
+        array_of(node, 1),
+    )
+    if indices is None or flat != (indices.size,) or indices.ndim == 1:
+        return 0
+    if not np.array_equal(indices.ravel() % indices.size, np.arange(indices.size)):
+        return 0
+    target = ir.Tensor(np.array(indices.shape, dtype=np.int64))
+    shape = _initializer(graph, f"{node.name}.shape", target)
+    return _replace(graph, node, ir.node("Reshape", [node.inputs[0], shape], name=node.name, num_outputs=1))
 
 
 def _identity_source(node: ir.Node, shapes: Shapes, types: Types) -> ir.Value | None:
@@ -247,15 +264,20 @@ def _cast_like(graph: ir.Graph, node: ir.Node, types: Types) -> int:
     if dtype is None:
         return 0
     cast = ir.node("Cast", [node.inputs[0]], {"to": int(dtype)}, name=node.name, num_outputs=1)
-    cast.metadata_props.update(node.metadata_props)
-    graph.insert_before(node, cast)
+    return _replace(graph, node, cast)
+
+
+def _replace(graph: ir.Graph, node: ir.Node, new: ir.Node) -> int:
+    """Put `new` in the place of `node`; its output keeps the name."""
+    new.metadata_props.update(node.metadata_props)
+    graph.insert_before(node, new)
     old = node.outputs[0]
     if old.is_graph_output():
-        _take_over_output(graph, old, cast.outputs[0])
+        _take_over_output(graph, old, new.outputs[0])
     else:
         name, old.name = old.name, None
-        cast.outputs[0].name = name
-        old.replace_all_uses_with(cast.outputs[0])
+        new.outputs[0].name = name
+        old.replace_all_uses_with(new.outputs[0])
     graph.remove(node, safe=True)
     return 1
 

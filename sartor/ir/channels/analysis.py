@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import fnmatch
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -12,94 +11,14 @@ import numpy as np
 from sartor.errors import PlanError, UsageError
 from sartor.ir.channels import rules_movement as _rules  # noqa: F401  (registers both rule tables)
 from sartor.ir.channels.floors import floors
+from sartor.ir.channels.group import BlockedAxis, ChannelGroup, Member
 from sartor.ir.channels.groups import Classes, UnitSet
 from sartor.ir.channels.labels import Factor
-from sartor.ir.channels.masking import zeros
-from sartor.ir.channels.propagate import Propagation
+from sartor.ir.channels.masking import UnmaskableError, zeros
+from sartor.ir.channels.propagate import Propagation, Sink
 from sartor.ir.extents import Extent
 from sartor.ir.plan import Plan
 from sartor.ir.program import Program
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Member:
-    """One axis of one parameter that a group narrows.
-
-    Attributes:
-        initializer: parameter name.
-        axis: axis of that parameter.
-        role: `producer`, `consumer`, `affine` (scale, shift, statistics, depthwise weights, tables).
-        index_map: int array, one entry per index of the axis: the unit, or −1 for none of this group.
-    """
-
-    initializer: str
-    axis: int
-    role: str
-    index_map: np.ndarray
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class ChannelGroup:
-    """Units that can be removed independently of all other groups.
-
-    Attributes:
-        name: the first producing parameter; joint factors add `[axis]` of the direction.
-        size: number of removable units.
-        granularity: parameter indices that go with one unit on the first producing axis.
-        members: every parameter axis that is narrowed, producers first.
-        kind: `channels`, or `slices` for a direction of a joint factor.
-        floors: sets of units of which at least one must stay, beside the whole group.
-    """
-
-    name: str
-    size: int
-    granularity: int
-    members: tuple[Member, ...]
-    kind: str
-    floors: tuple[np.ndarray, ...] = ()
-
-    def members_with(self, role: str) -> tuple[Member, ...]:
-        """Members of one role."""
-        return tuple(m for m in self.members if m.role == role)
-
-    def keep_best(self, scores: np.ndarray, count: int) -> tuple[int, ...]:
-        """Indices of the `count` units of highest score (at least one), every floor respected.
-
-        Args:
-            scores: `[size]`, higher is better; of equal ones the first is kept.
-            count: how many stay; more where the floors need more.
-        """
-        order = np.argsort(-np.asarray(scores), kind="stable")
-        kept = np.zeros(self.size, dtype=bool)
-        kept[order[: max(count, 1)]] = True
-        for floor in self.floors:
-            if not kept[floor].any():
-                kept[floor[np.argmax(scores[floor])]] = True
-        for unit in order[::-1]:  # what a floor added takes the place of the weakest that no floor needs
-            if kept.sum() <= max(count, 1):
-                break
-            if kept[unit]:
-                kept[unit] = any(unit in f and np.count_nonzero(kept[f]) == 1 for f in self.floors)
-        return tuple(int(i) for i in np.flatnonzero(kept))
-
-
-@dataclasses.dataclass(frozen=True)
-class BlockedAxis:
-    """A parameter axis that makes features and cannot be narrowed (or only in part).
-
-    Attributes:
-        value: parameter name.
-        axis: its axis.
-        reason: the rule that forbids it.
-        source: the node at which it was found, with the author's module and line where known.
-        channels: number of indices concerned.
-    """
-
-    value: str
-    axis: int
-    reason: str
-    source: str
-    channels: int
 
 
 class ChannelAnalysis:
@@ -127,19 +46,22 @@ class ChannelAnalysis:
         self._in_mode = np.zeros(self.propagation.space.count, dtype=bool)
         self._in_mode[list(self._modes_of)] = True
         named = self._name(self._collect_members())
+        self._refused = self._unmaskable()
+        named = [(number, group) for number, group in named if number not in self._refused]
         self._numbers = {group.name: number for number, group in named}
         # Protected groups keep their place in the numbering, so that a plan does not depend on `keep`.
         protected = self._protected(keep)
-        self._kept_by: dict[int, str] = {}
+        kept_by: dict[int, str] = {}
         for number, _ in named:
             units = self._sets[number]
             movable = units.classes[units.units >= 0]
             for pattern, flags in protected.items():
                 if flags[movable].any():
-                    self._kept_by[number] = pattern
+                    kept_by[number] = f"protected by --keep '{pattern}'"
         self._all = {group.name: group for _, group in named}
-        self.groups: tuple[ChannelGroup, ...] = tuple(g for number, g in named if number not in self._kept_by)
-        self._names = {number: group.name for number, group in named if number not in self._kept_by}
+        self.groups: tuple[ChannelGroup, ...] = tuple(g for number, g in named if number not in kept_by)
+        self._names = {number: group.name for number, group in named if number not in kept_by}
+        self._refused |= {number: (text, "") for number, text in kept_by.items()}
 
     def group(self, name: str) -> ChannelGroup:
         """The group called `name`.
@@ -152,6 +74,24 @@ class ChannelAnalysis:
         raise PlanError(f"There is no channel group '{name}' in '{self.program.source.name}'.")
 
     # ---- construction ----------------------------------------------------------------------
+    def _unmaskable(self) -> dict[int, tuple[str, str]]:
+        """Unit sets whose removal has no MASKED form to be checked against: the reason and the node."""
+        meets: dict[int, list[Sink]] = {}
+        for sink in self.propagation.sinks:
+            if not sink.weight:
+                for number in self.sets_of(self.classes.of_atom[sink.atoms]):
+                    meets.setdefault(number, []).append(sink)
+        refused = {}
+        for number, sinks in meets.items():
+            units = self._sets[number]
+            dead = np.zeros(self.propagation.space.count, dtype=bool)
+            dead[units.classes[units.units == 0]] = True
+            try:
+                zeros(self.propagation, dead[self.classes.of_atom], sinks)
+            except UnmaskableError as error:
+                refused[number] = (error.reason, error.node)
+        return refused
+
     def _protected(self, keep: Sequence[str]) -> dict[str, np.ndarray]:
         """Classes of what `--keep` globs name, by pattern: parameters, or the outputs of nodes and modules."""
         result = {}
@@ -278,9 +218,9 @@ class ChannelAnalysis:
                 continue
             reasons = self.classes.reason_of[stuck]
             known = reasons[reasons >= 0]
-            kept_by = [self._kept_by[n] for n in self.sets_of(stuck) if n in self._kept_by]
-            if kept_by:
-                text, where = f"protected by --keep '{kept_by[0]}'", ""
+            refused = [self._refused[n] for n in self.sets_of(stuck) if n in self._refused]
+            if refused:
+                text, where = refused[0][0], self._where(refused[0][1])
             elif known.size:
                 reason = self.classes.reasons[int(known[0])]
                 text, where = reason.text, self._where(reason.node)
@@ -298,10 +238,8 @@ class ChannelAnalysis:
         return flags
 
     def _where(self, name: str) -> str:
-        for node in self.program.nodes():
-            if node.name == name:
-                return self.program.where(node)
-        return ""
+        node = self.propagation.nodes.get(name)
+        return self.program.where(node) if node is not None else ""
 
     # ---- plans -----------------------------------------------------------------------------
     def dead(self, plan: Plan) -> np.ndarray:

@@ -8,6 +8,7 @@ in q·k, the left one must become zero: its producer's rows and every bias on th
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,13 +18,29 @@ from sartor.errors import PassError
 from sartor.ir.channels.labels import Factor
 
 if TYPE_CHECKING:
-    from sartor.ir.channels.propagate import Propagation
+    from sartor.ir.channels.propagate import Propagation, Sink
 
 _SAME_ATOMS = frozenset(
     """Transpose Reshape Squeeze Unsqueeze Flatten Cast Identity Slice Split Gather Neg Expand Tile Relu LeakyRelu
-    Gelu Tanh Erf HardSwish Mish Elu Selu Celu Abs Sign Sqrt Sin Sinh Atan Asin""".split()
+    Gelu Tanh Erf HardSwish Mish Elu Selu Celu Abs Sign Sqrt Sin Sinh Atan Asin MaxPool AveragePool LpPool
+    GlobalAveragePool GlobalMaxPool ReduceMean ReduceSum ReduceMax ReduceMin DepthToSpace SpaceToDepth""".split()
 )
 """Operators that map zero to zero and keep the atoms of their first input."""
+
+
+class UnmaskableError(PassError):
+    """Features that no zeroed parameter turns into zeros.
+
+    Attributes:
+        reason: what stands in the way, without the place.
+        node: name of the node.
+    """
+
+    def __init__(self, reason: str, node: str, where: str):
+        super().__init__(
+            f"The MASKED form cannot be built: {reason}, at {where}. Protect the producer with --keep."
+        )
+        self.reason, self.node = reason, node
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -45,14 +62,19 @@ class Zero:
     input: int
 
 
-def zeros(propagation: Propagation, dead: np.ndarray) -> list[Zero]:
-    """What to zero so that the atoms in `dead` (boolean per atom) contribute nothing.
+def zeros(propagation: Propagation, dead: np.ndarray, sinks: Sequence[Sink] | None = None) -> list[Zero]:
+    """What to zero so that the atoms in `dead` contribute nothing.
+
+    Args:
+        propagation: of the program.
+        dead: boolean per atom.
+        sinks: where to look; everywhere by default.
 
     Raises:
-        PassError: an operator on the way from a query to its producer does not keep zeros; names it.
+        UnmaskableError: an operator on the way from a query to its producer does not keep zeros; names it.
     """
     walk = _Walk(propagation)
-    for sink in propagation.sinks:
+    for sink in propagation.sinks if sinks is None else sinks:
         gone = dead[sink.atoms]
         if not sink.weight and len(sink.summed) < gone.ndim:
             # A slice that goes as a whole, as a head of q·k does, is cut where its result is read.
@@ -70,7 +92,7 @@ def zeros(propagation: Propagation, dead: np.ndarray) -> list[Zero]:
 class _Walk:
     def __init__(self, propagation: Propagation):
         self.propagation = propagation
-        self.nodes = {node.name or "": node for node in propagation.program.nodes()}
+        self.nodes = propagation.nodes
         self.found: dict[tuple[str, int, str, int], np.ndarray] = {}
 
     def merged(self) -> list[Zero]:
@@ -92,9 +114,7 @@ class _Walk:
             return
         producer = value.producer()
         if producer is None:
-            raise PassError(
-                f"The MASKED form needs a zero in graph input '{name}', which no parameter makes."
-            )
+            raise UnmaskableError("no parameter makes these features", "", f"graph input '{name}'")
         self._through(producer, value, wanted)
 
     def _through(self, node: ir.Node, value: ir.Value, wanted: np.ndarray) -> None:
@@ -133,10 +153,8 @@ class _Walk:
             self._refuse(node)
 
     def _refuse(self, node: ir.Node) -> None:
-        raise PassError(
-            f"The MASKED form cannot be built: {self.propagation.program.where(node)} lies between a query and "
-            "its producer and does not keep zeros. Protect the producer with --keep."
-        )
+        reason = f"{node.op_type} between a query and its producer does not keep zeros"
+        raise UnmaskableError(reason, node.name or "", self.propagation.program.where(node))
 
     def _with_children(self, wanted: np.ndarray) -> np.ndarray:
         """A wanted slice wants everything in it."""

@@ -64,6 +64,7 @@ class Propagation:
     def __init__(self, program: Program):
         self.program = program
         self.shapes = program.shapes()
+        self.nodes = {node.name or "": node for node in program.nodes()}
         self.space = LabelSpace()
         self.value_labels: dict[str, Labels] = {}
         self.parameter_atoms: dict[tuple[str, int], np.ndarray] = {}

@@ -123,7 +123,7 @@ def gather(x: Tensor, indices: Tensor, *, axis: int = 0) -> Tensor:
     """Whole slices along `axis` at `indices`, whose axes replace it; negative indices count from the end."""
     axis = axis % x.dim()
     flat = torch.index_select(x, axis, _wrapped(indices, x.shape[axis]).reshape(-1))
-    return flat.reshape(*x.shape[:axis], *indices.shape, *x.shape[axis + 1 :])
+    return flat.reshape((*x.shape[:axis], *indices.shape, *x.shape[axis + 1 :]))
 
 
 @operator("GatherElements")
@@ -143,7 +143,7 @@ def gather_nd(x: Tensor, indices: Tensor, *, batch_dims: int = 0) -> Tensor:
     coordinates = [_wrapped(places[..., i], source.shape[1 + i]) for i in range(depth)]
     rows = torch.arange(count, device=x.device).reshape(count, 1)
     picked = source[(rows, *coordinates)]
-    return picked.reshape(*indices.shape[:-1], *x.shape[batch_dims + depth :])
+    return picked.reshape((*indices.shape[:-1], *x.shape[batch_dims + depth :]))
 
 
 @operator("Pad", static=(1, 3), scalars=(2,))
