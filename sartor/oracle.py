@@ -292,6 +292,12 @@ def _moves(
     return relative_error(outputs, run_twin(perturbed, inputs)) > needed
 
 
+def probes(generator: np.random.Generator, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Some of `size` elements, and a random sign for each."""
+    elements = generator.choice(size, min(_PROBES, size), replace=False)
+    return elements, generator.choice([-1.0, 1.0], len(elements))
+
+
 def _with_gradients(
     mask: Program, plan: Plan, analysis: ChannelAnalysis, inputs: Mapping[str, np.ndarray]
 ) -> tuple[dict[str, np.ndarray], Mapping[str, np.ndarray]]:
@@ -314,9 +320,8 @@ def _with_gradients(
         for name, output in result.items():
             seen[name] = output.detach().numpy().copy()
             if output.is_floating_point() and output.numel():
-                probes = generator.choice(output.numel(), min(_PROBES, output.numel()), replace=False)
-                signs = torch.from_numpy(generator.choice([-1.0, 1.0], len(probes)))
-                total = total + (output.reshape(-1)[torch.from_numpy(probes)] * signs).mean()
+                elements, signs = map(torch.from_numpy, probes(generator, output.numel()))
+                total = total + (output.reshape(-1)[elements] * signs).mean()
         return total
 
     data = [(dict(inputs), None)]

@@ -291,15 +291,19 @@ def test_gradients_agree_with_a_real_perturbation():
     mask, _ = masked(original, plan, analysis)
     inputs = oracle_inputs(original)
     outputs, gradients = oracle._with_gradients(mask, plan, analysis, inputs)
-    signs = np.random.default_rng(1).choice([-1.0, 1.0], outputs["y"].shape)
+    elements, signs = oracle.probes(np.random.default_rng(1), outputs["y"].size)
     for unit in range(6):
         moved = mask.clone()
         array = moved.initializer_array("v2").astype(np.float64).copy()
         array[unit] *= 1 + oracle.PERTURBATION
         moved.initializers["v2"].const_value = oracle_tensor(array.astype(np.float32), "v2")
-        change = ((run_twin(moved, inputs)["y"] - outputs["y"]) * signs).mean()
+        change = ((run_twin(moved, inputs)["y"] - outputs["y"]).ravel()[elements] * signs).mean()
         assert change == pytest.approx(oracle.PERTURBATION * gradients["v1"][unit], rel=1e-5, abs=1e-7)
     assert np.abs(gradients["v1"]).max() > 0.01 and (gradients["w1"] == 0).all()
+    seen = [
+        oracle._moves(mask, analysis, analysis.group(name), 3, inputs, outputs, 1e-7) for name in ("v1", "w1")
+    ]
+    assert seen == [True, False]
 
 
 def test_removed_block_that_does_nothing_is_inconclusive():
