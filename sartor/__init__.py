@@ -21,11 +21,13 @@ if TYPE_CHECKING:
     from sartor.fit import FitOptions as FitOptions
     from sartor.fit import fit as fit
     from sartor.ir.capture import capture as capture
+    from sartor.ir.fx import to_fx as to_fx
     from sartor.ir.load import load as load
     from sartor.ir.plan import Plan as Plan
     from sartor.ir.program import Program as Program
     from sartor.passes.pipeline import Pipeline as Pipeline
     from sartor.passes.prune import apply_plan as apply_plan
+    from sartor.writeback import apply_to_module as apply_to_module
 
 _EXPORTS = {
     "FitOptions": ("sartor.fit", "FitOptions"),
@@ -33,10 +35,12 @@ _EXPORTS = {
     "Plan": ("sartor.ir.plan", "Plan"),
     "Program": ("sartor.ir.program", "Program"),
     "apply_plan": ("sartor.passes.prune", "apply_plan"),
+    "apply_to_module": ("sartor.writeback", "apply_to_module"),
     "backends": ("sartor.backends", None),
     "capture": ("sartor.ir.capture", "capture"),
     "fit": ("sartor.fit", "fit"),
     "load": ("sartor.ir.load", "load"),
+    "to_fx": ("sartor.ir.fx", "to_fx"),
 }
 
 __all__ = [*sorted(_EXPORTS), "__version__"]  # noqa: PLE0604, RUF100

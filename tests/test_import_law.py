@@ -40,7 +40,10 @@ HEAVY = (
     "nncf",
 )
 # Modules that exist to hold torch code, and are themselves imported inside functions only.
-HEAVY_AT_TOP = ("sartor.ir.fx*", "sartor.ir.capture*", "sartor.ir.torch_ops*", "sartor.recovery*")
+HEAVY_AT_TOP = (
+    *("sartor.ir.fx*", "sartor.ir.capture*", "sartor.ir.torch_ops*", "sartor.recovery*"),
+    "sartor.writeback*",
+)
 NEVER_TORCH = ("sartor.runtime*",)  # ships to the target
 
 

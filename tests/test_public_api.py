@@ -24,14 +24,17 @@ TOP = {
     "Program",
     "__version__",
     "apply_plan",
+    "apply_to_module",
     "backends",
     "capture",
     "fit",
     "load",
+    "to_fx",
 }
 DESCRIBED = (
     "sartor.backends.get",
     "sartor.ir.capture.capture",
+    "sartor.ir.fx.to_fx",
     "sartor.ir.load.load",
     "sartor.ir.plan.GroupPlan",
     "sartor.ir.plan.Plan",
@@ -60,6 +63,7 @@ DESCRIBED = (
     "sartor.passes.pipeline.StepResult",
     "sartor.passes.remove_dead.RemoveDead",
     "sartor.passes.rewriter.Rewriter",
+    "sartor.writeback.apply_to_module",
 )
 
 

@@ -1,0 +1,126 @@
+"""`apply_to_module`: a plan, carried out on a copy of the author's module."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from sartor.errors import PlanError, UsageError
+from sartor.ir.capture import capture
+from sartor.ir.channels import channel_groups
+from sartor.ir.plan import Plan
+from sartor.ir.program import Program
+from sartor.passes.prune import apply_plan
+from sartor.writeback import blocks, layers, proof, tensors
+
+_COMPUTED_BY_HOOK = ("WeightNorm", "SpectralNorm", "BasePruningMethod")
+
+
+def apply_to_module(
+    module: nn.Module,
+    plan: Plan,
+    example_inputs: Any = None,
+    *,
+    program: Program | None = None,
+    seed: int = 0,
+) -> nn.Module:
+    """A copy of `module` with the plan's channels and blocks removed; `module` itself stays as it is.
+
+    Parameters and buffers keep their names, element type, device, `requires_grad` and sharing, modules
+    their training flags. Attributes of torch's layers (`in_channels`, `groups`, `num_features`,
+    `normalized_shape`, …) follow the new shapes; an `nn.MultiheadAttention` whose heads no longer add up
+    to the embedding becomes a `NarrowMultiheadAttention`; a removed residual block becomes a `Shortcut`.
+    Numbers that other modules keep for information only (`model.num_features`) are left alone. Optimizer
+    state, gradients and hooks on tensors are not carried over.
+
+    The copy is compared with the narrowed program on randomised weights, in float64 at 1e-9. Where the
+    original itself differs more from its program (constants of attention are captured in float32), the
+    tolerance is ten times that; where it cannot run in float64, float32 at 1e-4. Nothing is returned that
+    differs.
+
+    Args:
+        module: the module that the plan's program was captured from, with the same weights.
+        plan: groups to narrow and blocks to remove.
+        example_inputs: a tensor or a tuple of tensors, as for `sartor.capture`. Not needed with `program`.
+        program: the program captured from `module`, if it is at hand; the weights may have changed since.
+        seed: of the weights and inputs of the comparison.
+
+    Raises:
+        PlanError: the plan belongs to another model, is not legal, or a number in the module's forward
+            stands in the way; the message names the line, and the FX twin as the way out.
+        UsageError: neither example inputs nor a program were given, the program is of another module,
+            or a tensor of the module is computed from others (parametrizations, weight norm).
+        ModelError: the module cannot be captured.
+    """
+    _require_plain(module)
+    if not isinstance(plan, Plan):
+        raise UsageError(f"Expected a sartor.Plan, got '{type(plan).__name__}'; read one with Plan.load.")
+    if program is None:
+        if example_inputs is None:
+            raise UsageError(
+                "apply_to_module needs to know the module's graph; give example_inputs, or program=, which "
+                "sartor.capture returned for this module."
+            )
+        program = capture(module, example_inputs)
+    analysis = channel_groups(program)
+    try:
+        narrowed = apply_plan(program, plan, analysis)
+    except PlanError as error:
+        error.add_note("A module's program depends on its weights and on the shapes of the example inputs.")
+        raise
+    result = _copied(module)
+    tensors.require_same(result, program)
+    kept = tensors.kept_indices(program, plan, analysis)
+    gone = blocks.replace(result, program, narrowed, plan)
+    old_shapes = tensors.narrow(result, kept, narrowed)
+    layers.update(result, kept, old_shapes, program, narrowed)
+    proof.require_equal(result, module, program, plan, analysis, gone, seed)
+    return result
+
+
+def _copied(module: nn.Module) -> nn.Module:
+    try:
+        result = copy.deepcopy(module)
+    except Exception as error:
+        raise UsageError(
+            f"Module '{type(module).__name__}' cannot be copied: {type(error).__name__}: {error}. Detach the "
+            "tensors it keeps as attributes, so that copy.deepcopy accepts it."
+        ) from error
+    for mine, theirs in zip(result.parameters(), module.parameters(), strict=True):
+        mine.__dict__.update(theirs.__dict__)  # marks such as "no weight decay", which deepcopy leaves out
+    return result
+
+
+def _require_plain(module: Any) -> None:
+    """Refuse what has no tensors of its own to cut.
+
+    Raises:
+        UsageError: not a module, scripted, uninitialised, or a parameter that is computed from others.
+    """
+    if not isinstance(module, nn.Module):
+        raise UsageError(f"Expected a torch.nn.Module, got '{type(module).__name__}'.")
+    for name, child in module.named_modules():
+        where = (
+            f"Module '{name}' ({type(child).__name__})" if name else f"The module '{type(child).__name__}'"
+        )
+        if isinstance(child, torch.jit.ScriptModule):
+            raise UsageError(f"{where} is TorchScript, whose code cannot change; give the original module.")
+        if parametrize.is_parametrized(child):
+            names = ", ".join(f"'{n}'" for n in child.parametrizations)  # type: ignore[union-attr]
+            raise UsageError(
+                f"{where} computes {names} from other tensors; only plain parameters can be cut. Call "
+                "torch.nn.utils.parametrize.remove_parametrizations first."
+            )
+        for hook in child._forward_pre_hooks.values():
+            kind = next((c.__name__ for c in type(hook).__mro__ if c.__name__ in _COMPUTED_BY_HOOK), "")
+            if kind:
+                raise UsageError(
+                    f"{where} computes a parameter before every call ({type(hook).__name__}); only plain "
+                    "parameters can be cut. Remove it first, with the 'remove' function of torch.nn.utils."
+                )
+        if any(isinstance(p, nn.UninitializedParameter) for p in child.parameters(recurse=False)):
+            raise UsageError(f"{where} has parameters without shape; run it once before.")
