@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 
 import numpy as np
@@ -30,7 +30,8 @@ class ChannelAnalysis:
         self.propagation.run()
         self.classes = Classes(self.propagation)
         simple = self.classes.simple(self.propagation.produced)
-        modes = self.classes.joint_modes()
+        self._produced = self._spread(self.propagation.produced)
+        modes = self.classes.joint_modes(self._produced)
         self._parameters = sorted(self.propagation.parameter_atoms.items(), key=lambda item: int(item[1][0]))
         self._group_of = np.full(self.propagation.space.count, -1, dtype=np.int64)
         self._unit_of = np.full(self.propagation.space.count, -1, dtype=np.int64)
@@ -135,16 +136,8 @@ class ChannelAnalysis:
         return sorted(numbers)
 
     def _collect_members(self) -> dict[int, list[Member]]:
-        space = self.propagation.space
-        produced = np.zeros(space.count, dtype=bool)
-        consumed = np.zeros(space.count, dtype=bool)
-        for atoms in self.propagation.produced:
-            produced[atoms] = True
-        for sink in self.propagation.sinks:
-            if sink.weight:
-                consumed[sink.atoms] = True
-        self._leaf(produced)
-        self._leaf(consumed)
+        produced = self._produced
+        consumed = self._spread(sink.atoms for sink in self.propagation.sinks if sink.weight)
         members: dict[int, list[Member]] = {}
         for (name, axis), atoms in self._parameters:
             role = "producer" if produced[atoms].any() else "consumer" if consumed[atoms].any() else "affine"
@@ -155,11 +148,15 @@ class ChannelAnalysis:
                     members.setdefault(number, []).append(Member(name, axis, role, index_map))
         return members
 
-    def _leaf(self, flags: np.ndarray) -> None:
-        """Spread flags from derived atoms to the leaves below them (a projection stands for its slices)."""
+    def _spread(self, marked_atoms: Iterable[np.ndarray]) -> np.ndarray:
+        """Boolean per atom: marked, or a leaf below a marked one (a projection stands for its slices)."""
+        flags = np.zeros(self.propagation.space.count, dtype=bool)
+        for atoms in marked_atoms:
+            flags[atoms] = True
         for projection in reversed(self.propagation.space.projections):
             marked = projection.children[flags[projection.slices]]
             flags[marked.ravel()] = True
+        return flags
 
     def _name(self, members: dict[int, list[Member]]) -> list[tuple[int, ChannelGroup]]:
         result = []
@@ -203,10 +200,7 @@ class ChannelAnalysis:
     @cached_property
     def blocked(self) -> tuple[BlockedAxis, ...]:
         """Producing parameter axes that no group narrows, with the first reason found."""
-        produced = np.zeros(self.propagation.space.count, dtype=bool)
-        for atoms in self.propagation.produced:
-            produced[atoms] = True
-        self._leaf(produced)
+        produced = self._produced
         result = []
         grouped = self._classes_in_groups
         for (name, axis), atoms in self._parameters:

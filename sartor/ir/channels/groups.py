@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -89,19 +90,20 @@ class Classes:
         return self.reason_of[classes] != -1
 
     # ---- units -----------------------------------------------------------------------------
+    @cached_property
     def constrained(self) -> np.ndarray:
-        """Classes that a joint factor or a derived atom touches."""
-        parts = [a.ravel() for a in self.joint]
-        parts += [s for s, _ in self.projections] + [c.ravel() for _, c in self.projections]
-        return np.unique(np.concatenate(parts)) if parts else np.zeros(0, dtype=np.int64)
+        """Boolean per class: a joint factor or a derived atom touches it."""
+        flags = np.zeros(self.of_atom.size, dtype=bool)
+        for classes in [*self.joint, *(p for pair in self.projections for p in pair)]:
+            flags[classes] = True
+        return flags
 
     def simple(self, produced: Iterable[np.ndarray]) -> list[UnitSet]:
         """Groups without joint constraints: classes connected through the weight axes that make them."""
-        constrained = self.constrained()
         arrays = []
         for atoms in produced:
             classes = np.unique(self.of_atom[atoms])
-            classes = classes[~np.isin(classes, constrained) & (classes != self.of_atom[FIXED])]
+            classes = classes[~self.constrained[classes] & (classes != self.of_atom[FIXED])]
             if classes.size:
                 arrays.append(classes)
         if not arrays:
@@ -120,10 +122,14 @@ class Classes:
                 result.append(UnitSet(classes, units, classes.size))
         return result
 
-    def joint_modes(self) -> list[UnitSet]:
-        """Every direction in which a component of joint factors can be narrowed."""
-        constrained = self.constrained()
-        if not constrained.size:
+    def joint_modes(self, produced: np.ndarray) -> list[UnitSet]:
+        """Every direction in which a component of joint factors can be narrowed.
+
+        Args:
+            produced: boolean per atom, the indices of weight axes that create features. A component in
+                which none of them is free has no directions (windows and tokens under a constant mask).
+        """
+        if not self.constrained.any():
             return []
         left, right = [], []
         for array in self.joint:
@@ -139,8 +145,12 @@ class Classes:
             of_component.setdefault(int(component[array.flat[0]]), ([], []))[0].append(array)
         for projection in self.projections:
             of_component.setdefault(int(component[projection[0][0]]), ([], []))[1].append(projection)
+        free = np.unique(self.of_atom[produced])
+        alive = set(component[free[~self.blocked(free)]].tolist())
         result = []
-        for _, (arrays, projections) in sorted(of_component.items()):
+        for root, (arrays, projections) in sorted(of_component.items()):
+            if root not in alive:
+                continue
             result.extend(_Component(self, arrays, projections).modes())
         return result
 
@@ -209,8 +219,12 @@ class _Component:
 
         merge(self.arrays[number], axis)
         assigned[number] = axis
+        partition = np.arange(size, dtype=np.int64)
         while True:
-            partition = connected_components(size, np.concatenate(left), np.concatenate(right))
+            roots = connected_components(size, *(partition[np.concatenate(e)] for e in (left, right)))
+            partition = roots[partition]
+            left.clear()
+            right.clear()
             if self._follow_projections(partition, touched, left, right):
                 continue
             pending = self._violated(partition, touched, assigned)
