@@ -19,6 +19,9 @@ import onnx
 from onnx import TensorProto, numpy_helper
 
 _EXPANDED = re.compile(r"_expanded.*$")
+_ROUNDING_NOISE = frozenset({"test_dft_inverse", "test_dft_inverse_opset19"})
+"""Cases whose expected values hold the rounding of a float32 transform: 1.9e-7 where the exact value is 0,
+above the suite's own 1e-7. They are replaced by the same numpy transform in float64."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,8 +73,16 @@ def all_cases() -> tuple[NodeCase, ...]:
         for inputs, outputs in case.data_sets:
             arrays = {name: _array(data) for name, data in zip(names, inputs, strict=False)}
             expected = [_array(data) for data in outputs]
+            if case.name in _ROUNDING_NOISE:
+                expected = [_inverse_transform(arrays["x"])]
             found.append(NodeCase(case.name, op_type, case.model, arrays, expected, case.rtol, case.atol))
     return tuple(found)
+
+
+def _inverse_transform(x: np.ndarray) -> np.ndarray:
+    """Along axis 1; complex numbers are a last axis of length 2."""
+    exact = np.fft.ifft(x[..., 0].astype(np.float64) + 1j * x[..., 1], axis=1)
+    return np.stack([exact.real, exact.imag], -1).astype(x.dtype)
 
 
 def node_cases(op_types: Collection[str]) -> list[NodeCase]:

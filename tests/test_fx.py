@@ -310,20 +310,48 @@ def test_refusals_name_the_node() -> None:
         run_twin(bad, {"x": normal(1, 3, 6, 6)})
 
 
-def test_if_is_refused() -> None:
-    branch = helper.make_graph(
-        [helper.make_node("Relu", ["x"], ["t"])],
-        "branch",
+def choose_program(flag: bool) -> Program:
+    """y = flag ? relu(x w) : -x w + b, with w captured from outside and b inside the body."""
+    then_branch = helper.make_graph(
+        [helper.make_node("MatMul", ["x", "w"], ["p"]), helper.make_node("Relu", ["p"], ["t"])],
+        "then",
         [],
         [helper.make_tensor_value_info("t", onnx.TensorProto.FLOAT, None)],
     )
-    other = helper.make_graph(
-        [helper.make_node("Neg", ["x"], ["e"])],
-        "other",
+    bias = onnx.numpy_helper.from_array(normal(3, seed=4), "b")
+    else_branch = helper.make_graph(
+        [
+            helper.make_node("MatMul", ["x", "w"], ["q"]),
+            helper.make_node("Neg", ["q"], ["r"]),
+            helper.make_node("Add", ["r", "b"], ["s"]),
+            helper.make_node("Reshape", ["s", "target"], ["e"]),
+        ],
+        "else",
         [],
         [helper.make_tensor_value_info("e", onnx.TensorProto.FLOAT, None)],
+        [bias],
     )
-    nodes = [node("If", ["flag"], ["y"], name="choose", then_branch=branch, else_branch=other)]
-    program = program_from_nodes(nodes, {"x": ["N", 2]}, ["y"], {"flag": np.array(True)})
-    with pytest.raises(UnsupportedOperatorError, match=r"Node 'choose' \(If\): operator 'If'"):
+    nodes = [node("If", ["flag"], ["y"], name="choose", then_branch=then_branch, else_branch=else_branch)]
+    arrays = {"w": normal(2, 3), "flag": np.array(flag), "target": np.array([0, 3])}
+    return program_from_nodes(nodes, {"x": ["N", 2]}, ["y"], arrays)
+
+
+@pytest.mark.parametrize("flag", [True, False])
+def test_if_runs_the_chosen_body(flag: bool) -> None:
+    program = choose_program(flag)
+    x, w = normal(4, 2, seed=1).astype(np.float64), normal(2, 3).astype(np.float64)
+    want = np.maximum(x @ w, 0) if flag else -(x @ w) + normal(3, seed=4).astype(np.float64)
+    np.testing.assert_allclose(run_twin(program, {"x": x})["y"], want, rtol=1e-12)
+    gm = to_fx(program)
+    gm(torch.from_numpy(x).float())[0].square().sum().backward()
+    assert twin_info(gm).names["w"] == "w"
+    gradient = gm.get_parameter("w").grad
+    assert gradient is not None and bool((gradient != 0).any())
+
+
+def test_unknown_operator_in_a_body_is_refused() -> None:
+    program = choose_program(True)
+    body = next(iter(program.nodes())).attributes["else_branch"].as_graph()
+    next(iter(body)).op_type = "NonZero"
+    with pytest.raises(UnsupportedOperatorError, match="operator 'NonZero' is not in the FX twin's table"):
         to_fx(program)

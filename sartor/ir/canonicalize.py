@@ -13,6 +13,7 @@ import onnx
 import onnx_ir as ir
 
 from sartor.errors import ModelError, UnsupportedOperatorError
+from sartor.ir import canonicalize_static as static
 from sartor.ir import cleanup, folding, normalise, sequences
 from sartor.ir.folding import names
 from sartor.ir.program import (
@@ -24,7 +25,7 @@ from sartor.ir.program import (
 )
 
 ELEMENTWISE_UNARY = names(
-    """Abs Acos Acosh Asin Asinh Atan Atanh Cast Ceil Celu Clip Cos Cosh Elu Erf Exp Floor Gelu
+    """Abs Acos Acosh Asin Asinh Atan Atanh BitwiseNot Cast Ceil Celu Clip Cos Cosh Elu Erf Exp Floor Gelu
     HardSigmoid HardSwish Identity IsInf IsNaN LeakyRelu Log Mish Neg Not Reciprocal Relu Round Selu
     Shrink Sigmoid Sign Sin Sinh Softplus Softsign Sqrt Tan Tanh ThresholdedRelu"""
 )
@@ -49,6 +50,11 @@ MOVEMENT = names(
     """Concat Expand Flatten Gather GatherElements GatherND Pad Reshape Resize Shape Slice Split Squeeze
     Tile Transpose Trilu Unsqueeze"""
 )
+PLACEMENT = names("Col2Im MaxUnpool OneHot ReverseSequence ScatterElements ScatterND")
+SAMPLING = names("DeformConv GridSample RoiAlign")
+RECURRENT = names("GRU LSTM RNN")
+QUANTIZED = names("ConvInteger DequantizeLinear MatMulInteger QLinearConv QLinearMatMul QuantizeLinear")
+SPECTRAL = names("DFT STFT")
 CANONICAL_OPS = frozenset(
     ELEMENTWISE_UNARY
     | ELEMENTWISE_BROADCAST
@@ -58,9 +64,37 @@ CANONICAL_OPS = frozenset(
     | NORMS
     | ALONG_AXIS
     | MOVEMENT
+    | PLACEMENT
+    | SAMPLING
+    | RECURRENT
+    | QUANTIZED
+    | SPECTRAL
+    | static.GENERATORS
 )
 """Operators of the default domain that a canonical program may contain. `If` passes structurally."""
 STRUCTURAL_OPS = frozenset({"If"})
+_REASONS = {
+    **dict.fromkeys(
+        names("Compress NonMaxSuppression NonZero Unique"), "the shape of its result depends on data"
+    ),
+    **dict.fromkeys(
+        names("Bernoulli Multinomial RandomNormal RandomNormalLike RandomUniform RandomUniformLike"),
+        "its result is random, so that no two runs can be compared",
+    ),
+    **dict.fromkeys(names("Loop Scan SequenceMap"), "it is a loop; export the model with it unrolled"),
+    **dict.fromkeys(
+        names(
+            """ConcatFromSequence Optional OptionalGetElement OptionalHasElement SequenceAt SequenceConstruct
+            SequenceEmpty SequenceErase SequenceInsert SequenceLength SplitToSequence"""
+        ),
+        "its values are not plain tensors",
+    ),
+    **dict.fromkeys(
+        names("ImageDecoder RegexFullMatch StringConcat StringNormalizer StringSplit TfIdfVectorizer"),
+        "it is data preparation",
+    ),
+}
+"""Why an operator is not in the table, where there is more to say than that nothing needed it."""
 
 _MAX_ROUNDS = 12
 
@@ -87,18 +121,21 @@ def canonicalize(
     """
     model.ir_version = CANONICAL_IR_VERSION
     graph = model.graph
-    protected = frozenset(parameters)
     graph.metadata_props.clear()
     model.metadata_props.clear()
     constants = cleanup.constants_to_initializers(graph)
     cleanup.fix_names(model)
     check_operators(model, provenance, before_folding=True)
     cleanup.sort(graph)
+    protected = frozenset(parameters) | static.materialise(graph)
+    static.prepare(graph)
     folded: set[str] = {v.name for v in constants if v.name}
     for _ in range(_MAX_ROUNDS):
         shapes, types = infer_shapes(model, input_shapes)
         changed = folding.fold(graph, shapes, types, protected, folded)
         changed += sequences.remove_sequences(graph, shapes)
+        changed += static.rewrite(graph, shapes, folded)
+        changed += static.widen(graph, types)
         changed += cleanup.simplify(graph, shapes, types, protected, folded)
         changed += cleanup.remove_dead(graph)
         if not changed:
@@ -113,6 +150,7 @@ def canonicalize(
         if domain not in ("", DIALECT_DOMAIN):
             del model.opset_imports[domain]
     model.opset_imports[""] = CANONICAL_OPSET
+    static.check_generators(graph, shapes)
     check_operators(model, provenance)
     _check_known(graph, shapes, provenance)
 
@@ -145,11 +183,11 @@ def check_operators(
             if before_folding and onnx.defs.has(node.op_type, CANONICAL_OPSET, ""):
                 continue
         domain = f" of domain '{node.domain}'" if node.domain not in ("", "ai.onnx") else ""
+        reason = f": {_REASONS[node.op_type]}" if not domain and node.op_type in _REASONS else ""
         raise UnsupportedOperatorError(
             f"Node {_where(node, provenance)} uses operator '{node.op_type}'{domain}, which is outside the "
-            f"canonical table of {len(CANONICAL_OPS)} operators. Replace it by supported operators, or cut "
-            "the "
-            "model before it."
+            f"canonical table of {len(CANONICAL_OPS)} operators{reason}. Replace it by supported operators, or "
+            "cut the model before it."
         )
 
 

@@ -29,6 +29,8 @@ NEVER_FOLDED = names(
     """Bernoulli DequantizeLinear DynamicQuantizeLinear If Loop Multinomial QuantizeLinear
     RandomNormal RandomNormalLike RandomUniform RandomUniformLike Scan"""
 )
+GENERATORS = names("ConstantOfShape EyeLike Range Size")
+"""Operators whose result is constant at static shapes; a canonical program has them in bodies of `If` only."""
 _GROWING = names("ConstantOfShape Expand OneHot Pad Range Resize Tile")
 
 
@@ -64,14 +66,16 @@ def fold(
             continue
         if node.op_type in NEVER_FOLDED or len(node.outputs) != 1:
             continue
-        output = node.outputs[0]
-        if output.is_graph_output():
-            continue
-        array = _evaluate_shape(node, shapes)
+        if node.op_type == "Identity" and node.outputs[0].is_graph_output():
+            continue  # a constant graph output keeps its name by it
+        array = _evaluate_shape(node, shapes, types)
         if array is None:
             inputs = [i for i in node.inputs if i is not None]
+            kept = (
+                protected if node.op_type not in GENERATORS else frozenset()
+            )  # they read bounds, not weights
             if not inputs or any(
-                i.const_value is None or not i.is_initializer() or i.name in protected for i in inputs
+                i.const_value is None or not i.is_initializer() or i.name in kept for i in inputs
             ):
                 continue
             if _result_size(node, shapes) > budget:
@@ -87,9 +91,25 @@ def fold(
 
 
 def replace_by_constant(graph: ir.Graph, node: ir.Node, array: np.ndarray) -> ir.Value:
-    """Put an initializer of the same name in place of the only output of `node`."""
+    """Put an initializer of the same name in place of the only output of `node`.
+
+    A graph output keeps its name, as the Identity of an initializer: some runtimes want no initializer there.
+    """
     output = node.outputs[0]
     name = output.name or ""
+    if output.is_graph_output():
+        value = constant(graph, f"{name}.value", array)
+        identity = ir.node("Identity", [value], num_outputs=1, name=node.name)
+        graph.insert_before(node, identity)
+        result = identity.outputs[0]
+        result.type, result.shape = output.type, output.shape
+        for index, candidate in enumerate(graph.outputs):
+            if candidate is output:
+                graph.outputs[index] = result
+        output.name, result.name = None, name
+        output.replace_all_uses_with(result)
+        graph.remove(node, safe=True)
+        return value
     output.name = f"{name}.folded"
     value = constant(graph, name, array)
     output.replace_all_uses_with(value)
@@ -107,12 +127,20 @@ def constant(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
     return value
 
 
-def _evaluate_shape(node: ir.Node, shapes: Mapping[str, tuple[int, ...]]) -> np.ndarray | None:
-    if node.op_type not in ("Shape", "Size") or node.inputs[0] is None:
+def _evaluate_shape(
+    node: ir.Node, shapes: Mapping[str, tuple[int, ...]], types: Mapping[str, ir.DataType]
+) -> np.ndarray | None:
+    """The result of an operator that looks at the shape of its input only."""
+    if node.op_type not in ("EyeLike", "Shape", "Size") or node.inputs[0] is None:
         return None
     shape = shapes.get(node.inputs[0].name or "")
     if shape is None:
         return None
+    if node.op_type == "EyeLike":
+        dtype = types.get(node.outputs[0].name or "")
+        if dtype is None or math.prod(shape) > MAX_FOLDED_ELEMENTS:
+            return None
+        return np.eye(shape[0], shape[1], k=node.attributes.get_int("k", 0)).astype(dtype.numpy())
     if node.op_type == "Size":
         return np.asarray(math.prod(shape), dtype=np.int64)
     start = node.attributes.get_int("start", 0)

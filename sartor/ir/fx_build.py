@@ -28,8 +28,12 @@ _TORCH_TYPES: dict[ir.DataType, torch.dtype] = {
     ir.DataType.INT32: torch.int32,
     ir.DataType.INT64: torch.int64,
     ir.DataType.UINT8: torch.uint8,
+    ir.DataType.UINT16: torch.uint16,
+    ir.DataType.UINT32: torch.uint32,
+    ir.DataType.UINT64: torch.uint64,
     ir.DataType.BOOL: torch.bool,
 }
+_UNSIGNED = frozenset({ir.DataType.UINT16, ir.DataType.UINT32, ir.DataType.UINT64})
 _STATISTICS = (3, 4)  # inputs of BatchNormalization that hold running mean and variance
 INFO = "sartor"
 """Key of `gm.meta` under which the `TwinInfo` lies."""
@@ -61,7 +65,7 @@ def to_tensor(array: np.ndarray, dtype: torch.dtype | None = None) -> torch.Tens
     array = np.asarray(array)
     if array.dtype.name == "bfloat16":
         tensor = torch.tensor(array.astype(np.float32)).to(torch.bfloat16)
-    elif array.dtype.kind not in "fiub" or array.dtype in (np.uint16, np.uint32, np.uint64):
+    elif array.dtype.kind not in "fiub":
         raise UnsupportedOperatorError(f"element type '{array.dtype}' has no arithmetic in torch; cast it.")
     else:
         tensor = torch.from_numpy(np.array(array, order="C", copy=True))
@@ -79,10 +83,10 @@ def to_array(tensor: torch.Tensor) -> np.ndarray:
 class Builder:
     """Walks the graph once and emits one fx node per operator."""
 
-    def __init__(self, program: Program, dtype: torch.dtype | None):
+    def __init__(self, program: Program, dtype: torch.dtype | None, model: ir.Model | None = None):
         self.program = program
         self.dtype = dtype
-        self.model = program.model
+        self.model = model or program.model
         if self.model.functions:
             self.model = self.model.clone()
             ir.passes.common.InlinePass()(self.model)
@@ -90,10 +94,11 @@ class Builder:
         self.root = nn.Module()
         self.values: dict[ir.Value, fx.Node] = {}
         self.constants: dict[ir.Value, np.ndarray | None] = {}
-        self.host = HostValues(self._constant, self._dimension, self._rank, self._call_number)
+        self.host = HostValues(self.constant, self._dimension, self._rank, self._call_number)
         self.keys: dict[str, str] = {}  # state_dict key by initializer name, of those in use
         self.all_keys: dict[str, str] = {}
-        self.shapes: dict[str, tuple[int, ...]] | None = None
+        self.inferred: tuple[dict[str, tuple[int, ...]], dict[str, ir.DataType]] | None = None
+        self.unsigned = _has_unsigned(self.model)
         self.count = 0
 
     def build(self, taps: tuple[str, ...]) -> fx.GraphModule:
@@ -105,13 +110,9 @@ class Builder:
         for value, identifier in zip(graph.inputs, identifiers(names), strict=True):
             self._element_type(value.dtype, f"graph input '{value.name}'")
             self.values[value] = self.graph.placeholder(identifier)
-        for node in graph:
-            try:
-                self._emit(node)
-            except UnsupportedOperatorError as error:
-                raise UnsupportedOperatorError(f"Node {self.program.where(node)}: {error}") from error
-        results = [self._tensor(value) for value in graph.outputs]
-        results += [self._tensor(self._find(name)) for name in taps]
+        self.walk(graph)
+        results = [self.tensor(value) for value in graph.outputs]
+        results += [self.tensor(self._find(name)) for name in taps]
         self.graph.output(tuple(results))
         gm = fx.GraphModule(self.root, self.graph, class_name="Twin")
         gm.graph.eliminate_dead_code()
@@ -125,6 +126,18 @@ class Builder:
         )
         return gm.eval()
 
+    def walk(self, graph: ir.Graph) -> None:
+        """Emit every node of a graph.
+
+        Raises:
+            UnsupportedOperatorError: names the node and its source.
+        """
+        for node in graph:
+            try:
+                self._emit(node)
+            except UnsupportedOperatorError as error:
+                raise UnsupportedOperatorError(f"Node {self.program.where(node)}: {error}") from error
+
     def _find(self, name: str) -> ir.Value:
         graph = self.model.graph
         computed = [output for node in graph for output in node.outputs]
@@ -134,7 +147,7 @@ class Builder:
         raise UsageError(f"No value '{name}' exists in the program; taps name values of its main graph.")
 
     # ---- operands --------------------------------------------------------------------------
-    def _constant(self, value: ir.Value) -> np.ndarray | None:
+    def constant(self, value: ir.Value) -> np.ndarray | None:
         """The array of an initializer or Constant output; None for everything computed."""
         if value not in self.constants:
             array = None
@@ -146,38 +159,47 @@ class Builder:
             self.constants[value] = array
         return self.constants[value]
 
-    def _tensor(self, value: ir.Value) -> fx.Node:
+    def tensor(self, value: ir.Value) -> fx.Node:
+        """The fx node that yields `value`; constants become parameters and buffers on first use."""
         if value not in self.values:
-            array = self._constant(value)
+            array = self.constant(value)
             if array is None:
                 raise InternalError(f"Value '{value.name}' is used before it is computed; report this.")
             tensor: torch.Tensor = to_tensor(array, self.dtype)
-            if value.is_initializer():
-                key = self.keys.setdefault(value.name or "", self.all_keys[value.name or ""])
-                if tensor.is_floating_point() and _is_weight(value):
-                    tensor = nn.Parameter(tensor)
-            else:
-                key = f"{RESERVED}.constant_{self._next()}"
-            _install(self.root, key, tensor)
+            key = self.key_of(value)
+            if value.is_initializer() and tensor.is_floating_point() and _is_weight(value):
+                tensor = nn.Parameter(tensor)
+            install(self.root, key, tensor)
             # The prefix keeps generated variables off names such as `torch`, which the code also reads.
             self.values[value] = self.graph.create_node("get_attr", key, name=f"p_{key}")
         return self.values[value]
 
+    def key_of(self, value: ir.Value) -> str:
+        """Where the tensor of a constant value lives in the module."""
+        if value.is_initializer():
+            return self.keys.setdefault(value.name or "", self.all_keys[value.name or ""])
+        return f"{RESERVED}.constant_{self.next_number()}"
+
     def _dimension(self, value: ir.Value, axis: int) -> fx.Node:
-        return self.graph.call_function(torch_ops.dimension, (self._tensor(value), axis))
+        return self.graph.call_function(torch_ops.dimension, (self.tensor(value), axis))
 
     def _rank(self, value: ir.Value) -> int:
-        array = self._constant(value)
+        array = self.constant(value)
         if array is not None:
             return array.ndim
-        if self.shapes is None:  # of the inlined model: function bodies have values of their own
-            self.shapes, _ = infer_shapes(self.model, self.program.input_shapes)
-        return len(self.shapes[value.name or ""])
+        return len(self._inferred()[0][value.name or ""])
+
+    def _inferred(self) -> tuple[dict[str, tuple[int, ...]], dict[str, ir.DataType]]:
+        """Shapes and types of the inlined model: function bodies have values of their own."""
+        if self.inferred is None:
+            self.inferred = infer_shapes(self.model, self.program.input_shapes)
+        return self.inferred
 
     def _call_number(self, function: Callable[..., Any], a: Any, b: Any) -> fx.Node:
         return self.graph.call_function(function, (a, b))
 
-    def _next(self) -> int:
+    def next_number(self) -> int:
+        """A number for a name of the twin's own."""
         self.count += 1
         return self.count - 1
 
@@ -190,6 +212,9 @@ class Builder:
     # ---- nodes -----------------------------------------------------------------------------
     def _emit(self, node: ir.Node) -> None:
         if node.op_type == "Constant" and node.domain in ("", "ai.onnx"):
+            return
+        if node.op_type == "If" and node.domain in ("", "ai.onnx"):
+            self._branches(node)
             return
         spec = torch_ops.OPERATORS.get(node.op_type) if node.domain in ("", "ai.onnx") else None
         if spec is None:
@@ -207,17 +232,47 @@ class Builder:
             attributes["outputs"] = used
         operands = tuple(self._operand(node, spec, i, value) for i, value in enumerate(node.inputs))
         if spec.op_type == "Range" and node.inputs[0] is not None:
-            start = self._constant(node.inputs[0])
+            start = self.constant(node.inputs[0])
             if start is not None:
                 attributes["dtype"] = self._element_type(ir.DataType.from_numpy(start.dtype), "Range")
+        if self.unsigned and not spec.unsigned:
+            operands = tuple(self._as_signed(node, i, operand) for i, operand in enumerate(operands))
         result = self.graph.call_function(spec.function, operands, attributes)
         result.meta["onnx_node"] = node.name
-        if not spec.several:
-            self.values[node.outputs[0]] = result
-            return
-        for i in range(used):
-            if node.outputs[i].name:
-                self.values[node.outputs[i]] = self.graph.call_function(python_operator.getitem, (result, i))
+        self._set_outputs(node, result, used if spec.several else 0)
+
+    def _set_outputs(self, node: ir.Node, result: fx.Node, count: int) -> None:
+        """Assign the result to the outputs; it is a tuple of `count` tensors, or one tensor for 0."""
+        for i, output in enumerate(node.outputs[: max(count, 1)]):
+            if not output.name:
+                continue
+            value = self.graph.call_function(python_operator.getitem, (result, i)) if count else result
+            dtype = self._inferred()[1].get(output.name) if self.unsigned else None
+            if dtype in _UNSIGNED:
+                value = self.graph.call_function(torch_ops.to_unsigned, (value, _TORCH_TYPES[dtype]))
+            self.values[output] = value
+
+    def _as_signed(self, node: ir.Node, index: int, operand: Any) -> Any:
+        """Operands of 16 to 64 unsigned bits as int64, since torch can store but not compute with them."""
+        value = node.inputs[index]
+        known = self._inferred()[1]
+        if not isinstance(operand, fx.Node) or value is None or known.get(value.name or "") not in _UNSIGNED:
+            return operand
+        exact = node.op_type not in torch_ops.MODULAR
+        return self.graph.call_function(torch_ops.to_signed, (operand, exact))
+
+    def _branches(self, node: ir.Node) -> None:
+        from sartor.ir.fx_bodies import branches
+
+        module, captured = branches(self, node)
+        key = f"{RESERVED}.branches_{self.next_number()}"
+        install(self.root, key, module)
+        condition = node.inputs[0]
+        assert condition is not None
+        operands = tuple(self.tensor(value) for value in (condition, *captured))
+        result = self.graph.create_node("call_module", key, operands)
+        result.meta["onnx_node"] = node.name
+        self._set_outputs(node, result, len(node.outputs))
 
     def _operand(self, node: ir.Node, spec: torch_ops.Operator, index: int, value: ir.Value | None) -> Any:
         if value is None or not value.name:
@@ -225,17 +280,17 @@ class Builder:
         if index in spec.static:
             return self.host.resolve(value)
         if index in spec.scalars:
-            array = self._constant(value)
+            array = self.constant(value)
             if array is not None and array.size == 1:
                 return array.reshape(()).item()
-        return self._tensor(value)
+        return self.tensor(value)
 
     def _batch_norm(self, node: ir.Node) -> fx.Node:
         attributes = self._attributes(node, torch_ops.OPERATORS["BatchNormalization"])
         module = torch_ops.BatchNorm(attributes.get("epsilon", 1e-5), attributes.get("momentum", 0.9))
-        key = f"{RESERVED}.norm_{self._next()}"
-        _install(self.root, key, module)
-        operands = tuple(self._tensor(value) for value in node.inputs if value is not None)
+        key = f"{RESERVED}.norm_{self.next_number()}"
+        install(self.root, key, module)
+        operands = tuple(self.tensor(value) for value in node.inputs if value is not None)
         result = self.graph.create_node("call_module", key, operands)
         result.meta["onnx_node"] = node.name
         return result
@@ -253,6 +308,8 @@ class Builder:
                 raise UnsupportedOperatorError(
                     f"attribute '{name}' is not understood; the FX twin knows {sorted(spec.attributes)}."
                 )
+            if name in spec.types and attribute.as_int() == 0:
+                continue  # "undefined": another operand decides
             if name in spec.types:
                 value = self._element_type(ir.DataType(attribute.as_int()), f"attribute '{name}'")
             elif attribute.type == ir.AttributeType.TENSOR:
@@ -263,6 +320,23 @@ class Builder:
         if spec.op_type == "ConstantOfShape" and "dtype" not in result:
             result["dtype"] = self._element_type(ir.DataType.FLOAT, "ConstantOfShape")
         return result
+
+
+def _has_unsigned(model: ir.Model) -> bool:
+    """Whether any value may have 16 to 64 unsigned bits."""
+    graph = model.graph
+    if any(value.dtype in _UNSIGNED for value in [*graph.inputs, *graph.initializers.values()]):
+        return True
+    return any(
+        (
+            attribute.type == ir.AttributeType.INT
+            and name in ("to", "output_dtype")
+            and attribute.value in _UNSIGNED
+        )
+        or (attribute.type == ir.AttributeType.TENSOR and attribute.as_tensor().dtype in _UNSIGNED)
+        for node in graph.all_nodes()
+        for name, attribute in node.attributes.items()
+    )
 
 
 def _constant_array(node: ir.Node) -> np.ndarray:
@@ -286,7 +360,7 @@ def _is_weight(value: ir.Value) -> bool:
     return not (single and all(spec is not None and spec.arithmetic for spec in operators))
 
 
-def _install(root: nn.Module, key: str, item: torch.Tensor | nn.Module) -> None:
+def install(root: nn.Module, key: str, item: torch.Tensor | nn.Module) -> None:
     """Put a tensor or module at a dotted path, creating the modules on the way."""
     *path, name = key.split(".")
     for segment in path:

@@ -99,6 +99,10 @@ def _window(node: ir.Node, shapes: Shapes) -> None:
                 )
             ]
             pads = _split_pads(total, upper=auto_pad == "SAME_UPPER")
+            for axis in range(spatial):  # one position more than strides reach: append it
+                if pads[axis] >= 0 > pads[spatial + axis]:
+                    extra[axis] -= pads[spatial + axis]
+                    pads[spatial + axis] = 0
         attributes.pop("output_shape", None)
         _set_ints(node, "output_padding", extra)
     elif auto_pad.startswith("SAME"):
@@ -173,8 +177,35 @@ def _operands(graph: ir.Graph, node: ir.Node, shapes: Shapes) -> None:
                 full[axis], full[rank + axis] = int(pads[index]), int(pads[len(axes) + index])
             _operand(graph, node, 1, full)
             node.resize_inputs(3)
+    elif kind == "Resize":
+        _crop_axes(graph, node, data, result)
     elif kind == "Transpose" and "perm" not in node.attributes:
         _set_ints(node, "perm", reversed(range(rank)))
+
+
+def _crop_axes(graph: ir.Graph, node: ir.Node, data: tuple[int, ...], result: tuple[int, ...]) -> None:
+    """Leave the axes that a crop neither moves nor resizes out of `axes`, the batch above all."""
+    if node.attributes.get_string("coordinate_transformation_mode", "") != "tf_crop_and_resize":
+        return
+    region = array_of(node, 1)
+    axes = [a % len(data) for a in node.attributes.get_ints("axes", range(len(data)))]
+    if region is None or region.size != 2 * len(axes):
+        return
+    moved = [i for i in range(len(axes)) if region[i] != 0 or region[len(axes) + i] != 1]
+    kept = [i for i, a in enumerate(axes) if i in moved or data[a] != result[a]]
+    if not kept or len(kept) == len(axes):
+        return
+    _set_ints(node, "axes", [axes[i] for i in kept])
+    set_operand(
+        graph,
+        node,
+        1,
+        np.asarray([*(region[i] for i in kept), *(region[len(axes) + i] for i in kept)], region.dtype),
+    )
+    for index in (2, 3):
+        operand = array_of(node, index)
+        if operand is not None and operand.size == len(axes):
+            set_operand(graph, node, index, operand[kept])
 
 
 def _operand(graph: ir.Graph, node: ir.Node, index: int, values: object) -> None:

@@ -10,10 +10,11 @@ from __future__ import annotations
 import functools
 
 import onnx
-import onnx.inliner
 import onnx_ir as ir
 
 from sartor.errors import ModelError, UnsupportedOperatorError
+from sartor.ir import opset_functions
+from sartor.ir.opset_functions import all_nodes
 from sartor.ir.opset_upgrades import upgrade
 from sartor.ir.program import CANONICAL_OPSET, DIALECT_DOMAIN
 
@@ -23,37 +24,55 @@ _DEFAULT = ("", "ai.onnx")
 _NEUTRAL = {
     ("Cast", "round_mode"): "up",
     ("CastLike", "round_mode"): "up",
+    ("DequantizeLinear", "output_dtype"): 0,
+    ("QuantizeLinear", "precision"): 0,
     ("SpaceToDepth", "mode"): "DCR",
     ("Range", "stash_type"): 1,
 }
 
 
 def raise_opset(model: ir.Model) -> ir.Model:
-    """Return `model` at the canonical opset.
+    """Return `model` at the canonical opset; operators outside the table give way to their ONNX bodies.
 
     Raises:
-        ModelError: the opset is older than 7 or unknown.
+        ModelError: the opset is older than 6 and an operator has changed since, or it is unknown.
         UnsupportedOperatorError: an operator has no counterpart at the canonical opset.
     """
     version = _default_opset(model)
-    if version < OLDEST_OPSET:
-        raise ModelError(
-            f"The model has opset {version}; the oldest supported is {OLDEST_OPSET}. Convert it with "
-            "onnx.version_converter first."
-        )
-    if version > CANONICAL_OPSET:
-        model = _lower(model, version)
-    elif version < CANONICAL_OPSET:
-        upgrade(model, _all_nodes(model), version)
+    for node in all_nodes(model):
+        node.version = version
+        if version < OLDEST_OPSET and node.domain in _DEFAULT:
+            _check_unchanged(node, version)
+    opset_functions.expand(model, version)
+    by_version: dict[int, list[ir.Node]] = {}
+    for node in all_nodes(model):
+        by_version.setdefault(node.version or version, []).append(node)
+    for older, nodes in sorted(by_version.items()):
+        if older < CANONICAL_OPSET:
+            upgrade(model, nodes, older)
+        elif older > CANONICAL_OPSET:
+            for node in nodes:
+                if node.domain in _DEFAULT:
+                    _relabel(node, older)
     for imports in (model.opset_imports, *(f.opset_imports for f in model.functions.values())):
         imports.pop("ai.onnx", None)
         if "" in imports or imports is model.opset_imports:
             imports[""] = CANONICAL_OPSET
-    for node in _all_nodes(model):
+    for node in all_nodes(model):
         if node.domain == "ai.onnx":
             node.domain = ""
         node.version = None
     return model
+
+
+def _check_unchanged(node: ir.Node, version: int) -> None:
+    """Refuse a node of an opset that no rule knows, unless its operator was already what it is now."""
+    if _signature(node.op_type, version) != _signature(node.op_type, OLDEST_OPSET):
+        raise ModelError(
+            f"The model has opset {version}; the oldest supported is {OLDEST_OPSET}, and operator "
+            f"'{node.op_type}' of node '{node.name}' has changed since. Convert it with "
+            "onnx.version_converter first."
+        )
 
 
 def _default_opset(model: ir.Model) -> int:
@@ -77,14 +96,6 @@ def _default_opset(model: ir.Model) -> int:
     return version
 
 
-def _all_nodes(model: ir.Model) -> list[ir.Node]:
-    nodes = list(model.graph.all_nodes())
-    for function in model.functions.values():
-        if function.domain != DIALECT_DOMAIN:
-            nodes.extend(function.all_nodes())
-    return nodes
-
-
 @functools.cache
 def _signature(op_type: str, version: int) -> tuple | None:
     """What a schema promises besides element types; None if the operator does not exist."""
@@ -98,20 +109,6 @@ def _signature(op_type: str, version: int) -> tuple | None:
     }
     formal = tuple((str(p.option), p.name) for p in [*schema.inputs, *schema.outputs])
     return attributes, formal, schema.since_version
-
-
-def _lower(model: ir.Model, version: int) -> ir.Model:
-    fresh = sorted({n.op_type for n in _all_nodes(model) if n.domain in _DEFAULT and not _exists(n)})
-    if fresh:
-        model = _expand_functions(model, fresh)
-    for node in _all_nodes(model):
-        if node.domain in _DEFAULT:
-            _relabel(node, version)
-    return model
-
-
-def _exists(node: ir.Node) -> bool:
-    return _signature(node.op_type, CANONICAL_OPSET) is not None
 
 
 def _relabel(node: ir.Node, version: int) -> None:
@@ -142,41 +139,3 @@ def _changed(node: ir.Node, version: int, what: str) -> UnsupportedOperatorError
         f"{CANONICAL_OPSET} does "
         f"not have. Export the model at opset {CANONICAL_OPSET}."
     )
-
-
-def _expand_functions(model: ir.Model, op_types: list[str]) -> ir.Model:
-    """Replace operators that the canonical opset lacks by their ONNX function bodies."""
-    weights = {name: v.const_value for name, v in model.graph.initializers.items()}
-    light = model.clone()
-    for name, value in list(light.graph.initializers.items()):
-        if value.const_value is not None and value.const_value.size > 256:
-            light.graph.initializers.pop(name)
-            value.shape, value.type = (
-                ir.Shape(value.const_value.shape),
-                ir.TensorType(value.const_value.dtype),
-            )
-            value.const_value = None
-            light.graph.inputs.append(value)
-    try:
-        proto = onnx.shape_inference.infer_shapes(ir.to_proto(light), data_prop=True)
-        inlined = onnx.inliner.inline_selected_functions(
-            proto, [("", name) for name in op_types], inline_schema_functions=True
-        )
-    except Exception as error:
-        raise UnsupportedOperatorError(
-            f"Operators {op_types} are newer than opset {CANONICAL_OPSET} and could not be expanded: {error}"
-        ) from error
-    result = ir.from_proto(inlined)
-    for value in list(result.graph.inputs):
-        if value.name in weights:
-            result.graph.inputs.remove(value)
-            value.const_value = weights[value.name]
-            result.graph.register_initializer(value)
-    left = sorted({n.op_type for n in _all_nodes(result) if n.domain in _DEFAULT and not _exists(n)})
-    if left:
-        raise UnsupportedOperatorError(
-            f"Operators {left} are newer than opset {CANONICAL_OPSET} and have no ONNX function body. "
-            "Export the "
-            f"model at opset {CANONICAL_OPSET}."
-        )
-    return result

@@ -68,7 +68,7 @@ def _align_second(node: ir.Node, ranks: dict[str, int]) -> None:
         node.replace_input_with(1, spread.outputs[0])
 
 
-_CHANGED_MEANING = {"GroupNormalization": 21, "GridSample": 20, "DFT": 20, "Scan": 9, "RoiAlign": 16}
+_CHANGED_MEANING = {"Scan": 9}
 
 
 def _ranks(model: ir.Model) -> dict[str, int]:
@@ -185,6 +185,32 @@ def _softmax(node: ir.Node, ranks: dict[str, int]) -> None:
     _replace(node, back)
 
 
+def _dft(node: ir.Node, version: int) -> None:
+    """The axis became an input at opset 20, and its default moved from 1 to the last but one."""
+    if version >= 20:
+        return
+    found = node.attributes.pop("axis", None)
+    node.resize_inputs(3)
+    _put(node, 2, _new_constant(node, "axis", found.as_int() if found is not None else 1))
+
+
+def _grid_sample(node: ir.Node, version: int) -> None:
+    """The modes lost their "bi" when opset 20 allowed any number of axes."""
+    mode = node.attributes.get_string("mode", "bilinear")
+    if version < 20:
+        renamed = {"bilinear": "linear", "bicubic": "cubic"}.get(mode, mode)
+        node.attributes.add(ir.AttrString("mode", renamed))
+
+
+def _roi_align(node: ir.Node, version: int) -> None:
+    if version < 16:
+        node.attributes.add(ir.AttrString("coordinate_transformation_mode", "output_half_pixel"))
+
+
+def _scatter(node: ir.Node, version: int) -> None:
+    node.op_type = "ScatterElements"
+
+
 def _upsample(node: ir.Node, version: int) -> None:
     scales = node.attributes.pop("scales", None)
     operand = node.inputs[1] if scales is None else _new_constant(node, "scales", scales.value, np.float32)
@@ -238,9 +264,13 @@ _UPGRADES: dict[str, Upgrade] = {
     },
     "BatchNormalization": _batch_norm,
     "Clip": _clip,
+    "DFT": _dft,
     "Dropout": _dropout,
+    "GridSample": _grid_sample,
     "Pad": _pad,
     "Resize": _resize,
+    "RoiAlign": _roi_align,
+    "Scatter": _scatter,
     "Slice": _slice,
     "Split": _split,
     "TopK": _top_k,

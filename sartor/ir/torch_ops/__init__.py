@@ -6,20 +6,41 @@ ONNX's own node test cases (tests/test_torch_ops.py).
 
 from __future__ import annotations
 
-from sartor.ir.torch_ops import contraction, elementwise, movement, normalization, reduction, resize
+from sartor.ir.torch_ops import (
+    contraction,
+    elementwise,
+    indexing,
+    movement,
+    normalization,
+    quantization,
+    recurrent,
+    reduction,
+    resize,
+    sampling,
+    spectral,
+)
 from sartor.ir.torch_ops.movement import dimension
 from sartor.ir.torch_ops.normalization import BatchNorm
 from sartor.ir.torch_ops.registry import OPERATORS, Operator
+from sartor.ir.torch_ops.unsigned import MODULAR, to_signed, to_unsigned
 
 __all__ = [
+    "MODULAR",
     "OPERATORS",
     "BatchNorm",
     "Operator",
     "contraction",
     "dimension",
     "elementwise",
+    "indexing",
     "movement",
     "normalization",
+    "quantization",
+    "recurrent",
     "reduction",
     "resize",
+    "sampling",
+    "spectral",
+    "to_signed",
+    "to_unsigned",
 ]

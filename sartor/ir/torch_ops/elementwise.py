@@ -225,7 +225,7 @@ def mean(*operands: Tensor) -> Tensor:
     return functools.reduce(torch.add, operands) / len(operands)
 
 
-@operator("Cast", types=("to",))
+@operator("Cast", types=("to",), unsigned=True)
 def cast(x: Tensor, *, to: torch.dtype, saturate: int = 1, round_mode: str = "up") -> Tensor:
     """Conversion of the element type; floats truncate toward zero when they become integers.
 
@@ -234,7 +234,7 @@ def cast(x: Tensor, *, to: torch.dtype, saturate: int = 1, round_mode: str = "up
     return x.to(to)
 
 
-@operator("CastLike")
+@operator("CastLike", unsigned=True)
 def cast_like(x: Tensor, like: Tensor, *, saturate: int = 1, round_mode: str = "up") -> Tensor:
     """`x` in the element type of `like`."""
     return x.to(like.dtype)

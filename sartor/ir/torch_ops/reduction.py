@@ -105,7 +105,10 @@ reduce_sum_square = _reduction("ReduceSumSquare", _sum, before=torch.square)
 
 @operator("Softmax")
 def softmax(x: Tensor, *, axis: int = -1) -> Tensor:
-    """Softmax along one axis."""
+    """Softmax along one axis; in 16 bits it rounds after each step of its definition, as ONNX's does."""
+    if x.dtype in (torch.float16, torch.bfloat16):
+        raised = torch.exp(x - torch.amax(x, axis, keepdim=True))
+        return raised / torch.sum(raised, axis, keepdim=True)
     return torch.softmax(x, axis)
 
 

@@ -25,6 +25,8 @@ class Operator:
         types: attributes that hold an ONNX element type; they arrive as `torch.dtype`.
         several: the function takes `outputs`, the number of outputs in use, and returns a tuple.
         arithmetic: a one-element float constant of such a node is code, not a trained weight.
+        unsigned: the function takes uint16, uint32 and uint64 tensors, for which torch has no arithmetic,
+            as they are; others get int64 in their place.
     """
 
     op_type: str
@@ -34,6 +36,7 @@ class Operator:
     types: frozenset[str] = frozenset()
     several: bool = False
     arithmetic: bool = False
+    unsigned: bool = False
 
     @property
     def attributes(self) -> frozenset[str]:
@@ -57,6 +60,7 @@ def operator(
     types: tuple[str, ...] = (),
     several: bool = False,
     arithmetic: bool = False,
+    unsigned: bool = False,
 ) -> Callable[[_Function], _Function]:
     """Register the decorated function as the implementation of `op_type`; see `Operator`."""
 
@@ -69,6 +73,7 @@ def operator(
             frozenset(types),
             several,
             arithmetic,
+            unsigned,
         )
         return function
 
