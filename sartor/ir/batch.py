@@ -153,6 +153,7 @@ def with_shapes(program: Program, shapes: Mapping[str, Sequence[int]]) -> Progra
         )
     result = program.clone()
     result.input_shapes = updated
+    result.invalidate()
     return result
 
 

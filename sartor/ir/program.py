@@ -17,8 +17,9 @@ import dataclasses
 import hashlib
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 import onnx
@@ -33,6 +34,7 @@ DIALECT_DOMAIN = "sartor"
 """Domain of the functions that carry dynamic structure; never inlined by load or canonicalize."""
 BATCH_SYMBOL = "N"
 
+T = TypeVar("T")
 _INFER_KEEP_ELEMENTS = 4096  # larger initializers cannot be shapes; they are left out of inference
 
 
@@ -106,6 +108,7 @@ class Program:
         self.applied = applied
         self._shapes: dict[str, tuple[int, ...]] | None = None
         self._types: dict[str, ir.DataType] | None = None
+        self._analyses: dict[Hashable, Any] = {}
 
     # ---- structure -------------------------------------------------------------------------
     @property
@@ -137,7 +140,7 @@ class Program:
 
     def clone(self) -> Program:
         """A structural copy that shares tensor data (tensors are immutable) and owns its graph."""
-        return Program(
+        copy = Program(
             self.model.clone(),
             source=self.source,
             input_shapes=self.input_shapes,
@@ -145,11 +148,24 @@ class Program:
             provenance=self.provenance,
             applied=self.applied,
         )
+        copy._shapes, copy._types, copy._analyses = self._shapes, self._types, dict(self._analyses)
+        return copy
 
     def invalidate(self) -> None:
-        """Drop cached analyses; every mutation of `model` must be followed by this."""
+        """Drop cached analyses; every change of `model` or `input_shapes` must be followed by this."""
         self._shapes = None
         self._types = None
+        self._analyses = {}
+
+    def analysis(self, key: Hashable, compute: Callable[[Program], T]) -> T:
+        """The result of `compute(self)`, kept under `key` until the program changes; copies share it.
+
+        It must name values and nodes, not hold them: a copy has its own.
+        """
+        if key not in self._analyses:
+            self._analyses[key] = compute(self)
+        result: T = self._analyses[key]
+        return result
 
     # ---- shapes ----------------------------------------------------------------------------
     def shapes(self) -> Mapping[str, tuple[int, ...]]:

@@ -329,7 +329,7 @@ def channel_groups(program: Program, keep: Sequence[str] = ()) -> ChannelAnalysi
     Raises:
         UsageError: a glob matches nothing.
     """
-    return ChannelAnalysis(program, keep)
+    return program.analysis(("channel_groups", *keep), lambda p: ChannelAnalysis(p, keep))
 
 
 __all__ = ["BlockedAxis", "ChannelAnalysis", "ChannelGroup", "Member", "UnitSet", "channel_groups"]
