@@ -8,7 +8,6 @@ the status. Measurements and decisions go to a journal: a run that was killed re
 from __future__ import annotations
 
 import dataclasses
-import fnmatch
 import os
 import shutil
 import tempfile
@@ -28,6 +27,8 @@ from sartor.ir.channels import channel_groups
 from sartor.ir.plan import Plan
 from sartor.ir.program import Program
 from sartor.journal import Journal
+from sartor.passes.base import Context
+from sartor.passes.remove_blocks import kept_by
 from sartor.selection import Selection
 from sartor.strategies.budgeted_greedy import require_strategy
 from sartor.workbench import LOWERED_TOLERANCE, FitOptions, Workbench, static_costs, versions
@@ -126,7 +127,8 @@ class _Fit:
         target = TargetOptions(threads=self.options.threads, precision=self.options.precision)
         require_legal(self.options.target, backends.get(self.options.target).legality(self.program, target))
         self.analysis = channel_groups(self.program, self.options.keep)
-        self.blocks = [b for b in residual_blocks(self.program) if not self._protected(b)]
+        kept = Context(keep=self.options.keep)
+        self.blocks = [b for b in residual_blocks(self.program) if kept_by(self.program, b, kept) is None]
         key = {
             "source": self.program.source.sha256,
             "shapes": {k: list(v) for k, v in self.program.input_shapes.items()},
@@ -141,11 +143,6 @@ class _Fit:
             self.progress.stage("baseline")
             self.bench = Workbench(self.program, self.options, self.data, Path(work))
             return self._deliver(*self._select())
-
-    def _protected(self, block: Any) -> bool:
-        names = [*block.nodes, *block.last_affine, block.name]
-        names += [p.module for n in block.nodes if (p := self.program.provenance.get(n)) is not None]
-        return any(fnmatch.fnmatchcase(n, pattern) for n in names for pattern in self.options.keep)
 
     # ---- stages ----------------------------------------------------------------------------
     def _select(self) -> tuple[Plan, float]:

@@ -82,7 +82,12 @@ def _fitted(program: Program, weights: dict[str, str], seed: int) -> dict[str, n
 
     scales: dict[str, float] = {}
     statistics: dict[str, torch.Tensor] = {}
-    norms = {n.name: n for n in program.nodes() if n.op_type == "BatchNormalization"}
+    norms = {
+        n.name: n
+        for n in program.nodes()
+        if n.op_type == "BatchNormalization"
+        and all(v is not None and v.name in program.initializers for v in n.inputs[3:5])
+    }
 
     class Fitting(fx.Interpreter):
         def run_node(self, n: fx.Node) -> Any:

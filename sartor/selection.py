@@ -15,7 +15,7 @@ from sartor.ir.channels import ChannelAnalysis
 from sartor.ir.plan import Plan
 from sartor.ir.workload import build_workload
 from sartor.journal import Journal
-from sartor.strategies.budgeted_greedy import BudgetedGreedy, Decision, Price, floor
+from sartor.strategies.budgeted_greedy import EXCESS, BudgetedGreedy, Decision, Price, floor
 from sartor.workbench import Workbench, static_costs
 
 _MOST_MEASURED = 6
@@ -66,7 +66,7 @@ class Selection:
             UsageError: a limit is below the floor.
         """
         static = {key: limit for key, limit in limits.items() if key != "latency"}
-        self._check_floor(static, baseline, lambda f, r: self._static(static, f, r))
+        self._check_floor(static, baseline, lambda f, r, none: self._static(static, f, r, none))
 
     def run(self, limits: Mapping[str, float], baseline: Mapping[str, float]) -> tuple[Plan, float]:
         """The chosen plan and its predicted latency, seconds.
@@ -221,14 +221,21 @@ class Selection:
         return table
 
     def _price(
-        self, fractions: Mapping[str, np.ndarray], removed: Mapping[str, np.ndarray]
+        self,
+        fractions: Mapping[str, np.ndarray],
+        removed: Mapping[str, np.ndarray],
+        limits: Mapping[str, float],
     ) -> Mapping[str, np.ndarray]:
         """Latency always (no step may be slower), the budget's other quantities where it names them."""
         latency = np.atleast_1d(self.table.estimate_batch(self.workload, fractions, removed))
-        return {"latency": latency, **self._static(self.limits, fractions, removed)}
+        return {"latency": latency, **self._static(self.limits, fractions, removed, limits)}
 
     def _static(
-        self, keys: Iterable[str], fractions: Mapping[str, np.ndarray], removed: Mapping[str, np.ndarray]
+        self,
+        keys: Iterable[str],
+        fractions: Mapping[str, np.ndarray],
+        removed: Mapping[str, np.ndarray],
+        limits: Mapping[str, float],
     ) -> dict[str, np.ndarray]:
         """What the graph alone says, for those of `keys` that it says."""
         wanted = set(keys)
@@ -236,9 +243,11 @@ class Selection:
         if wanted & {"macs", "weight_bytes"}:
             cost = self.workload.evaluate(fractions, removed)
             priced |= {k: np.atleast_1d(getattr(cost, k)) for k in ("macs", "weight_bytes") if k in wanted}
-        if "peak_activation_bytes" in wanted:
-            peak = self.workload.peak_activation_bytes(fractions, removed)
-            priced["peak_activation_bytes"] = np.atleast_1d(peak)
+        if (peak := "peak_activation_bytes") in wanted:
+            priced[peak] = np.atleast_1d(self.workload.peak_activation_bytes(fractions, removed))
+            if peak in limits:
+                above = self.workload.peak_activation_bytes(fractions, removed, above=limits[peak])
+                priced[f"{peak} {EXCESS}"] = np.atleast_1d(above)
         return priced
 
     def _grid(self, group: Any) -> int:

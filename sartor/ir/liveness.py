@@ -82,12 +82,16 @@ class Liveness:
         worst = max(range(len(totals)), key=totals.__getitem__)
         return Peak(round(totals[worst]), steps[worst].node, live[worst])
 
-    def evaluate(self, fractions: Mapping[str, Any], removed: Mapping[str, Any]) -> np.ndarray:
+    def evaluate(
+        self, fractions: Mapping[str, Any], removed: Mapping[str, Any], above: float | None = None
+    ) -> np.ndarray:
         """Peak bytes of a population of plans, an array `[plans]` (0-d for a single plan).
 
         Args:
             fractions: kept fraction per group; scalars or arrays of one common length.
             removed: removed blocks; scalars or bool arrays of the same length.
+            above: instead of the peak, the bytes above this limit, summed over all steps. It falls with
+                every value that is narrowed at a step over the limit, where the peak may stay.
         """
         kept = {name: np.asarray(value, float) for name, value in fractions.items()}
         gone = {name: np.asarray(value, bool) for name, value in removed.items()}
@@ -95,20 +99,23 @@ class Liveness:
         names = [b.name for b in self.bypasses if b.name in gone]
         result = np.zeros(shape)
         if not names:
-            result[...] = self._peaks(frozenset(), kept)
+            result[...] = self._peaks(frozenset(), kept, above)
             return result
         flags = np.stack([np.broadcast_to(gone[name], shape) for name in names], axis=-1)
         flat = flags.reshape(-1, len(names))
         for row in np.unique(flat, axis=0):  # lifetimes depend only on which blocks are gone
             where = (flags == row).all(-1)
             part = {k: np.broadcast_to(v, shape)[where] for k, v in kept.items()}
-            result[where] = self._peaks(frozenset(n for n, f in zip(names, row, strict=True) if f), part)
+            result[where] = self._peaks(
+                frozenset(n for n, f in zip(names, row, strict=True) if f), part, above
+            )
         return result
 
-    def _peaks(self, gone: frozenset[str], fractions: Mapping[str, np.ndarray]) -> Any:
+    def _peaks(self, gone: frozenset[str], fractions: Mapping[str, np.ndarray], above: float | None) -> Any:
         steps, live = self._live(gone)
         cache: dict[str, Any] = {}
         highest: Any = sum(self.sizes[v].evaluate(fractions) for v in self.inputs)
+        excess: Any = 0.0
         for step, row in zip(steps, live, strict=True):
             total: Any = step.body_bytes
             for value in row:
@@ -116,7 +123,9 @@ class Liveness:
                     cache[value] = self.sizes[value].evaluate(fractions)
                 total = total + cache[value]
             highest = np.maximum(highest, total)
-        return whole(highest)
+            if above is not None:
+                excess = excess + np.maximum(total - above, 0.0)
+        return whole(highest) if above is None else excess
 
     def _live(self, gone: frozenset[str]) -> tuple[list[_Step], list[tuple[str, ...]]]:
         """Steps that stay, and the values alive during each, in order of production."""

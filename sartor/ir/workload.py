@@ -126,11 +126,11 @@ class Workload:
         return Priced(**{name: plans.total(parts) for name, parts in self._parts().items()})
 
     def peak_activation_bytes(
-        self, fractions: Fractions | None = None, removed: Removed | None = None
+        self, fractions: Fractions | None = None, removed: Removed | None = None, above: float | None = None
     ) -> np.ndarray:
-        """Peak activation bytes of a population of plans; definition in `sartor.ir.liveness`."""
+        """Peak activation bytes of a population of plans; definition and `above` in `sartor.ir.liveness`."""
         self.check_removed(removed or {})
-        return self.liveness.evaluate(fractions or {}, removed or {})
+        return self.liveness.evaluate(fractions or {}, removed or {}, above)
 
     def macs_of_nodes(self, nodes: Iterable[str]) -> float:
         """MACs, before any pruning, of the kernels whose leading node is in `nodes`."""

@@ -69,7 +69,7 @@ class RemoveBlocks(Pass):
         refusals: list[Refusal] = []
         candidates: list[Block] = []
         for block in wanted:
-            kept = None if not block.removable else _kept(program, block, context)
+            kept = None if not block.removable else kept_by(program, block, context)
             if block.removable and kept is None:
                 candidates.append(block)
             elif self.blocks or kept is not None:
@@ -243,19 +243,22 @@ def _sane(clip: Sequence[ir.Value | None]) -> bool:
     return bound is not None and bool((bound.numpy() >= 0).all())
 
 
-def _kept(program: Program, block: Block, context: Context) -> str | None:
-    """A node of the block, or a parameter that it reads, that a `keep` glob protects."""
+def kept_by(program: Program, block: Block, context: Context) -> str | None:
+    """What a `keep` glob protects of a block: its name, a node, a node's module or a parameter it reads."""
     if not context.keep:
         return None
     inside = set(block.nodes)
     for node in program.nodes():
         if node.name not in inside:
             continue
+        origin = program.provenance.get(node.name or "")
         names = [
+            block.name,
             node.name or "",
+            origin.module if origin is not None else "",
             *(v.name or "" for v in node.inputs if v is not None and v.is_initializer()),
         ]
         for name in names:
-            if context.is_kept(name):
+            if name and context.is_kept(name):
                 return name
     return None

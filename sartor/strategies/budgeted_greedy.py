@@ -24,8 +24,15 @@ from sartor.ir.plan import GroupPlan, Plan
 from sartor.ir.workload import Workload
 from sartor.strategies.importance import Importance
 
-Price = Callable[[Mapping[str, np.ndarray], Mapping[str, np.ndarray]], Mapping[str, np.ndarray]]
-"""(kept fraction by group, removed by block), arrays `[plans]` → predicted quantity by budget key."""
+Price = Callable[
+    [Mapping[str, np.ndarray], Mapping[str, np.ndarray], Mapping[str, float]], Mapping[str, np.ndarray]
+]
+"""(kept fraction by group, removed by block, limits), arrays `[plans]` → predicted quantity by budget key.
+
+A quantity that is a maximum over many places comes with a second one, called `KEY EXCESS`: what stands above
+the limit, summed over the places. A single step seldom lowers the maximum, but it lowers this.
+"""
+EXCESS = "excess"
 
 _FEWEST_SHARE = 0.125  # a group keeps at least this share of its units: wider cuts ruin recovery
 
@@ -116,13 +123,13 @@ class BudgetedGreedy:
         kept = {g.name: 0 for g in self.analysis.groups}  # position in `levels`
         removed: set[str] = set()
         steps: list[Step] = []
-        now = self._price_all([(kept, removed)])
+        now = self._price_all([(kept, removed)], limits)
         current = {key: float(values[0]) for key, values in now.items()}
         while any(current[key] > limit for key, limit in limits.items()):
             candidates = self._candidates(kept, removed)
             if not candidates:
                 break
-            priced = self._price_all([(k, r) for _, _, k, r in candidates])
+            priced = self._price_all([(k, r) for _, _, k, r in candidates], limits)
             best = self._choose(candidates, priced, current, limits)
             if best is None:
                 break
@@ -160,8 +167,10 @@ class BudgetedGreedy:
     ) -> int | None:
         saving = np.zeros(len(candidates))
         for key, limit in limits.items():
-            excess = max(current[key] - limit, 0.0)
-            if excess > 0:
+            excess, summed = max(current[key] - limit, 0.0), f"{key} {EXCESS}"
+            if excess > 0 and current.get(summed, 0.0) > 0:
+                saving += (1.0 - priced[summed] / current[summed]) * excess / limit
+            elif excess > 0:
                 saving += np.minimum(current[key] - priced[key], excess * 1.5) / limit
         lost = np.array([c[1] for c in candidates])
         score = np.where(saving > 0, saving / np.maximum(lost, 1e-12), -np.inf)
@@ -170,13 +179,15 @@ class BudgetedGreedy:
         best = int(np.argmax(score))
         return best if np.isfinite(score[best]) else None
 
-    def _price_all(self, states: Sequence[tuple[dict[str, int], set[str]]]) -> Mapping[str, np.ndarray]:
+    def _price_all(
+        self, states: Sequence[tuple[dict[str, int], set[str]]], limits: Mapping[str, float]
+    ) -> Mapping[str, np.ndarray]:
         fractions = {
             name: np.array([found[k[name]] / found[0] for k, _ in states])
             for name, found in self.levels.items()
         }
         removed = {b.name: np.array([b.name in r for _, r in states]) for b in self.blocks}
-        return self.price(fractions, removed)
+        return self.price(fractions, removed, limits)
 
     def _plan(self, kept: Mapping[str, int], removed: set[str]) -> Plan:
         groups = {}
@@ -215,7 +226,7 @@ def floor(
     """Quantities of the smallest plan this strategy makes, with and without its removable `blocks`."""
     fewest = {g.name: levels(g, grid(g))[-1] / g.size for g in groups}
     fractions = {name: np.array([share, share]) for name, share in fewest.items()}
-    priced = price(fractions, {b.name: np.array([True, False]) for b in blocks if b.removable})
+    priced = price(fractions, {b.name: np.array([True, False]) for b in blocks if b.removable}, {})
     return {key: float(np.min(values)) for key, values in priced.items()}
 
 
