@@ -105,6 +105,7 @@ def canonicalize(
     *,
     parameters: Collection[str] = (),
     provenance: Mapping[str, NodeProvenance] | None = None,
+    generated_elements: int = folding.MAX_FOLDED_ELEMENTS,
 ) -> None:
     """Rewrite `model` in place into the canonical dialect at concrete input shapes.
 
@@ -114,6 +115,8 @@ def canonicalize(
         parameters: initializers that must survive by name (trainable weights and buffers); nodes that
             read them are never folded.
         provenance: source location by node name, for messages.
+        generated_elements: limit on all constants together that nodes compute, weights stored as
+            ConstantOfShape included: a file of a few bytes could otherwise ask for any amount of memory.
 
     Raises:
         ModelError: a cycle, a contradiction of shapes, or a shape that depends on data.
@@ -127,12 +130,12 @@ def canonicalize(
     cleanup.fix_names(model)
     check_operators(model, provenance, before_folding=True)
     cleanup.sort(graph)
-    protected = frozenset(parameters) | static.materialise(graph)
+    protected = frozenset(parameters) | static.materialise(graph, generated_elements)
     static.prepare(graph)
     folded: set[str] = {v.name for v in constants if v.name}
     for _ in range(_MAX_ROUNDS):
         shapes, types = infer_shapes(model, input_shapes)
-        changed = folding.fold(graph, shapes, types, protected, folded)
+        changed = folding.fold(graph, shapes, types, protected, folded, limit=generated_elements)
         changed += sequences.remove_sequences(graph, shapes)
         changed += static.rewrite(graph, shapes, folded)
         changed += static.widen(graph, types)
@@ -150,7 +153,7 @@ def canonicalize(
         if domain not in ("", DIALECT_DOMAIN):
             del model.opset_imports[domain]
     model.opset_imports[""] = CANONICAL_OPSET
-    static.check_generators(graph, shapes)
+    static.check_generators(graph, shapes, generated_elements)
     check_operators(model, provenance)
     _check_known(graph, shapes, provenance)
 

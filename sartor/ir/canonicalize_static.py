@@ -30,7 +30,7 @@ _NARROW = {ir.DataType.FLOAT16: "tensor(float16)", ir.DataType.BFLOAT16: "tensor
 Shapes = Mapping[str, tuple[int, ...]]
 
 
-def materialise(graph: ir.Graph) -> set[str]:
+def materialise(graph: ir.Graph, limit: int) -> set[str]:
     """Turn float ConstantOfShape nodes that serve as weights into initializers; returns their names.
 
     A file may store weights this way to stay small. They are parameters like any other: what reads them
@@ -51,8 +51,8 @@ def materialise(graph: ir.Graph) -> set[str]:
         if shape is None or fill.dtype.kind != "f" or output.is_graph_output() or not _is_weight(output):
             continue
         total += math.prod(int(d) for d in shape)
-        if total > folding.MAX_FOLDED_ELEMENTS:
-            raise _too_large(node, total)
+        if total > limit:
+            raise _too_large(node, total, limit)
         array = np.full(tuple(int(d) for d in shape), fill.reshape(()), dtype=fill.dtype)
         found.add(folding.replace_by_constant(graph, node, array).name or "")
     return found
@@ -97,14 +97,14 @@ def _is_constant(value: ir.Value | None) -> bool:
     return producer is not None and producer.op_type in GENERATORS
 
 
-def _too_large(node: ir.Node, elements: int) -> UnsupportedOperatorError:
+def _too_large(node: ir.Node, elements: int, limit: int) -> UnsupportedOperatorError:
     return UnsupportedOperatorError(
         f"Node '{node.name}' ({node.op_type}) generates a constant, which makes {elements} generated elements; the "
-        f"limit is {folding.MAX_FOLDED_ELEMENTS}. Store weights as initializers, or fix smaller input shapes."
+        f"limit is {limit}. Store weights as initializers, or fix smaller input shapes."
     )
 
 
-def check_generators(graph: ir.Graph, shapes: Shapes) -> None:
+def check_generators(graph: ir.Graph, shapes: Shapes, limit: int) -> None:
     """Refuse what should have become a constant and is too large for one.
 
     Raises:
@@ -114,7 +114,7 @@ def check_generators(graph: ir.Graph, shapes: Shapes) -> None:
         if node.op_type in GENERATORS and node.domain == "":
             shape = shapes.get(node.outputs[0].name or "")
             if shape is not None and not node.outputs[0].is_graph_output():
-                raise _too_large(node, math.prod(shape))
+                raise _too_large(node, math.prod(shape), limit)
 
 
 def rewrite(graph: ir.Graph, shapes: Shapes, folded: set[str]) -> int:

@@ -25,6 +25,7 @@ def names(text: str) -> frozenset[str]:
 
 MAX_FOLDED_ELEMENTS = 1 << 28
 """Of all folded constants together: a file of a few bytes could otherwise ask for any amount of memory."""
+_UNBOUNDED = 1 << 62
 NEVER_FOLDED = names(
     """Bernoulli DequantizeLinear DynamicQuantizeLinear If Loop Multinomial QuantizeLinear
     RandomNormal RandomNormalLike RandomUniform RandomUniformLike Scan"""
@@ -41,6 +42,8 @@ def fold(
     protected: Set[str],
     folded: set[str],
     skip: Set[ir.Node] = frozenset(),
+    *,
+    limit: int = MAX_FOLDED_ELEMENTS,
 ) -> int:
     """Replace nodes of constant result by initializers, in one sweep in execution order.
 
@@ -51,12 +54,13 @@ def fold(
         protected: names of parameters; a node that reads one is kept.
         folded: names of initializers that came from constants; extended by this call.
         skip: nodes that stay as they are.
+        limit: of the elements of all folded constants together.
 
     Returns:
         Number of nodes replaced.
     """
     count = 0
-    budget = MAX_FOLDED_ELEMENTS - sum(
+    budget = limit - sum(
         value.const_value.size
         for name in folded
         if (value := graph.initializers.get(name)) is not None and value.const_value is not None
@@ -68,14 +72,15 @@ def fold(
             continue
         if node.op_type == "Identity" and node.outputs[0].is_graph_output():
             continue  # a constant graph output keeps its name by it
-        array = _evaluate_shape(node, shapes, types)
+        array = _evaluate_shape(node, shapes, types, budget)
         if array is None:
             inputs = [i for i in node.inputs if i is not None]
-            kept = (
-                protected if node.op_type not in GENERATORS else frozenset()
-            )  # they read bounds, not weights
+            bounds = (
+                node.op_type in GENERATORS
+            )  # they read no weights, though a file may hold floats for them
             if not inputs or any(
-                i.const_value is None or not i.is_initializer() or i.name in kept for i in inputs
+                i.const_value is None or not i.is_initializer() or (i.name in protected and not bounds)
+                for i in inputs
             ):
                 continue
             if _result_size(node, shapes) > budget:
@@ -128,7 +133,7 @@ def constant(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
 
 
 def _evaluate_shape(
-    node: ir.Node, shapes: Mapping[str, tuple[int, ...]], types: Mapping[str, ir.DataType]
+    node: ir.Node, shapes: Mapping[str, tuple[int, ...]], types: Mapping[str, ir.DataType], budget: int
 ) -> np.ndarray | None:
     """The result of an operator that looks at the shape of its input only."""
     if node.op_type not in ("EyeLike", "Shape", "Size") or node.inputs[0] is None:
@@ -138,7 +143,7 @@ def _evaluate_shape(
         return None
     if node.op_type == "EyeLike":
         dtype = types.get(node.outputs[0].name or "")
-        if dtype is None or math.prod(shape) > MAX_FOLDED_ELEMENTS:
+        if dtype is None or math.prod(shape) > budget:
             return None
         return np.eye(shape[0], shape[1], k=node.attributes.get_int("k", 0)).astype(dtype.numpy())
     if node.op_type == "Size":
@@ -153,7 +158,7 @@ def _result_size(node: ir.Node, shapes: Mapping[str, tuple[int, ...]]) -> int:
     if shape is not None:
         return math.prod(shape)
     if node.op_type in _GROWING:
-        return MAX_FOLDED_ELEMENTS + 1 if not _small_operands(node) else _grown(node)
+        return _UNBOUNDED if not _small_operands(node) else _grown(node)
     return max(
         (i.const_value.size for i in node.inputs if i is not None and i.const_value is not None), default=0
     )
@@ -169,10 +174,10 @@ def _grown(node: ir.Node) -> int:
         return math.prod(int(d) for d in arrays[0])
     if node.op_type == "Range" and all(a is not None for a in arrays[:3]):
         start, limit, delta = (float(np.asarray(a).reshape(())) for a in arrays[:3])
-        return int(abs((limit - start) / delta)) + 1 if delta else MAX_FOLDED_ELEMENTS + 1
+        return int(abs((limit - start) / delta)) + 1 if delta else _UNBOUNDED
     if node.op_type == "Expand" and arrays[0] is not None and arrays[1] is not None:
         return arrays[0].size * math.prod(max(int(d), 1) for d in arrays[1])
-    return MAX_FOLDED_ELEMENTS + 1
+    return _UNBOUNDED
 
 
 def _evaluate(node: ir.Node) -> np.ndarray | None:

@@ -99,7 +99,13 @@ def _load(
     reference = _reference(declared, carriers if not static else (), shapes)
 
     def canonical_at(at: Mapping[str, tuple[int, ...]], into: ir.Model) -> Program:
-        canonical.canonicalize(into, at, parameters=parameters, provenance=origin)
+        canonical.canonicalize(
+            into,
+            at,
+            parameters=parameters,
+            provenance=origin,
+            generated_elements=limits.generated_elements,
+        )
         return Program(into, source=source, input_shapes=at, provenance=_present(into, origin))
 
     if static:

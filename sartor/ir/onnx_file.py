@@ -27,6 +27,7 @@ class Limits:
         nodes: of all graphs and functions together.
         depth: of nested subgraphs.
         rank: of any tensor.
+        generated_elements: of all constants together that nodes such as ConstantOfShape compute.
     """
 
     file_bytes: int = 2**31 - 1
@@ -34,6 +35,7 @@ class Limits:
     nodes: int = 200_000
     depth: int = 16
     rank: int = 32
+    generated_elements: int = 1 << 28
 
 
 @dataclasses.dataclass(frozen=True)
