@@ -27,11 +27,12 @@ from sartor.ir.channels import channel_groups
 from sartor.ir.plan import Plan
 from sartor.ir.program import Program
 from sartor.journal import Journal
+from sartor.oracle import lowered_tolerance
 from sartor.passes.base import Context
 from sartor.passes.remove_blocks import kept_by
 from sartor.selection import Selection
 from sartor.strategies.budgeted_greedy import require_strategy
-from sartor.workbench import LOWERED_TOLERANCE, FitOptions, Workbench, static_costs, versions
+from sartor.workbench import FitOptions, Workbench, static_costs, versions
 
 if TYPE_CHECKING:
     from sartor.backends.measure import Measurement
@@ -290,7 +291,7 @@ class _Fit:
             "oracle": verdict.to_dict() if verdict is not None else passed,
             "lowered": {
                 "max_rel_error": lowered_error,
-                "tolerance": LOWERED_TOLERANCE.get(self.options.precision, 1e-4),
+                "tolerance": lowered_tolerance(self.program, self.options.precision),
             },
             "history": self.history,
             "widths": [

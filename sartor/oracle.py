@@ -28,7 +28,8 @@ from sartor.passes.rewriter import Rewriter
 from sartor.random_weights import randomise
 
 TOLERANCE_F64 = 1e-9
-TOLERANCE_F32 = 1e-4
+LOWERED_TOLERANCE = {"f32": 1e-4, "f16": 1e-2, "bf16": 5e-2}
+"""Relative error of an artifact against the float64 reference, by the coarsest type it computes in."""
 SENSITIVITY = 100.0
 PERTURBATION = 0.1
 _PROBES = (
@@ -150,9 +151,17 @@ def compare(
     if backend is not None:
         lowered = relative_error(*(_run_lowered(p, inputs, backend, threads) for p in (mask, pruned)))
     insensitive = _insensitive(original, mask, pruned, plan, analysis, gradients, inputs, large, tolerance)
-    wrong = not error <= tolerance or (lowered is not None and not lowered <= TOLERANCE_F32)
+    limit = lowered_tolerance(original)
+    wrong = not error <= tolerance or (lowered is not None and not lowered <= limit)
     verdict = "failed" if wrong else "inconclusive" if insensitive else "passed"
-    return OracleResult(verdict, error, tolerance, lowered, TOLERANCE_F32, insensitive)
+    return OracleResult(verdict, error, tolerance, lowered, limit, insensitive)
+
+
+def lowered_tolerance(program: Program, precision: str = "f32") -> float:
+    """Tolerance of `program` lowered to `precision`, or as it is where its own floats are coarser."""
+    own = {"FLOAT16": "f16", "BFLOAT16": "bf16"}
+    coarse = {own.get(dtype.name, "f32") for dtype in program.types().values()}
+    return max(LOWERED_TOLERANCE.get(name, 1e-4) for name in {precision, *coarse})
 
 
 def relative_error(reference: Mapping[str, np.ndarray], other: Mapping[str, np.ndarray]) -> float:

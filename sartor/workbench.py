@@ -16,10 +16,6 @@ if TYPE_CHECKING:
     from sartor.backends.protocol import Artifact
     from sartor.data import Data
 
-LOWERED_TOLERANCE = {"f32": 1e-4, "bf16": 5e-2}
-"""Relative error of an artifact against the float64 reference, by precision."""
-
-
 @dataclasses.dataclass(frozen=True)
 class FitOptions:
     """What to fit to, and how.
@@ -104,14 +100,14 @@ class Workbench:
         """
         from sartor.ir.batch import random_inputs
         from sartor.ir.fx import run_twin
-        from sartor.oracle import relative_error
+        from sartor.oracle import lowered_tolerance, relative_error
 
         inputs: Any = random_inputs(program, seed=self.options.seed)
         if self.data is not None:
             inputs = self.data.calibration.first()[0]
         expected = run_twin(program, inputs)
         error = relative_error(expected, self.backend.load(artifact, self.target).run(inputs))
-        tolerance = LOWERED_TOLERANCE.get(self.options.precision, 1e-4)
+        tolerance = lowered_tolerance(self.program, self.options.precision)
         if not error <= tolerance:
             raise VerificationError(
                 f"The artifact for '{self.options.target}' differs from the float64 reference by {error:.3g}, above "

@@ -7,10 +7,9 @@ import math
 import numpy as np
 import onnx_ir as ir
 
-from sartor.ir import folding
 from sartor.ir.batch_state import Label, State, axis_of, label_of, mark, only, refuse, shrink
-from sartor.ir.cleanup import array_of
-from sartor.ir.normalise import free_name, set_operand
+from sartor.ir.cleanup import array_of, replace
+from sartor.ir.normalise import fill_defaults, set_operand
 
 INT64_MAX = 2**63 - 1
 
@@ -110,22 +109,16 @@ def expand_independent(state: State, node: ir.Node) -> None:
     )
     if axis is None:
         return
+    # What the source has already is spelled 1, so that the result is the same when it is made again.
+    dims = [1 if s == t else t for s, t in zip(padded, target, strict=True)]
     if node.op_type == "Tile":
-        raise refuse(node, "repeats a batch-independent value along the batch")
+        if any(s != 1 for s, d in zip(padded, dims, strict=True) if d != 1):
+            raise refuse(node, "repeats a batch-independent value along the batch")
+        new = ir.node("Expand", [node.inputs[0], None], num_outputs=1, name=node.name)
+        replace(state.graph, node, new)
+        node = new
+    node.replace_input_with(1, state.batch_shape(node.name or "", dims[:axis], dims[axis + 1 :], node))
     label = Label(axis)
-    target[axis] = 1
-    parts = [
-        folding.constant(
-            state.graph, free_name(state.graph, f"{node.name}.{end}"), np.asarray(dims, np.int64)
-        )
-        for end, dims in (("before", target[:axis]), ("after", target[axis + 1 :]))
-        if dims
-    ]
-    ordered = [*parts[: 1 if axis else 0], state.batch_size(), *parts[1 if axis else 0 :]]
-    concat = ir.node("Concat", ordered, {"axis": 0}, num_outputs=1, name=f"{node.name}.shape.concat")
-    concat.outputs[0].name = concat.name
-    state.graph.insert_before(node, concat)
-    node.replace_input_with(1, concat.outputs[0])
     mark(state, node, label)
 
 
@@ -234,5 +227,6 @@ def resize(state: State, node: ir.Node) -> None:
         if not kept:
             kept = [i for i, a in enumerate(axes) if a != label.axis]
         node.attributes.add(ir.AttrInt64s("axes", [axes[i] for i in kept]))
+        fill_defaults(node)
         set_operand(state.graph, node, 3, np.asarray([sizes[i] for i in kept], np.int64))
     mark(state, node, label)

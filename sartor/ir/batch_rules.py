@@ -220,7 +220,7 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(table.REDUCTIONS, _reduce),
     **dict.fromkeys(table.POOLS, _leading),
     **dict.fromkeys(
-        ("Conv", "ConvTranspose", "GroupNormalization", "InstanceNormalization", "LRN"), _leading
+        ("Col2Im", "Conv", "ConvTranspose", "GroupNormalization", "InstanceNormalization", "LRN"), _leading
     ),
     **dict.fromkeys(("ArgMax", "ArgMin", "CumSum", "Hardmax", "LogSoftmax", "Softmax", "TopK"), _along_axis),
     **dict.fromkeys(("Flatten", "Reshape"), movement.reshape),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -98,34 +99,38 @@ class State:
             raise refuse(node, f"its input {index} would have to be repeated along a merged batch axis")
         value = node.inputs[index]
         assert value is not None
-        prefix = f"{node.name}.{index}"
-        parts = [
-            folding.constant(
-                self.graph, free_name(self.graph, f"{prefix}.before"), np.ones(label.axis, np.int64)
-            ),
-            self.batch_size(),
-            folding.constant(
-                self.graph, free_name(self.graph, f"{prefix}.after"), np.ones(rank - label.axis - 1, np.int64)
-            ),
-        ]
-        parts = [p for p in parts if p.const_value is None or p.const_value.size]
-        for name in (f"{prefix}.before", f"{prefix}.after"):
-            if name in self.graph.initializers and not self.graph.initializers[name].const_value.size:  # type: ignore[union-attr]
-                del self.graph.initializers[name]
-        target = self.batch_size()
-        if len(parts) > 1:
-            concat = ir.node("Concat", parts, {"axis": 0}, num_outputs=1, name=f"{prefix}.shape")
-            concat.outputs[0].name = f"{prefix}.shape"
-            self.graph.insert_before(node, concat)
-            target = concat.outputs[0]
-        expand = ir.node("Expand", [value, target], num_outputs=1, name=f"{prefix}.expand")
-        expand.outputs[0].name = f"{prefix}.expand"
+        dims = [1] * rank
+        name = f"{node.name}.{index}.expand"
+        target = self.batch_shape(name, dims[: label.axis], dims[label.axis + 1 :], node)
+        expand = ir.node("Expand", [value, target], num_outputs=1, name=name)
+        expand.outputs[0].name = name
         self.graph.insert_before(node, expand)
         shape = list(self.shape(value))
         shape[label.axis] = self.size
-        self.learn(prefix + ".expand", tuple(shape))
+        self.learn(name, tuple(shape))
         node.replace_input_with(index, expand.outputs[0])
         self.labels[expand.outputs[0]] = label
+
+    def batch_shape(
+        self, prefix: str, before: Sequence[int], after: Sequence[int], reader: ir.Node
+    ) -> ir.Value:
+        """The vector `before + [batch] + after`, computed in front of `reader`; names start with `prefix`."""
+
+        def part(name: str, dims: Sequence[int]) -> list[ir.Value]:
+            array = np.asarray(dims, np.int64)
+            return (
+                [folding.constant(self.graph, free_name(self.graph, f"{prefix}.{name}"), array)]
+                if dims
+                else []
+            )
+
+        parts = [*part("before", before), self.batch_size(), *part("after", after)]
+        if len(parts) == 1:
+            return parts[0]
+        concat = ir.node("Concat", parts, {"axis": 0}, num_outputs=1, name=f"{prefix}.shape")
+        concat.outputs[0].name = concat.name
+        self.graph.insert_before(reader, concat)
+        return concat.outputs[0]
 
     def learn(self, name: str, shape: tuple[int, ...]) -> None:
         """Record the static shape of a value made here."""

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx_ir as ir
 
-from sartor.errors import ModelError, SartorError, UnsupportedOperatorError, UsageError
+from sartor.errors import ModelError, SartorError, UnsupportedOperatorError, UsageError, VerificationError
 from sartor.ir import batch as batching
 from sartor.ir import canonicalize as canonical
 from sartor.ir import provenance
@@ -38,7 +38,17 @@ if TYPE_CHECKING:
     import torch
 
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-_QUIET_LOGGERS = ("torch.onnx", "torch.export", "torch._dynamo", "torch.fx", "onnxscript", "onnx_ir")
+_QUIET_LOGGERS = (
+    *(
+        "torch.onnx",
+        "torch.export",
+        "torch._dynamo",
+        "torch._subclasses",
+        "torch.fx",
+        "onnxscript",
+        "onnx_ir",
+    ),
+)
 
 
 def capture(
@@ -79,7 +89,10 @@ def capture(
             child.training = mode
     if shapes:
         program = batching.with_shapes(program, shapes)
-    verify_program(program)
+    try:
+        verify_program(program)
+    except VerificationError as error:
+        raise ModelError(f"'{name}' cannot be captured: {error}") from error
     program.source = dataclasses.replace(
         program.source, sha256=hashlib.sha256(program.to_bytes()).hexdigest()
     )

@@ -196,7 +196,7 @@ def _gather_everything(graph: ir.Graph, node: ir.Node, shapes: Shapes) -> int:
         return 0
     target = ir.Tensor(np.array(indices.shape, dtype=np.int64))
     shape = _initializer(graph, f"{node.name}.shape", target)
-    return _replace(graph, node, ir.node("Reshape", [node.inputs[0], shape], name=node.name, num_outputs=1))
+    return replace(graph, node, ir.node("Reshape", [node.inputs[0], shape], name=node.name, num_outputs=1))
 
 
 def _identity_source(node: ir.Node, shapes: Shapes, types: Types) -> ir.Value | None:
@@ -264,10 +264,10 @@ def _cast_like(graph: ir.Graph, node: ir.Node, types: Types) -> int:
     if dtype is None:
         return 0
     cast = ir.node("Cast", [node.inputs[0]], {"to": int(dtype)}, name=node.name, num_outputs=1)
-    return _replace(graph, node, cast)
+    return replace(graph, node, cast)
 
 
-def _replace(graph: ir.Graph, node: ir.Node, new: ir.Node) -> int:
+def replace(graph: ir.Graph, node: ir.Node, new: ir.Node) -> int:
     """Put `new` in the place of `node`; its output keeps the name."""
     new.metadata_props.update(node.metadata_props)
     graph.insert_before(node, new)

@@ -42,7 +42,7 @@ def normalise(graph: ir.Graph, shapes: Shapes, protected: Set[str]) -> None:
         _operands(graph, node, shapes)
         if node.op_type in _PRIVATE_CONSTANTS:
             _privatise(graph, node, protected)
-        _fill_defaults(node)
+        fill_defaults(node)
 
 
 @functools.cache
@@ -56,7 +56,8 @@ def _schema(op_type: str) -> tuple[tuple[str, ...], tuple[tuple[str, ir.Attr], .
     return tuple(p.name for p in schema.inputs), defaults
 
 
-def _fill_defaults(node: ir.Node) -> None:
+def fill_defaults(node: ir.Node) -> None:
+    """Make schema defaults explicit and sort attributes by name."""
     if not onnx.defs.has(node.op_type, CANONICAL_OPSET, ""):
         return
     for name, attribute in _schema(node.op_type)[1]:
@@ -150,6 +151,8 @@ def _operands(graph: ir.Graph, node: ir.Node, shapes: Shapes) -> None:
         _operand(graph, node, 1, result)
         if kind == "Reshape":
             node.attributes.add(ir.AttrInt64("allowzero", 0))
+    elif kind in ("Squeeze", "Unsqueeze") and (axes := array_of(node, 1)) is not None:
+        _operand(graph, node, 1, np.atleast_1d(axes))
     elif kind == "Squeeze" and array_of(node, 1) is None and (len(node.inputs) < 2 or node.inputs[1] is None):
         _operand(graph, node, 1, [axis for axis, size in enumerate(data) if size == 1])
     elif kind.startswith(_REDUCTIONS_PREFIX) and not node.attributes.get_int("noop_with_empty_axes", 0):
@@ -158,6 +161,8 @@ def _operands(graph: ir.Graph, node: ir.Node, shapes: Shapes) -> None:
             axes is not None and axes.size == 0
         ):
             _operand(graph, node, 1, range(rank))
+        elif axes is not None and axes.ndim == 0:
+            _operand(graph, node, 1, [axes])
     elif kind == "Split":
         axis = node.attributes.get_int("axis", 0)
         _operand(graph, node, 1, [shapes[o.name or ""][axis] for o in node.outputs])

@@ -30,7 +30,9 @@ class PruneChannels(Pass):
     name: ClassVar[str] = "prune-channels"
     semantics: ClassVar[Semantics] = Semantics.NEEDS_TRAINING
 
-    ratio: float = option(help="fraction of every group to remove, rounded down", minimum=0.0, below=1.0)
+    ratio: float = option(
+        help="fraction of every group to remove, rounded down; one unit stays", minimum=0.0, maximum=1.0
+    )
     criterion: str = option("random", help="what ranks units: random, l1, l2, bn-gamma, taylor")
     seed: int = option(0, help="of criterion random", minimum=0)
     grid: int = option(
