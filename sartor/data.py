@@ -10,7 +10,7 @@ A data source is either
 A split is a re-iterable of `(inputs, labels)`: `inputs` maps every input name to an array whose first
 axis is the batch, `labels` is an array or None. Selection sees `evaluate`; the reported score is taken on
 `test`. Where a split is missing, `calibration` falls back to `train` and then to `evaluate`, and `test` to
-`evaluate` (`Data.test_is_evaluate` says so, and the report repeats it); a missing `train` stays None.
+`evaluate` (`Data.test_is_evaluate`, in a report `score_split`); a missing `train` stays None.
 
 How the score is computed is in `sartor.scoring`.
 """
@@ -19,13 +19,14 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sartor.data_sources import BATCH_SIZE, ArraySplit, from_function, from_npz
+from sartor.data_sources import BATCH_SIZE, ArraySplit, authors_code, from_function, from_npz
 from sartor.errors import UsageError
 from sartor.scoring import Metric, score
 
@@ -73,9 +74,13 @@ class Split:
         batches: the source's own re-iterable.
         names: the model's input names.
         expected: signatures to check against, by input name; empty when the model is not known.
+        source: file name and function, for messages.
+        finite_labels: whether NaN and infinity are refused in labels; a metric of one's own may give
+            them a meaning.
 
     Raises:
-        UsageError: the source can be iterated only once, is empty, or its first batch is malformed.
+        UsageError: the source can be iterated only once, is empty, its first batch is malformed, or its
+            code fails.
     """
 
     def __init__(
@@ -84,48 +89,88 @@ class Split:
         batches: Iterable[Any],
         names: Sequence[str],
         expected: Mapping[str, Signature] | None = None,
+        *,
+        source: str = "",
+        finite_labels: bool = True,
     ):
         self.name = name
         self._batches = batches
         self._names = tuple(names)
         self._expected = dict(expected or {})
+        self._title = f"split '{name}' of '{source}'" if source else f"split '{name}'"
+        self._file = source.partition(":")[0]
+        self._finite_labels = finite_labels
         self._check_source()
 
     def __iter__(self) -> Iterator[Batch]:
-        for index, item in enumerate(self._batches):
-            yield self._checked(item, index)
+        labelled = None
+        for index, item in enumerate(self._raw()):
+            batch = self._checked(item, index)
+            if labelled is None:
+                labelled = batch[1] is not None
+            elif labelled != (batch[1] is not None):
+                raise UsageError(
+                    f"Batch {index} of {self._title} has {'no ' if labelled else ''}labels, unlike batch 0; "
+                    "give labels with every batch or with none."
+                )
+            yield batch
 
     @property
     def has_labels(self) -> bool:
         """Whether the first batch carries labels."""
-        return next(iter(self))[1] is not None
+        return self.first()[1] is not None
 
     def first(self) -> Batch:
-        """The first batch."""
-        return next(iter(self))
+        """The first batch.
+
+        Raises:
+            UsageError: the source gives none any more.
+        """
+        batch = next(iter(self), None)
+        if batch is None:
+            raise self._exhausted()
+        return batch
+
+    def _raw(self) -> Iterator[Any]:
+        """The source's own items; only its own code runs under the guard."""
+        with authors_code(f"Iterating {self._title}", self._file):
+            iterator = iter(self._batches)
+        for index in itertools.count():
+            with authors_code(f"Batch {index} of {self._title}", self._file):
+                try:
+                    item = next(iterator)
+                except StopIteration:
+                    return
+            yield item
+
+    def _exhausted(self) -> UsageError:
+        return UsageError(
+            f"{_capital(self._title)} gives no batch when it is iterated a second time; "
+            "its __iter__ must start again from the beginning."
+        )
 
     def _check_source(self) -> None:
         batches = self._batches
+        title = _capital(self._title)
         if isinstance(batches, (str, bytes, Mapping)) or not isinstance(batches, Iterable):
             raise UsageError(
-                f"Split '{self.name}' is a {type(batches).__name__}; expected a re-iterable of "
+                f"{title} is a {type(batches).__name__}; expected a re-iterable of "
                 "(inputs, labels) batches, such as a list."
             )
-        if iter(batches) is batches:
+        with authors_code(f"Iterating {self._title}", self._file):
+            once = iter(batches) is batches
+        if once:
             raise UsageError(
-                f"Split '{self.name}' is a {type(batches).__name__}, which can be iterated only once; "
+                f"{title} is a {type(batches).__name__}, which can be iterated only once; "
                 "return a list, or an object whose __iter__ starts again."
             )
         if next(iter(self), None) is None:
-            raise UsageError(f"Split '{self.name}' is empty; it must have at least one batch.")
-        if next(iter(batches), None) is None:
-            raise UsageError(
-                f"Split '{self.name}' gives no batch when it is iterated a second time; "
-                "its __iter__ must start again from the beginning."
-            )
+            raise UsageError(f"{title} is empty; it must have at least one batch.")
+        if next(self._raw(), None) is None:
+            raise self._exhausted()
 
     def _checked(self, item: Any, index: int) -> Batch:
-        place = f"Batch {index} of split '{self.name}'"
+        place = f"Batch {index} of {self._title}"
         if not isinstance(item, (tuple, list)) or len(item) != 2 or not isinstance(item[0], Mapping):
             raise UsageError(
                 f"{place} is a {_describe(item)}; expected a pair (inputs, labels) whose inputs map "
@@ -150,6 +195,10 @@ class Split:
                 raise UsageError(
                     f"{place} has {length} samples, but labels of shape {list(labels.shape)}; "
                     "the first axis of the labels must be the batch."
+                )
+            if self._finite_labels and labels.dtype.kind == "f" and not np.isfinite(labels).all():
+                raise UsageError(
+                    f"{place} has labels with NaN or infinity; clean them, or give a 'metric' with the data."
                 )
         return checked, labels
 
@@ -234,7 +283,17 @@ def load_data(
         splits = from_npz(Path(spec), input_names, seed, _fixed_batch(expected))
     else:
         splits, extra = from_function(spec)
-    checked = {name: Split(name, source, input_names, expected) for name, source in splits.items()}
+    checked = {
+        name: Split(
+            name,
+            batches,
+            input_names,
+            expected,
+            source=Path(spec).name,
+            finite_labels="metric" not in extra,
+        )
+        for name, batches in splits.items()
+    }
     train = checked.get("train")
     return Data(
         evaluate=checked["evaluate"],
@@ -259,7 +318,10 @@ def _as_array(place: str, value: Any) -> np.ndarray:
     elif hasattr(value, "detach"):  # a torch tensor, without importing torch
         array = value.detach().cpu().numpy()
     else:
-        array = np.asarray(value)
+        try:
+            array = np.asarray(value)
+        except Exception as error:  # ragged lists, objects with a broken __array__
+            raise UsageError(f"{place} cannot be made an array: {error}.") from error
     if array.dtype.kind not in "biuf":
         raise UsageError(f"{place} has element type {array.dtype}; expected numbers or booleans.")
     return array
@@ -271,6 +333,10 @@ def _describe(value: Any) -> str:
         if isinstance(value, (tuple, list))
         else type(value).__name__
     )
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
 
 
 def _dims(shape: Sequence[Any]) -> str:

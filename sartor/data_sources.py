@@ -2,20 +2,58 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import importlib.util
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from sartor.errors import UsageError
+from sartor.errors import SartorError, UsageError
 
 SPLITS = ("train", "calibration", "evaluate", "test")
 FRACTIONS = (0.70, 0.15, 0.15)
 """Shares of train, evaluate and test when one file is split."""
 BATCH_SIZE = 64
+
+
+@contextlib.contextmanager
+def authors_code(what: str, file: str = "") -> Iterator[None]:
+    """Turn whatever the author's own code raises here into one sentence.
+
+    `sys.exit` counts as a failure, too: its number must not become the exit code of a command of ours.
+
+    Args:
+        what: the subject of the sentence, e.g. "The metric of 'data.py:digits'".
+        file: name of the author's file; the sentence says the innermost line of it.
+
+    Raises:
+        UsageError: the code raised anything but an error of Sartor or an interrupt.
+    """
+    try:
+        yield
+    except SartorError:
+        raise
+    except (Exception, SystemExit) as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in frames if file and Path(frame.filename).name == file]
+        where = f" ({file}:{lines[-1]})" if lines else ""
+        raise UsageError(f"{what} failed: {_one_line(error)}{where}.") from error
+
+
+def guarded(function: Callable[..., Any], what: str, file: str) -> Callable[..., Any]:
+    """`function`, failing as `authors_code` says."""
+
+    @functools.wraps(function, updated=())
+    def call(*arguments: Any) -> Any:
+        with authors_code(what, file):
+            return function(*arguments)
+
+    return call
 
 
 def from_function(spec: str) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -45,7 +83,10 @@ def from_function(spec: str) -> tuple[dict[str, Any], dict[str, Any]]:
     for name, value in extra.items():
         if not callable(value):
             raise UsageError(f"'{name}' of '{spec}' is a {type(value).__name__}; it must be callable.")
-    return splits, extra
+    place = f"{path.name}:{function}"
+    return splits, {
+        name: guarded(value, f"The {name} of '{place}'", path.name) for name, value in extra.items()
+    }
 
 
 def _call(path: Path, function: str) -> Any:
@@ -58,17 +99,13 @@ def _call(path: Path, function: str) -> Any:
     sys.modules[name] = module
     sys.path.insert(0, str(path.resolve().parent))
     try:
-        try:
+        with authors_code(f"The import of the data file '{path}'", path.name):
             module_spec.loader.exec_module(module)
-        except Exception as error:
-            raise UsageError(f"The data file '{path}' failed on import: {_one_line(error)}.") from error
         target = getattr(module, function, None)
         if not callable(target):
             raise UsageError(f"The data file '{path}' has no function '{function}'.")
-        try:
+        with authors_code(f"'{path}:{function}'", path.name):
             return target()
-        except Exception as error:
-            raise UsageError(f"'{path}:{function}' failed: {_one_line(error)}.") from error
     finally:
         sys.path.remove(str(path.resolve().parent))
 
@@ -163,5 +200,7 @@ class ArraySplit:
 
 
 def _one_line(error: BaseException) -> str:
+    if isinstance(error, SystemExit):
+        return f"it called sys.exit({error.code!r})"
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text.rstrip('.')}" if text else type(error).__name__

@@ -96,10 +96,12 @@ def _against_labels(outputs: Outputs, labels: np.ndarray) -> _Part:
                 f"for integer labels of shape {list(labels.shape)}; give a 'metric' with the data."
             )
         classes = output.shape[1]
-        if ids.dtype.kind != "b" and ids.size and int(ids.max()) >= classes:
+        lowest, highest = (int(ids.min()), int(ids.max())) if ids.size else (0, 0)
+        if lowest < 0 or highest >= classes:
+            beyond = f"go down to {lowest}" if lowest < 0 else f"go up to {highest}"
             raise UsageError(
-                f"The labels go up to {int(ids.max())}, but output '{name}' has {classes} classes; number them "
-                f"from 0 to {classes - 1}, or give a 'metric' with the data."
+                f"The labels {beyond}, but output '{name}' has {classes} classes; number them from 0 to "
+                f"{classes - 1}, or give a 'metric' with the data."
             )
         predicted = output.argmax(axis=1)
         return _Part(name, True, float((predicted == ids).sum()), float(ids.size))
@@ -141,13 +143,32 @@ def _with_metric(
         count += _length(inputs)
     if not count:
         raise UsageError("The split is empty; a score needs at least one sample.")
-    outputs = {name: np.concatenate(values) for name, values in gathered.items()}
-    result = float(metric(outputs, None if labels[0] is None else np.concatenate(labels)))
+    outputs = {name: _joined(f"Output '{name}'", values) for name, values in gathered.items()}
+    answer: Any = metric(outputs, None if labels[0] is None else _joined("The labels", labels))
+    try:
+        result = float(answer)
+    except (TypeError, ValueError) as error:
+        raise UsageError(
+            f"The data's metric returned a value of type '{type(answer).__name__}'; it must return one number "
+            "in [0, 1]."
+        ) from error
     if not 0.0 <= result <= 1.0:  # also refuses NaN
         raise UsageError(
             f"The data's metric returned {result}; a score must lie in [0, 1], higher is better. Rescale it."
         )
     return result, count
+
+
+def _joined(what: str, batches: list[np.ndarray]) -> np.ndarray:
+    """One array for a metric, which sees the whole split at once."""
+    try:
+        return np.concatenate(batches)
+    except ValueError as error:
+        shapes = sorted({np.shape(batch) for batch in batches})
+        raise UsageError(
+            f"{what} cannot be joined over the batches for the metric: their shapes are "
+            f"{[list(shape) for shape in shapes[:3]]}. All axes but the first must be equal."
+        ) from error
 
 
 def _refuse_non_finite(outputs: Outputs) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from sartor.ir.plan import Plan
 from sartor.ir.workload import build_workload
 from sartor.journal import Journal
 from sartor.strategies.budgeted_greedy import EXCESS, BudgetedGreedy, Decision, Price, floor
+from sartor.unit_scores import unit_scores
 from sartor.workbench import Workbench, static_costs
 
 _MOST_MEASURED = 6
@@ -26,7 +27,6 @@ _NEAR = 0.93
 """A candidate below this share of the limit removed more than it had to."""
 _APPROACH = (0.6, 0.25)
 """Where milder plans are measured, as shares of the way from the limit back to the original."""
-_IMPORTANCE_SAMPLES = 1024
 
 
 class Selection:
@@ -54,6 +54,7 @@ class Selection:
         self.workload = build_workload(self.program, analysis.extents, [b for b in blocks if b.removable])
         self.history: list[dict[str, Any]] = []
         self.decisions: list[str] = []
+        self._steps: dict[str, int] = {}  # number in the history by the plan's digest
 
     def require_reachable(self, limits: Mapping[str, float], baseline: Mapping[str, float]) -> None:
         """Refuse limits that no plan can reach, before anything is measured.
@@ -79,11 +80,12 @@ class Selection:
             UsageError: a limit is below what any plan can reach.
         """
         self.limits, self.baseline = dict(limits), baseline
+        self.progress.stage("importance")
+        importance, lines = unit_scores(self.bench, self.analysis, self.blocks)
+        self.decisions.extend(lines)
         self.progress.stage("kernel table")
         self.table = self._kernel_table()
         self._check_floor(limits, baseline, self._price)
-        importance, criterion = self._importance()
-        self.decisions.append(f"importance by criterion '{criterion}'")
         strategy = BudgetedGreedy(
             self.analysis, self.blocks, importance, self.workload, self._price, self._grid
         )
@@ -95,11 +97,11 @@ class Selection:
         best: tuple[Plan, float, float] | None = None
         last: tuple[Plan, float] | None = None
         met, failed = 0.0, None  # what was wanted of the last accepted and the last refused plan
-        for step in range(len(self.history) + 1, len(self.history) + 1 + _MOST_MEASURED):
+        for _ in range(_MOST_MEASURED):
             decision = strategy.search(wanted)
             if last is not None and decision.plan == last[0]:
                 break  # the next coarser step is over the limit: this is as near as the grid allows
-            record = self._try(step, decision)
+            step, record = self._try(decision)
             last = (decision.plan, float(decision.predicted["latency"]))
             over = self._over(record)
             if not over:
@@ -138,7 +140,7 @@ class Selection:
         for share in _APPROACH:
             decision = strategy.search({"latency": goal + share * (self.baseline["latency"] - goal)})
             if decision.steps:
-                self._try(len(self.history) + 1, decision)
+                self._try(decision)
 
     def _over(self, record: Mapping[str, Any]) -> dict[str, float]:
         """Keys whose measured value is above what selection accepts, and by which factor."""
@@ -158,15 +160,15 @@ class Selection:
             return 1.0
         return float(record["ratio"] * self.baseline["latency"] / self.limits["latency"])
 
-    def _try(self, step: int, decision: Decision) -> dict[str, Any]:
-        """Apply, prove, lower and measure a decision, or take it from the journal."""
+    def _try(self, decision: Decision) -> tuple[int, dict[str, Any]]:
+        """Apply, lower and measure a decision, or take it from the journal; its step and its record."""
         digest = hashlib.sha256(decision.plan.to_json().encode()).hexdigest()
         known = self.journal.find("measured", plan=digest)
         if known is None:
             from sartor.passes.prune import apply_plan
 
             pruned = apply_plan(self.program, decision.plan, self.analysis)
-            artifact = self.bench.lower(pruned, f"step{step}")
+            artifact = self.bench.lower(pruned, f"step{len(self.history) + 1}")
             measured = self.bench.measure([self.bench.baseline, artifact], _SELECT_S)
             fields: dict[str, Any] = {
                 "plan": digest,
@@ -178,6 +180,9 @@ class Selection:
             if self.bench.data is not None:
                 fields["score"] = self.bench.score(artifact, "evaluate")[0]
             known = self.journal.append("measured", **fields)
+        if digest in self._steps:  # two ways led to one plan: it has been tried, and steered by, once
+            return self._steps[digest], known
+        step = self._steps[digest] = len(self.history) + 1
         entry: dict[str, Any] = {
             "step": step,
             "change": describe(decision),
@@ -194,7 +199,7 @@ class Selection:
             self.table.calibrate(self.workload, latency_s, decision.plan.fractions(), removed)
         self.progress.advance()
         self.progress(f"step {step}: {known['ratio']:.3f}x measured, {entry['change']}")
-        return known
+        return step, known
 
     def _kernel_table(self) -> Any:
         from sartor.backends.measure import time_models
@@ -269,42 +274,6 @@ class Selection:
                     f"The budget {key}={limit:.6g} is below the feasible floor: the smallest plan is predicted at "
                     f"{least[key]:.6g} ({least[key] / full:.3f}x of {full:.6g}). Raise the limit, or protect less."
                 )
-
-    def _importance(self) -> tuple[Any, str]:
-        from sartor.strategies.criteria import criterion
-
-        if self.bench.data is not None and self.program.batch.symbolic:
-            batches = _Limited(self.bench.data.calibration, _IMPORTANCE_SAMPLES)
-            try:
-                scores = criterion("taylor").unit_importance(
-                    self.program,
-                    self.analysis,
-                    self.blocks,
-                    data=batches,
-                    loss=self.bench.data.loss,
-                    seed=self.options.seed,
-                )
-                return scores, "taylor"
-            except UsageError as error:
-                self.decisions.append(f"criterion 'taylor' does not apply: {error}")
-        return criterion("l2").unit_importance(
-            self.program, self.analysis, self.blocks, seed=self.options.seed
-        ), "l2"
-
-
-class _Limited:
-    """The first `count` samples of a split, re-iterable."""
-
-    def __init__(self, split: Any, count: int):
-        self.split, self.count = split, count
-
-    def __iter__(self) -> Iterator[Any]:
-        seen = 0
-        for inputs, labels in self.split:
-            yield inputs, labels
-            seen += len(next(iter(inputs.values())))
-            if seen >= self.count:
-                return
 
 
 def describe(decision: Decision) -> str:

@@ -277,8 +277,8 @@ def test_refusals(case, sartor, model, tmp_path):
 def test_labels_beyond_the_classes_are_refused():
     with pytest.raises(UsageError, match="up to 5, but output 'y' has 5 classes"):
         score(lambda inputs: {"y": np.zeros((2, 5))}, [({"x": np.zeros((2, 1))}, np.array([0, 5]))])
-    ignored = np.array([0, -1])  # what frameworks write for "not labelled" is wrong, not an error
-    assert score(lambda inputs: {"y": np.eye(2, 5)}, [({"x": np.zeros((2, 1))}, ignored)]) == (0.5, 2)
+    with pytest.raises(UsageError, match="down to -1, but output 'y' has 5 classes"):
+        score(lambda inputs: {"y": np.eye(2, 5)}, [({"x": np.zeros((2, 1))}, np.array([0, -1]))])
 
 
 # ---- fit -------------------------------------------------------------------------------------------
@@ -398,3 +398,14 @@ def test_a_budget_below_the_floor_writes_nothing(fit, monkeypatch):
     code, document, out = fit("weight_bytes=100", "--recovery", "none")
     assert code == 2 and "floor" in document["error"]
     assert not out.exists()
+
+
+def test_apply_writes_all_or_nothing(sartor, canon, tmp_path):
+    plan = tmp_path / "plan.json"
+    sartor("run", canon, "--passes", "prune-channels{ratio=1}", "-o", tmp_path / "o.onnx", "--plan-out", plan)
+    groups = json.loads(plan.read_text())["groups"]
+    assert groups and all(len(entry["keep"]) >= 1 for entry in groups.values())  # a unit stays at ratio 1
+    (tmp_path / "folder.onnx").mkdir()
+    out = tmp_path / "second.onnx"
+    sartor("apply", canon, plan, "-o", out, "--masked", tmp_path / "folder.onnx", code=2)
+    assert not out.exists() and not [p for p in tmp_path.iterdir() if p.name.startswith(".")]

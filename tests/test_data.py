@@ -123,7 +123,7 @@ def test_function_extras_and_sibling_imports(tmp_path):
         ("def load(): return {'evaluate': [({'x': np.array(['a'] * 4)}, Y)]}", "expected numbers"),
         ("def load(): raise RuntimeError('disk on fire')", "disk on fire"),
         ("def loads(): pass", "no function 'load'"),
-        ("import nothing_of_this_name", "failed on import"),
+        ("import nothing_of_this_name", r"import of the data file .* failed: .*source.py:4"),
     ],
 )
 def test_function_refusals(tmp_path, body, message):

@@ -49,7 +49,7 @@ def label_loss(outputs: Outputs, labels: Tensor, probabilities: frozenset[str] =
     * other float labels of the output's shape: mean squared error.
 
     Raises:
-        UsageError: labels and output do not fit each other.
+        UsageError: labels and output do not fit each other, or labels are not finite.
     """
     name, output = next(iter(outputs.items()))
     if labels.is_floating_point():
@@ -58,6 +58,8 @@ def label_loss(outputs: Outputs, labels: Tensor, probabilities: frozenset[str] =
                 f"Output '{name}' has shape {list(output.shape)} and its float labels {list(labels.shape)}; "
                 "they must be equal, or give a 'loss' with the data."
             )
+        if not bool(torch.isfinite(labels).all()):
+            raise UsageError("Labels contain NaN or infinity; clean them, or give a 'loss' with the data.")
         labels = labels.to(output.dtype)
         if is_classification(output) and _are_probabilities(labels):
             return functional.cross_entropy(logits(output, name, probabilities), labels)
@@ -86,9 +88,13 @@ def checked(value: Tensor) -> Tensor:
         UsageError: it is not a scalar tensor.
     """
     if not isinstance(value, Tensor) or value.numel() != 1:
-        found = f"tensor of shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        kind = type(value).__name__
+        found = (
+            f"tensor of shape {list(value.shape)}" if isinstance(value, Tensor) else f"value of type '{kind}'"
+        )
         raise UsageError(
-            f"The data's loss returned a {found}; it must return one torch scalar. Take the mean."
+            f"The data's loss returned a {found}; it must return one torch scalar that depends on the outputs, "
+            "such as a mean."
         )
     return value.reshape(())
 
