@@ -139,7 +139,7 @@ def call_function(path: Path, function: str) -> Any:
         return target()
     except SartorError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # the author's sys.exit is not ours to follow
         line = next(
             (
                 f.lineno
@@ -151,9 +151,10 @@ def call_function(path: Path, function: str) -> Any:
         if line is None and isinstance(error, SyntaxError):
             line = error.lineno
         where = f"{path.name}:{line}" if line else path.name
-        raise ModelError(
-            f"'{where}' failed while making the model: {type(error).__name__}: {error}"
-        ) from error
+        what = f"{type(error).__name__}: {error}"
+        if isinstance(error, SystemExit):
+            what = f"it called sys.exit({error.code!r})"
+        raise ModelError(f"'{where}' failed while making the model: {what}") from error
     finally:
         with contextlib.suppress(ValueError):
             sys.path.remove(str(path.resolve().parent))
