@@ -144,7 +144,7 @@ def call_function(path: Path, function: str) -> Any:
             (
                 f.lineno
                 for f in reversed(traceback.extract_tb(error.__traceback__))
-                if f.filename == str(path)
+                if Path(f.filename).resolve() == path.resolve()
             ),
             None,
         )
