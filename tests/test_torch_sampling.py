@@ -111,9 +111,6 @@ def test_quantization_rounds_half_to_even_and_saturates() -> None:
     assert quantize_linear(x * 1000, torch.tensor(1.0), wide).tolist()[-1] == 65535
     ends = torch.tensor([0, 65535]).to(torch.uint16)
     assert dequantize_linear(ends, torch.tensor(0.5), wide).tolist() == [-15000.0, 17767.5]
-        -15000.0,
-        17767.5,
-    ]
 
 
 def test_quantized_convolution_is_the_float_one_rounded() -> None:
