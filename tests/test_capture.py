@@ -255,3 +255,60 @@ def test_capture_is_silent(capfd: pytest.CaptureFixture[str], recwarn: pytest.Wa
     out, err = capfd.readouterr()
     assert (out, err) == ("", "")
     assert not recwarn.list
+
+
+class Grouped(nn.Module):
+    """Attention of five axes in which two query heads share a key head, after a pool over channels-last data."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.kv, self.out = nn.Linear(16, 32), nn.Linear(16, 32), nn.Linear(32, 5)
+        self.pool = nn.AdaptiveAvgPool2d(1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        b, w, n, _ = x.shape
+        q = self.q(x).reshape(b, w, n, 4, 8).transpose(2, 3)
+        k, v = self.kv(x).reshape(b, w, n, 2, 2, 8).permute(3, 0, 1, 4, 2, 5).unbind(0)
+        y = nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+        y = y.transpose(2, 3).reshape(b, w, n, 32).permute(0, 3, 1, 2)
+        return self.out(self.pool(y).flatten(1))
+
+
+def test_attention_of_any_rank_and_grouped_queries() -> None:
+    torch.manual_seed(0)
+    module = Grouped().eval()
+    program = capture(module, torch.randn(1, 3, 6, 16))
+    assert program.batch.symbolic, program.batch.reason
+    x = torch.randn(4, 3, 6, 16)
+    with torch.no_grad():
+        expected = module(x).numpy()
+    assert relative_error(expected, run(program, {"x": x.numpy()})[0]) < 1e-5
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("mask", [None, "boolean", "additive"])
+def test_decomposed_attention_is_torch_s(causal: bool, mask: str | None) -> None:
+    from sartor.ir.capture_attention import attention
+
+    if causal and mask:
+        return  # torch allows one of them
+    torch.manual_seed(1)
+    q, k, v = torch.randn(2, 3, 4, 6, 8), torch.randn(2, 3, 2, 6, 8), torch.randn(2, 3, 2, 6, 5)
+    given = {None: None, "boolean": torch.rand(6, 6) > 0.3, "additive": torch.randn(6, 6)}[mask]
+    for scale in (None, 0.3):
+        options = {"attn_mask": given, "is_causal": causal, "scale": scale, "enable_gqa": True}
+        expected = nn.functional.scaled_dot_product_attention(q, k, v, **options)
+        torch.testing.assert_close(attention(q, k, v, **options), expected)
+
+
+def test_bfloat16_is_captured_with_a_free_batch() -> None:
+    module, example = tiny_resnet()
+    program = capture(module.to(torch.bfloat16), example[0].to(torch.bfloat16))
+    assert program.batch.symbolic, program.batch.reason
+    assert program.graph.inputs[0].dtype.name == program.graph.outputs[0].dtype.name == "BFLOAT16"
+
+
+@pytest.mark.parametrize("family", ALL)
+def test_a_captured_file_is_captured_as_it_is(family: str, tmp_path: Path) -> None:
+    path = captured(family).save(tmp_path / "canon.onnx")
+    assert open_model(str(path)).to_bytes() == path.read_bytes()

@@ -394,7 +394,9 @@ def test_fit_to_latency_without_data(sartor, fit, wide, tmp_path):
 
 
 def test_a_budget_below_the_floor_writes_nothing(fit, monkeypatch):
-    monkeypatch.setattr("sartor.backends.measure.measure", None)  # the graph alone says so: nothing is measured
+    monkeypatch.setattr(
+        "sartor.backends.measure.measure", None
+    )  # the graph alone says so: nothing is measured
     code, document, out = fit("weight_bytes=100", "--recovery", "none")
     assert code == 2 and "floor" in document["error"]
     assert not out.exists()

@@ -627,3 +627,16 @@ def test_external_data_of_the_wrong_size(tmp_path: Path, entries: dict) -> None:
 def test_external_data_missing(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"'gone.bin' of tensor 'w' does not exist"):
         load(external(tmp_path, "gone.bin"))
+
+
+def test_text_is_refused(tmp_path: Path) -> None:
+    graph = helper.make_graph(
+        [node("Identity", ["x"], ["y"])],
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.STRING, [1, 3])],
+        [helper.make_tensor_value_info("y", TensorProto.STRING, [1, 3])],
+    )
+    path = tmp_path / "text.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10), path)
+    with pytest.raises(ModelError, match="element type STRING"):
+        load(path)

@@ -303,3 +303,16 @@ def test_nonnegative_values(nodes, expected):
     used = {name for item in nodes for name in item.input}
     program = program_from_nodes(nodes, {"x": (2, 3)}, ["y"], {k: v for k, v in given.items() if k in used})
     assert ("y" in {value.name for value in nonnegative_values(program)}) is expected
+
+
+def test_a_fit_keeps_what_keep_names_inside_blocks():
+    from sartor.passes.remove_blocks import kept_by
+
+    program = captured("resnet")
+    block = next(b for b in residual_blocks(program) if b.removable)
+    inside = set(block.nodes)
+    reads = [v.name for n in program.nodes() if n.name in inside for v in n.inputs if v.is_initializer()]
+    assert len(reads) > len(block.last_affine)
+    for name in [*reads, block.name, *block.nodes]:
+        assert kept_by(program, block, Context(keep=(name,))) == name
+    assert kept_by(program, block, Context(keep=("elsewhere*",))) is None

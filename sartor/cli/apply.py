@@ -25,6 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> Result:
     """Apply, verify and write."""
     from sartor.ir.plan import Plan
+    from sartor.ir.program import write_all
     from sartor.ir.verify import verify_program
     from sartor.passes.masked import masked
     from sartor.passes.prune import apply_plan
@@ -37,9 +38,10 @@ def run(options: argparse.Namespace) -> Result:
     pruned = apply_plan(program, plan)
     verify_program(pruned)
     masked_program, zeroed = masked(program, plan)
-    paths = [pruned.save(output)]
+    files = {output: pruned.to_bytes()}
     if masked_output is not None:
-        paths.append(masked_program.save(masked_output))
+        files[masked_output] = masked_program.to_bytes()
+    paths = write_all(files)
     entries = [arguments.plain(entry) for entry in zeroed]
     document = {
         "schema": "sartor.apply/1",

@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> Result:
     """Parse the pipeline first: a typing error must not cost a capture."""
-    from sartor.ir.program import write_atomic
+    from sartor.ir.program import write_all
     from sartor.passes.pipeline import Pipeline
 
     pipeline = Pipeline.parse(options.passes)
@@ -46,9 +46,10 @@ def run(options: argparse.Namespace) -> Result:
     program = arguments.open_program(options)
     result = pipeline.run(program, arguments.pass_context(options, program))
     plan_text = _plan_text(result) if plan_output else None
-    paths = [result.program.save(output)]
+    files = {output: result.program.to_bytes()}
     if plan_output is not None and plan_text is not None:
-        paths.append(write_atomic(plan_output, plan_text.encode()))
+        files[plan_output] = plan_text.encode()
+    paths = write_all(files)
     steps: list[dict[str, Any]] = [
         {
             "pass": str(entry.step.item),

@@ -14,6 +14,7 @@ Values in `model` carry no trusted shapes: `Program.shapes()` infers them at the
 from __future__ import annotations
 
 import dataclasses
+import errno
 import hashlib
 import os
 import tempfile
@@ -225,27 +226,51 @@ def write_atomic(path: str | os.PathLike[str], data: bytes) -> Path:
     Raises:
         UsageError: the file system refuses: no such folder, no permission, no space.
     """
-    target = Path(path)
+    return write_all({path: data})[0]
+
+
+def write_all(files: Mapping[Any, bytes]) -> list[Path]:
+    """Write several files, each atomically, and none of them if one cannot be written.
+
+    Args:
+        files: content by path.
+
+    Raises:
+        UsageError: the file system refuses one: no such folder, no permission, no space.
+    """
+    written: list[tuple[Path, Path]] = []
     try:
-        return _write_atomic(target, data)
-    except OSError as error:
-        raise UsageError(f"'{target}' cannot be written: {error.strerror or error}.") from error
+        for path, data in files.items():
+            target = Path(path)
+            try:
+                written.append((_temporary(target, data), target))
+            except OSError as error:
+                raise UsageError(f"'{target}' cannot be written: {error.strerror or error}.") from error
+        for temporary, target in written:
+            os.replace(temporary, target)
+    finally:
+        for temporary, _ in written:
+            temporary.unlink(missing_ok=True)
+    return [target for _, target in written]
 
 
-def _write_atomic(target: Path, data: bytes) -> Path:
+def _temporary(target: Path, data: bytes) -> Path:
+    """A file beside `target` with its content, on disk."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    if target.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    temporary = Path(name)
     try:
         with os.fdopen(handle, "wb") as stream:
             stream.write(data)
             stream.flush()
             os.fsync(stream.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, target)
+        temporary.chmod(0o644)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
-    return target
+    return temporary
 
 
 def infer_shapes(

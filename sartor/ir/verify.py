@@ -250,7 +250,14 @@ def _check_initializers(program: Program) -> None:
 
 
 def _check_types(program: Program, types: Mapping[str, ir.DataType]) -> None:
-    """Inputs that share a type variable of the schema must share one allowed element type."""
+    """Numbers only; and inputs that share a type variable of the schema share one allowed element type."""
+    for name, known in types.items():
+        if known is ir.DataType.STRING:
+            _fail(
+                program,
+                None,
+                f"Value '{name}' has element type STRING; only numbers and booleans can be computed.",
+            )
     for node in program.nodes():
         if node.domain != "":
             continue
