@@ -2,12 +2,16 @@
 
 baseline → kernel table → strategy proposes a plan, priced in bulk → apply → oracle → lower → measure, interleaved
 with the baseline → tighten and repeat → recover → lower → verify → a fresh measurement that selected nothing decides
-the status. Measurements and decisions go to a journal: a run that was killed resumes with what it had measured.
+the status. Measurements and decisions go to a journal beside the bundle: a run that was killed resumes with what it
+had measured, and a run that was delivered leaves its journal in the bundle.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import hashlib
+import json
 import os
 import shutil
 import tempfile
@@ -19,7 +23,6 @@ from sartor.errors import (
     EXIT_MET,
     EXIT_QUALITY_MISSED,
     EXIT_USAGE,
-    SartorError,
     UsageError,
 )
 from sartor.ir.blocks import residual_blocks
@@ -97,12 +100,23 @@ def fit(
     require_strategy(options.strategy)
     folder = Path(out_dir)
     check_destination(folder)
-    existed = folder.exists()
+    missing = [path for path in folder.parents if not path.exists()]
+    this = _Fit(program, options, data, folder, progress or Silent())
+    resumable = this.journal_path.exists()
     try:
-        return _Fit(program, options, data, folder, progress or Silent()).run()
-    except SartorError as error:
-        if error.exit_code == EXIT_USAGE and not existed:
-            shutil.rmtree(folder, ignore_errors=True)
+        return this.run()
+    except BaseException as error:
+        refused = getattr(error, "exit_code", None) == EXIT_USAGE or isinstance(error, SystemExit)
+        if refused and not resumable:
+            this.journal_path.unlink(missing_ok=True)
+            shutil.rmtree(this.checkpoints, ignore_errors=True)
+            for path in missing:
+                with contextlib.suppress(OSError):  # it holds something of another run's
+                    path.rmdir()
+        elif this.journal_path.exists():
+            error.add_note(
+                f"What was measured is kept in '{this.journal_path}'; the same command resumes from it."
+            )
         raise
 
 
@@ -119,6 +133,9 @@ class _Fit:
         self.folder, self.progress = folder, progress
         self.decisions: list[str] = []
         self.history: list[dict[str, Any]] = []
+        self.untouched = False
+        self.journal_path = folder.with_name(f".{folder.name}.journal.jsonl")
+        self.checkpoints = folder.with_name(f".{folder.name}.recovery")
 
     def run(self) -> FitResult:
         from sartor import backends
@@ -138,12 +155,33 @@ class _Fit:
             "data": self.data.fingerprint() if self.data is not None else None,
         }
         with (
-            Journal(self.folder / "journal.jsonl", key) as self.journal,
+            Journal(self.journal_path, key) as self.journal,
             tempfile.TemporaryDirectory(prefix="sartor-fit-") as work,
         ):
+            if self.journal.find("delivered"):  # killed before it could be put away: a finished run, not ours
+                self.journal.clear()
             self.progress.stage("baseline")
             self.bench = Workbench(self.program, self.options, self.data, Path(work))
+            if self.data is not None:
+                self._note_splits(self.data)
+                self.bench.score(self.bench.baseline, "evaluate")  # refuses data before anything is measured
             return self._deliver(*self._select())
+
+    def _note_splits(self, data: Data) -> None:
+        """Say what the score and recovery are taken on where the data leave a choice."""
+        if data.test_is_evaluate:
+            self.decisions.append("the score is on 'evaluate', which selection saw, too: there is no 'test'")
+        if self.options.recovery_s <= 0 or data.train is not None:
+            return
+        scored = data.calibration in (data.evaluate, data.test)
+        if scored and data.test_is_evaluate:
+            self.decisions.append(
+                "WARNING: recovery trained on the samples that are scored, so the score says little about others; "
+                "give 'train' and 'test'"
+            )
+        else:
+            name = "evaluate" if data.calibration is data.evaluate else "calibration"
+            self.decisions.append(f"recovery trained on '{name}': there is no 'train'")
 
     # ---- stages ----------------------------------------------------------------------------
     def _select(self) -> tuple[Plan, float]:
@@ -161,6 +199,7 @@ class _Fit:
         values["latency"] = self.baseline_s
         limits = {key: limit.absolute(values[key]) for key, limit in self.options.budget.items()}
         if all(values[key] <= limit for key, limit in limits.items()):
+            self.untouched = True
             self.decisions.append("the original is within every limit; nothing is removed")
             return Plan(self.program.source.sha256), self.baseline_s
         try:
@@ -190,9 +229,11 @@ class _Fit:
             final = self.bench.measure([self.bench.baseline, artifact], _FINAL_S, seed=self.options.seed + 1)
             report = self._report(plan, predicted_s, verdict, artifact, result, final, lowered_error)
             write_report(report, bundle.folder)
+            self.journal.append("delivered", status=report["status"], ratio=report["ratio"])
+            shutil.copyfile(self.journal_path, bundle.folder / "journal.jsonl")
             bundle.commit(source={"sha256": self.program.source.sha256, "name": self.program.source.name})
-        shutil.rmtree(self._checkpoints, ignore_errors=True)
-        self.journal.append("delivered", status=report["status"], ratio=report["ratio"])
+        self.journal_path.unlink()
+        shutil.rmtree(self.checkpoints, ignore_errors=True)
         codes = {"met": EXIT_MET, "budget-missed": EXIT_BUDGET_MISSED, "quality-missed": EXIT_QUALITY_MISSED}
         return FitResult(report, codes[report["status"]], self.folder)
 
@@ -213,12 +254,8 @@ class _Fit:
             oracle.require(verdict, self.program, plan, reproducer)
         return verdict
 
-    @property
-    def _checkpoints(self) -> Path:
-        return self.folder.with_name(f".{self.folder.name}.recovery")
-
     def _recover(self, pruned: Program) -> Program:
-        if self.data is None or self.options.recovery_s <= 0:
+        if self.data is None or self.options.recovery_s <= 0 or self.untouched:
             return pruned
         from sartor.recovery.distillation import distill
 
@@ -234,13 +271,23 @@ class _Fit:
             threads=len(os.sched_getaffinity(0)),
             progress=lambda fraction, text: self.progress(f"recovery {fraction:.0%}: {text}"),
             evaluate=lambda predict: self.bench.score_with(predict, "evaluate")[0],
-            checkpoint_dir=self._checkpoints,
+            checkpoint_dir=self._checkpoint(pruned),
         )
-        self.decisions.append(
-            f"recovered by distillation: {recovered.steps} steps in {recovered.seconds:.0f} s"
-        )
+        if recovered.steps:
+            self.decisions.append(
+                f"recovered by distillation: {recovered.steps} steps in {recovered.seconds:.0f} s"
+            )
         self.decisions.extend(recovered.notes)
         return recovered.program
+
+    def _checkpoint(self, pruned: Program) -> Path:
+        """The folder of this recovery's checkpoints; those of a killed run that led elsewhere are removed."""
+        identity = json.dumps([self.journal.key, pruned.sha256()], sort_keys=True)
+        folder = self.checkpoints / hashlib.sha256(identity.encode()).hexdigest()[:16]
+        for other in self.checkpoints.glob("*"):
+            if other != folder:
+                shutil.rmtree(other) if other.is_dir() else other.unlink()
+        return folder
 
     # ---- report ----------------------------------------------------------------------------
     def _report(
@@ -255,15 +302,18 @@ class _Fit:
     ) -> dict[str, Any]:
         baseline: dict[str, Any] = {"latency_s": dataclasses.asdict(final.latencies[0]), **self.before}
         after: dict[str, Any] = {"latency_s": dataclasses.asdict(final.latencies[1]), **static_costs(result)}
-        quality = "unmeasured"
+        quality, score_split = "unmeasured", {}
         if self.data is not None:
+            score_split = {"score_split": "evaluate" if self.data.test_is_evaluate else "test"}
             baseline["score"], baseline["score_n"] = self.bench.score(self.bench.baseline, "test")
             after["score"], after["score_n"] = self.bench.score(artifact, "test")
             lost = baseline["score"] - after["score"]
             quality = "kept" if lost <= self.options.max_drop / 100.0 + 1e-12 else "missed"
         low, high = final.ratio.latency_ci95
         met = True
-        for key, limit in self.options.budget.items():
+        # The original against itself is a draw around 1: of a program that is within its limits as it is, the
+        # fresh measurement shows the noise and decides nothing.
+        for key, limit in self.options.budget.items() if not self.untouched else ():
             if key == "latency":
                 wanted = limit.value if limit.relative else limit.value / final.latencies[0].median
                 met &= high <= wanted
@@ -284,6 +334,7 @@ class _Fit:
                 for key, limit in self.options.budget.items()
             },
             "max_drop": self.options.max_drop,
+            **score_split,
             "baseline": baseline,
             "result": after,
             "ratio": {"latency": final.ratio.latency, "latency_ci95": [low, high]},

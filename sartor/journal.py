@@ -79,6 +79,12 @@ class Journal:
                 return record
         return None
 
+    def clear(self) -> None:
+        """Forget every record and start afresh, under the same key."""
+        self._records = []
+        self._stream.truncate(0)
+        self._write({"schema": SCHEMA, "key": self.key})
+
     def close(self) -> None:
         """Close the file and give up its lock."""
         self._stream.close()
@@ -97,8 +103,7 @@ class Journal:
             self._stream.truncate(good_bytes)
             self._records = records
         else:
-            self._stream.truncate(0)
-            self._write({"schema": SCHEMA, "key": self.key})
+            self.clear()
 
     def _write(self, document: Mapping[str, Any]) -> None:
         line = json.dumps(document, allow_nan=False, sort_keys=True) + "\n"

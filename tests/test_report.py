@@ -147,6 +147,16 @@ def test_summary_has_the_numbers():
         assert expected in text, expected
 
 
+def test_a_score_that_selection_saw_is_called_so_everywhere(tmp_path):
+    for split, seen in (("test", False), ("evaluate", True)):
+        document = report() | {"score_split": split}
+        texts = page_of(document, tmp_path).texts
+        assert "score taken on split" in texts and f"result, on the {split} split" in " ".join(texts)
+        assert ("that selection saw" in " ".join(texts)) is seen
+        assert ("that selection saw" in summary(document)) is seen
+    assert "score taken on split" not in page_of(report(score=False), tmp_path).texts
+
+
 def test_ticks_are_round_and_inside():
     assert ticks(0.0, 1.0, 5) == pytest.approx([0.0, 0.2, 0.4, 0.6, 0.8, 1.0])
     assert ticks(0.971, 0.989, 5) == pytest.approx([0.975, 0.98, 0.985])
@@ -189,28 +199,25 @@ def test_failure_leaves_the_old_bundle(tmp_path):
         (bundle.folder / "model.onnx").write_bytes(b"new")
         raise RuntimeError
     assert (target / "model.onnx").read_bytes() == b"old"
-    (target / "journal.jsonl").write_text("kept")
     with Bundle(target) as bundle:
-        (bundle.folder / "model.onnx").write_bytes(b"new")
+        (bundle.folder / "other.onnx").write_bytes(b"new")
         bundle.commit()
-    assert (target / "model.onnx").read_bytes() == b"new"
-    assert (target / "journal.jsonl").read_text() == "kept"
+    assert {p.name for p in target.iterdir()} == {"other.onnx", "manifest.json"}, "replaced as a whole"
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
 def test_what_a_kill_left_goes_with_the_next_bundle(tmp_path):
-    """Killed between the two renames: the earlier bundle lies aside, and only a journal is in its place."""
+    """Killed between the two renames: the earlier bundle lies aside, and nothing is in its place."""
     target = tmp_path / "out"
-    for left in (".out.partial", ".out.partial.old", "out"):
+    for left in (".out.partial", ".out.partial.old"):
         (tmp_path / left).mkdir()
     (tmp_path / ".out.partial" / "half").write_text("")
     (tmp_path / ".out.partial.old" / "report.json").write_text("{}")
-    (target / "journal.jsonl").write_text("{}\n")
     with Bundle(target) as bundle:
         (bundle.folder / "model.onnx").write_bytes(b"new")
         bundle.commit()
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
-    assert {path.name for path in target.iterdir()} == {"journal.jsonl", "manifest.json", "model.onnx"}
+    assert {path.name for path in target.iterdir()} == {"manifest.json", "model.onnx"}
 
 
 @pytest.mark.parametrize(

@@ -53,7 +53,12 @@ def call(
         BackendError: the worker crashed, was killed, or ran out of time; its last log lines are notes.
     """
     memory = memory_limit_bytes or default_memory_limit(threads)
-    document = {**request, "time_limit_s": time_limit_s, "memory_limit_bytes": memory}
+    document = {
+        **request,
+        "time_limit_s": time_limit_s,
+        "memory_limit_bytes": memory,
+        "parent": os.getpid(),
+    }
     command = [sys.executable, "-P", "-m", "sartor.backends.worker"]
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
+import signal
 import sys
+import threading
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NoReturn
 
 from sartor import __version__
@@ -25,7 +28,8 @@ COMMANDS = {
     "targets": "list the targets, or describe one",
     "report": "write report.html again from report.json",
 }
-EXIT_INTERRUPTED = 130
+EXIT_INTERRUPTED = 128 + signal.SIGINT
+EXIT_TERMINATED = 128 + signal.SIGTERM
 
 EPILOG = """\
 exit codes:
@@ -35,6 +39,29 @@ exit codes:
 example:
   sartor fit model.onnx --target onnxruntime --budget latency=0.5x --data data.npz --out out
 """
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, on the same way out as Ctrl-C: temporary folders are removed and subprocesses ended."""
+
+
+@contextlib.contextmanager
+def _sigterm_interrupts() -> Iterator[None]:
+    """Raise `Terminated` at the first SIGTERM; further ones wait until what it started is cleaned up."""
+
+    def terminate(number: int, frame: object) -> NoReturn:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        raise Terminated
+
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if not in_main_thread or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield  # only the main thread may; and whoever set or ignored it knows better
+        return
+    signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 class Parser(argparse.ArgumentParser):
@@ -94,11 +121,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _fail(stdout, as_json, debug, error, EXIT_USAGE)
     with Stdout() as stdout:
         try:
-            result: Result = importlib.import_module(f"sartor.cli.{options.command}").run(options)
+            with _sigterm_interrupts():
+                result: Result = importlib.import_module(f"sartor.cli.{options.command}").run(options)
         except SartorError as error:
             return _fail(stdout, as_json, debug, error, error.exit_code)
+        except Terminated as error:
+            return _fail(stdout, as_json, debug, error, EXIT_TERMINATED)
         except KeyboardInterrupt as error:
             return _fail(stdout, as_json, debug, error, EXIT_INTERRUPTED)
+        except SystemExit as error:  # not ours: no command leaves by it
+            text = f"The code of the model or of the data called sys.exit({error.code!r}); remove the call."
+            return _fail(stdout, as_json, debug, UsageError(text), EXIT_USAGE)
         except BrokenPipeError:
             return EXIT_INTERNAL
         except Exception as error:
@@ -119,17 +152,18 @@ def _fail(stdout: Stdout, as_json: bool, debug: bool, error: BaseException, code
             " This is a bug in Sartor: please report it with the output of the same command plus --debug."
         )
     sys.stderr.write(f"sartor: error: {message}\n")
-    if not debug and not isinstance(error, UsageError):
-        for note in getattr(error, "__notes__", ()):
+    notes = [] if isinstance(error, UsageError) else list(getattr(error, "__notes__", ()))
+    if not debug:  # the traceback has shown them
+        for note in notes:
             sys.stderr.write(f"{note}\n")
     if as_json:
-        stdout.write(to_json(error_document(message, code)))
+        stdout.write(to_json(error_document(message, code) | ({"notes": notes} if notes else {})))
     return code
 
 
 def _sentence(error: BaseException, code: int) -> str:
-    if code == EXIT_INTERRUPTED:
-        return "Interrupted."
+    if isinstance(error, KeyboardInterrupt):
+        return "Terminated." if isinstance(error, Terminated) else "Interrupted."
     text = " ".join(str(error).split())
     if isinstance(error, SartorError) and not isinstance(error, InternalError):
         return text

@@ -24,8 +24,8 @@ def write_report(report: Mapping[str, Any], folder: str | os.PathLike[str]) -> t
     """Write `report.json` and `report.html` to `folder`, each atomically.
 
     Beside the sections of schema `sartor.report/1` the page shows, when present, `budget`, `max_drop`,
-    `widths` (`[{name, before, after}]`), `blocks_removed`, `decisions` (strings or objects) and
-    `conditions`.
+    `widths` (`[{name, before, after}]`), `blocks_removed`, `decisions` (strings or objects), `conditions`
+    and `score_split` (`test`, or `evaluate` where the data have no split that selection did not see).
 
     Returns:
         The paths of both files.

@@ -27,17 +27,14 @@ class Bundle:
 
     Args:
         destination: the bundle's folder. An earlier bundle there is replaced as a whole.
-        keep: names of files in the destination that belong to the run rather than to the bundle, such
-            as its journal; they are carried over when the bundle is replaced.
 
     Raises:
         UsageError: the destination is a file, or a folder with something else than a bundle in it.
     """
 
-    def __init__(self, destination: str | os.PathLike[str], keep: tuple[str, ...] = ("journal.jsonl",)):
+    def __init__(self, destination: str | os.PathLike[str]):
         self.destination = Path(destination)
-        self.keep = keep
-        check_destination(self.destination, keep)
+        check_destination(self.destination)
         self.destination.parent.mkdir(parents=True, exist_ok=True)
         # A fixed name, so that what a killed run left there goes with the next run to this destination.
         self.folder = self.destination.with_name(f".{self.destination.name}.partial")
@@ -62,10 +59,6 @@ class Bundle:
         write_manifest(self.folder, **sections)
         for path in self.folder.rglob("*"):
             _sync(path)
-        for name in self.keep:
-            if (self.destination / name).exists() and not (self.folder / name).exists():
-                # A link, not a move: a kill before the rename leaves the old folder whole.
-                os.link(self.destination / name, self.folder / name)
         old = self.folder.with_name(self.folder.name + ".old")
         shutil.rmtree(old, ignore_errors=True)
         if self.destination.exists():
@@ -81,7 +74,7 @@ class Bundle:
         return self.destination
 
 
-def check_destination(destination: Path, keep: tuple[str, ...] = ("journal.jsonl",)) -> None:
+def check_destination(destination: Path) -> None:
     """Refuse a destination whose content is not ours to replace.
 
     Raises:
@@ -91,7 +84,7 @@ def check_destination(destination: Path, keep: tuple[str, ...] = ("journal.jsonl
         raise UsageError(f"The output folder '{destination}' is a file; name a folder.")
     if not destination.is_dir() or (destination / MANIFEST).is_file():
         return
-    foreign = sorted(path.name for path in destination.iterdir() if path.name not in keep)
+    foreign = sorted(path.name for path in destination.iterdir())
     if foreign:
         raise UsageError(
             f"The output folder '{destination}' holds '{foreign[0]}' and no {MANIFEST}, so it is not a "

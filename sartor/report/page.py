@@ -119,7 +119,7 @@ def _trade_off(report: Report) -> str:
             ratio["latency"],
             after["score"],
             "result",
-            "result, on the test split",
+            f"result, on the {report.get('score_split', 'test')} split",
             "result",
             x_interval=tuple(ratio["latency_ci95"]),
         )
@@ -259,7 +259,10 @@ def _decisions(report: Report) -> str:
 
 
 def _conditions(report: Report) -> str:
-    rows = [*_flat("target", report["target"]), *_flat("", report.get("conditions", {}))]
+    rows = [*_flat("target", report["target"])]
+    if "score_split" in report:
+        rows.append(("score taken on split", str(report["score_split"])))
+    rows += _flat("", report.get("conditions", {}))
     rows += _flat("version of", report["versions"])
     return _section("Conditions of the measurement", "", _pairs(rows))
 

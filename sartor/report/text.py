@@ -94,9 +94,10 @@ def cost_rows(report: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
 
 
 def score_label(report: Mapping[str, Any]) -> str:
-    """What the score was taken on."""
+    """What the score was taken on, and whether selection saw it, too."""
     n = report["result"].get("score_n")
-    return f"Score, {n} samples" if n else "Score"
+    label = f"Score, {n} samples" if n else "Score"
+    return f"{label} that selection saw" if report.get("score_split") == "evaluate" else label
 
 
 def verdict(report: Mapping[str, Any]) -> str:
