@@ -219,7 +219,7 @@ class ChannelAnalysis:
                 reason = self.classes.reasons[int(known[0])]
                 text, where = reason.text, self._where(reason.node)
             else:
-                text, where = "no direction leaves more than one removable unit", ""
+                text, where = "tied to others so that no unit can go alone", ""
             result.append(BlockedAxis(name, axis, text, where, int(stuck.size)))
         return tuple(result)
 

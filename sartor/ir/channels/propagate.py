@@ -184,7 +184,7 @@ class Propagation:
         output: tuple[int, ...],
         summed: frozenset[int] = frozenset(),
         *,
-        text: str = "meets an axis that carries no channels",
+        text: str = "meets values that no weight makes, such as a graph input",
     ) -> Labels:
         """Broadcast product over letters, summed over `summed`; returns labels in output axis order.
 

@@ -278,7 +278,7 @@ def _convolve(ctx: Propagation, node: ir.Node, groups: int, weight: Operand, cha
     split = (old[0], groups, old[1] // groups, *old[2:])
     data = ctx.space.reshape(data, old, split, reason)
     x = Operand(data, (0, _ROWS, _INSIDE, *(a for a in spatial)), split)
-    meets = ctx.reason(node, "meets an axis that carries no channels")
+    meets = ctx.reason(node, "meets values that no weight makes, such as a graph input")
     summed = frozenset([_INSIDE, *weight.letters[3:]])
     remaining, parts = ctx.space.combine([x, weight], summed, meets)
     ctx.record(node, [node.inputs[0], node.inputs[1]], [x.letters, weight.letters], parts, summed)

@@ -124,7 +124,7 @@ def _concat(ctx: Propagation, node: ir.Node) -> None:
         return
     shape = ctx.shape(node.outputs[0])
     axis = ctx.attribute(node, "axis") % len(shape)
-    reason = ctx.reason(node, "concatenated with an axis that carries no channels")
+    reason = ctx.reason(node, "concatenated along it with values that no weight makes")
     parts = [(ctx.labels(v), ctx.shape(v)) for v in node.inputs if v is not None]
     cluster = _cluster(axis, [f for labels, _ in parts for f in labels])
     result: list[Factor] = []
