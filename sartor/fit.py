@@ -107,16 +107,17 @@ def fit(
         return this.run()
     except BaseException as error:
         refused = getattr(error, "exit_code", None) == EXIT_USAGE or isinstance(error, SystemExit)
-        if refused and not resumable:
+        ours = "journal" in vars(this)  # else another process holds it, or there is none yet
+        if ours and not resumable and (refused or not this.journal.records):
             this.journal_path.unlink(missing_ok=True)
             shutil.rmtree(this.checkpoints, ignore_errors=True)
-            for path in missing:
-                with contextlib.suppress(OSError):  # it holds something of another run's
-                    path.rmdir()
-        elif this.journal_path.exists():
+        elif ours:
             error.add_note(
                 f"What was measured is kept in '{this.journal_path}'; the same command resumes from it."
             )
+        for path in missing:
+            with contextlib.suppress(OSError):  # there is something in it
+                path.rmdir()
         raise
 
 
