@@ -5,12 +5,18 @@ lowers its opset, expands functions, canonicalizes and verifies), turned into th
 element types, and compared with the suite's outputs at the suite's tolerance (shapes and types exactly).
 
 *Operands.* In the suite every operand is a graph input. Where an operator needs one as a number (shapes,
-axes, counts, zero points), the case's own array becomes an initializer, as it is in a real model: these
-are the `static` operands of the FX twin's table and those in `CONSTANT` below. All others stay inputs.
+axes, counts), the case's own array becomes an initializer, as it is in a real model: these are the `static`
+operands of the FX twin's table and those in `CONSTANT` below; a function expansion takes those of its
+original. All others stay inputs. A case that has no input left gets an unused one.
 
 *Routes.* A row's `route` is `loaded`, or `twin` where the loader's rules exclude the case although its
-operators are supported (no graph input is left, an empty tensor, a training graph): then the opset is
-raised, functions are expanded, and the twin is built from that, without canonicalization.
+operators are supported (an empty tensor, a training graph, signed BitShift, which opset 21 does not have):
+then the opset is raised, functions are expanded, and the twin is built from that, without canonicalization;
+`detail` is what the loader said. Where canonicalize folds the operator under test away, both must pass.
+
+*Tolerance.* The suite's: 1e-3 relative, 1e-7 absolute, integers exact, two units in the last place of a
+bfloat16. The expected values of two cases (`test_dft_inverse*`) hold more rounding noise than that and are
+replaced by the same numpy transform in float64.
 
 *Outcome.* `passed`; `unsupported`, with the loader's reason, only where an operator is outside the canonical
 table or an element type is a float8, 4-bit, 2-bit or string one, or a value is a sequence or an optional;
