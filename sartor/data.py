@@ -20,6 +20,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import itertools
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -225,6 +226,40 @@ class Split:
         if array.dtype.kind == "f" and not np.isfinite(array).all():
             raise UsageError(f"{place} contains NaN or infinity; clean the data first.")
         return array
+
+
+class InTime:
+    """As many first batches of a split as one pass over it managed within a time; the same ones ever after.
+
+    Scores of several states of a model are comparable only on the same samples, so the first pass decides.
+
+    Args:
+        split: re-iterable of `(inputs, labels)`.
+        seconds: for the first pass, what its consumer does with the batches included.
+        batches: known from an earlier run, in place of a first pass that finds out.
+
+    Attributes:
+        batches: how many, or None before the first pass.
+        samples: in those of the last pass.
+        cut: whether there are more.
+    """
+
+    def __init__(self, split: Iterable[Batch], seconds: float, batches: int | None = None):
+        self.batches = batches
+        self.samples, self.cut = 0, False
+        self._split, self._seconds = split, seconds
+
+    def __iter__(self) -> Iterator[Batch]:
+        started = time.perf_counter()
+        count, samples = 0, 0
+        for inputs, labels in self._split:
+            over = self.batches is None and count and time.perf_counter() - started > self._seconds
+            if over or count == self.batches:
+                self.cut = True
+                break
+            yield inputs, labels
+            count, samples = count + 1, samples + len(next(iter(inputs.values())))
+        self.batches, self.samples = count, samples
 
 
 @dataclasses.dataclass(frozen=True)

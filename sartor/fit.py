@@ -15,6 +15,7 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +46,8 @@ if TYPE_CHECKING:
 __all__ = ["FitOptions", "FitResult", "fit"]
 
 _BASELINE_S, _FINAL_S = 6.0, 30.0
+_JUDGING_SHARE = 1 / 16
+"""Share of recovery's time that one score on `evaluate` may take."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -258,25 +261,45 @@ class _Fit:
     def _recover(self, pruned: Program) -> Program:
         if self.data is None or self.options.recovery_s <= 0 or self.untouched:
             return pruned
+        from sartor.data import InTime
         from sartor.recovery.distillation import distill
+        from sartor.scoring import score
 
         self.progress.stage("recovery")
-        train = self.data.train or self.data.calibration
+        data = self.data
+        train = data.train or data.calibration
+        known = self.journal.find("judged")
+        judged = InTime(
+            data.evaluate,
+            _JUDGING_SHARE * self.options.recovery_s,
+            None if known is None else known["batches"],
+        )
+
+        def evaluate(predict: Callable[..., Any]) -> float:
+            value, _ = score(predict, judged, data.metric, self.bench.reference.run)
+            if self.journal.find("judged") is None:
+                self.journal.append("judged", batches=judged.batches)
+            return value
+
         recovered = distill(
             pruned,
             self.program,
             train,
             minutes=self.options.recovery_s / 60.0,
             seed=self.options.seed,
-            loss=self.data.loss,
+            loss=data.loss,
             threads=len(os.sched_getaffinity(0)),
             progress=lambda fraction, text: self.progress(f"recovery {fraction:.0%}: {text}"),
-            evaluate=lambda predict: self.bench.score_with(predict, "evaluate")[0],
+            evaluate=evaluate,
             checkpoint_dir=self._checkpoint(pruned),
         )
         if recovered.steps:
             self.decisions.append(
                 f"recovered by distillation: {recovered.steps} steps in {recovered.seconds:.0f} s"
+            )
+        if judged.cut:
+            self.decisions.append(
+                f"recovery was judged on the first {judged.samples} samples of 'evaluate': more did not fit its time"
             )
         self.decisions.extend(recovered.notes)
         return recovered.program

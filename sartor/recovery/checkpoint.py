@@ -15,7 +15,7 @@ from torch import Tensor
 from sartor.errors import UsageError
 from sartor.ir.program import write_atomic
 
-SCHEMA = "sartor.recovery/1"
+SCHEMA = "sartor.recovery/2"
 _STATE = "recovery.json"
 
 

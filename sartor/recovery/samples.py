@@ -65,12 +65,25 @@ class Samples:
         self._labels: Tensor | None = None
         self._known: Tensor | None = None
         self._outputs: dict[str, Tensor] = {}
+        self._batch_size = BATCH_SIZES[0]
+        self.first: list[Tensor] = []
+        """Inputs of the source's first batch."""
         self.cached = self._load(CACHE_BYTES if cache_bytes is None else cache_bytes)
 
     @property
     def count(self) -> int | None:
         """Number of samples where they are held in memory."""
         return len(self._inputs[0]) if self.cached else None
+
+    @property
+    def batch_size(self) -> int | None:
+        """Samples per training step where they are held in memory."""
+        return self._batch_size if self.cached else None
+
+    def limit_batch(self, most: int) -> None:
+        """Make training steps of at most `most` samples, but of no fewer than the lower of `BATCH_SIZES`."""
+        if self.cached:
+            self._batch_size = min(self._batch_size, max(most, BATCH_SIZES[0]))
 
     def epoch(self, number: int, start: int = 0) -> Iterator[Batch]:
         """Batches of one epoch, from batch `start` on."""
@@ -122,6 +135,7 @@ class Samples:
         for batch_inputs, batch_labels in self._data:
             tensors = self._tensors(batch_inputs)
             target = _labels(batch_labels)
+            self.first = self.first or tensors
             inputs.append(tensors)
             labels.append(target)
             size += sum(

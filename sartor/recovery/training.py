@@ -10,19 +10,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from sartor.errors import UsageError
 from sartor.ir.fx import pull_weights, to_fx, twin_info
 from sartor.ir.program import Program
-from sartor.recovery import losses
+from sartor.recovery import losses, pace
 from sartor.recovery.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from sartor.recovery.samples import Batch, Samples
+from sartor.recovery.samples import BATCH_SIZES, Batch, Samples
 from sartor.recovery.twins import Predict, batch_norms, predictor, reestimate_statistics, restore, snapshot
 
 Score = tuple[float, float]
 _CLIP_NORM = 5.0  # Adam's steps do not depend on the gradient's scale: this only catches outliers
 _JUDGED_SAMPLES = 256
+_JUDGING_SHARE = 1 / 16  # of the time, for the first judgement's distance on those samples
+_FEWEST_STEPS = 32  # smaller batches rather than fewer steps than these in half the time
 _STATISTICS_BATCHES = 64
 _MINIMUM_BATCH = 4  # with fewer samples per channel, batch statistics are noise: train with running ones
 _WARM_UP = 0.03
@@ -97,30 +99,34 @@ class Training:
         teacher = to_fx(original, dtype=torch.float32).requires_grad_(False)
         self.names = twin_info(self.gm).outputs
         self.probabilities = losses.probability_outputs(program)
-        self.samples = Samples(data, teacher, seed)
-        self.judged = self.samples.sample(_JUDGED_SAMPLES)
-        self.notes: list[str] = []
-        self.most_threads = torch.get_num_threads()
-        self.use_labels = self._labels_fit()
-        self.parameters = [p for p in self.gm.parameters() if p.requires_grad]
-        if not self.parameters:
-            raise UsageError("The program has no trainable weights, so nothing can be recovered.")
-        self.optimizer = torch.optim.Adam(self.parameters, lr=options.learning_rate)
         self.identity = {
             "program": program.sha256(),
             "original": original.sha256(),
             "seed": seed,
             **dataclasses.asdict(options),
         }
+        found = None if folder is None else load_checkpoint(folder, self.identity)
+        self.samples = Samples(data, teacher, seed)
+        self.most_threads = torch.get_num_threads()
+        self.judged = self.samples.sample(self._fit_into_time(teacher, found))
+        self.notes: list[str] = []
+        self.use_labels = self._labels_fit()
+        self.parameters = [p for p in self.gm.parameters() if p.requires_grad]
+        if not self.parameters:
+            raise UsageError("The program has no trainable weights, so nothing can be recovered.")
+        self.optimizer = torch.optim.Adam(self.parameters, lr=options.learning_rate)
         self.phase = ""
         self.step = self.epoch = self.position = 0
         self.rate_scale = 1.0
         self.total_steps = options.max_steps
         self.earlier_s = 0.0  # of the runs before a resume
+        self.training_from_s = 0.0
         self.judgement_s = 0.0
         self.history: list[dict[str, Any]] = []
         self.best: dict[str, Tensor] = {}
         self.best_score: Score = (-math.inf, -math.inf)
+        if found is not None:
+            self._resume(found)
 
     @property
     def elapsed_s(self) -> float:
@@ -129,7 +135,6 @@ class Training:
 
     def execute(self) -> RecoveryResult:
         """Run, or resume, to the end."""
-        self._resume()
         if self.phase == "":
             self._judge("start")
         if self.phase == "start":
@@ -138,6 +143,8 @@ class Training:
             self._train()
             self._statistics("final")
         restore(self.gm, self.best)
+        if not self.step:
+            self.notes.append(f"no training step fitted into {self.budget_s:.0f} s; give recovery more time")
         self.report(1.0, "recovery: done")
         program = pull_weights(self.program, self.gm)
         return RecoveryResult(program, self.step, self.elapsed_s, tuple(self.history), tuple(self.notes))
@@ -178,7 +185,9 @@ class Training:
         """Re-estimate BatchNormalization from the best weights on; kept only where that is better."""
         restore(self.gm, self.best)
         fixed = self.options.max_steps is not None
-        in_time = fixed or self.elapsed_s < self.budget_s
+        # A tenth more for the final ones, without which what training changed is judged by old statistics.
+        limit_s = (1.1 if phase == "final" else 1.0) * self.budget_s
+        in_time = fixed or self.elapsed_s + self.judgement_s + 0.05 * self.budget_s < limit_s
         if batch_norms(self.gm) and in_time and not self._tiny_batches:
             seconds = math.inf if fixed else 0.05 * self.budget_s
             reestimate_statistics(self.gm, self.samples.inputs(_STATISTICS_BATCHES), seconds=seconds)
@@ -203,25 +212,36 @@ class Training:
         return True
 
     # ---- training --------------------------------------------------------------------------
-    def _choose_threads(self) -> None:
-        """Use one thread where several are slower: beside other work they wait for each other at every barrier."""
-        if self.most_threads < 2 or self.options.max_steps is not None:
-            return
-        seconds = {}
-        self.gm.eval()
-        for threads in (self.most_threads, 1):
-            torch.set_num_threads(threads)
-            taken = []
-            for _ in range(3):
-                start = time.perf_counter()
-                self._distance(self.judged[0]).backward()
-                taken.append(time.perf_counter() - start)
-            seconds[threads] = min(taken)
-        self.optimizer.zero_grad(set_to_none=True)
-        torch.set_num_threads(min(seconds, key=lambda threads: seconds[threads]))
+    def _fit_into_time(self, teacher: fx.GraphModule, found: Checkpoint | None) -> int:
+        """Choose threads and the batch size; the number of samples that progress is judged on.
+
+        All of it before the first judgement: on a busy machine that one alone could take longer than the budget.
+        """
+        if self.options.max_steps is not None:
+            return _JUDGED_SAMPLES
+        step_s = self._choose_threads(0.02)
+        if found is not None:  # positions and distances of a resumed run refer to what it chose
+            self.samples.limit_batch(found.state["batch_size"] or BATCH_SIZES[1])
+            return int(found.state["judged_samples"])
+        probe = self._probe()
+        forward_s = step_s / 3 + pace.forward_seconds(teacher, probe, 0.01 * self.budget_s) / len(probe[0])
+        self.samples.limit_batch(int(0.5 * self.budget_s / _FEWEST_STEPS / step_s))
+        judged = int(_JUDGING_SHARE * self.budget_s / forward_s)
+        return min(max(judged, pace.PROBE_SAMPLES), _JUDGED_SAMPLES)
+
+    def _probe(self) -> list[Tensor]:
+        return [tensor[: pace.PROBE_SAMPLES] for tensor in self.samples.first]
+
+    def _choose_threads(self, share: float) -> float:
+        """Use one thread where several are slower, in `share` of the time; seconds per sample of a step."""
+        probe = self._probe()
+        return pace.choose_threads(self.gm, probe, self.most_threads, share * self.budget_s / 2) / len(
+            probe[0]
+        )
 
     def _train(self) -> None:
-        self._choose_threads()
+        if self.phase != "training":  # else it is resumed, and its schedule goes on
+            self.training_from_s = self.elapsed_s
         frozen = self._tiny_batches
         if frozen and batch_norms(self.gm):
             self.notes.append(
@@ -247,7 +267,8 @@ class Training:
                     break
                 if self._judgement_is_due(judged_s, judged_step):
                     self._judge("training", loss=recent[0] / recent[1], learning_rate=rate)
-                    self._choose_threads()
+                    if self.options.max_steps is None:
+                        self._choose_threads(0.005)  # other work on the machine comes and goes
                     judged_s, judged_step, recent = self.elapsed_s, self.step, [0.0, 0]
                 if self.elapsed_s - reported_s > 1.0:
                     reported_s = self.elapsed_s
@@ -301,7 +322,8 @@ class Training:
         by_steps = self.step / self.total_steps if self.total_steps else 0.0
         if self.options.max_steps is not None:
             return min(by_steps, 1.0)
-        by_time = self.elapsed_s / max(self.budget_s - self._reserve_s(), 1e-6)
+        training_s = self.budget_s - self._reserve_s() - self.training_from_s
+        by_time = (self.elapsed_s - self.training_from_s) / max(training_s, 1e-6)
         return min(max(by_steps, by_time), 1.0)
 
     def _reserve_s(self) -> float:
@@ -316,6 +338,8 @@ class Training:
     def _judgement_is_due(self, judged_s: float, judged_step: int) -> bool:
         if self.options.max_steps is not None:
             return self.step - judged_step >= max(self.options.max_steps // 10, 1)
+        if self.elapsed_s + self.judgement_s >= self.budget_s - self._reserve_s():
+            return False  # the one after training is near
         return self.elapsed_s - judged_s >= max(self.budget_s / 12, 10.0 * self.judgement_s)
 
     # ---- checkpoints -----------------------------------------------------------------------
@@ -336,17 +360,17 @@ class Training:
             "rate_scale": self.rate_scale,
             "total_steps": self.total_steps,
             "seconds": self.elapsed_s,
+            "training_from_s": self.training_from_s,
             "judgement_s": self.judgement_s,
+            "judged_samples": sum(len(batch.inputs[0]) for batch in self.judged),
+            "batch_size": self.samples.batch_size,
             "best_score": [x if math.isfinite(x) else None for x in self.best_score],
             "history": self.history,
             "notes": self.notes,
         }
         save_checkpoint(self.folder, self.identity, Checkpoint(tensors, state))
 
-    def _resume(self) -> None:
-        found = None if self.folder is None else load_checkpoint(self.folder, self.identity)
-        if found is None:
-            return
+    def _resume(self, found: Checkpoint) -> None:
         state = found.state
 
         def part(prefix: str) -> dict[str, Tensor]:
@@ -362,6 +386,7 @@ class Training:
         self.step, self.epoch, self.position = state["step"], state["epoch"], state["position"]
         self.total_steps = state["total_steps"]
         self.earlier_s = state["seconds"]
+        self.training_from_s = state["training_from_s"]
         self.judgement_s = state["judgement_s"]
         score = [-math.inf if x is None else x for x in state["best_score"]]
         self.best_score = (score[0], score[1])
