@@ -107,7 +107,7 @@ class Registry:
             loaded: Any = importlib.import_module(module_name)
             for part in attribute.split(".") if attribute else ():
                 loaded = getattr(loaded, part)
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # a plugin that exits on import must not end us in silence
             failure = UsageError(
                 f"The {self.noun} '{plugin.name}' ({plugin.target}, from '{plugin.owner}') could not be "
                 f"loaded: {type(error).__name__}: {error}. Repair or uninstall '{plugin.owner}'."

@@ -33,8 +33,8 @@ def test_version_has_one_source():
 
 def test_public_api_is_this():
     assert sartor.__all__ == [
-        "FitOptions", "Pipeline", "Plan", "Program", "apply_plan", "backends", "capture", "fit", "load",
-        "__version__",
+        "FitOptions", "Pipeline", "Plan", "Program", "apply_plan", "apply_to_module", "backends", "capture", "fit",
+        "load", "to_fx", "__version__",
     ]  # fmt: skip
     with pytest.raises(AttributeError, match="'nothing'"):
         _ = sartor.nothing

@@ -33,6 +33,8 @@ def pass_class(name: str) -> type[Pass]:
         problem = f"its own name is '{loaded.name}'"
     elif "__dataclass_fields__" not in loaded.__dict__:
         problem = "its class lacks the decorator @dataclasses.dataclass(frozen=True)"
+    elif loaded.__abstractmethods__:
+        problem = f"it does not define {', '.join(sorted(loaded.__abstractmethods__))}"
     if problem:
         owner = next((p.owner for p in REGISTRY.plugins() if p.name == name), "unknown")
         raise UsageError(
