@@ -137,7 +137,7 @@ def canonicalize(
         shapes, types = infer_shapes(model, input_shapes)
         changed = folding.fold(graph, shapes, types, protected, folded, limit=generated_elements)
         changed += sequences.remove_sequences(graph, shapes)
-        changed += static.rewrite(graph, shapes, folded)
+        changed += static.rewrite(graph, shapes, protected, folded)
         changed += static.widen(graph, types)
         changed += cleanup.simplify(graph, shapes, types, protected, folded)
         changed += cleanup.remove_dead(graph)

@@ -6,7 +6,7 @@ Everything here is exact, and part of `sartor.ir.canonicalize`.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 
 import numpy as np
 import onnx
@@ -117,7 +117,7 @@ def check_generators(graph: ir.Graph, shapes: Shapes, limit: int) -> None:
                 raise _too_large(node, math.prod(shape), limit)
 
 
-def rewrite(graph: ir.Graph, shapes: Shapes, folded: set[str]) -> int:
+def rewrite(graph: ir.Graph, shapes: Shapes, protected: Set[str], folded: set[str]) -> int:
     """One sweep over the main graph; returns how many nodes changed."""
     count = 0
     for node in list(graph):
@@ -134,7 +134,9 @@ def rewrite(graph: ir.Graph, shapes: Shapes, folded: set[str]) -> int:
         elif node.op_type == "Concat":
             count += _drop_empty_parts(node, shapes)
         elif node.op_type == "Split":
-            count += _drop_empty_results(graph, node, shapes, folded)
+            count += _split_constant(graph, node, shapes, protected, folded) or _drop_empty_results(
+                graph, node, shapes, folded
+            )
     return count
 
 
@@ -313,6 +315,26 @@ def _drop_empty_parts(node: ir.Node, shapes: Shapes) -> int:
     for index, value in enumerate(kept):
         node.replace_input_with(index, value)
     node.resize_inputs(len(kept))
+    return 1
+
+
+def _split_constant(
+    graph: ir.Graph, node: ir.Node, shapes: Shapes, protected: Set[str], folded: set[str]
+) -> int:
+    """**Becomes** one constant per part, where a constant is split (parameters are not)."""
+    source, array = node.inputs[0], array_of(node, 0)
+    lengths = [shapes.get(o.name or "") for o in node.outputs]
+    if source is None or array is None or source.name in protected or any(s is None for s in lengths):
+        return 0
+    axis, start = node.attributes.get_int("axis", 0), 0
+    for output, shape in zip(node.outputs, lengths, strict=True):
+        stop = start + (shape or ())[axis]
+        part = np.take(array, range(start, stop), axis)
+        value = folding.constant(graph, free_name(graph, f"{output.name}.part"), part)
+        folded.add(value.name or "")
+        _become(graph, node, output, value)
+        start = stop
+    graph.remove(node, safe=True)
     return 1
 
 

@@ -32,6 +32,7 @@ NEVER_FOLDED = names(
 )
 GENERATORS = names("ConstantOfShape EyeLike Range Size")
 """Operators whose result is constant at static shapes; a canonical program has them in bodies of `If` only."""
+_WEIGHTLESS = GENERATORS | names("MelWeightMatrix")  # float operands are bounds: no weight is folded away
 _GROWING = names("ConstantOfShape Expand OneHot Pad Range Resize Tile")
 
 
@@ -75,12 +76,9 @@ def fold(
         array = _evaluate_shape(node, shapes, types, budget)
         if array is None:
             inputs = [i for i in node.inputs if i is not None]
-            bounds = (
-                node.op_type in GENERATORS
-            )  # they read no weights, though a file may hold floats for them
+            kept = frozenset() if node.op_type in _WEIGHTLESS else protected
             if not inputs or any(
-                i.const_value is None or not i.is_initializer() or (i.name in protected and not bounds)
-                for i in inputs
+                i.const_value is None or not i.is_initializer() or i.name in kept for i in inputs
             ):
                 continue
             if _result_size(node, shapes) > budget:
