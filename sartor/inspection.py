@@ -62,6 +62,11 @@ def inspect_program(program: Program, keep: Sequence[str] = ()) -> dict[str, Any
             }
             for group in analysis.groups
         ],
+        "approximate": [
+            {"name": g.name, "size": g.size, "granularity": g.granularity, "reason": g.mixed}
+            for g in channel_groups(program, keep, approximate=True).groups
+            if g.mixed
+        ],
         "blocked": [
             {"value": b.value, "axis": b.axis, "reason": b.reason, "source": b.source}
             for b in analysis.blocked

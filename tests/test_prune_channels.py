@@ -152,7 +152,7 @@ def test_option_ratio_is_rounded_down_and_keeps_a_unit(ratio, kept):
         assert refused[0].reason == "6 units cannot lose 10%"
 
 
-@pytest.mark.parametrize("ratio", [-0.1, 1.0, float("nan")])
+@pytest.mark.parametrize("ratio", [-0.1, 1.1, float("nan")])
 def test_option_ratio_out_of_range(ratio):
     with pytest.raises(UsageError, match="ratio"):
         PruneChannels(ratio=ratio)

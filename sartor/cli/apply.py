@@ -37,9 +37,12 @@ def run(options: argparse.Namespace) -> Result:
     program = arguments.open_program(options)
     pruned = apply_plan(program, plan)
     verify_program(pruned)
-    masked_program, zeroed = masked(program, plan)
+    exact = (
+        not plan.approximate or masked_output is not None
+    )  # masked() says why an approximate plan has none
+    masked_program, zeroed = masked(program, plan) if exact else (None, ())
     files = {output: pruned.to_bytes()}
-    if masked_output is not None:
+    if masked_output is not None and masked_program is not None:
         files[masked_output] = masked_program.to_bytes()
     paths = write_all(files)
     entries = [arguments.plain(entry) for entry in zeroed]

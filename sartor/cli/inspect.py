@@ -48,6 +48,12 @@ def describe(document: dict[str, Any]) -> str:
     ]
     if blocked:
         parts.append(table(blocked, ("blocked value", "axis", "reason"), "<><"))
+    approximate = [
+        (g["name"], str(g["size"]), str(g["granularity"]), g["reason"]) for g in document["approximate"]
+    ]
+    if approximate:
+        headings = ("approximate group (off by default)", "size", "step", "why it is not exact")
+        parts.append(table(approximate, headings, "<>><"))
     blocks = [
         (
             b["name"],

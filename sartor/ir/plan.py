@@ -45,12 +45,14 @@ class Plan:
         groups: by group name; groups that are not named stay whole.
         blocks: names of removed residual blocks, in graph order.
         notes: free text for people, e.g. the criterion and seed; no influence on the result.
+        approximate: the groups are those of the analysis with approximate groups, which have no MASKED form.
     """
 
     source_sha256: str
     groups: Mapping[str, GroupPlan] = dataclasses.field(default_factory=dict)
     blocks: tuple[str, ...] = ()
     notes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    approximate: bool = False
 
     def to_json(self) -> str:
         """Deterministic JSON text."""
@@ -62,6 +64,8 @@ class Plan:
             "notes": dict(self.notes),
         }
         document.update({name: {} for name in RESERVED})
+        if self.approximate:
+            document["approximate"] = True
         return json.dumps(document, indent=1, sort_keys=True) + "\n"
 
     @staticmethod
@@ -78,7 +82,7 @@ class Plan:
         if not isinstance(document, dict) or document.get("schema") != SCHEMA:
             found = document.get("schema") if isinstance(document, dict) else type(document).__name__
             raise PlanError(f"Expected a plan of schema '{SCHEMA}', found '{found}'.")
-        known = {"schema", "source", "groups", "blocks", "notes", *RESERVED}
+        known = {"schema", "source", "groups", "blocks", "notes", "approximate", *RESERVED}
         unknown = sorted(set(document) - known)
         if unknown:
             raise PlanError(f"The plan has unknown sections {unknown}; expected only {sorted(known)}.")
@@ -95,6 +99,7 @@ class Plan:
                 groups=groups,
                 blocks=tuple(str(b) for b in document.get("blocks", [])),
                 notes=document.get("notes", {}),
+                approximate=_boolean(document.get("approximate", False)),
             )
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise PlanError(f"The plan is malformed: {type(error).__name__}: {error}.") from error
@@ -115,6 +120,12 @@ class Plan:
     def fractions(self) -> dict[str, float]:
         """Kept fraction per group, for pricing."""
         return {name: len(g.keep) / g.size for name, g in self.groups.items()}
+
+
+def _boolean(value: Any) -> bool:
+    if type(value) is not bool:
+        raise ValueError(f"expected true or false, found {value!r}")
+    return value
 
 
 def _integer(value: Any) -> int:

@@ -39,6 +39,11 @@ def masked(
         PassError: the form cannot be built; names the node that stands in the way.
     """
     check_source(program, plan)
+    if plan.approximate:
+        raise PlanError(
+            "The plan may narrow approximate groups, whose features a norm mixes without weights; they have no "
+            "MASKED form. Make a plan of exact groups, or leave the masked model away."
+        )
     demands: list[Zero] = []
     if plan.groups:
         analysis = analysis or channel_groups(program)

@@ -36,7 +36,7 @@ def rewrite(
 ) -> None:
     """Narrow groups and remove blocks of `program` in place; groups refer to the program before both."""
     if plan.groups:
-        analysis = analysis or channel_groups(program)
+        analysis = analysis or channel_groups(program, approximate=plan.approximate)
         narrow(program, analysis, analysis.alive_atoms(plan), rewriter)
         program.invalidate()
     if plan.blocks:

@@ -23,7 +23,8 @@ class PruneChannels(Pass):
     """Remove the same fraction of every channel group, least important units first.
 
     Becomes: a program whose weights, constants and attributes have the kept indices only.
-    Ensures: equal to MASKED, the original with zeros in the consumers' slices (see `sartor.passes.masked`).
+    Ensures: equal to MASKED, the original with zeros in the consumers' slices (see `sartor.passes.masked`),
+    unless `approximate` groups were asked for and found; the plan says so then.
     Refuses when: a group would lose its last unit, or an axis is blocked (see `sartor inspect`).
     """
 
@@ -38,10 +39,13 @@ class PruneChannels(Pass):
     grid: int = option(
         1, help="keep multiples of this many parameter indices where a group is larger", minimum=1
     )
+    approximate: bool = option(
+        False, help="also groups that a norm or reduction mixes: not exact, without a MASKED form"
+    )
 
     def plan(self, program: Program, context: Context) -> Any:
         """Rank units and keep the best of each group. See `Pass.plan`."""
-        analysis = channel_groups(program, context.keep)
+        analysis = channel_groups(program, context.keep, self.approximate)
         scores = self._scores(program, analysis, context)
         groups, refusals = {}, []
         for group in analysis.groups:
@@ -52,8 +56,13 @@ class PruneChannels(Pass):
             elif self.ratio > 0:
                 refusals.append(Refusal(group.name, f"{group.size} units cannot lose {self.ratio:.0%}"))
         refusals += [Refusal(b.value, f"{b.reason} {b.source}".strip()) for b in analysis.blocked]
-        notes = {"pass": str(self)}
-        return Planned(Plan(program.source.sha256, groups, (), notes), tuple(refusals))
+        notes: dict[str, Any] = {"pass": str(self)}
+        mixed = {group.name: group.mixed for group in analysis.groups if group.mixed and group.name in groups}
+        if mixed:
+            notes["approximate"] = mixed
+        named_otherwise = any(group.mixed for group in analysis.groups)
+        plan = Plan(program.source.sha256, groups, (), notes, approximate=named_otherwise)
+        return Planned(plan, tuple(refusals))
 
     def apply(self, program: Program, plan: Any, rewriter: Rewriter) -> None:
         """Narrow mechanically. See `Pass.apply`."""

@@ -24,9 +24,10 @@ from sartor.ir.program import Program
 class ChannelAnalysis:
     """Channel groups of a program. Build it with `channel_groups`."""
 
-    def __init__(self, program: Program, keep: Sequence[str] = ()):
+    def __init__(self, program: Program, keep: Sequence[str] = (), approximate: bool = False):
         self.program = program
-        self.propagation = Propagation(program)
+        self.approximate = approximate
+        self.propagation = Propagation(program, approximate)
         self.propagation.run()
         self.classes = Classes(self.propagation)
         simple = self.classes.simple(self.propagation.produced)
@@ -84,6 +85,8 @@ class ChannelAnalysis:
                     meets.setdefault(number, []).append(sink)
         refused = {}
         for number, sinks in meets.items():
+            if number in self._mixed:
+                continue  # an approximate group has no MASKED form anyway
             units = self._sets[number]
             dead = np.zeros(self.propagation.space.count, dtype=bool)
             dead[units.classes[units.units == 0]] = True
@@ -177,7 +180,8 @@ class ChannelAnalysis:
             if used[name] > 1:
                 name = f"{name}#{used[name]}"
             least = tuple(self._floors.get(number, []))
-            result.append((number, ChannelGroup(name, size, granularity, tuple(mine), kind, least)))
+            mixed = self._mixed.get(number, "")
+            result.append((number, ChannelGroup(name, size, granularity, tuple(mine), kind, least, mixed)))
         return result
 
     def _position(self, members: list[Member]) -> tuple[int, int]:
@@ -195,6 +199,15 @@ class ChannelAnalysis:
         found = ((classes, self.sets_of(classes)) for classes in arrays.values())
         sizes = {number: int(units.units.max()) + 1 for number, units in enumerate(self._sets)}
         return floors(((classes, numbers) for classes, numbers in found if numbers), self._lookup, sizes)
+
+    @cached_property
+    def _mixed(self) -> dict[int, str]:
+        """Where units are mixed without weights, by unit set; empty unless approximate groups are wanted."""
+        result: dict[int, str] = {}
+        for atoms, reason in self.propagation.space.mixed:
+            for number in self.sets_of(self.classes.of_atom[atoms]):
+                result.setdefault(number, f"{reason.text} {self._where(reason.node)}".strip())
+        return result
 
     # ---- what is blocked -------------------------------------------------------------------
     @cached_property
@@ -319,17 +332,20 @@ class ChannelAnalysis:
         return Extent(tuple(terms))
 
 
-def channel_groups(program: Program, keep: Sequence[str] = ()) -> ChannelAnalysis:
+def channel_groups(program: Program, keep: Sequence[str] = (), approximate: bool = False) -> ChannelAnalysis:
     """Find every prunable dimension of a program.
 
     Args:
         program: canonical program.
         keep: globs of parameter, node or module names that must not be narrowed.
+        approximate: also the groups whose features a norm or a reduction mixes without weights; those have
+            `mixed` set and no MASKED form. Names of groups then differ from those of the exact analysis.
 
     Raises:
         UsageError: a glob matches nothing.
     """
-    return program.analysis(("channel_groups", *keep), lambda p: ChannelAnalysis(p, keep))
+    key = ("channel_groups", approximate, *keep)
+    return program.analysis(key, lambda p: ChannelAnalysis(p, keep, approximate))
 
 
 __all__ = ["BlockedAxis", "ChannelAnalysis", "ChannelGroup", "Member", "UnitSet", "channel_groups"]

@@ -35,6 +35,8 @@ class ChannelGroup:
         members: every parameter axis that is narrowed, producers first.
         kind: `channels`, or `slices` for a direction of a joint factor.
         floors: sets of units of which at least one must stay, beside the whole group.
+        mixed: empty for an exact group. Otherwise the group is approximate: its features are also mixed
+            without weights, and this says where; what stays changes when some go.
     """
 
     name: str
@@ -43,6 +45,7 @@ class ChannelGroup:
     members: tuple[Member, ...]
     kind: str
     floors: tuple[np.ndarray, ...] = ()
+    mixed: str = ""
 
     def members_with(self, role: str) -> tuple[Member, ...]:
         """Members of one role."""

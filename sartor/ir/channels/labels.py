@@ -9,6 +9,7 @@ move the data, so a label array is an exact index map from positions to paramete
 
 * `tie(a, b)`: the two atoms live or die together;
 * `block(atoms, reason)`: these atoms must stay;
+* `mix(labels, axes, reason)`: narrowing these axes changes more than what is removed;
 * `project(factor, axes)`: derived atoms, one per slice; a slice dies when all its atoms are dead, and
   a dead slice takes all its atoms with it;
 * every factor over several axes is *rectangular*: what is removed are whole slices along an axis.
@@ -71,7 +72,9 @@ class Operand:
 class LabelSpace:
     """Atoms and everything that was learned about them during propagation."""
 
-    def __init__(self) -> None:
+    def __init__(self, approximate: bool = False) -> None:
+        self.approximate = approximate
+        self.mixed: list[tuple[np.ndarray, Reason]] = []
         self.count = 1
         self.ties: list[tuple[np.ndarray, np.ndarray]] = []
         self.blocks: list[tuple[np.ndarray, Reason]] = []
@@ -132,6 +135,25 @@ class LabelSpace:
             if rest:
                 kept.append(Factor(rest, self.project(factor, rest)))
         return tuple(kept)
+
+    def mix(self, labels: Labels, axes: Iterable[int], reason: Reason) -> Labels:
+        """Values are mixed along these axes without weights, so that narrowing them is not exact.
+
+        Forbids it like `block_axes`, unless approximate groups are asked for: then it is noted.
+        """
+        axes = set(axes)
+        if not self.approximate:
+            return self.block_axes(labels, axes, reason)
+        for factor in labels:
+            for axis in axes.intersection(factor.axes):
+                self.mixed.append((np.unique(self.project(factor, (axis,))), reason))
+        return labels
+
+    def without(self, labels: Labels, axes: Iterable[int]) -> Labels:
+        """Labels once these axes have been reduced away; a joint factor keeps derived atoms on the others."""
+        gone = set(axes)
+        rest = [(f, tuple(a for a in f.axes if a not in gone)) for f in labels]
+        return tuple(Factor(kept, self.project(f, kept)) for f, kept in rest if kept)
 
     def project(self, factor: Factor, axes: tuple[int, ...]) -> np.ndarray:
         """Derived atoms of the slices of `factor` over `axes` (ascending, a subset of its axes)."""

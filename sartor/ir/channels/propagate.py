@@ -61,11 +61,11 @@ class Propagation:
         sinks: contractions over labelled axes.
     """
 
-    def __init__(self, program: Program):
+    def __init__(self, program: Program, approximate: bool = False):
         self.program = program
         self.shapes = program.shapes()
         self.nodes = {node.name or "": node for node in program.nodes()}
-        self.space = LabelSpace()
+        self.space = LabelSpace(approximate)
         self.value_labels: dict[str, Labels] = {}
         self.parameter_atoms: dict[tuple[str, int], np.ndarray] = {}
         self.produced: list[np.ndarray] = []

@@ -80,9 +80,10 @@ def _normalise(ctx: Propagation, node: ir.Node, mixed: range, parameters: tuple[
     for value in node.inputs[1:]:
         if value is not None and len(ctx.shape(value)) <= len(parameters):
             operands.append((value, parameters[len(parameters) - len(ctx.shape(value)) :]))
-    labels = ctx.space.block_axes(ctx.product(node, operands, tuple(range(rank))), mixed, mixes(ctx, node))
-    for output in node.outputs:  # the statistics of LayerNormalization have size 1 along the mixed axes
-        ctx.set(output, labels)
+    labels = ctx.space.mix(ctx.product(node, operands, tuple(range(rank))), mixed, mixes(ctx, node))
+    ctx.set(node.outputs[0], labels)
+    for output in node.outputs[1:]:  # the statistics of LayerNormalization have size 1 along the mixed axes
+        ctx.set(output, ctx.space.without(labels, mixed))
 
 
 @rule(
@@ -96,8 +97,8 @@ def _group_norm(ctx: Propagation, node: ir.Node) -> None:
     split = (shape[0], groups, shape[1] // groups, *shape[2:])
     reason = mixes(ctx, node)
     inner = ctx.space.reshape(labels, shape, split, reason)
-    rows = ctx.space.block_axes(inner, [2, *range(3, rank + 1)], reason)
-    for factor in rows:
+    rows = ctx.space.block_axes(ctx.space.mix(inner, [2], reason), range(3, rank + 1), reason)
+    for factor in ctx.space.without(rows, [2]):
         if factor.axes == (1,):
             ctx.group_rows[node.name or ""] = factor.atoms
     ctx.set(node.outputs[0], ctx.space.block_axes(labels, range(2, rank), reason))
@@ -112,17 +113,16 @@ def mixes(ctx: Propagation, node: ir.Node) -> Reason:
 def _local_norm(ctx: Propagation, node: ir.Node) -> None:
     rank = len(ctx.shape(node.inputs[0]))
     axes = [1] if node.op_type == "LRN" else [a % rank for a in ctx.attribute(node, "axes", (0, 2, 3))]
-    ctx.set(node.outputs[0], ctx.space.block_axes(ctx.labels(node.inputs[0]), axes, mixes(ctx, node)))
+    ctx.set(node.outputs[0], ctx.space.mix(ctx.labels(node.inputs[0]), axes, mixes(ctx, node)))
 
 
-@rule(
-    "Softmax",
-    "LogSoftmax",
-    "Hardmax",
-    "CumSum",
-    "LpNormalization",
-    effect="blocks its axis, passes the others",
-)
+@rule("Softmax", "LogSoftmax", "LpNormalization", effect="blocks its axis, passes the others")
+def _share(ctx: Propagation, node: ir.Node) -> None:
+    axis = ctx.attribute(node, "axis", -1) % len(ctx.shape(node.inputs[0]))
+    ctx.set(node.outputs[0], ctx.space.mix(ctx.labels(node.inputs[0]), [axis], mixes(ctx, node)))
+
+
+@rule("Hardmax", "CumSum", effect="blocks its axis, passes the others")
 def _along_axis(ctx: Propagation, node: ir.Node) -> None:
     rank = len(ctx.shape(node.inputs[0]))
     axis = ctx.attribute(node, "axis", -1)
@@ -159,7 +159,8 @@ def _reduce(ctx: Propagation, node: ir.Node) -> None:
         ctx.set(node.outputs[0], ctx.labels(node.inputs[0]))
         return
     axes = [int(a) % rank for a in given if a is not None] if given else list(range(rank))
-    labels = ctx.space.block_axes(ctx.labels(node.inputs[0]), axes, mixes(ctx, node))
+    labels = ctx.space.mix(ctx.labels(node.inputs[0]), axes, mixes(ctx, node))
+    labels = ctx.space.without(labels, axes)
     ctx.set(node.outputs[0], labels if ctx.attribute(node, "keepdims", 1) else _without(labels, axes))
 
 
