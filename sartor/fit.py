@@ -167,25 +167,12 @@ class _Fit:
             self.progress.stage("baseline")
             self.bench = Workbench(self.program, self.options, self.data, Path(work))
             if self.data is not None:
-                self._note_splits(self.data)
+                if self.data.test_is_evaluate:
+                    self.decisions.append(
+                        "the score is on 'evaluate', which selection saw: there is no 'test'"
+                    )
                 self.bench.score(self.bench.baseline, "evaluate")  # refuses data before anything is measured
             return self._deliver(*self._select())
-
-    def _note_splits(self, data: Data) -> None:
-        """Say what the score and recovery are taken on where the data leave a choice."""
-        if data.test_is_evaluate:
-            self.decisions.append("the score is on 'evaluate', which selection saw, too: there is no 'test'")
-        if self.options.recovery_s <= 0 or data.train is not None:
-            return
-        scored = data.calibration in (data.evaluate, data.test)
-        if scored and data.test_is_evaluate:
-            self.decisions.append(
-                "WARNING: recovery trained on the samples that are scored, so the score says little about others; "
-                "give 'train' and 'test'"
-            )
-        else:
-            name = "evaluate" if data.calibration is data.evaluate else "calibration"
-            self.decisions.append(f"recovery trained on '{name}': there is no 'train'")
 
     # ---- stages ----------------------------------------------------------------------------
     def _select(self) -> tuple[Plan, float]:
@@ -301,6 +288,8 @@ class _Fit:
             self.decisions.append(
                 f"recovery was judged on the first {judged.samples} samples of 'evaluate': more did not fit its time"
             )
+        if data.train is None:
+            self.decisions.append(_what_was_trained_on(data))
         self.decisions.extend(recovered.notes)
         return recovered.program
 
@@ -383,3 +372,15 @@ class _Fit:
             | {"ended_by": final.ended_by, "rounds": len(final.rounds)},
             "versions": versions(self.options.target),
         }
+
+
+def _what_was_trained_on(data: Data) -> str:
+    """The decision that a source without `train` leads to."""
+    if data.calibration is not data.evaluate:
+        return "recovery trained on 'calibration': there is no 'train'"
+    if not data.test_is_evaluate:
+        return "recovery trained on 'evaluate', on which selection judges: there is no 'train'"
+    return (
+        "WARNING: recovery trained on the samples that are scored, so the score says little about any others: the "
+        "data have only 'evaluate'; give 'train' and 'test'"
+    )

@@ -2,8 +2,9 @@
 
 Sequence: judge the start; re-estimate BatchNormalization statistics; train on the original's outputs (and on
 labels where there are any) under a cosine schedule that fits the time; re-estimate statistics; keep the
-best state seen. Order, schedule and arithmetic depend only on the seed and on the number of steps; a time
-budget decides that number, so two runs within the same minutes may differ, and `max_steps` makes them equal.
+best state seen. Under a time budget the schedule follows the clock, and the number of threads, the batch size and
+how many samples progress is judged on follow the speed of the machine, so two runs may differ; with `max_steps`
+and time enough for them, all of it depends only on the seed.
 """
 
 from __future__ import annotations

@@ -15,6 +15,11 @@ PROBE_SAMPLES = 16
 _MOST_REPEATS = 3
 
 
+def warm_up() -> None:
+    """Have torch import what its first optimizer needs: seconds, which are not a recovery's."""
+    torch.optim.Adam([torch.zeros(1, requires_grad=True)])
+
+
 def choose_threads(gm: fx.GraphModule, inputs: Sequence[Tensor], most: int, limit_s: float) -> float:
     """Set torch to one thread or to `most`, whichever trains faster; beside other work, threads wait for each other.
 

@@ -91,6 +91,7 @@ class Training:
         folder: Path | None,
         options: RecoveryOptions,
     ):
+        pace.warm_up()
         self.started = time.perf_counter()
         self.program, self.options, self.folder = program, options, folder
         self.budget_s, self.loss, self.evaluate = budget_s, loss, evaluate
@@ -118,7 +119,6 @@ class Training:
         self.phase = ""
         self.step = self.epoch = self.position = 0
         self.rate_scale = 1.0
-        self.total_steps = options.max_steps
         self.earlier_s = 0.0  # of the runs before a resume
         self.training_from_s = 0.0
         self.judgement_s = 0.0
@@ -249,7 +249,7 @@ class Training:
             )
         judged_s, judged_step = self.elapsed_s, self.step
         recent = [0.0, 0]  # sum and count of losses since the last judgement
-        first_step, first_s, reported_s = self.step, 0.0, 0.0
+        reported_s = 0.0
         while not self._finished():
             before = self.step
             for batch in self.samples.epoch(self.epoch, self.position):
@@ -259,10 +259,6 @@ class Training:
                 self.step += 1
                 self.position += 1
                 recent = [recent[0] + value, recent[1] + 1]
-                if self.step == first_step + 1:  # the first step warms caches up and is not typical
-                    first_s = self.elapsed_s
-                elif self.step == first_step + 4 and self.options.max_steps is None:
-                    self._plan_steps((self.elapsed_s - first_s) / 3)
                 if self._finished():
                     break
                 if self._judgement_is_due(judged_s, judged_step):
@@ -312,26 +308,19 @@ class Training:
         cosine = 0.5 * (1.0 + math.cos(math.pi * fraction))
         return self.rate_scale * self.options.learning_rate * warm * cosine
 
-    def _plan_steps(self, step_s: float) -> None:
-        left_s = self.budget_s - self._reserve_s() - self.elapsed_s
-        judging = 1.1  # judgements take up to a tenth of the time
-        self.total_steps = self.step + max(int(left_s / max(step_s, 1e-6) / judging), 0)
-
     def _fraction(self) -> float:
-        """How far training is, in [0, 1]: by steps, and by time too unless the steps were asked for."""
-        by_steps = self.step / self.total_steps if self.total_steps else 0.0
+        """How far training is, in [0, 1]: by time, or by steps where those were asked for."""
         if self.options.max_steps is not None:
-            return min(by_steps, 1.0)
+            return min(self.step / self.options.max_steps, 1.0)
         training_s = self.budget_s - self._reserve_s() - self.training_from_s
-        by_time = (self.elapsed_s - self.training_from_s) / max(training_s, 1e-6)
-        return min(max(by_steps, by_time), 1.0)
+        return min((self.elapsed_s - self.training_from_s) / max(training_s, 1e-6), 1.0)
 
     def _reserve_s(self) -> float:
         """Time kept for what follows training: statistics and two judgements."""
         return min(0.05 * self.budget_s + 2.0 * self.judgement_s, 0.5 * self.budget_s)
 
     def _finished(self) -> bool:
-        if self.total_steps is not None and self.step >= self.total_steps:
+        if self.options.max_steps is not None and self.step >= self.options.max_steps:
             return True
         return self.elapsed_s >= self.budget_s - self._reserve_s()
 
@@ -358,7 +347,6 @@ class Training:
             "epoch": self.epoch,
             "position": self.position,
             "rate_scale": self.rate_scale,
-            "total_steps": self.total_steps,
             "seconds": self.elapsed_s,
             "training_from_s": self.training_from_s,
             "judgement_s": self.judgement_s,
@@ -384,7 +372,6 @@ class Training:
                 self.optimizer.state[parameter] = values
         self.phase, self.rate_scale = state["phase"], state["rate_scale"]
         self.step, self.epoch, self.position = state["step"], state["epoch"], state["position"]
-        self.total_steps = state["total_steps"]
         self.earlier_s = state["seconds"]
         self.training_from_s = state["training_from_s"]
         self.judgement_s = state["judgement_s"]
