@@ -271,3 +271,19 @@ def test_crop_leaves_the_batch_out_of_its_axes(tmp_path: Path) -> None:
     assert tuple(resize.attributes["axes"].as_ints()) == (2, 3) and program.batch.symbolic
     x = {"x": random(1, 2, 4, 4)}
     np.testing.assert_allclose(run_twin(program, x)["y"], run(path, x)[0], rtol=1e-5, atol=1e-6)
+
+
+def test_split_of_a_constant(tmp_path: Path) -> None:
+    nodes = [
+        node("Split", ["sizes"], ["a", "b"], axis=0, num_outputs=2),
+        node("Concat", ["b", "a"], ["target"], axis=0),
+        node("Reshape", ["x", "target"], ["y"]),
+    ]
+    path = save(tmp_path / "m.onnx", nodes, {"x": [2, 3]}, {"y": [3, 2]}, [ints("sizes", 2, 3)], opset=18)
+    assert text(load(path)) == ["%y = Reshape(%x, %Reshape_y.shape)"]
+    nodes = [node("Split", ["w"], ["a", "b"], axis=1, num_outputs=2), node("MatMul", ["x", "a"], ["y"])]
+    nodes.append(node("MatMul", ["x", "b"], ["z"]))
+    path = save(
+        tmp_path / "p.onnx", nodes, {"x": [2, 3]}, {"y": [2, 2], "z": [2, 2]}, [weights("w", 3, 4)], opset=18
+    )
+    assert [n.op_type for n in load(path).nodes()] == ["Split", "MatMul", "MatMul"]  # a parameter stays whole

@@ -11,7 +11,7 @@ from onnx import TensorProto, helper
 from onnx.reference import ReferenceEvaluator
 from onnx_files import random, run, save, tensor, weights
 
-from sartor.errors import ModelError, UnsupportedOperatorError
+from sartor.errors import ModelError, SartorError, UnsupportedOperatorError
 from sartor.ir.canonicalize import CANONICAL_OPS
 from sartor.ir.load import load
 from sartor.ir.opset_functions import ALWAYS_EXPANDED
@@ -211,3 +211,29 @@ def test_what_is_always_expanded_is_not_in_the_table() -> None:
     assert not ALWAYS_EXPANDED & CANONICAL_OPS
     for name in ALWAYS_EXPANDED:
         assert ir.Node("", name, []).op_type == name
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        node("RMSNormalization", ["x"], ["y"]),
+        node("RMSNormalization", ["x", "w", "w", "w"], ["y"]),
+        node("Attention", ["x", "x", "x"], ["y"]),
+        node("Attention", ["x", "w", "x"], ["y", "", "", "", "z"], q_num_heads=0),
+        node("Swish", [], ["y"]),
+        node("AffineGrid", ["x", "w"], ["y"]),
+    ],
+)
+def test_malformed_calls_end_in_one_clear_error(tmp_path: Path, broken: object) -> None:
+    path = save(
+        tmp_path / "m.onnx",
+        [broken],
+        {"x": [2, 5]},
+        {"y": None},
+        [weights("w", 5)],
+        opset=24,
+        ir_version=11,
+        check=False,
+    )
+    with pytest.raises(SartorError, match=r"\w+"):
+        load(path)

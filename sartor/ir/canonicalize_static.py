@@ -12,7 +12,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from sartor.errors import UnsupportedOperatorError
+from sartor.errors import ModelError, UnsupportedOperatorError
 from sartor.ir import cleanup, folding
 from sartor.ir.cleanup import array_of, bypass
 from sartor.ir.folding import GENERATORS, names
@@ -50,6 +50,8 @@ def materialise(graph: ir.Graph, limit: int) -> set[str]:
         )
         if shape is None or fill.dtype.kind != "f" or output.is_graph_output() or not _is_weight(output):
             continue
+        if shape.ndim != 1 or np.any(shape < 0):
+            continue  # inference says what is wrong with it
         total += math.prod(int(d) for d in shape)
         if total > limit:
             raise _too_large(node, total, limit)
@@ -146,7 +148,12 @@ def _take_branch(graph: ir.Graph, node: ir.Node, folded: set[str]) -> int:
     condition = array_of(node, 0)
     if condition is None or condition.size != 1:
         return 0
-    body = node.attributes["then_branch" if bool(condition.reshape(())) else "else_branch"].as_graph()
+    chosen = node.attributes.get("then_branch" if bool(condition.reshape(())) else "else_branch")
+    if chosen is None or len(chosen.as_graph().outputs) != len(node.outputs):
+        raise ModelError(
+            f"Node '{node.name}' (If) needs two branches with {len(node.outputs)} outputs each; export the model again."
+        )
+    body = chosen.as_graph()
     for name, value in list(body.initializers.items()):
         body.initializers.pop(name)
         value.name = free_name(graph, name)
@@ -239,10 +246,10 @@ def _unpool_then_pad(graph: ir.Graph, node: ir.Node, shapes: Shapes, folded: set
     """**Becomes** MaxUnpool to its smallest shape and a Pad: ONNX infers no shape with `output_shape`."""
     wanted, source = array_of(node, 2), node.inputs[0]
     data = shapes.get(source.name or "") if source is not None else None
-    if wanted is None or data is None:
-        return 0
-    kernel = node.attributes["kernel_shape"].as_ints()
+    kernel = node.attributes.get_ints("kernel_shape", ())
     rank = len(kernel)
+    if wanted is None or data is None or not wanted.size == len(data) == rank + 2:
+        return 0
     strides = node.attributes.get_ints("strides", [1] * rank)
     pads = node.attributes.get_ints("pads", [0] * (2 * rank))
     sizes = [(data[2 + i] - 1) * strides[i] - pads[i] - pads[rank + i] + kernel[i] for i in range(rank)]

@@ -141,7 +141,7 @@ def _evaluate_shape(
         return None
     if node.op_type == "EyeLike":
         dtype = types.get(node.outputs[0].name or "")
-        if dtype is None or math.prod(shape) > budget:
+        if dtype is None or len(shape) != 2 or math.prod(shape) > budget:
             return None
         return np.eye(shape[0], shape[1], k=node.attributes.get_int("k", 0)).astype(dtype.numpy())
     if node.op_type == "Size":

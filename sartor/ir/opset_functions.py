@@ -13,7 +13,7 @@ import onnx
 import onnx_ir as ir
 from onnx_ir.passes.common import InlinePass
 
-from sartor.errors import UnsupportedOperatorError
+from sartor.errors import ModelError, SartorError, UnsupportedOperatorError
 from sartor.ir.program import CANONICAL_OPSET, DIALECT_DOMAIN
 
 _DEFAULT = ("", "ai.onnx")
@@ -52,6 +52,7 @@ def expand(model: ir.Model, version: int) -> None:
 
     Raises:
         UnsupportedOperatorError: an operator that is newer than the canonical opset has no body.
+        ModelError: a body does not fit its operands.
     """
     if not any(_wanted(node, version) for node in all_nodes(model)):
         return
@@ -59,8 +60,18 @@ def expand(model: ir.Model, version: int) -> None:
         InlinePass(criteria=lambda f: f.domain != DIALECT_DOMAIN)(model)  # types inside are known only inline
     calls = [node for node in model.graph.all_nodes() if _wanted(node, version)]
     types = _model_types(model) if any(_needs_types(node, version) for node in calls) else {}
-    _replace(model, calls, version, types)
-    InlinePass(criteria=lambda f: f.domain == _EXPANSION)(model)
+    try:
+        _replace(model, calls, version, types)
+        InlinePass(criteria=lambda f: f.domain == _EXPANSION)(model)
+    except SartorError:
+        raise
+    except Exception as error:  # ONNX builds bodies from operands and attributes as they come
+        kinds = sorted({node.op_type for node in calls})
+        said = (str(error).splitlines() or [type(error).__name__])[0][:300]
+        raise ModelError(
+            f"Operators {kinds} cannot be expanded into their ONNX function bodies: {said}. Their "
+            "operands or attributes do not fit; export the model again."
+        ) from error
 
 
 def _wanted(node: ir.Node, version: int) -> bool:
