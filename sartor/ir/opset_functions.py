@@ -57,7 +57,10 @@ def expand(model: ir.Model, version: int) -> None:
     if not any(_wanted(node, version) for node in all_nodes(model)):
         return
     if any(f.domain != DIALECT_DOMAIN for f in model.functions.values()):
-        InlinePass(criteria=lambda f: f.domain != DIALECT_DOMAIN)(model)  # types inside are known only inline
+        try:  # types inside them are known only inline
+            InlinePass(criteria=lambda f: f.domain != DIALECT_DOMAIN)(model)
+        except (ir.passes.PreconditionError, ir.passes.PassError) as error:
+            raise ModelError(f"The model's functions cannot be inlined: {error}") from error
     calls = [node for node in model.graph.all_nodes() if _wanted(node, version)]
     types = _model_types(model) if any(_needs_types(node, version) for node in calls) else {}
     try:
