@@ -245,6 +245,16 @@ def test_vit_with_torch_attention(vit):
     assert difference(again, program_again, plan) < ATTENTION
 
 
+def test_an_approximate_plan(vit):
+    """The embedding narrows, too: norms, attention and residual stream together."""
+    module, program = vit
+    plan = PruneChannels(ratio=0.5, approximate=True).run(program).plan
+    result = sartor.apply_to_module(module, plan, program=program)
+    assert difference(result, program, plan) < ATTENTION
+    block = result.blocks[0]
+    assert block.norm1.normalized_shape == (12,) and block.attn.embed_dim == 12 and block.mlp[2].out_features == 12
+
+
 class TestAttention:
     """Against torch's own module with the lost heads silenced, whatever the analysis offers as groups."""
 
@@ -401,6 +411,53 @@ class TestHardCodedWidths:
         plan = halved(program)
         twin = sartor.to_fx(sartor.apply_plan(program, plan))
         assert twin(torch.randn(2, 3, 4, 4))[0].shape == (2, 5)
+
+
+class OwnAttention(nn.Module):
+    """Heads and widths in attributes, as most libraries write it; three heads, like query, key and value."""
+
+    def __init__(self, dim=24, heads=3):
+        super().__init__()
+        self.num_heads, self.head_dim, self.all_head_dim = heads, dim // heads, dim
+        self.patch = 3  # a number of the same size that means something else
+        self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+
+    def forward(self, x):
+        n, t, _ = x.shape
+        q, k, v = self.qkv(x).reshape(n, t, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
+        y = functional.scaled_dot_product_attention(q, k, v)  # here: scale
+        return self.proj(y.transpose(1, 2).reshape(n, t, self.all_head_dim))
+
+
+class TestNumbersInAttributes:
+    @pytest.fixture(scope="class")
+    @staticmethod
+    def attention():
+        module = models.seeded(nn.Sequential(nn.Linear(5, 24), OwnAttention()))
+        program = sartor.capture(module, torch.randn(1, 7, 5))
+        return module, program, {g.size: g.name for g in channel_groups(program).groups}
+
+    def test_heads_follow(self, attention):
+        module, program, groups = attention
+        plan = Plan(program.source.sha256, {groups[3]: GroupPlan(3, (0, 2))})
+        result = sartor.apply_to_module(module, plan, program=program)
+        own = result[1]
+        assert (own.num_heads, own.head_dim, own.all_head_dim, own.patch) == (2, 8, 16, 3)
+        assert module[1].num_heads == 3 and own.qkv.out_features == 48
+        assert difference(result, program, plan) < ATTENTION
+
+    def test_a_derived_scale_is_named(self, attention):
+        module, program, groups = attention
+        plan = Plan(program.source.sha256, {groups[8]: GroupPlan(8, (0, 1, 4, 6))})
+        with pytest.raises(PlanError, match="derives the scale of attention") as caught:
+            sartor.apply_to_module(module, plan, program=program)
+        assert "# here: scale" in str(caught.value) and module[1].head_dim == 8
+
+    def test_what_is_computed_from_them_is_not_guessed(self):
+        module, _ = models.tiny_vit()
+        program = models.captured("vit")
+        with pytest.raises(PlanError, match=r"models\.py:\d+ \(`q, k, v = self\.qkv\(x\)\.reshape"):
+            sartor.apply_to_module(module, halved(program), program=program)
 
 
 class TestBlocks:

@@ -30,6 +30,9 @@ _TORCH = os.path.dirname(os.path.abspath(torch.__file__))
 _SARTOR = str(Path(__file__).resolve().parents[1])
 _LIBRARY_PARTS = ("site-packages", "dist-packages")  # as in sartor.ir.provenance
 
+_ATTENTION = "scaled_dot_product_attention"
+_SCALE = "derives the scale of attention from a width that the plan changes"
+
 Shape = tuple[int, ...]
 Fact = Shape | tuple[Shape, ...]
 """A shape that occurs at a line, or all shapes that one operator returns there, in order."""
@@ -45,12 +48,14 @@ class Culprit:
         code: the text of that line.
         module: path and class of the module that was running.
         fails_at: another `file.py:line`, where the wrong width made a call fail.
+        why: what the line does.
     """
 
     line: str
     code: str
     module: str
     fails_at: str = ""
+    why: str = "has a number written into it that the plan changes"
 
     def __str__(self) -> str:
         if not self.line:
@@ -58,9 +63,7 @@ class Culprit:
         shown = f" (`{self.code}`)" if self.code else ""
         inside = f" in {self.module}" if self.module else ""
         later = f", and fails at {self.fails_at}" if self.fails_at and self.fails_at != self.line else ""
-        return (
-            f"the line {self.line}{shown}{inside} has a number written into it that the plan changes{later}"
-        )
+        return f"the line {self.line}{shown}{inside} {self.why}{later}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +77,7 @@ class _Call:
         function: name of the function.
         module: path and class of the module that was running.
         shapes: of the tensors that it returned.
+        scaled_by: features that an attention derives its scale from, 0 for every other call.
     """
 
     path: str
@@ -82,6 +86,7 @@ class _Call:
     function: str
     module: str
     shapes: tuple[Shape, ...]
+    scaled_by: int
 
 
 def find(
@@ -111,6 +116,8 @@ def find(
         reference[call.path, call.line, call.function, count] = call
     for call, count in _counted(after):
         was = reference.get((call.path, call.line, call.function, count))
+        if was is not None and error is None and call.scaled_by != was.scaled_by:
+            return Culprit(_at(call.path, call.line), _code(call.path, call.line), call.module, why=_SCALE)
         if was is None or call.key not in new:
             continue  # a call that the program does not show one by one
         facts = zip(_facts(was.shapes), _facts(call.shapes), strict=False)
@@ -187,7 +194,9 @@ def _trace(module: nn.Module, given: list[torch.Tensor]) -> tuple[list[_Call], s
             if place is not None:
                 running = stack[-1] if stack else ""
                 name = getattr(func, "__name__", "")
-                calls.append(_Call(*place[:2], (running, place[2]), name, _title(module, running), shapes))
+                scaled_by = args[0].shape[-1] if name == _ATTENTION and not (kwargs or {}).get("scale") else 0
+                key, title = (running, place[2]), _title(module, running)
+                calls.append(_Call(*place[:2], key, name, title, shapes, scaled_by))
             return result
 
     with contextlib.ExitStack() as cleanup:

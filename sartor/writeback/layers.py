@@ -110,6 +110,11 @@ _UPDATES: tuple[tuple[tuple[type[nn.Module], ...], Callable[[_Layer], None]], ..
 )
 
 
+def knows(module: nn.Module) -> bool:
+    """Whether the attributes of a module are brought up to date here."""
+    return isinstance(module, (nn.MultiheadAttention, *(kind for kinds, _ in _UPDATES for kind in kinds)))
+
+
 def update(module: nn.Module, kept: Kept, old: _Shapes, program: Program, narrowed: Program) -> None:
     """Update every layer of `module` that a cut tensor belongs to.
 
