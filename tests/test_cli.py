@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 
 import numpy as np
 import onnx
@@ -197,6 +198,53 @@ def test_a_bug_of_ours_is_exit_70_with_a_traceback_only_on_request(sartor, model
     monkeypatch.setattr(command, "run", interrupted)
     code, _, err = sartor("targets")
     assert code == 130 and err == "sartor: error: Interrupted.\n"
+
+
+def test_leaving_on_purpose_is_not_possible(sartor, monkeypatch):
+    import sartor.cli.targets as command
+
+    for value in (0, 3, None):
+        monkeypatch.setattr(command, "run", lambda options, value=value: sys.exit(value))
+        code, out, err = sartor("targets")
+        assert code == 2 and out == "" and f"called sys.exit({value})" in err
+
+
+def test_sigterm_cleans_up_and_ends_the_worker(model, tmp_path):
+    """The same way out as Ctrl-C, also for `timeout`, service managers and `kill`."""
+    (tmp_path / "tmp").mkdir()
+    command = [
+        sys.executable,
+        "-m",
+        "sartor",
+        "measure",
+        model,
+        "--target",
+        "onnxruntime",
+        "--time-limit",
+        "60",
+    ]
+    environment = os.environ | {"TMPDIR": str(tmp_path / "tmp")}
+    process = subprocess.Popen([*command, "--json"], env=environment, stdout=-1, stderr=-1, text=True)
+    workers = children(process.pid)
+    assert list((tmp_path / "tmp").iterdir()) and workers
+    process.terminate()
+    out, err = process.communicate(timeout=20)
+    assert process.returncode == 143 and "sartor: error: Terminated.\n" in err
+    assert json.loads(out)["exit_code"] == 143
+    assert list((tmp_path / "tmp").iterdir()) == []
+    assert not any(os.path.exists(f"/proc/{worker}") for worker in workers)
+
+
+def children(pid, seconds=20):
+    """Processes that `pid` has started, waiting for the first."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        with open(f"/proc/{pid}/task/{pid}/children") as stream:
+            found = [int(child) for child in stream.read().split()]
+        if found:
+            return found
+        time.sleep(0.02)
+    return []
 
 
 @pytest.mark.parametrize("command", COMMANDS)

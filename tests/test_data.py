@@ -1,8 +1,9 @@
 import numpy as np
 import pytest
 
-from sartor.data import Signature, Split, load_data, score
-from sartor.errors import UsageError
+from sartor.data import InTime, Signature, Split, load_data, score
+from sartor.data_sources import authors_code
+from sartor.errors import PlanError, UsageError
 
 
 def arrays(n=20, dtype=np.float32, seed=0):
@@ -167,6 +168,71 @@ def test_later_batches_are_checked_too():
     split = Split("test", [({"x": good}, None), ({"x": bad}, None)], ["x"], expected)
     with pytest.raises(UsageError, match="Batch 1 of split 'test'"):
         list(split)
+
+
+def test_a_source_that_dries_up_is_an_error_and_not_the_end_of_a_loop():
+    batches = [({"x": np.zeros((1, 3), "f4")}, None)]
+    split = Split("evaluate", batches, ["x"])
+    batches.clear()
+    for read in (split.first, lambda: split.has_labels):
+        with pytest.raises(UsageError, match="gives no batch when it is iterated a second time"):
+            read()
+
+
+def test_errors_of_the_authors_code_name_it_and_the_line(tmp_path):
+    spec = write_source(
+        tmp_path,
+        "class Late:\n"
+        "    def __iter__(self):\n"
+        "        yield {'x': X}, None\n"
+        "        raise KeyError('gone')\n"
+        "def load(): return {'evaluate': Late(), 'loss': lambda o, y: 1 / 0, 'metric': lambda o, y: 1 / 0}\n",
+    )
+    data = load_data(spec, ["x"])
+    with pytest.raises(
+        UsageError, match=r"Batch 1 of split 'evaluate' of 'source.py:load' .*\(source.py:7\)"
+    ):
+        list(data.evaluate)
+    for name in ("loss", "metric"):
+        message = rf"The {name} of 'source.py:load' failed: ZeroDivisionError: .* \(source.py:8\)"
+        with pytest.raises(UsageError, match=message):
+            getattr(data, name)({}, None)
+
+
+def test_interrupts_and_errors_of_ours_pass_through_the_authors_code():
+    for kind in (KeyboardInterrupt, PlanError):
+        with pytest.raises(kind), authors_code("The metric"):
+            raise kind
+
+
+def test_labels_with_nan_need_a_metric_that_reads_them(tmp_path):
+    body = "def load(): return {'evaluate': [({'x': X}, np.full(4, np.nan))], 'metric': lambda o, y: 0.5}\n"
+    data = load_data(write_source(tmp_path, body), ["x"])
+    assert np.isnan(data.evaluate.first()[1]).all()
+    with pytest.raises(UsageError, match="labels with NaN or infinity; clean them, or give a 'metric'"):
+        load_data(write_source(tmp_path, body.replace("'metric'", "'loss'")), ["x"])
+
+
+def test_metrics_get_one_array_or_a_reason():
+    split = [({"x": np.zeros((1, n), "f4")}, np.zeros(1)) for n in (2, 3)]
+    with pytest.raises(UsageError, match=r"Output 'y' cannot be joined .* \[\[1, 2\], \[1, 3\]\]"):
+        score(lambda inputs: {"y": inputs["x"]}, split, lambda o, y: 0.5)
+
+
+def test_a_pass_in_time_decides_which_batches_every_pass_gets():
+    import time
+
+    split = [({"x": np.zeros((2, 3), "f4")}, None)] * 20
+    judged = InTime(split, 0.05)
+    first = 0
+    for _ in judged:
+        time.sleep(0.02)
+        first += 1
+    assert 2 <= first < 20 and judged.cut and (judged.batches, judged.samples) == (first, 2 * first)
+    assert len(list(judged)) == first, "a faster pass gets no more"
+    assert len(list(InTime(split, 0.0, batches=first))) == first
+    whole = InTime(split, 60.0)
+    assert len(list(whole)) == 20 and not whole.cut and len(list(whole)) == 20 and not whole.cut
 
 
 # ---- score -----------------------------------------------------------------------------------------

@@ -69,6 +69,17 @@ def test_another_key_starts_afresh(tmp_path):
     assert read(path) == ()
 
 
+def test_cleared_it_starts_afresh_under_its_key(tmp_path):
+    path = tmp_path / "j.jsonl"
+    with Journal(path, KEY) as journal:
+        journal.append("measurement", ratio=0.5)
+        journal.clear()
+        assert journal.records == () and journal.find("measurement") is None
+        journal.append("measurement", ratio=0.6)
+    with Journal(path, KEY) as journal:
+        assert [r["ratio"] for r in journal.records] == [0.6]
+
+
 def test_two_writers_and_non_finite_numbers_are_refused(tmp_path):
     path = tmp_path / "j.jsonl"
     with Journal(path, KEY) as journal:

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
+import subprocess
+import sys
+import time
 
 import numpy as np
 import onnx
@@ -287,6 +291,29 @@ def test_many_models_are_timed_and_failures_kept_apart(name, tmp_path):
 def test_models_beyond_the_time_limit_are_failures_with_that_reason():
     times = time_models("onnxruntime", [product(16)] * 3, time_limit_s=0.0)
     assert set(times.failures) == {0, 1, 2} and "time limit" in times.failures[0]
+
+
+def test_a_worker_ends_with_its_parent_even_if_that_is_killed(tmp_path):
+    """`kill -9` leaves the parent no time to end it; it would measure on for minutes, beside the next run."""
+    (tmp_path / "m.onnx").write_bytes(product(64))
+    code = (
+        "from sartor.backends.many_models import time_models\n"
+        f"time_models('onnxruntime', [open({str(tmp_path / 'm.onnx')!r}, 'rb').read()] * 20, repeats=10**6)\n"
+    )
+    environment = os.environ | {"TMPDIR": str(tmp_path)}
+    parent = subprocess.Popen([sys.executable, "-c", code], env=environment)
+    deadline = time.monotonic() + 30
+    workers = ""
+    while not workers and time.monotonic() < deadline:
+        time.sleep(0.05)
+        with open(f"/proc/{parent.pid}/task/{parent.pid}/children") as stream:
+            workers = stream.read().strip()
+    time.sleep(2.0)  # it measures
+    parent.kill()
+    parent.wait()
+    while os.path.exists(f"/proc/{workers}") and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert workers and not os.path.exists(f"/proc/{workers}")
 
 
 def test_no_models_is_no_error():

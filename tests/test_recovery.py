@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +17,9 @@ from builders import node, program_from_nodes
 from sartor.errors import UsageError
 from sartor.ir.fx import pull_weights, to_fx
 from sartor.ir.program import Batch, Program
-from sartor.recovery import RecoveryOptions, distill, losses, predictor
+from sartor.recovery import RecoveryOptions, RecoveryResult, distill, losses, predictor
 from sartor.recovery.samples import Samples
+from sartor.recovery.training import Training
 from sartor.recovery.twins import reestimate_statistics
 
 CLASSES = 5
@@ -184,6 +186,55 @@ def test_slow_evaluation_stays_in_budget() -> None:
 
     result = distill(network(noise=0.3), network(), samples(), minutes=1.5 / 60, seed=0, evaluate=slow)
     assert result.seconds < 3.5
+
+
+SET_THREADS = torch.set_num_threads
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Of torch, in earnest: what `Slow` times are its sleeps."""
+    before = torch.get_num_threads()
+    SET_THREADS(1)
+    yield
+    SET_THREADS(before)
+
+
+class Slow:
+    """Twins that take a time per sample, and longer with several threads, as beside other work."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, seconds: float):
+        self.seconds, self.threads = seconds, 1
+        monkeypatch.setattr("sartor.recovery.training.to_fx", self.twin)
+        monkeypatch.setattr(torch, "set_num_threads", lambda count: setattr(self, "threads", count))
+        monkeypatch.setattr(torch, "get_num_threads", lambda: self.threads)
+
+    def twin(self, program: Program, **options: object) -> torch.fx.GraphModule:
+        gm = to_fx(program, **options)  # type: ignore[arg-type]
+        gm.register_forward_pre_hook(lambda module, inputs: self.wait(len(inputs[0])))
+        return gm
+
+    def wait(self, samples: int) -> None:
+        time.sleep(self.seconds * samples * (10 if self.threads > 1 else 1))
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_short_recovery_of_a_slow_network_trains_and_ends_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Judging 256 samples with two threads would take twenty times the budget."""
+    slow = Slow(monkeypatch, 2e-3)
+    damaged, data = network(noise=0.3), samples(256, batch=64)
+    result = distill(damaged, network(), data, minutes=2 / 60, seed=0, threads=2)
+    assert slow.threads == 1 and result.steps >= 10 and result.notes == ()
+    assert result.seconds < 2.4
+    assert result.history[-1]["phase"] == "final", "time is kept for the last statistics"
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_no_step_in_time_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    Slow(monkeypatch, 8e-3)
+    result = distill(network(noise=0.3), network(), samples(64), minutes=0.2 / 60, seed=0, threads=1)
+    assert result.steps == 0
+    assert result.notes == ("no training step fitted into 0 s; give recovery more time",)
 
 
 # ---- labels, losses, outputs -------------------------------------------------------------------
@@ -357,6 +408,13 @@ def test_cached_samples() -> None:
     assert not torch.equal(next(iter(data.epoch(1))).inputs[0], first[0].inputs[0])
 
 
+def test_batches_are_limited_from_below() -> None:
+    data = Samples(samples(64, batch=64), to_fx(network()), seed=0)
+    for most, expected in ((1000, 64), (40, 40), (3, 16), (50, 16)):
+        data.limit_batch(most)
+        assert data.batch_size == expected == len(next(data.epoch(0)).inputs[0])
+
+
 def test_streamed_samples_keep_their_order() -> None:
     source = samples(64)
     data = Samples(source, to_fx(network()), seed=0, cache_bytes=1000)
@@ -405,6 +463,31 @@ def test_resume_equals_an_uninterrupted_run(tmp_path: Path) -> None:
         assert run(folder, 0) == whole  # finished: nothing is evaluated again
         assert {path.suffix for path in folder.iterdir()} == {".json", ".safetensors"}
         assert len(list(folder.iterdir())) == 2
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_resume_judges_on_the_same_samples_and_keeps_the_batch_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a machine that has become faster meanwhile, both would be chosen larger."""
+    data = samples(256, batch=64)
+
+    def run(stop: bool) -> RecoveryResult:
+        options = {"minutes": 2 / 60, "seed": 0, "threads": 1, "checkpoint_dir": tmp_path}
+        with monkeypatch.context() as patched:
+            Slow(patched, 2e-3 if stop else 0.0)
+            if stop:
+                patched.setattr(Training, "_train", lambda self: (_ for _ in ()).throw(Stop()))
+            return distill(network(noise=0.3), network(), data, evaluate=lambda predict: 0.0, **options)
+
+    with pytest.raises(Stop):
+        run(stop=True)
+    state = json.loads((tmp_path / "recovery.json").read_text())
+    assert 16 <= state["judged_samples"] < 200 and state["batch_size"] == 16
+    result = run(stop=False)
+    after = json.loads((tmp_path / "recovery.json").read_text())
+    assert [after[k] for k in ("judged_samples", "batch_size")] == [state["judged_samples"], 16]
+    assert result.steps > 0 and result.history[0] == state["history"][0]
 
 
 def test_checkpoint_of_another_recovery_is_refused(tmp_path: Path) -> None:

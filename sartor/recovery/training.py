@@ -266,6 +266,8 @@ class Training:
                     if self.options.max_steps is None:
                         self._choose_threads(0.005)  # other work on the machine comes and goes
                     judged_s, judged_step, recent = self.elapsed_s, self.step, [0.0, 0]
+                    if self._finished():
+                        break
                 if self.elapsed_s - reported_s > 1.0:
                     reported_s = self.elapsed_s
                     self.report(self._fraction(), f"recovery: step {self.step}, loss {value:.4g}")
