@@ -252,7 +252,11 @@ def test_an_approximate_plan(vit):
     result = sartor.apply_to_module(module, plan, program=program)
     assert difference(result, program, plan) < ATTENTION
     block = result.blocks[0]
-    assert block.norm1.normalized_shape == (12,) and block.attn.embed_dim == 12 and block.mlp[2].out_features == 12
+    assert (
+        block.norm1.normalized_shape == (12,)
+        and block.attn.embed_dim == 12
+        and block.mlp[2].out_features == 12
+    )
 
 
 class TestAttention:
@@ -643,6 +647,27 @@ class TestPlanted:
         )
         assert "differs by 1e-06" in self.caught("vgg")
 
+    def test_wrong_indices(self, monkeypatch):
+        real = tensors._cut
+
+        def shifted(tensor, axes):
+            return real(
+                tensor, {axis: np.roll(kept, 1) if axis == 1 else kept for axis, kept in axes.items()}
+            )
+
+        monkeypatch.setattr(tensors, "_cut", shifted)
+        module = models.seeded(nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)))
+        program = sartor.capture(module, torch.randn(1, 6))
+        with pytest.raises(PlanError, match="differs by"):
+            sartor.apply_to_module(module, halved(program), program=program)
+
+    def test_a_lost_attention_scale(self, vit, monkeypatch):
+        module, program = vit
+        lost = property(lambda attention: attention.qk_head_dim**-0.5, lambda *_: None)
+        monkeypatch.setattr(NarrowMultiheadAttention, "scale", lost, raising=False)
+        with pytest.raises(PlanError, match="differs by"):
+            sartor.apply_to_module(module, halved(program), program=program)
+
     def test_the_recorder_sees_only_the_authors_calls(self):
         module, example = models.tiny_vit()
         calls, _ = culprit._trace(module, list(example))
@@ -659,8 +684,8 @@ torchvision_missing = importlib.util.find_spec("torchvision") is None
 
 @pytest.mark.skipif(torchvision_missing, reason="torchvision is not installed")
 class TestTorchvision:
-    @staticmethod
     @pytest.fixture(scope="class")
+    @staticmethod
     def library():
         folder = str(Path(__file__).parents[1] / "benchmarks")
         specification = importlib.util.spec_from_file_location("zoo_models", f"{folder}/zoo_models.py")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from typing import Any
 
 import torch
@@ -15,7 +16,8 @@ from sartor.ir.channels import channel_groups
 from sartor.ir.plan import Plan
 from sartor.ir.program import Program
 from sartor.passes.prune import apply_plan
-from sartor.writeback import blocks, layers, numbers, proof, tensors
+from sartor.writeback import blocks, layers, numbers, tensors
+from sartor.writeback.proof import Proof
 
 _COMPUTED_BY_HOOK = ("WeightNorm", "SpectralNorm", "BasePruningMethod")
 
@@ -75,22 +77,63 @@ def apply_to_module(
         raise
     result = _copied(module)
     tensors.require_same(result, program)
-    kept = tensors.kept_indices(program, plan, analysis)
-    gone = blocks.replace(result, program, narrowed, plan)
-    old_shapes = tensors.narrow(result, kept, narrowed)
-    layers.update(result, kept, old_shapes, program, narrowed)
-    try:
-        proof.require_equal(result, module, program, plan, analysis, gone, seed)
-    except PlanError as refused:
-        if not numbers.repeat(result, program, narrowed):
-            raise
-        try:
-            proof.require_equal(result, module, program, plan, analysis, gone, seed)
-        except PlanError as again:
-            if again.__cause__ is None:  # it ran, and is refused for another reason than these numbers
-                raise
-            raise refused from refused.__cause__
+    surgery = _Surgery(program, narrowed, plan, tensors.kept_indices(program, plan, analysis))
+    proof = Proof(module, program, plan, analysis, seed)
+    changes = _proven(proof, surgery)
+    surgery.perform(result)
+    numbers.follow(result, changes)
     return result
+
+
+def _proven(proof: Proof, surgery: _Surgery) -> numbers.Changes:
+    """Which attributes of the author's modules have to follow so that the cut module is right; none, mostly.
+
+    Raises:
+        PlanError: it is not right in any way.
+    """
+    tried: list[numbers.Changes] = []
+    refused: list[PlanError] = []
+    culprits = []
+    for changes in numbers.proposals(proof.control.module, surgery.program, surgery.narrowed):
+        if changes in tried:
+            continue
+        tried.append(changes)
+        trial = proof.trial()
+        gone = surgery.perform(trial)
+        numbers.follow(trial, changes)
+        try:
+            proof.require_equal(trial, gone)
+            return changes
+        except PlanError as refusal:
+            refused.append(refusal)
+            culprits.append(proof.culprit)
+    # Where attributes mended the first place, the next one is what stands in the way.
+    further = [refusal for refusal, culprit in zip(refused, culprits, strict=True) if culprit != culprits[0]]
+    raise (further or refused)[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Surgery:
+    """What is done to a copy of the module; first to the one that is proven, then to the one that is returned.
+
+    Attributes:
+        program: the program before.
+        narrowed: the program after.
+        plan: what is removed.
+        kept: kept positions by tensor name and axis.
+    """
+
+    program: Program
+    narrowed: Program
+    plan: Plan
+    kept: tensors.Kept
+
+    def perform(self, module: nn.Module) -> blocks.Removed:
+        """Change `module`, a private copy, in place."""
+        gone = blocks.replace(module, self.program, self.narrowed, self.plan)
+        old_shapes = tensors.narrow(module, self.kept, self.narrowed)
+        layers.update(module, self.kept, old_shapes, self.program, self.narrowed)
+        return gone
 
 
 def _copied(module: nn.Module) -> nn.Module:

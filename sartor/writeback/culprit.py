@@ -14,7 +14,7 @@ import linecache
 import os
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -25,12 +25,15 @@ from torch.overrides import TorchFunctionMode
 
 from sartor.ir.fx import run_twin, to_array
 from sartor.ir.program import Program
+from sartor.writeback.blocks import under
 
 _TORCH = os.path.dirname(os.path.abspath(torch.__file__))
 _SARTOR = str(Path(__file__).resolve().parents[1])
 _LIBRARY_PARTS = ("site-packages", "dist-packages")  # as in sartor.ir.provenance
 
 _ATTENTION = "scaled_dot_product_attention"
+_NUMBER = "has a number written into it that the plan changes"
+_LAYER = "calls a layer with a tensor that still has an old width"
 _SCALE = "derives the scale of attention from a width that the plan changes"
 
 Shape = tuple[int, ...]
@@ -55,7 +58,7 @@ class Culprit:
     code: str
     module: str
     fails_at: str = ""
-    why: str = "has a number written into it that the plan changes"
+    why: str = _NUMBER
 
     def __str__(self) -> str:
         if not self.line:
@@ -118,14 +121,15 @@ def find(
         was = reference.get((call.path, call.line, call.function, count))
         if was is not None and error is None and call.scaled_by != was.scaled_by:
             return Culprit(_at(call.path, call.line), _code(call.path, call.line), call.module, why=_SCALE)
-        if was is None or call.key not in new:
+        expected = (_known(old, call.key), _known(new, call.key))
+        if was is None or not all(expected):
             continue  # a call that the program does not show one by one
         facts = zip(_facts(was.shapes), _facts(call.shapes), strict=False)
-        if any(a in old[call.key] and b not in new[call.key] for a, b in facts):
+        if any(a in expected[0] and b not in expected[1] for a, b in facts):
             return Culprit(_at(call.path, call.line), _code(call.path, call.line), call.module, failing)
     if error is not None and failing:
         path, line = _place(error)
-        return Culprit(failing, _code(path, line), running)
+        return Culprit(failing, _code(path, line), running, why=_LAYER if _in_layer(error) else _NUMBER)
     return Culprit("", "", _first_different(cut, given, narrowed) if error is None else running)
 
 
@@ -140,6 +144,12 @@ def _place(error: BaseException) -> tuple[str, int]:
         if not _library(frame.filename) and frame.lineno is not None:
             return frame.filename, frame.lineno
     return "", 0
+
+
+def _in_layer(error: BaseException) -> bool:
+    """Whether one of torch's own layers failed, rather than a function that the author's line calls."""
+    last = traceback.extract_tb(error.__traceback__)[-1].filename
+    return last.startswith(os.path.join(_TORCH, "nn", "modules") + os.sep)
 
 
 def _at(path: str, line: int) -> str:
@@ -173,6 +183,14 @@ def _facts_by_line(program: Program) -> dict[Key, set[Fact]]:
             known = found.setdefault((record.module, record.location), set())
             known.update(_facts(tuple(shapes[v.name or ""] for v in node.outputs if v.name in shapes)))
     return found
+
+
+def _known(facts: Mapping[Key, set[Fact]], key: Key) -> set[Fact]:
+    """What a program knows of a line in a module; exporters note some calls under a module inside it."""
+    module, line = key
+    if key in facts:
+        return facts[key]
+    return {f for (path, at), found in facts.items() if at == line and under(path, module) for f in found}
 
 
 def _facts(shapes: tuple[Shape, ...]) -> tuple[Fact, ...]:

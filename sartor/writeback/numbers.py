@@ -2,13 +2,14 @@
 
 A forward method that reads its widths from attributes needs these attributes to follow. Which ones they
 are cannot be known, but it can be tried: where every number `n` that a module writes into its reshapes and
-splits became `m`, its attributes that hold `n` are set to `m`; where only some did, those that have
-"head" in their name. Only the proof decides whether that was
-right, and it is tried only where the module without it was refused.
+splits became `m`, its attributes that hold `n` are set to `m`. Where only some did (of the two 3 in
+`reshape(n, t, 3, 3, 64)` one counts query, key and value, the other the heads), names have to help. Only
+the proof decides whether that was right, and it is tried only where the module without it was refused.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import onnx_ir as ir
@@ -17,6 +18,8 @@ from torch import nn
 from sartor.ir.program import Program
 from sartor.writeback.layers import knows
 
+Changes = Mapping[tuple[str, str], Any]
+"""New value by module path and attribute."""
 Numbers = dict[int, set[int]]
 """What each number became at the places where it was written."""
 _WIDTHS = (
@@ -24,38 +27,51 @@ _WIDTHS = (
     "Expand",
     "Split",
 )  # bounds of a Slice are positions: equal numbers mean other things there
+_HINTS = ("heads", "dim")
 
 
-def repeat(module: nn.Module, program: Program, narrowed: Program) -> bool:
-    """Set attributes of `module` that repeat a number which the plan changed; whether there were any.
+def proposals(module: nn.Module, program: Program, narrowed: Program) -> Iterator[Changes]:
+    """What to try, in order: nothing, what is certain, what names make likely.
 
     Args:
-        module: a private copy with cut tensors.
-        program: the program before.
+        module: the original.
+        program: its program.
         narrowed: the program after.
     """
-    changed = False
-    for path, numbers in _by_module(program, narrowed).items():
+    yield {}
+    found = _by_module(program, narrowed)
+    yield _changes(module, found, "")
+    for hint in _HINTS:
+        yield _changes(module, found, hint)
+
+
+def follow(module: nn.Module, changes: Changes) -> None:
+    """Set the attributes of `module`, a private copy."""
+    for (path, name), value in changes.items():
+        setattr(module.get_submodule(path), name, value)
+
+
+def _changes(module: nn.Module, found: Mapping[str, Numbers], hint: str) -> Changes:
+    changes: dict[tuple[str, str], Any] = {}
+    for path, numbers in found.items():
         child = module.get_submodule(path)
         if knows(child):
             continue
-        for name, value in list(child.__dict__.items()):
+        for name, value in child.__dict__.items():
             if name.startswith("_") or name == "training":
                 continue
-            new = _renewed(value, numbers, "head" in name)
-            if type(new) is type(value) and new != value:
-                setattr(child, name, new)
-                changed = True
-    return changed
+            new = _renewed(value, numbers, bool(hint) and hint in name)
+            if new != value:
+                changes[path, name] = new
+    return changes
 
 
-def _renewed(value: Any, numbers: Numbers, named: bool) -> Any:
+def _renewed(value: Any, numbers: Numbers, likely: bool) -> Any:
     """`value`, an int or a list or tuple of them, with changed numbers replaced."""
 
     def new(number: int) -> int:
         became = numbers.get(number, set())
-        # Of the two 3 in (n, t, 3, 3, 64) one is the query, key and value, the other the heads.
-        candidates = became - {number} if named else became
+        candidates = became - {number} if likely else became
         return next(iter(candidates)) if number > 1 and len(candidates) == 1 else number
 
     if type(value) is int:

@@ -1,9 +1,10 @@
 """The proof of a write-back: the cut module computes what the narrowed program computes, or it is refused.
 
-Module and program get the same random weights (`sartor.random_weights`), and both run in float64. The
-original module runs first, against the original program, and sets the tolerance: a program holds the
-constants of the code (attention scales, for one) in float32, and a module may call `.float()` in its
-forward; what they differ by before the cut they may differ by after it.
+Module and program get the same random weights (`sartor.random_weights`), a copy of the module is cut like
+the one that is returned, and both run in float64. The original module runs first, against the original
+program, and sets the tolerance: a program holds the constants of the code (attention scales, for one) in
+float32, and a module may call `.float()` in its forward; what they differ by before the cut they may
+differ by after it.
 """
 
 from __future__ import annotations
@@ -39,48 +40,64 @@ _COUNTER = "num_batches_tracked"
 WAY_OUT = "Use sartor.to_fx(sartor.apply_plan(program, plan)) in place of the module: it has no such numbers."
 
 
-def require_equal(
-    result: nn.Module,
-    module: nn.Module,
-    program: Program,
-    plan: Plan,
-    analysis: ChannelAnalysis,
-    gone: Removed,
-    seed: int,
-) -> None:
-    """Compare the cut module with the narrowed program on randomised weights.
+class Proof:
+    """The original module beside its program, with random weights, and what a cut module must compute.
 
     Args:
-        result: the cut module; not changed.
         module: the original; not changed.
-        program: the program of the original.
-        plan: what was removed.
+        program: its program.
+        plan: what is to be removed.
         analysis: channel groups of `program`.
-        gone: modules that blocks took with them.
         seed: of weights and inputs.
 
+    Attributes:
+        culprit: what `require_equal` found last.
+
     Raises:
-        PlanError: the cut module fails or differs; names the line that stands in the way.
-        UsageError: the original module does not compute what its program computes.
+        UsageError: the module does not compute what its program computes.
     """
-    original = _randomised(program, analysis, module, seed)
-    narrowed = apply_plan(original, plan, analysis)
-    inputs = random_inputs(program, seed=seed)
-    control = _Control(module, original, inputs)
-    trial = _loaded(result, narrowed, control.dtype)
-    try:
-        outputs = run(trial, control.given)
-    except Exception as error:
-        culprit = find(control.module, trial, control.given, original, narrowed, error)
-        raise _refusal(culprit, f"{type(error).__name__}: {_first_line(error)}") from error
-    difference = worst(run_twin(narrowed, inputs, control.dtype), outputs)
-    if not difference <= control.tolerance:
-        culprit = find(control.module, trial, control.given, original, narrowed, None)
-        allowed = f"{control.tolerance:.0e} in {control.dtype}"
-        raise _refusal(
-            culprit, f"the result differs by {difference:.3g} from the narrowed program's ({allowed})"
-        )
-    _require_training(result, module, program, gone, control.given)
+
+    culprit: Culprit | None = None
+
+    def __init__(self, module: nn.Module, program: Program, plan: Plan, analysis: ChannelAnalysis, seed: int):
+        self.program = _randomised(program, analysis, module, seed)
+        self.narrowed = apply_plan(self.program, plan, analysis)
+        inputs = random_inputs(program, seed=seed)
+        self.control = _Control(module, self.program, inputs)
+        self.expected = run_twin(self.narrowed, inputs, self.control.dtype)
+
+    def trial(self) -> nn.Module:
+        """A copy of the original with the random weights, to be cut like the one that is returned."""
+        return copy.deepcopy(self.control.module)
+
+    def require_equal(self, cut: nn.Module, gone: Removed) -> None:
+        """Compare a cut `trial` with the narrowed program.
+
+        Args:
+            cut: the trial; not changed.
+            gone: modules that blocks took with them.
+
+        Raises:
+            PlanError: it fails or differs; names the line that stands in the way. A failure is the cause.
+        """
+        control = self.control
+        try:
+            outputs = run(cut, control.given)
+        except Exception as error:
+            raise _refusal(self._find(cut, error), f"{type(error).__name__}: {_first_line(error)}") from error
+        difference = worst(self.expected, outputs)
+        if not difference <= control.tolerance:
+            what = (
+                f"the result differs by {difference:.3g} from the narrowed program's ({control.tolerance:.0e} in "
+                f"{control.dtype})"
+            )
+            raise _refusal(self._find(cut, None), what)
+        _require_training(cut, control.module, self.program, gone, control.given)
+
+    def _find(self, cut: nn.Module, error: Exception | None) -> Culprit:
+        control = self.control
+        self.culprit = find(control.module, cut, control.given, self.program, self.narrowed, error)
+        return self.culprit
 
 
 def _randomised(program: Program, analysis: ChannelAnalysis, module: nn.Module, seed: int) -> Program:
@@ -167,7 +184,7 @@ def _loaded(module: nn.Module, program: Program, dtype: str) -> nn.Module:
 
 
 def _require_training(
-    result: nn.Module, module: nn.Module, program: Program, gone: Removed, given: list[torch.Tensor]
+    cut: nn.Module, module: nn.Module, program: Program, gone: Removed, given: list[torch.Tensor]
 ) -> None:
     """Parts that only training runs (auxiliary heads) are not in the program; they must still fit.
 
@@ -191,8 +208,7 @@ def _require_training(
         torch.cat([t, t]) if v.name in program.batch.inputs else t
         for t, v in zip(given, program.graph.inputs, strict=True)
     ]
-    dtype = next((t.dtype for t in given if t.is_floating_point()), torch.float32)
-    before, after = (copy.deepcopy(m).cpu().to(dtype).train() for m in (module, result))
+    before, after = (copy.deepcopy(m).train() for m in (module, cut))
     try:
         with torch.no_grad():
             before(*batch)
