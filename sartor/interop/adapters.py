@@ -140,12 +140,12 @@ def graphsurgeon(
     Raises:
         UsageError: no function, or a name that is taken.
     """
-    _require_callable(function)
+    require_callable(function)
     made: GraphSurgeonPass = wrap(
         GraphSurgeonPass,
         "transform",
         lambda self, graph: function(graph),
-        name or _name(function),
+        name or name_of(function),
         semantics,
         function.__doc__,
     )
@@ -165,14 +165,14 @@ def onnx_ir_pass(
     Raises:
         UsageError: neither, or a name that is taken.
     """
-    _require_callable(foreign)
+    require_callable(foreign)
     if isinstance(foreign, type):
         raise UsageError(f"'{foreign.__name__}' is a class; give an instance, {foreign.__name__}().")
     made: OnnxIrPass = wrap(
         OnnxIrPass,
         "transform",
         lambda self, model: foreign(model),
-        name or _name(foreign),
+        name or name_of(foreign),
         semantics,
         foreign.__doc__,
     )
@@ -218,12 +218,18 @@ def rewrite_rule(
     return made
 
 
-def _require_callable(function: Any) -> None:
+def require_callable(function: Any) -> None:
+    """Refuse what cannot be called.
+
+    Raises:
+        UsageError: it cannot.
+    """
     if not callable(function):
         raise UsageError(f"Expected a function or pass, got '{type(function).__name__}'.")
 
 
-def _name(function: Any) -> str:
+def name_of(function: Any) -> str:
+    """What a pass made of `function` is called: the function's name, or its class's in kebab-case."""
     own = getattr(function, "__name__", "")
     if own:
         return "foreign" if own == "<lambda>" else str(own)

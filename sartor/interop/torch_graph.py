@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import onnx_ir as ir
 
 from sartor.errors import PassError, UsageError
-from sartor.interop.adapters import _name, _require_callable
+from sartor.interop.adapters import name_of, require_callable
 from sartor.interop.foreign import ForeignPass, Transformed, wrap
 from sartor.ir.program import NodeProvenance, Program
 from sartor.passes.base import Semantics
@@ -100,14 +100,14 @@ def torch_fx(
     Raises:
         UsageError: no function, or a name that is taken.
     """
-    _require_callable(function)
+    require_callable(function)
     if isinstance(function, type):
         raise UsageError(f"'{function.__name__}' is a class; give a function or an instance.")
     made: TorchFxPass = wrap(
         TorchFxPass,
         "transform",
         lambda self, module: function(module),
-        name or _name(function),
+        name or name_of(function),
         semantics,
         function.__doc__,
     )
