@@ -37,12 +37,16 @@ def inspect_program(program: Program, keep: Sequence[str] = ()) -> dict[str, Any
     kernels = build_workload(program, analysis.extents).kernels
     total = sum(kernel.macs.full for kernel in kernels) or 1.0
 
-    def scaled_by(group: str) -> float:
-        return 1.0 - sum(float(kernel.macs.evaluate({group: 0.0})) for kernel in kernels) / total
+    shares: dict[str, float] = collections.defaultdict(float)
+    for kernel in kernels:
+        for group in kernel.macs.groups:
+            shares[group] += (kernel.macs.full - float(kernel.macs.evaluate({group: 0.0}))) / total
+    kernel_of = {node: kernel for kernel in kernels for node in kernel.nodes}
 
     def within(nodes: Iterable[str]) -> float:
         inside = set(nodes)
-        return sum(kernel.macs.full for kernel in kernels if inside.issuperset(kernel.nodes)) / total
+        found = {kernel_of[node].name: kernel_of[node] for node in inside if node in kernel_of}
+        return sum(k.macs.full for k in found.values() if inside.issuperset(k.nodes)) / total
 
     ops = collections.Counter(node.op_type for node in program.nodes())
     return {
@@ -57,7 +61,7 @@ def inspect_program(program: Program, keep: Sequence[str] = ()) -> dict[str, Any
                 "name": group.name,
                 "size": group.size,
                 "granularity": group.granularity,
-                "macs_share": _rounded(scaled_by(group.name)),
+                "macs_share": _rounded(shares[group.name]),
                 "members": [_member(member) for member in group.members],
             }
             for group in analysis.groups

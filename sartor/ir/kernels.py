@@ -59,6 +59,11 @@ class Quantity:
         """The value before any pruning."""
         return sum(c * math.prod(e.full for e in factors) for c, factors in self.terms)
 
+    @property
+    def groups(self) -> frozenset[str]:
+        """Names of the groups it depends on."""
+        return frozenset(g for _, factors in self.terms for extent in factors for g in extent.groups)
+
     def evaluate(self, fractions: Mapping[str, np.ndarray | float]) -> np.ndarray | float:
         """The value under a plan (scalars) or a population (arrays `[plans]`)."""
         total: np.ndarray | float = 0.0

@@ -77,14 +77,13 @@ def _block_demands(program: Program, plan: Plan) -> list[Zero]:
 
 
 def _write(program: Program, demands: list[Zero], rewriter: Rewriter) -> tuple[Zeroed, ...]:
-    by_use: dict[tuple[str, str, int], dict[int, np.ndarray]] = {}
+    by_name: dict[str, dict[tuple[str, int], dict[int, np.ndarray]]] = {}
     for demand in demands:
-        axes = by_use.setdefault((demand.initializer, demand.node, demand.input), {})
+        axes = by_name.setdefault(demand.initializer, {}).setdefault((demand.node, demand.input), {})
         axes[demand.axis] = axes.get(demand.axis, np.zeros_like(demand.mask)) | demand.mask
     result: dict[tuple[str, int], tuple[int, ...]] = {}
-    for name in dict.fromkeys(key[0] for key in by_use):
+    for name, wanted in by_name.items():
         uses = {(node.name or "", index) for node, index in program.initializers[name].uses()}
-        wanted = {(node, index): axes for (n, node, index), axes in by_use.items() if n == name}
         first = next(iter(wanted.values()))
         alike = all(_equal(axes, first) for axes in wanted.values()) and uses == set(wanted)
         for (node, index), axes in [(next(iter(wanted)), first)] if alike else wanted.items():
