@@ -5,13 +5,14 @@ BIN := $(VENV)/bin
 MINUTES ?= 1
 PYTEST_ARGS ?= -q
 
-.PHONY: help demo test check lint format bench clean
+.PHONY: help demo test check lint format bench zoo clean
 
 help:
 	@echo "make demo    install, train a small network on real digits, fit it to half its latency, write out/digits"
 	@echo "make test    install, run the tests"
 	@echo "make check   ruff, mypy and the tests"
 	@echo "make bench   install, run the benchmarks (minutes; wants an otherwise idle machine)"
+	@echo "make zoo     install, prune every architecture of timm and torchvision, write out/zoo.json (an hour)"
 	@echo "make clean   remove everything that make created here"
 
 # pip is the last thing that venv writes: an interrupted creation is repaired by the next make.
@@ -46,6 +47,9 @@ format: $(VENV)/.installed-dev
 bench: $(VENV)/.installed-bench
 	@mkdir -p out
 	$(BIN)/python benchmarks/overhead.py --json out/overhead.json
+
+zoo: $(VENV)/.installed-zoo
+	$(BIN)/python benchmarks/zoo.py --json out/zoo.json
 
 clean:
 	rm -rf $(VENV) out build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
