@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from sartor.backends.protocol import Artifact
     from sartor.data import Data
 
+
 @dataclasses.dataclass(frozen=True)
 class FitOptions:
     """What to fit to, and how.

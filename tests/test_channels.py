@@ -596,7 +596,9 @@ def test_outputs_block_and_say_so():
 def test_meeting_an_axis_without_channels_blocks():
     net = Net(6, 4, 4)
     reason, source = only_reason(net, net.conv(net.op("Add", net.conv("x", 6), "x", name="meet"), 2))
-    assert reason == "meets values that no weight makes, such as a graph input" and source == "'node_meet' (Add)"
+    assert (
+        reason == "meets values that no weight makes, such as a graph input" and source == "'node_meet' (Add)"
+    )
 
 
 def test_an_operator_without_a_rule_blocks_by_name():

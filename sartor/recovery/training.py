@@ -145,7 +145,7 @@ class Training:
         restore(self.gm, self.best)
         if not self.step:
             self.notes.append(f"no training step fitted into {self.budget_s:.0f} s; give recovery more time")
-        self.report(1.0, "recovery: done")
+        self.report(1.0, "done")
         program = pull_weights(self.program, self.gm)
         return RecoveryResult(program, self.step, self.elapsed_s, tuple(self.history), tuple(self.notes))
 
@@ -270,7 +270,7 @@ class Training:
                         break
                 if self.elapsed_s - reported_s > 1.0:
                     reported_s = self.elapsed_s
-                    self.report(self._fraction(), f"recovery: step {self.step}, loss {value:.4g}")
+                    self.report(self._fraction(), f"step {self.step}, loss {value:.4g}")
             else:
                 if self.step == before and self.position == 0:
                     raise UsageError(
