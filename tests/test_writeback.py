@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import importlib.util
 import inspect
-import sys
 from pathlib import Path
 
 import models
@@ -687,12 +686,9 @@ class TestTorchvision:
     @pytest.fixture(scope="class")
     @staticmethod
     def library():
-        folder = str(Path(__file__).parents[1] / "benchmarks")
-        specification = importlib.util.spec_from_file_location("zoo_models", f"{folder}/zoo_models.py")
-        zoo = importlib.util.module_from_spec(specification)
-        sys.modules["zoo_models"] = zoo
-        specification.loader.exec_module(zoo)
-        return zoo.import_torchvision()
+        import zoo_models
+
+        return zoo_models.import_torchvision()
 
     @pytest.mark.parametrize(("name", "options"), [("resnet18", {}), ("mobilenet_v2", {}), ("vgg11", {})])
     def test_networks(self, library, name, options):
