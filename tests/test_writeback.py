@@ -702,3 +702,14 @@ class TestTorchvision:
         result = sartor.apply_to_module(module, plan, program=program)
         assert sum(p.numel() for p in result.parameters()) < 0.4 * sum(p.numel() for p in module.parameters())
         assert difference(result, program, plan) < 1e-9
+
+
+def test_a_module_captured_before_needs_no_examples():
+    module, example = models.tiny_vgg()
+    program = sartor.capture(module, example)
+    group = channel_groups(program).groups[0]
+    plan = Plan(program.source.sha256, groups={group.name: GroupPlan(group.size, (0, 2))})
+    small = sartor.apply_to_module(module, plan)
+    assert dict(small.named_parameters())[f"{group.name}.weight"].shape[0] == 2
+    with pytest.raises(UsageError, match="give example_inputs"):
+        sartor.apply_to_module(models.tiny_vgg()[0], plan)

@@ -19,6 +19,7 @@ import os
 import sys
 import traceback
 import warnings
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,6 +38,9 @@ from sartor.ir.verify import verify_program
 if TYPE_CHECKING:
     import torch
 
+_EXAMPLES: weakref.WeakKeyDictionary[torch.nn.Module, tuple[tuple[tuple[int, ...], torch.dtype], ...]] = (
+    weakref.WeakKeyDictionary()
+)
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 _QUIET_LOGGERS = (
     *(
@@ -80,6 +84,7 @@ def capture(
         kinds = [type(e).__name__ for e in examples]
         raise UsageError(f"Example inputs must be a tensor or a tuple of tensors, got {kinds}.")
     examples = _resized(module, examples, shapes or {})
+    _EXAMPLES[module] = tuple((tuple(e.shape), e.dtype) for e in examples)
     modes = {child: child.training for child in module.modules()}
     module.eval()
     try:
@@ -97,6 +102,14 @@ def capture(
         program.source, sha256=hashlib.sha256(program.to_bytes()).hexdigest()
     )
     return program
+
+
+def captured_at(module: torch.nn.Module) -> tuple[torch.Tensor, ...] | None:
+    """Zeros of the shapes and types that `module` was last captured at in this process, or None."""
+    import torch
+
+    known = _EXAMPLES.get(module)
+    return None if known is None else tuple(torch.zeros(shape, dtype=dtype) for shape, dtype in known)
 
 
 def open_model(spec: str, shapes: Mapping[str, Sequence[int]] | None = None) -> Program:

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from sartor.errors import PlanError, UsageError
-from sartor.ir.capture import capture
+from sartor.ir.capture import capture, captured_at
 from sartor.ir.channels import channel_groups
 from sartor.ir.plan import Plan
 from sartor.ir.program import Program
@@ -48,14 +48,15 @@ def apply_to_module(
     Args:
         module: the module that the plan's program was captured from, with the same weights.
         plan: groups to narrow and blocks to remove.
-        example_inputs: a tensor or a tuple of tensors, as for `sartor.capture`. Not needed with `program`.
+        example_inputs: a tensor or a tuple of tensors, as for `sartor.capture`. Not needed with `program`, nor
+            where `module` was captured in this process: then at the same shapes.
         program: the program captured from `module`, if it is at hand; the weights may have changed since.
         seed: of the weights and inputs of the comparison.
 
     Raises:
         PlanError: the plan belongs to another model, is not legal, or a number in the module's forward
             stands in the way; the message names the line, and the FX twin as the way out.
-        UsageError: neither example inputs nor a program were given, the program is of another module,
+        UsageError: nothing says at which inputs to capture the module, the program is of another module,
             or a tensor of the module is computed from others (parametrizations, weight norm).
         ModelError: the module cannot be captured.
     """
@@ -63,6 +64,8 @@ def apply_to_module(
     if not isinstance(plan, Plan):
         raise UsageError(f"Expected a sartor.Plan, got '{type(plan).__name__}'; read one with Plan.load.")
     if program is None:
+        if example_inputs is None:
+            example_inputs = captured_at(module)
         if example_inputs is None:
             raise UsageError(
                 "apply_to_module needs to know the module's graph; give example_inputs, or program=, which "
