@@ -7,7 +7,7 @@ import pytest
 from sartor.cli.arguments import output_folder
 from sartor.errors import InternalError, UsageError
 from sartor.report import read_report, summary, write_report
-from sartor.report.bundle import Bundle, refresh_manifest
+from sartor.report.bundle import Bundle, check_destination, refresh_manifest
 from sartor.report.charts import ticks
 
 
@@ -237,3 +237,15 @@ def test_foreign_folders_are_not_replaced(tmp_path):
     with pytest.raises(UsageError, match="is a file"):
         Bundle(tmp_path / "thesis" / "final.tex")
     assert [p.name for p in tmp_path.iterdir()] == ["thesis"]
+
+
+def test_a_foreign_file_beside_a_bundle_is_not_lost(tmp_path):
+    out = tmp_path / "out"
+    with Bundle(out) as bundle:
+        (bundle.folder / "model.onnx").write_bytes(b"1")
+        bundle.commit()
+    check_destination(out)  # all of it is ours
+    (out / "notes.txt").write_text("mine")
+    with pytest.raises(UsageError, match=r"holds 'notes\.txt'"):
+        check_destination(out)
+    assert (out / "notes.txt").read_text() == "mine"

@@ -82,14 +82,24 @@ def check_destination(destination: Path) -> None:
     """
     if destination.exists() and not destination.is_dir():
         raise UsageError(f"The output folder '{destination}' is a file; name a folder.")
-    if not destination.is_dir() or (destination / MANIFEST).is_file():
+    if not destination.is_dir():
         return
-    foreign = sorted(path.name for path in destination.iterdir())
+    ours = _listed(destination / MANIFEST)
+    found = (path.relative_to(destination).as_posix() for path in destination.rglob("*") if path.is_file())
+    foreign = sorted(name for name in found if name not in ours)
     if foreign:
         raise UsageError(
-            f"The output folder '{destination}' holds '{foreign[0]}' and no {MANIFEST}, so it is not a "
-            "bundle that may be replaced; name another folder."
+            f"The output folder '{destination}' holds '{foreign[0]}', which is not part of a bundle that may be "
+            "replaced; move it away, or name another folder."
         )
+
+
+def _listed(manifest: Path) -> set[str]:
+    """The files of a bundle by its manifest, the manifest among them; empty without a readable one."""
+    try:
+        return {MANIFEST, *(str(entry["file"]) for entry in json.loads(manifest.read_text())["files"])}
+    except (OSError, ValueError, KeyError, TypeError):
+        return set()
 
 
 def write_manifest(folder: Path, **sections: Any) -> Path:
