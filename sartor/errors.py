@@ -17,9 +17,12 @@ EXIT_INTERNAL = 70
 
 
 class SartorError(Exception):
-    """Root of every error that Sartor raises."""
+    """Root of every error that Sartor raises. Its message is one line, whatever names a file put into it."""
 
     exit_code: ClassVar[int] = EXIT_INTERNAL
+
+    def __str__(self) -> str:
+        return "".join(c if c.isprintable() else " " for c in super().__str__())
 
 
 class UsageError(SartorError):

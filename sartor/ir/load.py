@@ -6,6 +6,7 @@ decides the input shapes, canonicalizes, and makes the batch axis symbolic.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -52,6 +53,7 @@ def load(
     try:
         program = _load(file, shapes or {}, root, limits)
         verify_program(program)
+        _require_possible(program, limits)
     except VerificationError as error:
         refused = ModelError(f"'{file.name}' is not a valid model: {error}")
         for note in getattr(error, "__notes__", ()):
@@ -65,6 +67,15 @@ def load(
             raise ModelError(f"'{file.name}' is not a valid ONNX model: {complaint}") from error
         raise
     return program
+
+
+def _require_possible(program: Program, limits: Limits) -> None:
+    for name, shape in program.shapes().items():
+        if math.prod(shape) > limits.activation_elements:
+            raise ModelError(
+                f"Value '{name}' has shape {list(shape)}: {math.prod(shape)} elements, more than the limit of "
+                f"{limits.activation_elements}. Give smaller shapes with --shape."
+            )
 
 
 def _undecodable(error: BaseException | None) -> bool:

@@ -27,6 +27,7 @@ class Limits:
         nodes: of all graphs and functions together.
         depth: of nested subgraphs.
         rank: of any tensor.
+        activation_elements: of any one value at the reference shapes.
         generated_elements: of all constants together that nodes such as ConstantOfShape compute.
     """
 
@@ -36,6 +37,7 @@ class Limits:
     depth: int = 16
     rank: int = 32
     generated_elements: int = 1 << 28
+    activation_elements: int = 1 << 36
 
 
 @dataclasses.dataclass(frozen=True)

@@ -172,7 +172,7 @@ class LabelSpace:
         return self._projected[key][1]
 
     # ---- data movement ---------------------------------------------------------------------
-    def select(self, labels: Labels, axis: int, indices: np.ndarray, reason: Reason) -> Labels:
+    def select(self, labels: Labels, axis: int, indices: np.ndarray | range, reason: Reason) -> Labels:
         """Take `indices` along `axis`, as Slice, Split and Gather do; keeps the axis, maybe of size 1.
 
         A single selected index must stay, because the axis would otherwise become empty.

@@ -44,7 +44,7 @@ def _split(ctx: Propagation, node: ir.Node) -> None:
     start = 0
     for output in node.outputs:
         length = ctx.shape(output)[axis]
-        indices = np.arange(start, start + length)
+        indices = range(start, start + length)
         ctx.set(
             output, ctx.space.select(labels, axis, indices, ctx.reason(node, "the only channel of a split"))
         )
@@ -59,7 +59,7 @@ def _slice(ctx: Propagation, node: ir.Node) -> None:
         ctx.refuse(node, "Slice with computed bounds")
         return
     for axis, (start, stop, step) in bounds.items():
-        indices = np.arange(shape[axis])[slice(start, stop if stop >= 0 or step > 0 else None, step)]
+        indices = range(shape[axis])[slice(start, stop if stop >= 0 or step > 0 else None, step)]
         if len(indices) == shape[axis] and step == 1:
             continue
         if step != 1:
