@@ -144,7 +144,6 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", metavar="FILE")
     parser.add_argument("--models", help="comma-separated names, with or without the library in front")
-    parser.add_argument("--compare", choices=["torch-pruning"], help="the same models by another tool")
     parser.add_argument("--limit", type=float, default=300.0, help="seconds per model (300)")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--worker", help=argparse.SUPPRESS)
