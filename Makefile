@@ -4,6 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 MINUTES ?= 1
 PYTEST_ARGS ?= -q
+ZOO_ARGS ?=
 
 .PHONY: help demo test check lint format bench zoo clean
 
@@ -13,6 +14,7 @@ help:
 	@echo "make check   ruff, mypy and the tests"
 	@echo "make bench   install, run the benchmarks (minutes; wants an otherwise idle machine)"
 	@echo "make zoo     install, prune every architecture of timm and torchvision, write out/zoo.json (an hour)"
+	@echo "             ZOO_ARGS='--compare torch-pruning' runs Torch-Pruning beside it"
 	@echo "make clean   remove everything that make created here"
 
 # pip is the last thing that venv writes: an interrupted creation is repaired by the next make.
@@ -48,8 +50,9 @@ bench: $(VENV)/.installed-bench
 	@mkdir -p out
 	$(BIN)/python benchmarks/overhead.py --json out/overhead.json
 
-zoo: $(VENV)/.installed-zoo
-	$(BIN)/python benchmarks/zoo.py --json out/zoo.json
+zoo: $(VENV)/.installed-bench
+	@mkdir -p out
+	$(BIN)/python benchmarks/zoo.py --json out/zoo.json $(ZOO_ARGS)
 
 clean:
 	rm -rf $(VENV) out build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

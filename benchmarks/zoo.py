@@ -4,13 +4,16 @@ Each model runs in a process of its own under a time limit. `seconds` is what Sa
 plan, apply and the oracle in float64 on randomised weights; building the model is its library's time. A model
 is *prunable* when the plan removes at least 25 % of its MACs, and *exact* when the oracle says `passed`.
 
-Needs timm and torchvision (`pip install 'sartor[zoo]'`).
+`--compare torch-pruning` runs Torch-Pruning beside it on the same models under the same limit.
+
+Needs timm and torchvision (`pip install 'sartor[zoo]'`), and torch-pruning to compare (`'sartor[bench]'`).
 """
 
 from __future__ import annotations
 
 import argparse
 import collections
+import importlib.util
 import json
 import os
 import resource
@@ -22,6 +25,7 @@ from typing import Any
 
 import record
 import zoo_models
+import zoo_torch_pruning
 
 PRUNABLE = 0.25
 RESULT = "RESULT "
@@ -146,12 +150,15 @@ def main() -> int:
     parser.add_argument("--models", help="comma-separated names, with or without the library in front")
     parser.add_argument("--limit", type=float, default=300.0, help="seconds per model (300)")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--compare", choices=["torch-pruning"], help="run this beside it on the same models")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
-        row = examine(options.worker, options.threads)
-        print(RESULT + json.dumps(row))
+        tool = zoo_torch_pruning if options.compare else sys.modules[__name__]
+        print(RESULT + json.dumps(tool.examine(options.worker, options.threads)))
         return 0
+    if options.compare and importlib.util.find_spec("torch_pruning") is None:
+        parser.error("torch-pruning is not installed; pip install 'sartor[bench]'")
     names = zoo_models.NAMES
     if options.models:
         wanted = options.models.split(",")
@@ -163,7 +170,25 @@ def main() -> int:
         command = [sys.executable, __file__, "--worker", name, "--threads", str(options.threads)]
         rows.append(spawn(command, options.limit, name))
         print(show(rows[-1]), flush=True)
+        if options.compare:
+            theirs = spawn([*command, "--compare", options.compare], options.limit, name)
+            rows[-1]["torch_pruning"] = theirs
+            print(f"{'':>8}Torch-Pruning: {zoo_torch_pruning.show(theirs)}", flush=True)
     summary = summarise(rows)
+    if options.compare:
+        summary |= zoo_torch_pruning.summarise([row["torch_pruning"] for row in rows], PRUNABLE)
+    report(rows)
+    if options.compare:
+        zoo_torch_pruning.report([row["torch_pruning"] for row in rows])
+    print()
+    for key, value in summary.items():
+        print(f"{key:>34}  {value}")
+    record.write(options.json, "zoo", rows, summary, threads=options.threads, limit_s=options.limit)
+    return 0
+
+
+def report(rows: list[dict[str, Any]]) -> None:
+    """Print the reason histograms."""
     print("\nwhy models were not captured")
     for reason, count in collections.Counter(
         r["reason"][:100] for r in rows if not r["captured"]
@@ -175,11 +200,6 @@ def main() -> int:
         histogram.update({k: v for k, v in row.get("blocked", {}).items() if not k.startswith("reaches the")})
     for reason, count in histogram.most_common(12):
         print(f"{count:>5}  {reason}")
-    print()
-    for key, value in summary.items():
-        print(f"{key:>22}  {value}")
-    record.write(options.json, "zoo", rows, summary, threads=options.threads)
-    return 0
 
 
 if __name__ == "__main__":
