@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -198,7 +199,7 @@ def _constant(graph: Any, model: Any, g: np.random.Generator) -> None:
         [
             t
             for t in graph.initializer
-            if t.data_type == TensorProto.INT64 and not t.external_data and len(t.raw_data) % 8 == 0
+            if t.data_type == TensorProto.INT64 and len(t.raw_data) == 8 * math.prod(t.dims)
         ],
         g,
     )

@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 
 import fuzz_load
+import fuzz_models
+import numpy as np
 import pytest
 
 from sartor.errors import ModelError
@@ -57,6 +59,16 @@ def test_planted_faults_are_found(tmp_path: Path, body: str, outcome: str) -> No
         [sys.executable, "-c", "import sartor.errors\n" + code], capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == outcome
+
+
+def test_every_mutation_can_be_written() -> None:
+    models = fuzz_models.seeds()
+    files = [
+        fuzz_models.mutate(models[number % len(models)], np.random.default_rng([seed, number]))
+        for seed in range(5)
+        for number in range(400)
+    ]
+    assert len(set(files)) > 1500
 
 
 def test_every_error_is_one_line() -> None:
