@@ -11,7 +11,10 @@ Reference: Mishkin & Matas, "All you need is a good init", ICLR 2016 (layer-sequ
 
 from __future__ import annotations
 
+import functools
 import math
+import zlib
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -40,7 +43,6 @@ def randomise(program: Program, analysis: ChannelAnalysis, seed: int) -> Program
     """
     clone = program.clone()
     rewriter = Rewriter(clone, "randomise")
-    generator = np.random.default_rng(seed)
     positive, statistics, fans, weights = _roles(program)
     consumed = {(m.initializer, m.axis) for g in analysis.groups for m in g.members if m.role == "consumer"}
     for name, value in sorted(clone.initializers.items()):
@@ -50,35 +52,58 @@ def randomise(program: Program, analysis: ChannelAnalysis, seed: int) -> Program
         array = tensor.numpy()
         if not np.isfinite(array).all() or np.abs(array).max() > 1e3:
             continue  # an attention mask, not a parameter
+        shape = array.shape
         if name in positive:
-            drawn = generator.random(array.shape) + 0.5
-        elif array.ndim >= 2:
+            spread = 0.0
+        elif len(shape) >= 2:
             axes = [a for n, a in consumed if n == name]
-            fan = fans.get(name) or math.prod(array.shape) / array.shape[axes[0] - 1 if axes else 0]
-            drawn = generator.standard_normal(array.shape) * math.sqrt(2.0 / max(fan, 1.0))
+            fan = fans.get(name) or math.prod(shape) / shape[axes[0] - 1 if axes else 0]
+            spread = math.sqrt(2.0 / max(fan, 1.0))
         else:
-            drawn = generator.standard_normal(array.shape) * 0.3
-        rewriter.set_initializer(name, drawn.astype(array.dtype))
+            spread = 0.3
+        key = (seed, zlib.crc32(name.encode()))  # of its own, so that a tensor can be drawn again alone
+        rewriter.derive_initializer(name, functools.partial(_drawn, key, spread))
     clone.invalidate()
-    for name, array in _fitted(clone, weights, seed).items():
-        rewriter.set_initializer(name, array.astype(clone.initializer_array(name).dtype))
+    for name, fit in _fitted(clone, weights, seed).items():
+        rewriter.derive_initializer(name, fit)
     clone.invalidate()
     return clone
 
 
-def _fitted(program: Program, weights: dict[str, str], seed: int) -> dict[str, np.ndarray]:
+def _drawn(key: tuple[int, int], spread: float, like: np.ndarray) -> np.ndarray:
+    """N(0, spread), or for spread 0 uniform in [0.5, 1.5], of the shape and type of `like`."""
+    generator = np.random.default_rng(key)
+    drawn = generator.standard_normal(like.shape) * spread if spread else generator.random(like.shape) + 0.5
+    return drawn.astype(like.dtype)
+
+
+def _divided(by: float, array: np.ndarray) -> np.ndarray:
+    return np.asarray(array / by).astype(array.dtype)
+
+
+def _replaced(new: np.ndarray, array: np.ndarray) -> np.ndarray:
+    return new.astype(array.dtype)
+
+
+def _fitted(
+    program: Program, weights: dict[str, str], seed: int
+) -> dict[str, Callable[[np.ndarray], np.ndarray]]:
     """Weights and running statistics fitted to one sample, in one pass in which every layer sees fitted inputs.
 
     Args:
         program: with drawn weights.
         weights: weight by name of the node that contracts with it.
         seed: of the sample.
+
+    Returns:
+        By initializer, what fits it.
     """
     import torch
     from torch import fx
 
     from sartor.ir.batch import random_inputs
-    from sartor.ir.fx import to_fx, to_tensor, twin_info
+    from sartor.ir.fx import to_tensor
+    from sartor.ir.fx_run import Runner
 
     scales: dict[str, float] = {}
     statistics: dict[str, torch.Tensor] = {}
@@ -89,7 +114,7 @@ def _fitted(program: Program, weights: dict[str, str], seed: int) -> dict[str, n
         and all(v is not None and v.name in program.initializers for v in n.inputs[3:5])
     }
 
-    class Fitting(fx.Interpreter):
+    class Fitting(Runner):
         def run_node(self, n: fx.Node) -> Any:
             name = n.meta.get("onnx_node") or ""
             if name in norms and n.op == "call_module":
@@ -115,13 +140,14 @@ def _fitted(program: Program, weights: dict[str, str], seed: int) -> dict[str, n
             found = [statistics.get(k, v) for k, v in zip(names, (mean, variance), strict=True)]
             return self.call_module(str(n.target), (x, scale, bias, *found), {})
 
-    gm = to_fx(program, dtype="float32")
-    info = twin_info(gm)
+    runner = Fitting(program, torch.float32)
     inputs = random_inputs(program, seed=seed)
     with torch.no_grad():
-        Fitting(gm).run(*(to_tensor(inputs[name], info.dtype) for name in info.inputs))
-    fitted = {k: program.initializer_array(k) / s for k, s in scales.items() if s != 1.0}
-    return fitted | {k: v.numpy() for k, v in statistics.items()}
+        runner([to_tensor(inputs[name], runner.info.dtype) for name in runner.info.inputs])
+    fitted: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+        name: functools.partial(_divided, size) for name, size in scales.items() if size != 1.0
+    }
+    return fitted | {k: functools.partial(_replaced, v.numpy()) for k, v in statistics.items()}
 
 
 def _roles(program: Program) -> tuple[set[str], set[str], dict[str, float], dict[str, str]]:
@@ -145,7 +171,7 @@ def _roles(program: Program) -> tuple[set[str], set[str], dict[str, float], dict
             if source is None or source.name not in program.initializers:
                 continue
             weights[node.name or ""] = source.name or ""
-            shape = program.initializer_array(source.name or "").shape
+            shape = program.initializer_shape(source.name or "")
             if node.op_type == "Conv":
                 fans[source.name or ""] = math.prod(shape[1:])
             elif node.op_type == "ConvTranspose":

@@ -127,7 +127,7 @@ def test_planted_bug_is_caught(name):
     planted_bugs.BUGS[name](case)
     found = planted_bugs.look(case)
     assert found.by == ("verifier" if name in BY_VERIFIER else "oracle"), found
-    assert found.error > 10 * oracle.LOWERED_TOLERANCE["f32"]  # far from the edge, in float32 as well
+    assert found.error > 3 * oracle.LOWERED_TOLERANCE["f32"]  # in float32 it would be seen as well
 
 
 def test_no_bug_is_no_finding():

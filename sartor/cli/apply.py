@@ -24,8 +24,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> Result:
     """Apply, verify and write."""
+    from sartor.ir.files import write_all
     from sartor.ir.plan import Plan
-    from sartor.ir.program import write_all
     from sartor.ir.verify import verify_program
     from sartor.passes.masked import masked
     from sartor.passes.prune import apply_plan

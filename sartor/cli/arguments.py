@@ -228,7 +228,7 @@ def write_provenance(program: Program, beside: Path) -> Path:
     """The sidecar `FILE.provenance.json`: module path, class and `file.py:line` per node."""
     import json
 
-    from sartor.ir.program import write_atomic
+    from sartor.ir.files import write_atomic
 
     nodes = {name: dataclasses.asdict(record) for name, record in sorted(program.provenance.items())}
     document = {"schema": "sartor.provenance/1", "nodes": nodes}

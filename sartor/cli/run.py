@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> Result:
     """Parse the pipeline first: a typing error must not cost a capture."""
-    from sartor.ir.program import write_all
+    from sartor.ir.files import write_all
     from sartor.passes.pipeline import Pipeline
 
     pipeline = Pipeline.parse(options.passes)

@@ -24,8 +24,8 @@ from sartor.cost_models.grid import Grid
 from sartor.cost_models.protocol import CostEstimate, KernelCost
 from sartor.cost_models.signatures import Signature, signature_of
 from sartor.errors import MetricUnavailableError, UsageError
+from sartor.ir.files import write_atomic
 from sartor.ir.kernels import Kernel
-from sartor.ir.program import write_atomic
 from sartor.ir.workload import Fractions, Population, Presence, Removed, Workload, presence
 
 SCHEMA = "sartor.kernel_table/1"

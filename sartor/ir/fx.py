@@ -11,17 +11,16 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 import torch
 from torch import fx
 
-from sartor.errors import InternalError, ModelError, SartorError, UsageError
+from sartor.errors import InternalError, UsageError
 from sartor.ir.fx_build import INFO, Builder, TwinInfo, to_array, to_tensor
+from sartor.ir.fx_run import Runner
 from sartor.ir.program import Program
 
 __all__ = ["TwinInfo", "pull_weights", "run_twin", "to_array", "to_fx", "to_tensor", "twin_info"]
@@ -78,17 +77,10 @@ def run_twin(
         UsageError: an input or a tap is missing.
         ModelError: a node fails; names it.
     """
-    gm = to_fx(program, dtype=dtype, taps=taps)
-    info = twin_info(gm)
-    tensors = [to_tensor(_given(inputs, name), info.dtype) for name in info.inputs]
+    runner = Runner(program, _torch_dtype(dtype), taps=taps)
+    tensors = [to_tensor(_given(inputs, name), runner.info.dtype) for name in runner.info.inputs]
     with torch.no_grad():
-        try:
-            results = gm(*tensors)
-        except SartorError:
-            raise
-        except Exception as error:
-            raise _located(program, gm, tensors, error) from error
-    return {name: to_array(result) for name, result in zip(info.outputs, results, strict=True)}
+        return {name: to_array(result) for name, result in runner(tensors).items()}
 
 
 def pull_weights(program: Program, gm: fx.GraphModule) -> Program:
@@ -131,24 +123,3 @@ def _torch_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     if isinstance(dtype, str) and resolved is None:
         raise UsageError(f"'{dtype}' is no float type of torch; use 'float32' or 'float64'.")
     return resolved
-
-
-def _located(
-    program: Program, gm: fx.GraphModule, tensors: list[torch.Tensor], error: Exception
-) -> ModelError:
-    """Run node by node until the failure, so that the message can name the ONNX node."""
-
-    class Finder(fx.Interpreter):
-        current: fx.Node | None = None
-
-        def run_node(self, n: fx.Node) -> Any:
-            self.current = n
-            return super().run_node(n)
-
-    finder = Finder(gm)
-    with contextlib.suppress(Exception):  # the same failure again; only its place matters
-        finder.run(*tensors)
-    name = finder.current.meta.get("onnx_node", "") if finder.current is not None else ""
-    node = next((n for n in program.nodes() if n.name == name), None)
-    where = program.where(node) if node is not None else f"'{name}'"
-    return ModelError(f"Node {where} failed in the FX twin: {error}. Check the shapes of the given inputs.")

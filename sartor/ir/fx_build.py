@@ -14,6 +14,7 @@ from torch import fx, nn
 
 from sartor.errors import InternalError, UnsupportedOperatorError, UsageError
 from sartor.ir import torch_ops
+from sartor.ir.deferred import is_large
 from sartor.ir.host_values import HostValues
 from sartor.ir.program import Program, infer_shapes
 from sartor.ir.twin_names import RESERVED, identifiers, state_keys
@@ -83,9 +84,17 @@ def to_array(tensor: torch.Tensor) -> np.ndarray:
 class Builder:
     """Walks the graph once and emits one fx node per operator."""
 
-    def __init__(self, program: Program, dtype: torch.dtype | None, model: ir.Model | None = None):
+    def __init__(
+        self,
+        program: Program,
+        dtype: torch.dtype | None,
+        model: ir.Model | None = None,
+        *,
+        streamed: bool = False,
+    ):
         self.program = program
         self.dtype = dtype
+        self.streamed = streamed  # large weights are tensors without contents, for `sartor.ir.fx_run`
         self.model = model or program.model
         if self.model.functions:
             self.model = self.model.clone()
@@ -162,10 +171,7 @@ class Builder:
     def tensor(self, value: ir.Value) -> fx.Node:
         """The fx node that yields `value`; constants become parameters and buffers on first use."""
         if value not in self.values:
-            array = self.constant(value)
-            if array is None:
-                raise InternalError(f"Value '{value.name}' is used before it is computed; report this.")
-            tensor: torch.Tensor = to_tensor(array, self.dtype)
+            tensor = self._contents(value)
             key = self.key_of(value)
             if value.is_initializer() and tensor.is_floating_point() and _is_weight(value):
                 tensor = nn.Parameter(tensor)
@@ -173,6 +179,16 @@ class Builder:
             # The prefix keeps generated variables off names such as `torch`, which the code also reads.
             self.values[value] = self.graph.create_node("get_attr", key, name=f"p_{key}")
         return self.values[value]
+
+    def _contents(self, value: ir.Value) -> torch.Tensor:
+        stored = value.const_value
+        if self.streamed and value.is_initializer() and stored is not None and is_large(stored):
+            kind = self._element_type(stored.dtype, f"initializer '{value.name}'")
+            return torch.empty([int(d) for d in stored.shape], dtype=kind, device="meta")
+        array = self.constant(value)
+        if array is None:
+            raise InternalError(f"Value '{value.name}' is used before it is computed; report this.")
+        return to_tensor(array, self.dtype)
 
     def key_of(self, value: ir.Value) -> str:
         """Where the tensor of a constant value lives in the module."""
@@ -184,6 +200,8 @@ class Builder:
         return self.graph.call_function(torch_ops.dimension, (self.tensor(value), axis))
 
     def _rank(self, value: ir.Value) -> int:
+        if value.is_initializer() and value.const_value is not None:
+            return len(value.const_value.shape)
         array = self.constant(value)
         if array is not None:
             return array.ndim
@@ -280,7 +298,8 @@ class Builder:
         if index in spec.static:
             return self.host.resolve(value)
         if index in spec.scalars:
-            array = self.constant(value)
+            stored = value.const_value if value.is_initializer() else None
+            array = None if stored is not None and stored.size != 1 else self.constant(value)
             if array is not None and array.size == 1:
                 return array.reshape(()).item()
         return self.tensor(value)

@@ -14,6 +14,7 @@ import onnx_ir as ir
 from google.protobuf.message import DecodeError
 
 from sartor.errors import ModelError, UnsupportedOperatorError
+from sartor.ir.external_data import ExternalData
 from sartor.ir.program import DIALECT_DOMAIN
 
 
@@ -42,7 +43,7 @@ class Limits:
 
 @dataclasses.dataclass(frozen=True)
 class Contents:
-    """A parsed file: the model and the SHA-256 of its bytes and external data."""
+    """A parsed file: the model, and the SHA-256 of its bytes with all weights in one file."""
 
     model: ir.Model
     sha256: str
@@ -69,7 +70,7 @@ def read(path: Path, external_root: Path | None, limits: Limits) -> Contents:
     except OSError as error:
         raise ModelError(f"The model file '{path}' cannot be read: {error}.") from error
     proto = _parse(path, data)
-    digest = hashlib.sha256(data)
+    digest = hashlib.sha256(data).hexdigest()
     del data
     _check_structure(proto, limits)
     folder = (external_root or path.resolve().parent).resolve()
@@ -79,11 +80,9 @@ def read(path: Path, external_root: Path | None, limits: Limits) -> Contents:
         total += _check_tensor(tensor, folder, files, limits)
         if total > limits.tensor_bytes:
             raise ModelError(f"The weights exceed {limits.tensor_bytes} bytes; the file is refused.")
-    for location in sorted(files):
-        with files[location].open("rb") as stream:
-            digest.update(location.encode())
-            while chunk := stream.read(1 << 22):
-                digest.update(chunk)
+    stored = ExternalData(files)
+    if files:
+        digest = stored.sha256(proto)
     _check_references(proto)
     try:
         model = ir.from_proto(proto)
@@ -92,9 +91,8 @@ def read(path: Path, external_root: Path | None, limits: Limits) -> Contents:
             f"'{path.name}' is not a valid ONNX model: {str(error).splitlines()[0][:300]}"
         ) from error
     if files:
-        ir.external_data.set_base_dir(model.graph, folder)
-        _keep_mapped(model.graph)
-    return Contents(model, digest.hexdigest())
+        stored.attach(model)
+    return Contents(model, digest)
 
 
 def checker_complaint(path: Path) -> str:
@@ -104,14 +102,6 @@ def checker_complaint(path: Path) -> str:
     except Exception as error:  # the checker raises several unrelated types
         return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
     return ""
-
-
-def _keep_mapped(graph: ir.Graph) -> None:
-    """Present memory-mapped weights as plain tensors, so that a saved program contains them."""
-    for value in graph.initializers.values():
-        tensor = value.const_value
-        if isinstance(tensor, ir.ExternalTensor):
-            value.const_value = ir.Tensor(tensor.numpy(), dtype=tensor.dtype, name=tensor.name)
 
 
 def _parse(path: Path, data: bytes) -> onnx.ModelProto:

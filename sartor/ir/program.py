@@ -14,11 +14,8 @@ Values in `model` carry no trusted shapes: `Program.shapes()` infers them at the
 from __future__ import annotations
 
 import dataclasses
-import errno
-import hashlib
 import os
-import tempfile
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,6 +24,9 @@ import onnx
 import onnx_ir as ir
 
 from sartor.errors import InternalError, ModelError, UsageError
+from sartor.ir import serialise
+from sartor.ir.branches import flattened
+from sartor.ir.files import write_all
 
 CANONICAL_OPSET = 21
 """Opset of the canonical dialect; see docs/adr/0003."""
@@ -127,11 +127,18 @@ class Program:
         yield from self.model.graph
 
     def initializer_array(self, name: str) -> np.ndarray:
-        """The contents of initializer `name` as a numpy array (possibly memory-mapped)."""
+        """The contents of initializer `name`; those of a large one in external data are read at every call."""
         value = self.model.graph.initializers.get(name)
         if value is None or value.const_value is None:
             raise InternalError(f"Initializer '{name}' does not exist or has no data.")
         return value.const_value.numpy()
+
+    def initializer_shape(self, name: str) -> tuple[int, ...]:
+        """The shape of initializer `name`, without reading its contents."""
+        value = self.model.graph.initializers.get(name)
+        if value is None or value.const_value is None:
+            raise InternalError(f"Initializer '{name}' does not exist or has no data.")
+        return tuple(int(d) for d in value.const_value.shape)
 
     def where(self, node: ir.Node) -> str:
         """`'name' (OpType) at module, file:line` for messages."""
@@ -170,7 +177,7 @@ class Program:
 
     # ---- shapes ----------------------------------------------------------------------------
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """Concrete shape of every value of the main graph at the reference shapes.
+        """Concrete shape of every value at the reference shapes, those in branches of `If` included.
 
         Raises:
             ModelError: strict shape inference fails, or a shape depends on data; names the value.
@@ -188,7 +195,7 @@ class Program:
         return self._types
 
     def _infer(self) -> None:
-        shapes, types = infer_shapes(self.model, self.input_shapes)
+        shapes, types = infer_shapes(flattened(self.model), self.input_shapes)
         for node in self.nodes():
             for output in node.outputs:
                 if output.name and output.name not in shapes:
@@ -202,75 +209,65 @@ class Program:
     # ---- bytes -----------------------------------------------------------------------------
     def to_proto(self) -> onnx.ModelProto:
         """The model as an ONNX protobuf: canonical, without value_info, metadata or source lines."""
-        proto = ir.to_proto(self.model)
-        proto.graph.initializer.sort(key=lambda tensor: tensor.name)  # a pass may have added one
-        _strip(proto)
-        return proto
+        shell, weights = self._parts()
+        for tensor in weights:
+            entry = shell.graph.initializer.add()
+            entry.CopyFrom(tensor.header)
+            entry.raw_data = b"".join(tensor.chunks())
+        return shell
 
     def to_bytes(self) -> bytes:
-        """Deterministic serialisation: equal programs give equal bytes."""
-        return self.to_proto().SerializeToString(deterministic=True)
+        """Deterministic serialisation: equal programs give equal bytes.
+
+        Raises:
+            UsageError: more than 2 GiB, which no reader of protobufs accepts.
+        """
+        size, chunks = serialise.single_file(*self._parts())
+        if size > serialise.SINGLE_FILE_BYTES:
+            raise UsageError(
+                f"The model has {size} bytes, more than a protobuf holds ({serialise.SINGLE_FILE_BYTES}). "
+                "Save it to a file: its weights go to external data."
+            )
+        return b"".join(chunks)
+
+    def serialised_bytes(self) -> int:
+        """Number of bytes of the model with its weights."""
+        return serialise.single_file(*self._parts())[0]
 
     def sha256(self) -> str:
-        """SHA-256 of `to_bytes()`."""
-        return hashlib.sha256(self.to_bytes()).hexdigest()
+        """SHA-256 of the model with its weights, wherever `save` puts them: of `to_bytes()` if those exist."""
+        return serialise.sha256(serialise.single_file(*self._parts())[1])
+
+    def files(self, path: str | os.PathLike[str]) -> dict[Path, Iterable[bytes | memoryview]]:
+        """What `save` writes, by path: one file, or beyond 2 GiB external data and the file that names it."""
+        shell, weights = self._parts()
+        size, chunks = serialise.single_file(shell, weights)
+        target = Path(path)
+        if size <= serialise.SINGLE_FILE_BYTES:
+            return {target: chunks}
+        beside = target.with_name(serialise.data_name(target, serialise.sha256(chunks)))
+        model, data = serialise.with_external_data(shell, weights, beside.name)
+        return {beside: data, target: [model]}
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write the model atomically (temporary file in the same folder, then rename)."""
-        return write_atomic(path, self.to_bytes())
+        """Write the model atomically (temporary file in the same folder, then rename).
 
+        A model of more than 2 GiB goes to two files, `path` and `NAME.SHA.data` beside it.
+        """
+        return write_all(self.files(path))[-1]
 
-def write_atomic(path: str | os.PathLike[str], data: bytes) -> Path:
-    """Write `data` to `path` so that a kill leaves either the old file or the new one.
-
-    Raises:
-        UsageError: the file system refuses: no such folder, no permission, no space.
-    """
-    return write_all({path: data})[0]
-
-
-def write_all(files: Mapping[Any, bytes]) -> list[Path]:
-    """Write several files, each atomically, and none of them if one cannot be written.
-
-    Args:
-        files: content by path.
-
-    Raises:
-        UsageError: the file system refuses one: no such folder, no permission, no space.
-    """
-    written: list[tuple[Path, Path]] = []
-    try:
-        for path, data in files.items():
-            target = Path(path)
-            try:
-                written.append((_temporary(target, data), target))
-            except OSError as error:
-                raise UsageError(f"'{target}' cannot be written: {error.strerror or error}.") from error
-        for temporary, target in written:
-            os.replace(temporary, target)
-    finally:
-        for temporary, _ in written:
-            temporary.unlink(missing_ok=True)
-    return [target for _, target in written]
-
-
-def _temporary(target: Path, data: bytes) -> Path:
-    """A file beside `target` with its content, on disk."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    if target.is_dir():
-        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    temporary = Path(name)
-    try:
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.chmod(0o644)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    return temporary
+    def _parts(self) -> tuple[onnx.ModelProto, list[serialise.Weights]]:
+        """The model without its weights, and these in the order of their names."""
+        light = self.model.clone()
+        weights = []
+        for name, value in sorted(light.graph.initializers.items()):  # a pass may have added one
+            if value.const_value is not None:
+                weights.append(serialise.weights_of(name, value.const_value))
+                value.const_value = ir.Tensor(np.zeros(0, np.float32))  # a stand-in, which costs nothing
+        shell = ir.to_proto(light)
+        shell.graph.ClearField("initializer")
+        _strip(shell)
+        return shell, weights
 
 
 def infer_shapes(

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sartor.errors import UsageError
-from sartor.ir.program import Batch, Program, Source, write_atomic
+from sartor.ir.files import write_atomic
+from sartor.ir.program import Batch, Program, Source
 from sartor.passes.base import Context, Pass, PassResult
 
 if TYPE_CHECKING:

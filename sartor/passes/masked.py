@@ -7,6 +7,8 @@ reader and needed whole by another is zeroed in a private copy.
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -71,7 +73,7 @@ def _block_demands(program: Program, plan: Plan) -> list[Zero]:
         for parameter in block.last_affine:
             for user, index in program.initializers[parameter].uses():
                 if user.name in inside:
-                    size = max(1, *(program.initializer_array(parameter).shape or (1,))[:1])
+                    size = max(1, *(program.initializer_shape(parameter) or (1,))[:1])
                     demands.append(Zero(parameter, 0, np.ones(size, dtype=bool), user.name or "", index))
     return demands
 
@@ -92,15 +94,20 @@ def _write(program: Program, demands: list[Zero], rewriter: Rewriter) -> tuple[Z
                 if alike
                 else rewriter.private_initializer(rewriter.node(node), index)
             )
-            array = np.array(value.const_value.numpy())  # type: ignore[union-attr]
-            for axis, mask in sorted(axes.items()):
-                if array.ndim:
-                    array[(slice(None),) * axis + (mask,)] = 0
-                else:
-                    array[...] = 0
+            for axis, mask in axes.items():
                 result[value.name or "", axis] = tuple(int(i) for i in np.flatnonzero(mask))
-            rewriter.set_initializer(value, array)
+            rewriter.derive_initializer(value, functools.partial(_with_zeros, axes))
     return tuple(Zeroed(name, axis, indices) for (name, axis), indices in sorted(result.items()))
+
+
+def _with_zeros(axes: Mapping[int, np.ndarray], array: np.ndarray) -> np.ndarray:
+    array = np.array(array)
+    for axis, mask in axes.items():
+        if array.ndim:
+            array[(slice(None),) * axis + (mask,)] = 0
+        else:
+            array[...] = 0
+    return array
 
 
 def _equal(one: dict[int, np.ndarray], other: dict[int, np.ndarray]) -> bool:

@@ -6,6 +6,9 @@ stay, and everything follows by counting. Attention scales and other data consta
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
+
 import numpy as np
 import onnx_ir as ir
 
@@ -31,13 +34,19 @@ def narrow(program: Program, analysis: ChannelAnalysis, alive: np.ndarray, rewri
     _Narrowing(program, analysis, alive, rewriter).run()
 
 
+def _take(axes: Sequence[tuple[int, np.ndarray]], array: np.ndarray) -> np.ndarray:
+    for axis, indices in axes:
+        array = np.take(array, indices, axis=axis)
+    return array
+
+
 class _Narrowing:
     def __init__(self, program: Program, analysis: ChannelAnalysis, alive: np.ndarray, rewriter: Rewriter):
         self.program, self.analysis, self.alive, self.rewriter = program, analysis, alive, rewriter
         self.propagation = analysis.propagation
 
     def run(self) -> None:
-        for node in list(self.program.nodes()):
+        for node in list(self.program.graph.all_nodes()):  # branches of `If`, too
             method = getattr(self, f"_{node.op_type.lower()}", None)
             if method is not None and not node.domain:
                 method(node)
@@ -52,10 +61,12 @@ class _Narrowing:
             if not kept.all():
                 keeps.setdefault(name, []).append((axis, np.flatnonzero(kept)))
         for name, axes in keeps.items():
-            array = self.program.initializer_array(name)
+            tensor = self.program.initializers[name].const_value
+            assert tensor is not None  # it is labelled
+            shape = list(tensor.shape.numpy())
             for axis, indices in axes:
-                array = np.take(array, indices, axis=axis)
-            self.rewriter.set_initializer(name, array)
+                shape[axis] = len(indices)
+            self.rewriter.derive_initializer(name, functools.partial(_take, axes), shape)
             self.rewriter.count("parameters_narrowed")
 
     # ---- counting --------------------------------------------------------------------------

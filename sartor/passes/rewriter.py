@@ -20,13 +20,14 @@ import onnx_ir as ir
 
 from sartor.errors import InternalError
 from sartor.ir.program import Program
-from sartor.passes.structure import UniqueNames, nodes_in_bodies, same_bits
+from sartor.passes.initializers import InitializerRewriter
+from sartor.passes.structure import UniqueNames, nodes_in_bodies
 
 META_PASS = "sartor.pass"
 """Key of `node.meta` that names the pass which created the node; never serialised."""
 
 
-class Rewriter:
+class Rewriter(InitializerRewriter):
     """Changes one program in place and counts what it did.
 
     Attributes:
@@ -58,20 +59,6 @@ class Rewriter:
                 "Make the plan from the program it is applied to."
             )
         return node
-
-    def initializer(self, name: str) -> ir.Value:
-        """The initializer of the main graph with this name.
-
-        Raises:
-            InternalError: there is none.
-        """
-        value = self.program.graph.initializers.get(name)
-        if value is None:
-            raise InternalError(
-                f"Pass '{self.pass_name}' looks for initializer '{name}', which the program does not have. "
-                "Make the plan from the program it is applied to."
-            )
-        return value
 
     # ---- values ----------------------------------------------------------------------------
     def replace_value(self, old: ir.Value, new: ir.Value) -> None:
@@ -229,8 +216,7 @@ class Rewriter:
                 )
             if array is None:
                 continue
-            constant = ir.Value(name=output.name)
-            self._store(constant, array)
+            constant = self._constant(output.name, array)
             for user, index in list(output.uses()):
                 user.replace_input_with(index, constant)
             graph.initializers.add(constant)
@@ -252,56 +238,23 @@ class Rewriter:
             node.attributes[name] = attribute
             self.counts["attributes_changed"] += 1
 
-    # ---- initializers ----------------------------------------------------------------------
-    def set_initializer(self, target: str | ir.Value, array: np.ndarray) -> ir.Value:
-        """Replace the contents of an initializer; every reader sees the new ones.
-
-        The array is frozen, and copied when it is a view. Element type must stay; shape may change.
+    def private_initializer(self, node: ir.Node, index: int) -> ir.Value:
+        """The initializer at input `index` of `node`, copied first if anything else reads it.
 
         Raises:
-            InternalError: no such initializer, another element type, or it is also a graph input.
+            InternalError: that input is not an initializer.
         """
-        value = self.initializer(target) if isinstance(target, str) else target
-        tensor = value.const_value
-        if not value.is_initializer() or tensor is None or value.is_graph_input():
-            raise InternalError(
-                f"Pass '{self.pass_name}' sets value '{value.name}', which is not a constant initializer."
-            )
-        old = tensor.numpy()
-        if old.dtype != array.dtype:
-            raise InternalError(
-                f"Pass '{self.pass_name}' sets initializer '{value.name}' of type {old.dtype} to an array of "
-                f"type {array.dtype}. Cast the array first."
-            )
-        if not same_bits(old, array):
-            self._store(value, array)
-            self.counts["initializers_changed"] += 1
-        return value
-
-    def add_initializer(self, hint: str, array: np.ndarray, graph: ir.Graph | None = None) -> ir.Value:
-        """A new initializer named `hint`, made unique, in the main graph or in `graph`."""
-        value = ir.Value(name=self.unique_value_name(hint))
-        self._store(value, array)
-        (graph if graph is not None else self.program.graph).initializers.add(value)
+        value = node.inputs[index]
+        if value is None or not value.is_initializer() or value.const_value is None:
+            raise InternalError(f"Input {index} of node {self.program.where(node)} is not an initializer.")
+        if len(value.uses()) == 1 and not value.is_graph_output() and not value.is_graph_input():
+            return value
+        copy = ir.Value(name=self.unique_value_name(f"{value.name}_{node.name}"))
+        self._store(copy, value.const_value)  # tensors are immutable, so that both can have it
+        (value.graph if value.graph is not None else self.program.graph).initializers.add(copy)
         self.counts["initializers_added"] += 1
-        return value
-
-    def remove_initializer(self, value: ir.Value) -> None:
-        """Remove an initializer that nothing reads.
-
-        Raises:
-            InternalError: it is still read, or is a graph output.
-        """
-        users = sorted({f"node '{user.name}'" for user, _ in value.uses()})
-        if value.is_graph_output():
-            users.append("the graph's outputs")
-        if users or value.graph is None or not value.is_initializer():
-            raise InternalError(
-                f"Pass '{self.pass_name}' removes initializer '{value.name}' while it is used by "
-                f"{', '.join(users) or 'no graph at all'}."
-            )
-        value.graph.initializers.pop(value.name or "")
-        self.counts["initializers_removed"] += 1
+        self.set_input(node, index, copy)
+        return copy
 
     def remove_function(self, key: tuple[str, str, str]) -> None:
         """Remove the function `(domain, name, overload)`, which nothing calls any more.
@@ -317,21 +270,6 @@ class Rewriter:
             raise InternalError(f"Pass '{self.pass_name}' removes function '{key[1]}' while used by {users}.")
         del functions[key]
         self.counts["functions_removed"] += 1
-
-    def private_initializer(self, node: ir.Node, index: int) -> ir.Value:
-        """The initializer at input `index` of `node`, copied first if anything else reads it.
-
-        Raises:
-            InternalError: that input is not an initializer.
-        """
-        value = node.inputs[index]
-        if value is None or not value.is_initializer() or value.const_value is None:
-            raise InternalError(f"Input {index} of node {self.program.where(node)} is not an initializer.")
-        if len(value.uses()) == 1 and not value.is_graph_output() and not value.is_graph_input():
-            return value
-        copy = self.add_initializer(f"{value.name}_{node.name}", value.const_value.numpy(), value.graph)
-        self.set_input(node, index, copy)
-        return copy
 
     # ---- names and counts ------------------------------------------------------------------
     def unique_value_name(self, hint: str) -> str:
@@ -386,13 +324,3 @@ class Rewriter:
         if graph is None:
             raise InternalError(f"Node '{node.name}' ({node.op_type}) was already removed from its graph.")
         return graph
-
-    def _store(self, value: ir.Value, array: np.ndarray) -> None:
-        # np.ascontiguousarray would turn a scalar into a vector
-        owned = np.array(array, order="C", copy=True if array.base is not None else None)
-        owned.setflags(write=False)
-        tensor = ir.Tensor(owned, name=value.name)
-        value.const_value = tensor
-        # fresh objects: clones of a program share TensorType objects
-        value.type = ir.TensorType(tensor.dtype)
-        value.shape = ir.Shape(tensor.shape)

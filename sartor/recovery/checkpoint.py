@@ -13,7 +13,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from sartor.errors import UsageError
-from sartor.ir.program import write_atomic
+from sartor.ir.files import write_atomic
 
 SCHEMA = "sartor.recovery/2"
 _STATE = "recovery.json"

@@ -104,7 +104,7 @@ def _listed(manifest: Path) -> set[str]:
 
 def write_manifest(folder: Path, **sections: Any) -> Path:
     """Write `manifest.json` for everything that is in `folder`."""
-    from sartor.ir.program import write_atomic
+    from sartor.ir.files import write_atomic
 
     files = [
         {

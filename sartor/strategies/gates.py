@@ -7,7 +7,7 @@ multiplies, so one backward pass through the FX twin gives the gradient of every
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,6 @@ from sartor.strategies.importance import (
     GroupLike,
     Importance,
     members_with,
-    per_unit,
     removable,
 )
 
@@ -55,73 +54,29 @@ def gate_gradients(
     Raises:
         UsageError: there are no data, or a group or block has nothing that a gate could multiply.
     """
-    gates = {group.name: gate_members(analysis, group) for group in analysis.groups}
-    tensors = {m.initializer for members in gates.values() for m in members}
+    import torch
+
+    from sartor.ir.fx import to_tensor
+    from sartor.ir.fx_run import Gates, Runner
+    from sartor.recovery import losses
+
+    members: dict[str, list[Any]] = {f"group {g.name}": gate_members(analysis, g) for g in analysis.groups}
+    sizes = {f"group {group.name}": group.size for group in analysis.groups}
     for block in removable(blocks):
         if not block.last_affine:
             raise UsageError(
                 f"Block '{block.name}' is removable but has no last affine layer to put a gate on."
             )
-        tensors.update(block.last_affine)
-    gradients = mean_gradients(program, data, {name for name in tensors if name}, loss=loss, dtype=dtype)
-
-    def product(name: str) -> np.ndarray:
-        return program.initializer_array(name).astype(np.float64) * gradients[name]
-
-    groups = {}
-    for group in analysis.groups:
-        totals = np.zeros(group.size)
-        for member in gates[group.name]:
-            totals += per_unit(product(member.initializer), member, group.size)
-        groups[group.name] = totals
-    scores = {b.name: float(sum(product(n).sum() for n in b.last_affine)) for b in removable(blocks)}
-    return Importance(groups, scores)
-
-
-def mean_gradients(
-    program: Program,
-    data: Batches,
-    names: Iterable[str],
-    *,
-    loss: Callable[..., Any] | None = None,
-    dtype: Any = None,
-) -> dict[str, np.ndarray]:
-    """Gradient of the mean loss over all samples with respect to initializers.
-
-    Args:
-        program: canonical program.
-        data: re-iterable of `(inputs, labels)`; batches weigh by their number of samples.
-        names: float initializers.
-        loss: see `gate_gradients`.
-        dtype: see `gate_gradients`.
-
-    Returns:
-        float64 arrays by initializer name; zeros for an initializer that no output depends on.
-
-    Raises:
-        UsageError: there are no data.
-    """
-    import torch
-
-    from sartor.ir.fx import to_fx, to_tensor, twin_info
-    from sartor.recovery import losses
-
-    gm = to_fx(program, dtype=dtype or torch.float32).eval()
-    info = twin_info(gm)
+        members[f"block {block.name}"] = [_Whole(program, name) for name in block.last_affine]
+        sizes[f"block {block.name}"] = 1
+    gates = Gates(sizes, members, dtype or torch.float32)
+    runner = Runner(program, dtype or torch.float32, gates=gates)
     probabilities = losses.probability_outputs(program)
-    wanted = set(names)
-    keys = {name: key for key, name in info.names.items()}
-    state = gm.state_dict(keep_vars=True)
-    tensors = {name: state[keys[name]] for name in sorted(wanted) if name in keys}
-    for tensor in state.values():
-        tensor.requires_grad_(False)
-    for tensor in tensors.values():
-        tensor.requires_grad_(True)
     count = 0
     for inputs, labels in data:
-        arrays = [to_tensor(inputs[name], info.dtype) for name in info.inputs]
+        arrays = [to_tensor(inputs[name], runner.info.dtype) for name in runner.info.inputs]
         samples = len(arrays[0])
-        outputs = dict(zip(info.outputs, gm(*arrays), strict=True))
+        outputs = runner(arrays)
         target = None if labels is None else torch.as_tensor(np.asarray(labels))
         if loss is not None:
             value = losses.checked(loss(outputs, target))
@@ -129,19 +84,29 @@ def mean_gradients(
             value = losses.label_loss(outputs, target, probabilities)
         else:
             value = losses.output_energy(outputs)
-        if value.requires_grad:  # false when no output depends on the wanted tensors
+        if value.requires_grad:  # false when no output depends on a gate
             (value * samples).backward()  # the mean over all data, whatever the batch sizes
         count += samples
     if not count:
         raise UsageError("The calibration data are empty; gradients need at least one sample.")
-    result = {}
-    for name in wanted:
-        tensor = tensors.get(name)
-        if tensor is None or tensor.grad is None:
-            result[name] = np.zeros(program.initializer_array(name).shape)
-        else:
-            result[name] = tensor.grad.numpy().astype(np.float64) / count
-    return result
+
+    def gradient(key: str) -> np.ndarray:
+        vector = gates.vectors[key]
+        found = torch.zeros_like(vector) if vector.grad is None else vector.grad
+        return found.numpy().astype(np.float64) / count
+
+    return Importance(
+        {group.name: gradient(f"group {group.name}") for group in analysis.groups},
+        {block.name: float(gradient(f"block {block.name}")[0]) for block in removable(blocks)},
+    )
+
+
+class _Whole:
+    """All of an initializer, as one unit."""
+
+    def __init__(self, program: Program, initializer: str):
+        self.initializer, self.axis = initializer, 0
+        self.index_map = np.zeros((program.initializer_shape(initializer) or (1,))[0], dtype=np.int64)
 
 
 def gate_members(analysis: AnalysisLike, group: GroupLike) -> list[Any]:

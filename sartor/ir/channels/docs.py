@@ -49,7 +49,7 @@ def main(arguments: list[str]) -> int:
     if not arguments:
         sys.stdout.write(text)
         return 0
-    from sartor.ir.program import write_atomic
+    from sartor.ir.files import write_atomic
 
     write_atomic(arguments[0], text.encode())
     return 0
