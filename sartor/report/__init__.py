@@ -33,7 +33,7 @@ def write_report(report: Mapping[str, Any], folder: str | os.PathLike[str]) -> t
     Raises:
         InternalError: a required section is missing, or a number is not finite.
     """
-    from sartor.ir.program import write_atomic
+    from sartor.ir.files import write_atomic
 
     missing = [name for name in _REQUIRED if name not in report]
     if missing or report["schema"] != SCHEMA:
@@ -48,7 +48,7 @@ def write_report(report: Mapping[str, Any], folder: str | os.PathLike[str]) -> t
 
 def write_html(report: Mapping[str, Any], folder: str | os.PathLike[str]) -> Path:
     """Render `report.html` from a report document."""
-    from sartor.ir.program import write_atomic
+    from sartor.ir.files import write_atomic
     from sartor.report.page import render
 
     return write_atomic(Path(folder) / "report.html", render(report).encode())
