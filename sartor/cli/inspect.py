@@ -1,73 +1,47 @@
-"""Show what MODEL consists of: operators, cost, channel groups, blocked axes and residual blocks."""
+"""Show what MODEL consists of and what can be cut from it: channel groups with what half of each saves,
+blocked axes with the reason and the source line, residual blocks; with --html, as a page."""
 
 from __future__ import annotations
 
 import argparse
-from typing import Any
+import shutil
 
 from sartor.cli import arguments
-from sartor.cli.output import Result, count, table
+from sartor.cli.output import Result
 
-EXAMPLE = "sartor inspect model.onnx --shape input=1,3,224,224"
+EXAMPLE = "sartor inspect model.onnx --shape input=1,3,224,224 --html model.html"
+_WIDTHS = (80, 120)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     arguments.add_model(parser)
     arguments.add_keep(parser)
+    parser.add_argument(
+        "--layer",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="only what concerns this layer: a module, node, parameter, group or block, the beginning of a "
+        "dotted name, or a glob; repeatable",
+    )
+    parser.add_argument("--all", action="store_true", help="leave nothing out of the text")
+    parser.add_argument("--html", metavar="FILE", help="also write the report as one HTML page")
 
 
 def run(options: argparse.Namespace) -> Result:
     """Analyse and describe."""
     from sartor.inspection import inspect_program
+    from sartor.report import write_inspection
+    from sartor.report.tree import describe
 
+    output = arguments.output_file(options.html) if options.html else None
     program = arguments.open_program(options)
-    document = inspect_program(program, keep=tuple(options.keep))
-    return Result(document, describe(document))
-
-
-def describe(document: dict[str, Any]) -> str:
-    """The document as text for people."""
-    parts = [
-        f"{count(document['macs'])} MACs, {count(document['parameters'])} parameters, "
-        f"{count(document['weight_bytes'], 'B')} of weights, "
-        f"{count(document['peak_activation_bytes'], 'B')} peak activations",
-        "operators: " + ", ".join(f"{n} {op}" for op, n in document["ops"].items()),
-    ]
-    groups = [
-        (g["name"], str(g["size"]), str(g["granularity"]), f"{g['macs_share']:.1%}", _parameters(g))
-        for g in document["groups"]
-    ]
-    if groups:
-        parts.append(table(groups, ("channel group", "size", "step", "MACs", "parameters"), "<>>><"))
-    else:
-        parts.append("no channel group can be pruned")
-    blocked = [
-        (b["value"], str(b["axis"]), b["reason"] + (f" ({b['source']})" if b.get("source") else ""))
-        for b in document["blocked"]
-    ]
-    if blocked:
-        parts.append(table(blocked, ("blocked value", "axis", "reason"), "<><"))
-    approximate = [
-        (g["name"], str(g["size"]), str(g["granularity"]), g["reason"]) for g in document["approximate"]
-    ]
-    if approximate:
-        headings = ("approximate group (off by default)", "size", "step", "why it is not exact")
-        parts.append(table(approximate, headings, "<>><"))
-    blocks = [
-        (
-            b["name"],
-            str(len(b["nodes"])),
-            f"{b['macs_share']:.1%}",
-            "yes" if b["removable"] else f"no: {b['reason']}",
-        )
-        for b in document["blocks"]
-    ]
-    if blocks:
-        parts.append(table(blocks, ("residual block", "nodes", "MACs", "removable"), "<>><"))
-    return "\n\n".join(parts)
-
-
-def _parameters(group: dict[str, Any], width: int = 60) -> str:
-    text = ", ".join(dict.fromkeys(m["initializer"] for m in group["members"] if "initializer" in m))
-    return text if len(text) <= width else text[: width - 3] + "..."
+    document = inspect_program(program, keep=tuple(options.keep), layers=tuple(options.layer))
+    width = shutil.get_terminal_size((100, 24)).columns
+    text = describe(document, min(max(width, _WIDTHS[0]), _WIDTHS[1]), everything=options.all)
+    if output is not None:
+        write_inspection(document, output)
+        document["files"] = arguments.Written((output,)).to_list()
+        text += f"\n\nwrote {output}"
+    return Result(document, text)

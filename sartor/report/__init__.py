@@ -1,4 +1,5 @@
-"""Reports of a fit: `report.json` for machines, a self-contained `report.html` for people, one bundle."""
+"""Reports of a fit (`report.json` for machines, a self-contained `report.html` for people, one bundle), and the
+page of an inspection."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from typing import Any
 from sartor.errors import InternalError, UsageError
 from sartor.report.text import summary
 
-__all__ = ["SCHEMA", "read_report", "summary", "write_html", "write_report"]
+__all__ = ["SCHEMA", "read_report", "summary", "write_html", "write_inspection", "write_report"]
 
 SCHEMA = "sartor.report/1"
 _REQUIRED = (
@@ -52,6 +53,22 @@ def write_html(report: Mapping[str, Any], folder: str | os.PathLike[str]) -> Pat
     from sartor.report.page import render
 
     return write_atomic(Path(folder) / "report.html", render(report).encode())
+
+
+def write_inspection(document: Mapping[str, Any], path: str | os.PathLike[str]) -> Path:
+    """Write the page of an inspection, atomically.
+
+    Args:
+        document: of `sartor.inspection.inspect_program`.
+        path: file to write.
+
+    Raises:
+        UsageError: the file system refuses.
+    """
+    from sartor.ir.files import write_atomic
+    from sartor.report.prunability import render
+
+    return write_atomic(path, render(document).encode())
 
 
 def read_report(folder: str | os.PathLike[str]) -> dict[str, Any]:

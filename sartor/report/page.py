@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import html
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from importlib import resources
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from sartor.report import charts
+from sartor.report import charts, markup
 from sartor.report.charts import Limit, Point
+from sartor.report.markup import escape, pairs, section
 from sartor.report.text import (
     STATUS,
     cost_rows,
@@ -20,7 +19,6 @@ from sartor.report.text import (
 )
 
 Report = Mapping[str, Any]
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 
 
 def render(report: Report) -> str:
@@ -36,18 +34,7 @@ def render(report: Report) -> str:
         _conditions(report),
     ]
     name = _model_name(report)
-    style = resources.files("sartor.report").joinpath("page.css").read_text(encoding="utf-8")
-    return (
-        "<!doctype html>\n"
-        f'<html lang="en"><head><meta charset="utf-8"><title>{_escape(f"Sartor: {name}")}</title>'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        # The page needs nothing from anywhere; the browser is told to refuse if a string slips through.
-        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
-        f"<style>\n{style}</style></head>\n<body><main>\n"
-        f"<header><h1>Sartor report</h1><p>{_escape(_subtitle(report, name))}</p></header>\n"
-        + "\n".join(section for section in sections if section)
-        + f"\n<footer>{_escape(_footer(report))}</footer>\n</main></body></html>\n"
-    )
+    return markup.page("Sartor report", name, _subtitle(report, name), sections, _footer(report))
 
 
 # ---- sections ------------------------------------------------------------------------------------
@@ -79,18 +66,14 @@ def _verdict(report: Report) -> str:
     limit = _latency_limit(report)
     if limit is not None:
         facts.insert(1, ("Budget", f"{limit:.3f}×", "for the interval's upper bound"))
-    cells = "".join(
-        f"<div><dt>{_escape(name)}</dt><dd>{_escape(value)}<small>{_escape(note)}</small></dd></div>"
-        for name, value, note in facts
-    )
     kind = "met" if status == "met" else "missed"
-    headline = _escape(STATUS.get(status) or str(status))
-    return f'<section class="verdict {kind}"><h2>{headline}</h2><dl class="facts">{cells}</dl></section>'
+    headline = escape(STATUS.get(status) or str(status))
+    return f'<section class="verdict {kind}"><h2>{headline}</h2>{markup.facts(facts)}</section>'
 
 
 def _costs(report: Report) -> str:
-    table = _table(cost_rows(report), ("", "Original", "Result", "Change"), "<>>>")
-    return _section(
+    table = markup.table(cost_rows(report), ("", "Original", "Result", "Change"), "<>>>")
+    return section(
         "Before and after",
         "The latency ratio is the median over interleaved rounds of a run that selected nothing; it is not "
         "the quotient of the two medians.",
@@ -146,7 +129,7 @@ def _trade_off(report: Report) -> str:
         ("step", "measured on the way, before recovery (evaluate split)"),
         ("result", "result"),
     ]
-    return _section(
+    return section(
         "Latency against score",
         "Up and to the left is better. The bar through the result is its 95 % interval.",
         chart + _legend(legend),
@@ -203,7 +186,7 @@ def _predicted(report: Report) -> str:
             f"and {measured:.3f} was measured ({100 * (final / baseline / measured - 1):+.1f} %)."
         )
     legend = [("step", "predicted"), ("measured", "measured, with 95 % interval")]
-    return _section("Predicted against measured latency", note, chart + _legend(legend))
+    return section("Predicted against measured latency", note, chart + _legend(legend))
 
 
 def _widths(report: Report) -> str:
@@ -217,19 +200,19 @@ def _widths(report: Report) -> str:
         else ""
     )
     if removed:
-        names = ", ".join(f"<code>{_escape(name)}</code>" for name in removed)
+        names = ", ".join(f"<code>{escape(name)}</code>" for name in removed)
         body += f"<p>Removed blocks: {names}.</p>"
-    return _section("Widths per layer", "Units of each channel group before and after.", body)
+    return section("Widths per layer", "Units of each channel group before and after.", body)
 
 
 def _oracle(report: Report) -> str:
     oracle = report["oracle"]
     rows = [(key.replace("_", " "), _value(value)) for key, value in oracle.items()]
-    return _section(
+    return section(
         "Is it the same function?",
         "Before recovery the cut model must compute what the original computes with zeros in the places "
         f"that were cut: {oracle_sentence(oracle)}. It counts only if a perturbed kept channel is seen.",
-        _pairs(rows),
+        pairs(rows),
     )
 
 
@@ -250,12 +233,12 @@ def _decisions(report: Report) -> str:
             )
             for entry in report["history"]
         ]
-        steps = _table(rows, ("Step", "Change", "Predicted", "Measured", "Score"), "<<>>>")
+        steps = markup.table(rows, ("Step", "Change", "Predicted", "Measured", "Score"), "<<>>>")
         number = len(report["history"])
         opened = " open" if number <= 12 else ""
         label = "1 step" if number == 1 else f"all {number} steps"
         parts.append(f"<details{opened}><summary>{label}</summary>{steps}</details>")
-    return _section("Decisions", "", "".join(parts)) if parts else ""
+    return section("Decisions", "", "".join(parts)) if parts else ""
 
 
 def _conditions(report: Report) -> str:
@@ -264,47 +247,22 @@ def _conditions(report: Report) -> str:
         rows.append(("score taken on split", str(report["score_split"])))
     rows += _flat("", report.get("conditions", {}))
     rows += _flat("version of", report["versions"])
-    return _section("Conditions of the measurement", "", _pairs(rows))
+    return section("Conditions of the measurement", "", pairs(rows))
 
 
 # ---- pieces --------------------------------------------------------------------------------------
-def _section(title: str, note: str, body: str) -> str:
-    text = f'<p class="note">{_escape(note)}</p>' if note else ""
-    return f"<section><h2>{_escape(title)}</h2>{text}{body}</section>"
-
-
-def _table(rows: Iterable[Sequence[str]], header: Sequence[str], align: str) -> str:
-    kinds = ["" if side == "<" else ' class="number"' for side in align]
-
-    def line(tag: str, cells: Sequence[str]) -> str:
-        texts = (f"<{tag}{kind}>{_escape(cell)}</{tag}>" for kind, cell in zip(kinds, cells, strict=True))
-        return f"<tr>{''.join(texts)}</tr>"
-
-    body = "".join(line("td", row) for row in rows)
-    return (
-        f'<div class="scroll"><table><thead>{line("th", header)}</thead><tbody>{body}</tbody></table></div>'
-    )
-
-
-def _pairs(rows: Iterable[tuple[str, str]]) -> str:
-    cells = "".join(
-        f'<tr><th>{_escape(name)}</th><td class="mono">{_escape(value)}</td></tr>' for name, value in rows
-    )
-    return f'<div class="scroll"><table class="pairs"><tbody>{cells}</tbody></table></div>'
-
-
 def _legend(entries: Sequence[tuple[str, str]]) -> str:
-    items = "".join(f'<li><i class="{kind}"></i>{_escape(text)}</li>' for kind, text in entries)
+    items = "".join(f'<li><i class="{kind}"></i>{escape(text)}</li>' for kind, text in entries)
     return f'<ul class="legend">{items}</ul>'
 
 
 def _decision(entry: Any) -> str:
     if not isinstance(entry, Mapping):
-        return _escape(str(entry))
+        return escape(str(entry))
     title = entry.get("decision") or entry.get("what") or entry.get("kind") or ""
     rest = {key: value for key, value in entry.items() if value != title}
     detail = ", ".join(f"{key.replace('_', ' ')} {_value(value)}" for key, value in rest.items())
-    return _escape(": ".join(part for part in (str(title), detail) if part))
+    return escape(": ".join(part for part in (str(title), detail) if part))
 
 
 def _optional(value: Any, form: Callable[[Any], str]) -> str:
@@ -355,7 +313,3 @@ def _subtitle(report: Report, name: str) -> str:
 def _footer(report: Report) -> str:
     version = report["versions"].get("sartor", "")
     return f"Written by Sartor {version}. The same content for machines is in report.json.".replace("  ", " ")
-
-
-def _escape(text: str) -> str:
-    return html.escape(str(text), quote=True)

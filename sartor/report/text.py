@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -51,6 +52,23 @@ def _significant(value: float) -> str:
         return "0"
     digits = max(0, 2 - math.floor(math.log10(abs(value))))
     return f"{value:.{digits}f}"
+
+
+def visible(text: str) -> str:
+    """`text` on one line without anything that steers a terminal or reorders what is beside it.
+
+    Names in a model file are whatever its author chose: line breaks, escape sequences, marks that turn the
+    direction of writing. Each such character becomes its Python escape; letters of any script stay.
+    """
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+
+
+def columns(text: str) -> int:
+    """How many columns of a terminal `text` takes: two for a wide character, none for a combining one."""
+    if text.isascii():
+        return len(text)
+    wide = sum(unicodedata.east_asian_width(c) in "WF" for c in text)
+    return len(text) + wide - sum(unicodedata.combining(c) != 0 for c in text)
 
 
 def table(rows: Iterable[Sequence[str]], header: Sequence[str], align: str = "") -> str:
