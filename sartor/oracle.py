@@ -12,12 +12,13 @@ from __future__ import annotations
 import dataclasses
 import math
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from sartor.conditions import cases, force, groups_in
 from sartor.errors import VerificationError
 from sartor.ir.channels import ChannelAnalysis, ChannelGroup, channel_groups
 from sartor.ir.plan import Plan
@@ -140,12 +141,35 @@ def compare(
     seed: int = 0,
     tolerance: float = TOLERANCE_F64,
 ) -> OracleResult:
-    """Compare given programs; `check` builds them from a plan. Planted bugs are tested through this."""
+    """Compare given programs; `check` builds them from a plan. Planted bugs are tested through this.
+
+    Where an `If` depends on data, once for every case of `sartor.conditions`, which together take each branch.
+    """
     from sartor.ir.batch import random_inputs
     from sartor.ir.fx import run_twin
 
     inputs = random_inputs(original, seed=seed)
     small = run_twin(pruned, inputs)
+    forced = cases(mask)
+    if forced:
+        results, unseen = [], set(plan.groups)
+        for case in forced:
+            here = groups_in(analysis, mask, case)
+            unseen -= here
+            results.append(
+                compare(
+                    force(original, case),
+                    force(pruned, case),
+                    force(mask, case),
+                    dataclasses.replace(plan, groups={k: v for k, v in plan.groups.items() if k in here}),
+                    analysis=analysis,
+                    backend=backend,
+                    threads=threads,
+                    seed=seed,
+                    tolerance=tolerance,
+                )
+            )
+        return _all_cases(results, relative_error(run_twin(mask, inputs), small), plan, unseen)
     large, gradients = _with_gradients(mask, plan, analysis, inputs)
     error = relative_error(large, small)
     lowered = None
@@ -156,6 +180,27 @@ def compare(
     wrong = not error <= tolerance or (lowered is not None and not lowered <= limit)
     verdict = "failed" if wrong else "inconclusive" if insensitive else "passed"
     return OracleResult(verdict, error, tolerance, lowered, limit, insensitive)
+
+
+def _all_cases(results: Sequence[OracleResult], error: float, plan: Plan, unseen: set[str]) -> OracleResult:
+    """Every branch together: errors are the worst, `error` of the conditions as they are among them.
+
+    A group must show in every case that computes with it (those in `unseen` have none), a block in some case.
+    """
+    worst = max(error, *(r.max_rel_error for r in results))
+    lowered = max((r.lowered_rel_error for r in results if r.lowered_rel_error is not None), default=None)
+    hidden = unseen | {n for r in results for n in r.insensitive if n in plan.groups}
+    hidden |= set.intersection(*(set(r.insensitive) for r in results))
+    insensitive = tuple(sorted(hidden))
+    failed = not worst <= results[0].tolerance or any(r.verdict == "failed" for r in results)
+    verdict = "failed" if failed else "inconclusive" if insensitive else "passed"
+    return dataclasses.replace(
+        results[0],
+        verdict=verdict,
+        max_rel_error=worst,
+        lowered_rel_error=lowered,
+        insensitive=insensitive,
+    )
 
 
 def lowered_tolerance(program: Program, precision: str = "f32") -> float:

@@ -21,6 +21,7 @@ import numpy as np
 
 from sartor.ir.channels import ChannelAnalysis
 from sartor.ir.program import Program
+from sartor.ir.subgraphs import flat
 from sartor.ir.workload import is_parameter
 from sartor.passes.rewriter import Rewriter
 
@@ -43,7 +44,7 @@ def randomise(program: Program, analysis: ChannelAnalysis, seed: int) -> Program
     """
     clone = program.clone()
     rewriter = Rewriter(clone, "randomise")
-    positive, statistics, fans, weights = _roles(program)
+    positive, statistics, fans, weights = _roles(flat(program))
     consumed = {(m.initializer, m.axis) for g in analysis.groups for m in g.members if m.role == "consumer"}
     for name, value in sorted(clone.initializers.items()):
         tensor = value.const_value
@@ -64,7 +65,7 @@ def randomise(program: Program, analysis: ChannelAnalysis, seed: int) -> Program
         key = (seed, zlib.crc32(name.encode()))  # of its own, so that a tensor can be drawn again alone
         rewriter.derive_initializer(name, functools.partial(_drawn, key, spread))
     clone.invalidate()
-    for name, fit in _fitted(clone, weights, seed).items():
+    for name, fit in _fitted(flat(clone), weights, seed).items():
         rewriter.derive_initializer(name, fit)
     clone.invalidate()
     return clone
@@ -91,7 +92,7 @@ def _fitted(
     """Weights and running statistics fitted to one sample, in one pass in which every layer sees fitted inputs.
 
     Args:
-        program: with drawn weights.
+        program: with drawn weights, flat: layers of both branches of an `If` are fitted.
         weights: weight by name of the node that contracts with it.
         seed: of the sample.
 

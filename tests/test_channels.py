@@ -619,7 +619,7 @@ def test_an_operator_without_a_rule_blocks_a_weight_that_is_used_again_later():
     }
 
 
-def test_a_branch_blocks_what_it_captures():
+def test_a_branch_that_is_not_canonical_blocks_what_it_captures():
     net = Net(3, 4, 4)
     y, kept = net.conv("x", 6, name="read"), net.conv("x", 5, name="beside")
     info = helper.make_tensor_value_info("inner", TensorProto.FLOAT, net.shape(y))
@@ -636,7 +636,10 @@ def test_a_branch_blocks_what_it_captures():
     analysis = channel_groups(program)
     assert [g.members[0].initializer for g in analysis.groups] == ["w2"]
     reasons = {b.value: (b.reason, b.source) for b in analysis.blocked}
-    assert reasons["w"] == ("operator 'If' has no channel rule", "'branch' (If)")
+    assert reasons["w"] == (
+        "If with constants in its branches, or names that they share",
+        "'branch' (If)",
+    )
 
 
 def test_keep_protects_parameters_nodes_and_modules():

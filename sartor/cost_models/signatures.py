@@ -16,7 +16,8 @@ from typing import Any
 
 from sartor.ir.extents import Extent
 from sartor.ir.fusion import CONTRACTIONS
-from sartor.ir.kernels import RECURRENT, Kernel, Operand, Quantity
+from sartor.ir.kernels import RECURRENT, Kernel, Operand
+from sartor.ir.quantities import Quantity
 
 Spec = dict[str, Any]
 

@@ -7,14 +7,14 @@ never folded; graph inputs and outputs keep their names and element types.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Set
 
 import onnx
 import onnx_ir as ir
 
 from sartor.errors import ModelError, UnsupportedOperatorError
+from sartor.ir import branches, cleanup, folding, normalise, sequences
 from sartor.ir import canonicalize_static as static
-from sartor.ir import cleanup, folding, normalise, sequences
 from sartor.ir.folding import names
 from sartor.ir.program import (
     CANONICAL_IR_VERSION,
@@ -133,6 +133,39 @@ def canonicalize(
     protected = frozenset(parameters) | static.materialise(graph, generated_elements)
     static.prepare(graph)
     folded: set[str] = {v.name for v in constants if v.name}
+    shapes = _reduce(model, input_shapes, protected, folded, generated_elements)
+    if branches.has_choices(graph):  # those that no constant decides; before, a branch may make no sense
+        moved = branches.flatten(graph)
+        folded.update(v.name for v in cleanup.constants_to_initializers(graph) if v.name)
+        protected |= {v.name or "" for v in moved if v.dtype is not None and v.dtype.is_floating_point()}
+        protected |= static.materialise(graph, generated_elements)
+        static.prepare(graph)
+        shapes = _reduce(model, input_shapes, protected, folded, generated_elements)
+    normalise.normalise(graph, shapes, protected)
+    cleanup.remove_dead(graph)
+    cleanup.fix_names(model)
+    graph.sort()
+    static.check_generators(graph, shapes, generated_elements)
+    check_operators(model, provenance)
+    _check_known(graph, shapes, provenance)
+    branches.nest(graph)
+    cleanup.sort_initializers(graph)
+    cleanup.drop_metadata(model)
+    for domain in list(model.opset_imports):
+        if domain not in ("", DIALECT_DOMAIN):
+            del model.opset_imports[domain]
+    model.opset_imports[""] = CANONICAL_OPSET
+
+
+def _reduce(
+    model: ir.Model,
+    input_shapes: Mapping[str, tuple[int, ...]],
+    protected: Set[str],
+    folded: set[str],
+    generated_elements: int,
+) -> Mapping[str, tuple[int, ...]]:
+    """Fold and simplify the main graph until nothing changes; returns the shapes of its values."""
+    graph = model.graph
     for _ in range(_MAX_ROUNDS):
         shapes, types = infer_shapes(model, input_shapes)
         changed = folding.fold(graph, shapes, types, protected, folded, limit=generated_elements)
@@ -143,19 +176,7 @@ def canonicalize(
         changed += cleanup.remove_dead(graph)
         if not changed:
             break
-    normalise.normalise(graph, shapes, protected)
-    cleanup.remove_dead(graph)
-    cleanup.fix_names(model)
-    graph.sort()
-    cleanup.sort_initializers(graph)
-    cleanup.drop_metadata(model)
-    for domain in list(model.opset_imports):
-        if domain not in ("", DIALECT_DOMAIN):
-            del model.opset_imports[domain]
-    model.opset_imports[""] = CANONICAL_OPSET
-    static.check_generators(graph, shapes, generated_elements)
-    check_operators(model, provenance)
-    _check_known(graph, shapes, provenance)
+    return shapes
 
 
 def check_operators(

@@ -12,13 +12,13 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import onnx_ir as ir
 
 from sartor.errors import InternalError
 from sartor.ir.extents import Extent
 from sartor.ir.fusion import ACTIVATIONS, CONTRACTIONS, Fused, json_attributes, partition
 from sartor.ir.program import Program
+from sartor.ir.quantities import Quantity, largest
 from sartor.ir.subgraphs import body_graphs, body_shapes, captured_values
 
 RECURRENT = frozenset({"RNN", "LSTM", "GRU"})
@@ -30,55 +30,6 @@ _ARITHMETIC = frozenset(
 )
 _FREE_INTEGER_ELEMENTS = 64  # shape arithmetic: a few integers cost nothing beside any kernel
 _KEEP_VALUE_ELEMENTS = 64  # constants that decide what a node does (bounds, axes, scales), not weights
-
-Term = tuple[float, tuple[Extent, ...]]
-
-
-@dataclasses.dataclass(frozen=True)
-class Quantity:
-    """A cost as a sum of `coefficient · Π extents`; constants are folded into the coefficient."""
-
-    terms: tuple[Term, ...] = ()
-
-    @staticmethod
-    def product(coefficient: float, dims: Sequence[Extent]) -> Quantity:
-        """`coefficient · Π dims`."""
-        varying = []
-        for extent in dims:
-            if extent.groups:
-                varying.append(extent)
-            else:
-                coefficient *= extent.full
-        return Quantity(((float(coefficient), tuple(varying)),))
-
-    def __add__(self, other: Quantity) -> Quantity:
-        return Quantity(self.terms + other.terms)
-
-    @property
-    def full(self) -> float:
-        """The value before any pruning."""
-        return sum(c * math.prod(e.full for e in factors) for c, factors in self.terms)
-
-    @property
-    def groups(self) -> frozenset[str]:
-        """Names of the groups it depends on."""
-        return frozenset(g for _, factors in self.terms for extent in factors for g in extent.groups)
-
-    def evaluate(self, fractions: Mapping[str, np.ndarray | float]) -> np.ndarray | float:
-        """The value under a plan (scalars) or a population (arrays `[plans]`)."""
-        total: np.ndarray | float = 0.0
-        for coefficient, factors in self.terms:
-            value: np.ndarray | float = coefficient
-            for extent in factors:
-                value = value * whole(extent.evaluate(fractions))
-            total = total + value
-        return total
-
-
-def whole(value: np.ndarray | float) -> np.ndarray | float:
-    """Snap to the integer that rounding errors missed; real fractions of a channel stay as they are."""
-    nearest = np.rint(value)
-    return np.where(np.abs(value - nearest) <= 1e-6 * np.maximum(1.0, np.abs(nearest)), nearest, value)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,27 +134,25 @@ class Tensors:
 
     def body_macs(self, node: ir.Node) -> Quantity:
         """MACs inside the bodies of a control-flow node: an If's dearest branch, a Loop's body once."""
-        bodies = body_graphs(node)
-        if not bodies:
+        return largest([sum(map(self._inner_macs, body), Quantity()) for body in body_graphs(node)])
+
+    def _inner_macs(self, node: ir.Node) -> Quantity:
+        if body_graphs(node):
+            return self.body_macs(node)
+        if node.op_type not in CONTRACTIONS | RECURRENT:
             return Quantity()
+        inputs = [None if v is None else self.inner(v) for v in node.inputs]
+        return macs(node.op_type, json_attributes(node), inputs, self.inner(node.outputs[0]))
+
+    def inner(self, value: ir.Value) -> Operand:
+        """A value that may belong to a body."""
+        name = value.name or ""
+        if name in self._shapes:
+            return self[value]
         if self._inner is None:
             self._inner = body_shapes(self._program)
-        totals = [sum(self._inner_macs(n) for n in body) for body in bodies]
-        return Quantity(((float(max(totals)), ()),))
-
-    def _inner_macs(self, node: ir.Node) -> float:
-        if body_graphs(node):
-            return self.body_macs(node).full
-        if node.op_type not in CONTRACTIONS | RECURRENT:
-            return 0.0
-        inputs = [None if v is None else self._inner_operand(v) for v in node.inputs]
-        return macs(node.op_type, json_attributes(node), inputs, self._inner_operand(node.outputs[0])).full
-
-    def _inner_operand(self, value: ir.Value) -> Operand:
-        assert self._inner is not None
-        name = value.name or ""
-        shape = self._inner[name][0] if name in self._inner else self._shapes[name]
-        return Operand(name, tuple(Extent.constant(d) for d in shape), 4, "FLOAT")
+        shape, dtype = self._inner[name]
+        return Operand(name, tuple(Extent.constant(d) for d in shape), dtype.itemsize, dtype.name)
 
 
 def build_kernels(

@@ -25,9 +25,10 @@ import numpy as np
 import onnx_ir as ir
 
 from sartor.ir.extents import Extent
-from sartor.ir.kernels import Quantity, Tensors, whole
+from sartor.ir.kernels import Tensors
 from sartor.ir.program import Program
-from sartor.ir.subgraphs import body_graphs, body_shapes, captured_values
+from sartor.ir.quantities import Quantity, largest, whole
+from sartor.ir.subgraphs import body_graphs, captured_values
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +51,7 @@ class _Step:
     node: str
     reads: tuple[str, ...]
     writes: tuple[str, ...]
-    body_bytes: float = 0.0
+    body_bytes: Quantity
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +77,7 @@ class Liveness:
         """The peak before any pruning."""
         steps, live = self._live(frozenset())
         full = {name: size.full for name, size in self.sizes.items()}
-        totals = [sum(full[v] for v in row) + s.body_bytes for s, row in zip(steps, live, strict=True)]
+        totals = [sum(full[v] for v in row) + s.body_bytes.full for s, row in zip(steps, live, strict=True)]
         if not totals:
             return Peak(round(sum(full[v] for v in self.inputs)), "", self.inputs)
         worst = max(range(len(totals)), key=totals.__getitem__)
@@ -117,7 +118,7 @@ class Liveness:
         highest: Any = sum(self.sizes[v].evaluate(fractions) for v in self.inputs)
         excess: Any = 0.0
         for step, row in zip(steps, live, strict=True):
-            total: Any = step.body_bytes
+            total: Any = step.body_bytes.evaluate(fractions)
             for value in row:
                 if value not in cache:
                     cache[value] = self.sizes[value].evaluate(fractions)
@@ -181,7 +182,6 @@ def build_liveness(
     """
     tensors = Tensors(program, extents)
     stored = set(program.initializers)
-    inner = body_shapes(program)
     steps: list[_Step] = []
     sizes: dict[str, Quantity] = {}
     inputs = tuple(v.name or "" for v in program.graph.inputs if v.name not in stored)
@@ -192,13 +192,12 @@ def build_liveness(
         writes = [v for v in node.outputs if v.name]
         for value in writes:
             sizes[value.name or ""] = tensors[value].bytes
-        bodies = [_body_peak(body, node.op_type, inner) for body in body_graphs(node)]
         steps.append(
             _Step(
                 node.name or "",
                 tuple(v.name or "" for v in reads if v.name not in stored),
                 tuple(v.name or "" for v in writes),
-                max(bodies, default=0.0),
+                largest([_body_peak(body, node.op_type, tensors) for body in body_graphs(node)]),
             )
         )
     return Liveness(
@@ -221,15 +220,8 @@ def _name(value: Any) -> str:
     return value if isinstance(value, str) else value.name
 
 
-def _body_peak(
-    body: ir.Graph, owner: str, shapes: Mapping[str, tuple[tuple[int, ...], ir.DataType]]
-) -> float:
+def _body_peak(body: ir.Graph, owner: str, tensors: Tensors) -> Quantity:
     """Highest bytes of values that belong to `body` itself, nested bodies included."""
-
-    def size(value: ir.Value) -> float:
-        dims, dtype = shapes[value.name or ""]
-        return float(np.prod(dims, dtype=float)) * dtype.itemsize
-
     nodes = list(body)
     # An If's node already owns its branch outputs; a Loop's carried values exist twice, as read and as made.
     outside = set(body.outputs) if owner == "If" else set()
@@ -248,9 +240,9 @@ def _body_peak(
     for value in body.outputs:
         if value in last:
             last[value] = len(nodes)
-    peak = sum(size(v) for v in born if born[v] < 0)
+    moments = [sum((tensors.inner(v).bytes for v in born if born[v] < 0), Quantity())]
     for index, node in enumerate(nodes):
-        nested = max((_body_peak(g, node.op_type, shapes) for g in body_graphs(node)), default=0.0)
-        live = sum(size(v) for v in born if born[v] <= index <= last[v])
-        peak = max(peak, live + nested)
-    return peak
+        live = [tensors.inner(v).bytes for v in born if born[v] <= index <= last[v]]
+        nested = largest([_body_peak(g, node.op_type, tensors) for g in body_graphs(node)])
+        moments.append(sum(live, nested))
+    return largest(moments)

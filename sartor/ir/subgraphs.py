@@ -8,7 +8,39 @@ import onnx
 import onnx_ir as ir
 
 from sartor.errors import ModelError
+from sartor.ir.branches import BRANCHES, branch, flatten, has_choices, is_choice
 from sartor.ir.program import Program
+
+
+def flat(program: Program) -> Program:
+    """The program with the branches of every `If` in the main graph (see `sartor.ir.branches`).
+
+    It shares names and tensors with `program`, which is returned as it is where it has no `If`, or where one
+    is not canonical (a branch with constants of its own, or with names that another one uses). Not to be
+    changed, saved or run for its result.
+    """
+    if not has_choices(program.graph):
+        return program
+    return program.analysis("flat", _flat)
+
+
+def _flat(program: Program) -> Program:
+    known = {v.name for v in [*program.graph.inputs, *program.initializers.values()]}
+    nodes: set[str | None] = set()
+    stack = [program.graph]
+    while stack:
+        for node in (graph := stack.pop()):
+            if node.name in nodes or any(o.name and o.name in known for o in node.outputs):
+                return program
+            nodes.add(node.name)
+            known.update(o.name for o in node.outputs)
+            if is_choice(node):
+                stack += [branch(node, key) for key in BRANCHES]
+            if node.op_type == "Constant" or (graph is not program.graph and graph.initializers):
+                return program
+    clone = program.clone()
+    flatten(clone.graph)
+    return clone
 
 
 def body_graphs(node: ir.Node) -> list[ir.Graph]:

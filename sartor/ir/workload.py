@@ -16,9 +16,10 @@ import onnx_ir as ir
 
 from sartor.errors import PlanError
 from sartor.ir.extents import Extent
-from sartor.ir.kernels import Kernel, Operand, Quantity, Tensors, build_kernels, whole
+from sartor.ir.kernels import Kernel, Operand, Tensors, build_kernels
 from sartor.ir.liveness import Liveness, build_liveness
 from sartor.ir.program import Program
+from sartor.ir.quantities import Quantity, whole
 from sartor.ir.subgraphs import captured_values
 
 Fractions = Mapping[str, Any]

@@ -106,7 +106,7 @@ class ChannelAnalysis:
                 if fnmatch.fnmatchcase(name, pattern)
             ]
             hit = any(fnmatch.fnmatchcase(n, pattern) for n in self.program.initializers)
-            for node in self.program.nodes():
+            for node in self.propagation.nodes.values():
                 module = self.program.provenance.get(node.name or "")
                 names = [node.name or "", module.module if module else ""]
                 if any(n and fnmatch.fnmatchcase(n, pattern) for n in names):

@@ -15,6 +15,7 @@ import numpy as np
 import onnx_ir as ir
 
 from sartor.errors import PassError
+from sartor.ir.branches import selectors
 from sartor.ir.channels.labels import Factor
 
 if TYPE_CHECKING:
@@ -140,6 +141,12 @@ class _Walk:
                 if not complete:
                     self._refuse(node)
                 self.zero(node, index, selected)
+        elif operator == "If":
+            for identity in selectors(node, node.outputs.index(value)):
+                selection, complete = self._at_operand(identity.inputs[0], value, wanted)
+                if not complete:
+                    self._refuse(node)
+                self.zero(identity, 0, selection)
         elif operator in ("Conv", "ConvTranspose", "Gemm", "MatMul"):
             source = [i for i in (1, 0) if self._carries(node.inputs[i], wanted)]
             if not source:

@@ -11,6 +11,7 @@ import onnx_ir as ir
 
 from sartor.ir.channels.labels import Factor, Labels, LabelSpace, Operand, Reason
 from sartor.ir.program import Program
+from sartor.ir.subgraphs import captured_values, flat
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -52,9 +53,10 @@ def rule(*operators: str, effect: str) -> Callable[[Rule], Rule]:
 
 
 class Propagation:
-    """Labels of every value of a program's main graph.
+    """Labels of every value of a program, those in branches of `If` included.
 
     Attributes:
+        program: the flat form of the program, where branches stand in the main graph.
         space: atoms, ties, blocks and projections.
         parameter_atoms: leaf atoms by `(initializer, axis)`.
         produced: raw atoms of weight axes that create features.
@@ -62,7 +64,7 @@ class Propagation:
     """
 
     def __init__(self, program: Program, approximate: bool = False):
-        self.program = program
+        self.program = program = flat(program)
         self.shapes = program.shapes()
         self.nodes = {node.name or "": node for node in program.nodes()}
         self.space = LabelSpace(approximate)
@@ -80,9 +82,10 @@ class Propagation:
         for node in self.program.nodes():
             operator = f"{node.domain}:{node.op_type}" if node.domain else node.op_type
             function = RULES.get(operator)
-            if all(v is None or v.name in self._constant for v in node.inputs):
+            reads = [*node.inputs, *captured_values(node)]
+            if all(v is None or v.name in self._constant for v in reads):
                 self._constant.update(v.name for v in node.outputs if v.name)
-            if function is None or any(a.type == ir.AttributeType.GRAPH for a in node.attributes.values()):
+            if function is None:
                 self.refuse(node, f"operator '{operator}' has no channel rule")
             else:
                 function(self, node)
@@ -168,13 +171,7 @@ class Propagation:
         for value in node.inputs:
             if value is not None:
                 self.space.block_labels(self.labels(value), reason)
-        captured = [
-            v
-            for a in node.attributes.values()
-            if a.type == ir.AttributeType.GRAPH
-            for v in _captured(a.value)
-        ]
-        for value in captured:
+        for value in captured_values(node):
             self.space.block_labels(self.labels(value), reason)
 
     def product(
@@ -243,15 +240,3 @@ class Propagation:
     ) -> None:
         dimensions = tuple(i for i, letter in enumerate(factor.axes) if letter in summed)
         self.sinks.append(Sink(node.name or "", value, factor.atoms, weight, dimensions))
-
-
-def _captured(graph: ir.Graph) -> list[ir.Value]:
-    """Values of outer graphs that a subgraph reads."""
-    inside = {id(v) for v in graph.inputs} | {id(v) for v in graph.initializers.values()}
-    outer: list[ir.Value] = []
-    for node in ir.traversal.RecursiveGraphIterator(graph):
-        inside.update(id(v) for v in node.outputs)
-    for node in ir.traversal.RecursiveGraphIterator(graph):
-        outer.extend(v for v in node.inputs if v is not None and id(v) not in inside)
-    outer.extend(v for v in graph.outputs if v is not None and id(v) not in inside)
-    return outer

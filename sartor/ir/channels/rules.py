@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
+from sartor.ir.branches import is_flat, selectors
 from sartor.ir.channels.labels import Factor, Labels, Operand, Reason, permute
 from sartor.ir.channels.propagate import Propagation, rule
 
@@ -33,6 +34,23 @@ def _elementwise(ctx: Propagation, node: ir.Node) -> None:
             size = len(ctx.shape(value))
             operands.append((value, tuple(range(rank - size, rank))))
     ctx.set(node.outputs[0], ctx.product(node, operands, tuple(range(rank))))
+
+
+@rule("If", effect="both branches see the labels outside them; what they give is tied atom by atom")
+def _if(ctx: Propagation, node: ir.Node) -> None:
+    if not is_flat(node):
+        ctx.refuse(node, "If with constants in its branches, or names that they share")
+        return
+    for index, output in enumerate(node.outputs):
+        shape = ctx.shape(output)
+        values = [identity.inputs[0] for identity in selectors(node, index)]
+        if any(v is None or ctx.shape(v) != shape for v in values):
+            for value in values:
+                reason = ctx.reason(node, "If with branches of different shapes")
+                ctx.space.block_labels(ctx.labels(value) if value is not None else (), reason)
+            continue
+        axes = tuple(range(len(shape)))
+        ctx.set(output, ctx.product(node, [(v, axes) for v in values if v is not None], axes))
 
 
 @rule("BatchNormalization", effect="parameters join axis 1")

@@ -1,0 +1,308 @@
+"""Channel groups inside the branches of `If` and through them; both branches are always checked.
+
+The truth here is brute force: the pruned program against MASKED in float64 with the condition forced each
+way, and ONNX Runtime on the shipped bytes against the twin. Planted bugs (one branch narrowed, one branch's
+number left behind) must be seen.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx.parser
+import onnx_ir as ir
+import pytest
+from onnx_files import random, run, weights
+
+from sartor import oracle
+from sartor.ir.channels import channel_groups
+from sartor.ir.fx import run_twin
+from sartor.ir.load import load
+from sartor.ir.plan import GroupPlan, Plan
+from sartor.ir.program import Program
+from sartor.ir.verify import verify_program
+from sartor.ir.workload import build_workload
+from sartor.passes.masked import masked
+from sartor.passes.prune import apply_plan
+
+HEAD = '<ir_version: 10, opset_import: ["" : 21]>'
+
+
+def program(
+    folder: Path, signature: str, body: str, arrays: Mapping[str, Sequence[int] | np.ndarray]
+) -> Program:
+    """A loaded file in ONNX's text form: `signature` is `(inputs) => (outputs)`, `arrays` are shapes or values."""
+    model = onnx.parser.parse_model(f"{HEAD} main {signature} {{ {body} }}")
+    for name, value in arrays.items():
+        array = isinstance(value, np.ndarray)
+        model.graph.initializer.append(
+            onnx.numpy_helper.from_array(value, name) if array else weights(name, *value, seed=len(arrays))
+        )
+    onnx.checker.check_model(model)
+    path = folder / "model.onnx"
+    path.write_bytes(model.SerializeToString())
+    return load(path)
+
+
+def conditions(prog: Program) -> list[dict[str, np.ndarray]]:
+    """Random inputs for every combination of the boolean graph inputs."""
+    flags = [v.name for v in prog.graph.inputs if v.dtype == ir.DataType.BOOL]
+    rest = {v.name: random(*prog.input_shapes[v.name]) for v in prog.graph.inputs if v.name not in flags}
+    return [
+        rest | {f: np.array(b) for f, b in zip(flags, bits, strict=True)}
+        for bits in itertools.product([True, False], repeat=len(flags))
+    ]
+
+
+def half(analysis, seed: int = 0, only: str | None = None) -> Plan:
+    """Keeps a random half of every group, as its floors allow."""
+    generator = np.random.default_rng(seed)
+    entries = {
+        g.name: GroupPlan(g.size, g.keep_best(generator.random(g.size), g.size // 2))
+        for g in analysis.groups
+        if only in (None, g.name)
+    }
+    return Plan(analysis.program.source.sha256, entries)
+
+
+def gap(a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray]) -> float:
+    return max(oracle.relative_error({n: a[n]}, {n: b[n]}) for n in a)
+
+
+def check(prog: Program, expected: set[str] | None = None, seeds: Sequence[int] = (0, 1)):
+    """Every group by half: pruned equals masked whichever way, the shipped bytes run, and the oracle passes."""
+    analysis = channel_groups(prog)
+    if expected is not None:
+        assert {g.name for g in analysis.groups} == expected
+    for seed in seeds:
+        plan = half(analysis, seed)
+        small, zeroed = apply_plan(prog, plan, analysis), masked(prog, plan, analysis)[0]
+        verify_program(small)
+        verify_program(zeroed)
+        for feeds in conditions(prog):
+            wide, narrow = run_twin(zeroed, feeds), run_twin(small, feeds)
+            assert gap(wide, narrow) <= 1e-9
+            assert gap(run_twin(prog, feeds), narrow) > 1e-6  # the plan removes something that shows
+            shipped = dict(zip(wide, run(small.to_bytes(), feeds), strict=True))
+            assert gap(narrow, shipped) <= 1e-4
+        removed = {n: len(e.keep) / e.size for n, e in plan.groups.items()}
+        counted = build_workload(small)
+        priced = build_workload(prog, analysis.extents)
+        assert float(priced.evaluate(removed).macs) == float(counted.evaluate().macs)
+        assert float(priced.peak_activation_bytes(removed)) == float(counted.peak_activation_bytes())
+    assert oracle.check(prog, half(analysis), analysis=analysis).verdict == "passed"
+    return analysis
+
+
+def reasons(analysis) -> dict[str, tuple[str, str]]:
+    return {b.value: (b.reason, b.source) for b in analysis.blocked}
+
+
+CONVS = "(float[1,3,6,6] x, bool c) => (float[1,2,6,6] y)"
+
+
+def both(
+    then: str, otherwise: str, out: str = "h", condition: str = "c", types: str = "float[1,8,6,6]"
+) -> str:
+    return (
+        f"{out} = If ({condition}) <then_branch = a () => ({types} t_{out}) {{ {then} }}, "
+        f"else_branch = b () => ({types} e_{out}) {{ {otherwise} }}>"
+    )
+
+
+PAD = "<pads = [1, 1, 1, 1]>"
+
+
+# ---- groups of one branch --------------------------------------------------------------------
+
+
+@pytest.fixture
+def inside(tmp_path: Path) -> Program:
+    """A hidden width in the then-branch; everything else is the graph's output."""
+    body = both(
+        f"p = Conv {PAD} (x, w1, b1)  q = Relu (p)  t_y = Conv (q, w2)", "e_y = Conv (x, w3)", "y",
+        types="float[1,2,6,6]",
+    )  # fmt: skip
+    return program(
+        tmp_path, CONVS, body, {"w1": [8, 3, 3, 3], "b1": [8], "w2": [2, 8, 1, 1], "w3": [2, 3, 1, 1]}
+    )
+
+
+def test_a_hidden_width_of_one_branch(inside: Program):
+    analysis = channel_groups(inside)
+    assert [g.name for g in analysis.groups] == ["w1"]
+    assert {(m.initializer, m.axis) for m in analysis.groups[0].members} == {("w1", 0), ("b1", 0), ("w2", 1)}
+    plan = half(analysis)
+    small, zeroed = apply_plan(inside, plan), masked(inside, plan)[0]
+    verify_program(small)
+    for feeds in conditions(inside):
+        assert gap(run_twin(zeroed, feeds), run_twin(small, feeds)) <= 1e-12
+    assert small.initializer_array("w1").shape == (4, 3, 3, 3)
+
+
+def test_the_untaken_branch_does_not_make_the_oracle_blind(inside: Program):
+    """Random input takes one branch; the oracle looks at the other one, too, whatever the seed."""
+    plan = half(channel_groups(inside))
+    for seed in range(6):
+        assert oracle.check(inside, plan, seed=seed).verdict == "passed"
+        assert _verdict_with(inside, plan, "w2", seed) == "failed"
+
+
+def _verdict_with(prog: Program, plan: Plan, name: str, seed: int = 0) -> str:
+    """The oracle on a pruned program with one parameter rolled: the wrong indices were kept."""
+    analysis = channel_groups(prog)
+    original = oracle.randomise(prog, analysis, seed)
+    wrong = apply_plan(original, plan, analysis)
+    value = wrong.initializers[name]
+    value.const_value = ir.Tensor(np.roll(value.const_value.numpy(), 1, axis=1), name=name)
+    wrong.invalidate()
+    mask = masked(original, plan, analysis)[0]
+    return oracle.compare(original, wrong, mask, plan, analysis=analysis, seed=seed).verdict
+
+
+# ---- groups that cross the boundary ----------------------------------------------------------
+
+
+def test_a_captured_width(tmp_path: Path):
+    """Both branches and the main graph contract one captured width."""
+    body = f"k = Conv {PAD} (x, w0)  s = Relu (k)" + both(
+        "t_h = Conv (s, w1, b1)", f"m = Sigmoid (s)  e_h = Conv {PAD} (m, w2)"
+    ) + "r = Conv (s, w3)  z = Conv (h, w4)  y = Add (r, z)"  # fmt: skip
+    arrays = {"w0": [6, 3, 3, 3], "w1": [8, 6, 1, 1], "b1": [8], "w2": [8, 6, 3, 3], "w3": [2, 6, 1, 1]}
+    prog = program(tmp_path, CONVS, body, arrays | {"w4": [2, 8, 1, 1]})
+    analysis = check(prog, {"w0", "w1"})
+    first, second = (analysis.group(n) for n in ("w0", "w1"))
+    assert {(m.initializer, m.axis) for m in first.members} == {("w0", 0), ("w1", 1), ("w2", 1), ("w3", 1)}
+    assert {(m.initializer, m.axis) for m in second.members} == {("w1", 0), ("b1", 0), ("w2", 0), ("w4", 1)}
+
+
+def test_a_branch_that_passes_on_what_it_captures(tmp_path: Path):
+    """The else-branch gives the captured value itself, so both widths are one group."""
+    body = f"s = Conv {PAD} (x, w0)" + both("p = Relu (s)  t_h = Conv (p, w1)", "e_h = Identity (s)")
+    arrays = {"w0": [8, 3, 3, 3], "w1": [8, 8, 1, 1], "w2": [2, 8, 1, 1]}
+    prog = program(tmp_path, CONVS, body + "y = Conv (h, w2)", arrays)
+    analysis = check(prog, {"w0"})
+    assert {(m.initializer, m.axis) for m in analysis.groups[0].members} == {
+        ("w0", 0), ("w1", 0), ("w1", 1), ("w2", 1),
+    }  # fmt: skip
+
+
+def test_a_branch_without_a_weight_blocks_the_other(tmp_path: Path):
+    body = (
+        both(f"t_h = Conv {PAD} (x, w1)", "e_h = Expand (m, s)")
+        + "p = Conv (h, w2)  q = Relu (p)  y = Conv (q, w3)"
+    )
+    arrays = {"w1": [8, 3, 3, 3], "w2": [5, 8, 1, 1], "w3": [2, 5, 1, 1], "s": np.array([1, 8, 6, 6])}
+    signature = "(float[1,3,6,6] x, float[1,8,1,1] m, bool c) => (float[1,2,6,6] y)"
+    prog = program(tmp_path, signature, body, arrays)
+    analysis = check(prog, {"w2"})
+    reason, source = reasons(analysis)["w1"]
+    assert "no weight makes" in reason and "(If)" in source
+
+
+def test_a_constant_branch_is_narrowed(tmp_path: Path):
+    """One branch gives a parameter as it is: it loses the same channels."""
+    body = both(f"t_h = Conv {PAD} (x, w1)", "e_h = Identity (k)") + "y = Conv (h, w2)"
+    prog = program(tmp_path, CONVS, body, {"w1": [8, 3, 3, 3], "k": [1, 8, 6, 6], "w2": [2, 8, 1, 1]})
+    analysis = check(prog, {"w1"})
+    assert ("k", 1) in {(m.initializer, m.axis) for m in analysis.groups[0].members}
+
+
+def test_numbers_in_both_branches_are_rewritten(tmp_path: Path):
+    """Reshape targets, split sizes, slice bounds and gather indices inside bodies, own and captured ones."""
+    then = """shape = Constant <value = int64[4] {1, 2, 6, 16}> ()
+        r = Reshape (s, shape)  t = Transpose <perm = [0, 2, 1, 3]> (r)  flat = Constant <value = int64[2] {6, 32}> ()
+        f = Reshape (t, flat)  t_h = MatMul (f, w1)"""
+    otherwise = """sizes = Constant <value = int64[2] {12, 20}> ()  u, v = Split <axis = 0> (s2, sizes)
+        g = Gather <axis = 0> (u, order)  j = Concat <axis = 0> (g, v)
+        lo = Constant <value = int64[1] {3}> ()  hi = Constant <value = int64[1] {32}> ()
+        ax = Constant <value = int64[1] {0}> ()  k = Slice (j, lo, hi, ax)
+        w = Transpose <perm = [1, 0]> (k)  e_h = MatMul (w, w2)"""
+    body = "s = MatMul (x, w0)  s3 = Reshape (s, square)  s2 = Transpose <perm = [1, 0]> (s3)" + both(
+        then, otherwise, types="float[6,5]"
+    ) + "y = MatMul (h, w3)"  # fmt: skip
+    arrays = {"w0": [4, 32], "w1": [32, 5], "w2": [29, 5], "w3": [5, 2], "square": np.array([6, 32])}
+    arrays["order"] = np.array([11, 2, 3, 4, 5, 6, 7, 8, 9, 10, 1, 0])
+    prog = program(tmp_path, "(float[1,6,4] x, bool c) => (float[6,2] y)", body, arrays)
+    check(prog, None)
+
+
+def test_a_branch_inside_a_branch(tmp_path: Path):
+    inner = both(f"t_i = Conv {PAD} (s, w1)", "e_i = Conv (s, w2)", "i", "d")
+    body = f"k = Conv {PAD} (x, w0)  s = Relu (k)" + both(f"{inner}  t_h = Sigmoid (i)", "e_h = Conv (s, w3)")
+    arrays = {
+        "w0": [6, 3, 3, 3],
+        "w1": [8, 6, 3, 3],
+        "w2": [8, 6, 1, 1],
+        "w3": [8, 6, 1, 1],
+        "w4": [2, 8, 1, 1],
+    }
+    signature = "(float[1,3,6,6] x, bool c, bool d) => (float[1,2,6,6] y)"
+    prog = program(tmp_path, signature, body + "y = Conv (h, w4)", arrays)
+    assert [n.op_type for n in prog.nodes()] == ["Conv", "Relu", "If", "Conv"]
+    check(prog, {"w0", "w1"})
+    plan = half(channel_groups(prog))
+    for name in ("w1", "w2", "w3"):  # whichever of the three branches is wrong
+        assert _verdict_with(prog, plan, name) == "failed"
+
+
+def test_several_outputs(tmp_path: Path):
+    signature = "(float[1,3,6,6] x, bool c) => (float[1,2,6,6] y)"
+    body = """h, g = If (c) <
+        then_branch = a () => (float[1,8,6,6] t1, float[1,5,6,6] t2) { t1 = Conv (x, w1)  t2 = Conv (x, w2) },
+        else_branch = b () => (float[1,8,6,6] e1, float[1,5,6,6] e2) {
+            p = Conv (x, w3)  e1, e2 = Split <axis = 1> (p, n) }>
+        r = Conv (h, w4)  s = Conv (g, w5)  y = Add (r, s)"""
+    arrays = {
+        "w1": [8, 3, 1, 1],
+        "w2": [5, 3, 1, 1],
+        "w3": [13, 3, 1, 1],
+        "w4": [2, 8, 1, 1],
+        "w5": [2, 5, 1, 1],
+    }
+    check(program(tmp_path, signature, body, arrays | {"n": np.array([8, 5])}))
+
+
+# ---- attention, norms, grouped convolutions --------------------------------------------------
+
+
+def test_a_query_that_a_branch_chooses(tmp_path: Path):
+    """q·k dims have no weight at the contraction: both branches' producers must give zeros in MASKED."""
+    body = both(
+        "t_q = MatMul (x, w1)", "a = MatMul (x, w2)  e_q = Add (a, b2)", "q", types="float[1,7,8]"
+    ) + (
+        "k = MatMul (x, w3)  u = Transpose <perm = [0, 2, 1]> (k)  s = MatMul (q, u)  p = Softmax <axis = -1> (s)"
+        "v = MatMul (x, w4)  o = MatMul (p, v)  y = MatMul (o, w5)"
+    )
+    arrays = {"w1": [6, 8], "w2": [6, 8], "b2": [8], "w3": [6, 8], "w4": [6, 10], "w5": [10, 3]}
+    analysis = check(
+        program(tmp_path, "(float[1,7,6] x, bool c) => (float[1,7,3] y)", body, arrays), {"w1", "w4"}
+    )
+    assert {(m.initializer, m.axis) for m in analysis.masked_members(analysis.group("w1"))} == {
+        ("w1", 1), ("w2", 1), ("b2", 0),
+    }  # fmt: skip
+
+
+def test_norms_and_groups_inside_a_branch(tmp_path: Path):
+    then = f"p = Conv {PAD} (x, w1)  n = BatchNormalization (p, g, b, m, v)  t_h = Relu (n)"
+    otherwise = "p = Conv (x, w2)  e_h = Conv <pads = [1, 1, 1, 1], group = 8> (p, w3)"
+    positive = np.linspace(0.5, 1.5, 8).astype(np.float32)
+    arrays = {"w1": [8, 3, 3, 3], "g": positive, "b": [8], "m": [8], "v": positive, "w2": [8, 3, 1, 1]}
+    prog = program(
+        tmp_path,
+        CONVS,
+        both(then, otherwise) + "y = Conv (h, w4)",
+        arrays | {"w3": [8, 1, 3, 3], "w4": [2, 8, 1, 1]},
+    )
+    check(prog, {"w1"})
+    drawn = oracle.randomise(prog, channel_groups(prog), 3)
+    assert (drawn.initializer_array("v") > 0).all() and not np.array_equal(
+        drawn.initializer_array("v"), positive
+    )
+    small = apply_plan(prog, half(channel_groups(prog)))
+    depthwise = next(n for n in small.graph.all_nodes() if n.attributes.get_int("group", 1) > 1)
+    assert depthwise.attributes["group"].as_int() == 4
