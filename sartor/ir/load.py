@@ -6,11 +6,13 @@ decides the input shapes, canonicalizes, and makes the batch axis symbolic.
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import onnx
 import onnx_ir as ir
 from onnx_ir.passes.common import InlinePass
 
@@ -19,6 +21,7 @@ from sartor.ir import batch as batching
 from sartor.ir import canonicalize as canonical
 from sartor.ir import cleanup, opset, provenance
 from sartor.ir.onnx_file import Limits, checker_complaint, read
+from sartor.ir.opset_functions import all_nodes
 from sartor.ir.program import DIALECT_DOMAIN, Batch, Program, Source
 from sartor.ir.verify import verify_program
 
@@ -93,6 +96,7 @@ def _load(
     model = contents.model
     _drop_initialized_inputs(model.graph)
     cleanup.fix_names(model)
+    _check_attributes(model)
     model = opset.raise_opset(model)
     inline_functions(model)
     cleanup.sort(model.graph)
@@ -171,6 +175,30 @@ def inline_functions(model: ir.Model) -> None:
         InlinePass(criteria=lambda f: f.domain != DIALECT_DOMAIN)(model)
     except (ir.passes.PreconditionError, ir.passes.PassError) as error:
         raise ModelError(f"The model's functions cannot be inlined: {error}") from error
+
+
+def _check_attributes(model: ir.Model) -> None:
+    """Refuse attributes of a wrong kind: every rule after this one reads them without asking."""
+    versions = [v for d, v in model.opset_imports.items() if d in ("", "ai.onnx")]
+    for node in all_nodes(model):
+        if node.domain not in ("", "ai.onnx") or not versions:
+            continue
+        expected = _attribute_kinds(node.op_type, int(versions[0]))
+        for name, attribute in node.attributes.items():
+            if attribute.type.name != expected.get(name, attribute.type.name):
+                raise ModelError(
+                    f"Attribute '{name}' of node '{node.name}' ({node.op_type}) is of type {attribute.type.name}; "
+                    f"the operator takes {expected[name]}. The file is damaged; export it again."
+                )
+
+
+@functools.cache
+def _attribute_kinds(op_type: str, version: int) -> dict[str, str]:
+    try:
+        schema = onnx.defs.get_schema(op_type, version, "")
+    except onnx.defs.SchemaError:
+        return {}
+    return {name: str(a.type).rpartition(".")[2] for name, a in schema.attributes.items()}
 
 
 def _drop_initialized_inputs(graph: ir.Graph) -> None:
