@@ -131,7 +131,7 @@ def test_a_failed_lowering_leaves_nothing_and_keeps_the_old_one(lowered, program
     def planted():
         raise BackendError("planted")
 
-    monkeypatch.setattr(broken, "to_bytes", planted)
+    monkeypatch.setattr(broken, "_parts", planted)
     with pytest.raises(BackendError, match="planted"):
         backend.lower(broken, tmp_path / "out", TargetOptions())
     assert open_artifact(tmp_path / "out") == good

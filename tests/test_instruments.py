@@ -184,14 +184,10 @@ class TestReproducer:
     def test_a_failed_write_leaves_nothing(self, tmp_path, monkeypatch):
         from sartor.passes import instruments
 
-        right = instruments.write_atomic
+        def planted(files):
+            raise OSError("disk full")
 
-        def planted(path, data):
-            if Path(path).name == "input.onnx":
-                raise OSError("disk full")
-            return right(path, data)
-
-        monkeypatch.setattr(instruments, "write_atomic", planted)
+        monkeypatch.setattr(instruments, "write_all", planted)
         _, error = self.fail(tmp_path)
         assert list(tmp_path.iterdir()) == [] and any("disk full" in note for note in error.__notes__)
 

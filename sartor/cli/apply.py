@@ -41,9 +41,9 @@ def run(options: argparse.Namespace) -> Result:
         not plan.approximate or masked_output is not None
     )  # masked() says why an approximate plan has none
     masked_program, zeroed = masked(program, plan) if exact else (None, ())
-    files = {output: pruned.to_bytes()}
+    files = pruned.files(output)
     if masked_output is not None and masked_program is not None:
-        files[masked_output] = masked_program.to_bytes()
+        files |= masked_program.files(masked_output)
     paths = write_all(files)
     entries = [arguments.plain(entry) for entry in zeroed]
     document = {
@@ -54,7 +54,7 @@ def run(options: argparse.Namespace) -> Result:
         "zeroed": entries,
         "files": arguments.Written(tuple(paths)).to_list(),
     }
-    before, after = len(program.to_bytes()), len(pruned.to_bytes())
+    before, after = program.serialised_bytes(), pruned.serialised_bytes()
     text = [
         f"{len(plan.groups)} groups narrowed, {len(plan.blocks)} blocks removed: "
         f"{count(before, 'B')} became {count(after, 'B')}"

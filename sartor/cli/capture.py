@@ -23,12 +23,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> Result:
     """Capture, verify and write."""
+    from sartor.ir.files import write_all
     from sartor.ir.verify import verify_program
 
     output = arguments.output_file(options.output)
     program = arguments.open_program(options)
     verify_program(program)
-    paths = [program.save(output)]
+    paths = write_all(program.files(output))
     if options.keep_source:
         paths.append(arguments.write_provenance(program, output))
     written = arguments.Written(tuple(paths))

@@ -46,9 +46,9 @@ def run(options: argparse.Namespace) -> Result:
     program = arguments.open_program(options)
     result = pipeline.run(program, arguments.pass_context(options, program))
     plan_text = _plan_text(result) if plan_output else None
-    files = {output: result.program.to_bytes()}
+    files = result.program.files(output)
     if plan_output is not None and plan_text is not None:
-        files[plan_output] = plan_text.encode()
+        files[plan_output] = [plan_text.encode()]
     paths = write_all(files)
     steps: list[dict[str, Any]] = [
         {

@@ -98,9 +98,7 @@ def capture(
         verify_program(program)
     except VerificationError as error:
         raise ModelError(f"'{name}' cannot be captured: {error}") from error
-    program.source = dataclasses.replace(
-        program.source, sha256=hashlib.sha256(program.to_bytes()).hexdigest()
-    )
+    program.source = dataclasses.replace(program.source, sha256=program.sha256())
     return program
 
 

@@ -207,10 +207,14 @@ class Program:
         self._shapes, self._types = shapes, types
 
     # ---- bytes -----------------------------------------------------------------------------
-    def to_proto(self) -> onnx.ModelProto:
-        """The model as an ONNX protobuf: canonical, without value_info, metadata or source lines."""
-        shell, weights = self._parts()
-        for tensor in weights:
+    def to_proto(self, *, weights: bool = True) -> onnx.ModelProto:
+        """The model as an ONNX protobuf: canonical, without value_info, metadata or source lines.
+
+        Args:
+            weights: whether to include the initializers of the main graph.
+        """
+        shell, stored = self._parts()
+        for tensor in stored if weights else ():
             entry = shell.graph.initializer.add()
             entry.CopyFrom(tensor.header)
             entry.raw_data = b"".join(tensor.chunks())

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sartor.errors import UsageError
-from sartor.ir.files import write_atomic
+from sartor.ir.files import write_all, write_atomic
 from sartor.ir.program import Batch, Program, Source
 from sartor.passes.base import Context, Pass, PassResult
 
@@ -144,13 +144,12 @@ class ReproducerOnFailure(Instrument):
 
     def _write(self, step: Step, before: Program, error: Exception) -> Path:
         files = {
-            "input.onnx": before.to_bytes(),
             "pipeline.txt": (step.remaining + "\n").encode(),
             "error.json": (
                 json.dumps(_describe(step, before, error), indent=1, sort_keys=True) + "\n"
             ).encode(),
         }
-        digest = hashlib.sha256()
+        digest = hashlib.sha256(before.sha256().encode())
         for name in sorted(files):
             digest.update(hashlib.sha256(files[name]).digest())
         target = self.folder / f"reproducer-{step.item.name}-{digest.hexdigest()[:12]}"
@@ -159,8 +158,8 @@ class ReproducerOnFailure(Instrument):
         self.folder.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(dir=self.folder, prefix=".reproducer-"))
         try:
-            for name, data in files.items():
-                write_atomic(temporary / name, data)
+            before.save(temporary / "input.onnx")
+            write_all({temporary / name: data for name, data in files.items()})
             temporary.chmod(0o755)
             os.replace(temporary, target)
         except BaseException:

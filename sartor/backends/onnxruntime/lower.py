@@ -11,6 +11,7 @@ from sartor.backends.artifact import write_artifact
 from sartor.backends.legality import require_legal
 from sartor.backends.onnxruntime import legality
 from sartor.backends.protocol import Artifact, TargetOptions
+from sartor.ir.files import write_all
 
 if TYPE_CHECKING:
     from sartor.ir.program import Program
@@ -19,7 +20,7 @@ FILE = "model.onnx"
 
 
 def lower(program: Program, folder: Path, options: TargetOptions) -> Artifact:
-    """Write `model.onnx`: byte-identical to `program.to_bytes()`.
+    """Write `model.onnx`: byte-identical to `program.to_bytes()`, beyond 2 GiB with external data beside it.
 
     Raises:
         UsageError: precision or folder.
@@ -29,7 +30,7 @@ def lower(program: Program, folder: Path, options: TargetOptions) -> Artifact:
     require_legal(legality.NAME, legality.check(program, options))
 
     def write(temporary: Path) -> tuple[tuple[str, ...], Mapping[str, Any]]:
-        (temporary / FILE).write_bytes(program.to_bytes())
-        return (FILE,), {"runtime": f"onnxruntime {runtime.__version__}"}
+        beside = [path.name for path in write_all(program.files(temporary / FILE)) if path.name != FILE]
+        return (FILE, *beside), {"runtime": f"onnxruntime {runtime.__version__}"}
 
     return write_artifact(program, folder, options, target=legality.NAME, write=write)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ from sartor.backends.openvino import legality, run
 from sartor.backends.origin import Origin
 from sartor.backends.protocol import Artifact, TargetOptions, TensorSpec
 from sartor.errors import BackendError
+from sartor.ir.serialise import SINGLE_FILE_BYTES
 
 if TYPE_CHECKING:
     from sartor.ir.program import Program
@@ -47,10 +49,10 @@ def lower(program: Program, folder: Path, options: TargetOptions) -> Artifact:
     require_legal(legality.NAME, legality.check(legal, options))
     shapes = {**program.input_shapes, **options.shapes}
 
-    proto = legal.to_proto()
+    proto = legal.to_proto(weights=False)
 
     def write(temporary: Path) -> tuple[tuple[str, ...], Mapping[str, Any]]:
-        model = run.read_model(openvino.Core(), legal.to_bytes())
+        model = _read(legal)
         specs = tuple(TensorSpec(v.name or "", "", _dims(v)) for v in legal.graph.inputs)
         concrete_shapes(specs, shapes)
         run.reshape(model, shapes)
@@ -67,6 +69,15 @@ def lower(program: Program, folder: Path, options: TargetOptions) -> Artifact:
         return (XML, BIN), metadata
 
     return write_artifact(legal, folder, options, target=legality.NAME, write=write)
+
+
+def _read(program: Program) -> Any:
+    """The runtime's model of a program; its reader takes 2 GiB from memory, and more from files."""
+    openvino = telemetry.import_vendor("openvino", legality.REQUIREMENT)
+    if program.serialised_bytes() <= SINGLE_FILE_BYTES:
+        return run.read_model(openvino.Core(), program.to_bytes())
+    with tempfile.TemporaryDirectory(prefix="sartor-openvino-") as folder:
+        return run.read_model(openvino.Core(), str(program.save(Path(folder) / "model.onnx")))
 
 
 def _name_deterministically(model: Any, kept: set[str]) -> None:
