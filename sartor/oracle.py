@@ -21,8 +21,8 @@ import numpy as np
 from sartor.conditions import cases, force, groups_in
 from sartor.errors import VerificationError
 from sartor.ir.channels import ChannelAnalysis, ChannelGroup, channel_groups
-from sartor.ir.plan import Plan
 from sartor.ir.files import write_atomic
+from sartor.ir.plan import Plan
 from sartor.ir.program import Program
 from sartor.passes.masked import masked
 from sartor.passes.prune import apply_plan
