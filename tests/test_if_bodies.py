@@ -19,6 +19,8 @@ import pytest
 from onnx_files import random, run, weights
 
 from sartor import oracle
+from sartor.conditions import cases
+from sartor.ir.branches import flatten, flattened, nest
 from sartor.ir.channels import channel_groups
 from sartor.ir.fx import run_twin
 from sartor.ir.load import load
@@ -28,6 +30,7 @@ from sartor.ir.verify import verify_program
 from sartor.ir.workload import build_workload
 from sartor.passes.masked import masked
 from sartor.passes.prune import apply_plan
+from sartor.passes.structure import structure_of
 
 HEAD = '<ir_version: 10, opset_import: ["" : 21]>'
 
@@ -306,3 +309,146 @@ def test_norms_and_groups_inside_a_branch(tmp_path: Path):
     small = apply_plan(prog, half(channel_groups(prog)))
     depthwise = next(n for n in small.graph.all_nodes() if n.attributes.get_int("group", 1) > 1)
     assert depthwise.attributes["group"].as_int() == 4
+
+
+# ---- conditions ------------------------------------------------------------------------------
+
+EXIT = "(float[1,3,6,6] x) => (float[1,2] y)"
+
+
+def early_exit(folder: Path, threshold: float = 0.0) -> Program:
+    """An exit decides by its own confidence whether the rest of the network runs."""
+    pooled = "GlobalAveragePool ({})  {} = Flatten ({})"
+    body = (
+        f"a = Conv {PAD} (x, w0)  b = Relu (a)  k = Conv (b, w1)  g = {pooled.format('k', 'f', 'g')}"
+        "d = Gemm (f, w2)  s = Softmax (d)  m = ReduceMax <keepdims = 0> (s)  l = Less (m, limit)"
+        + both(
+            f"i = Conv {PAD} (b, w3)  j = Relu (i)  o = {pooled.format('j', 'q', 'o')}  t_y = Gemm (q, w4)",
+            "e_y = Identity (d)",
+            "y",
+            "l",
+            "float[1,2]",
+        )
+    )
+    arrays = {"w0": [8, 3, 3, 3], "w1": [6, 8, 1, 1], "w2": [6, 2], "w3": [10, 8, 3, 3], "w4": [10, 2]}
+    return program(folder, EXIT, body, arrays | {"limit": np.array(threshold, np.float32)})
+
+
+@pytest.mark.parametrize("limit", [0.0, 2.0])  # never and always
+def test_an_early_exit(tmp_path: Path, limit: float):
+    prog = early_exit(tmp_path, limit)
+    analysis = channel_groups(prog)
+    assert {g.name for g in analysis.groups} == {"w0", "w1", "w3"}
+    plan = half(analysis)
+    assert oracle.check(prog, plan, analysis=analysis).verdict == "passed"
+    for name in ("w1", "w2", "w3", "w4"):
+        assert _verdict_with(prog, plan, name) == "failed", name
+
+
+def test_a_group_that_only_decides_is_checked(tmp_path: Path):
+    """What leads to a condition and nowhere else is compared before the comparison hides it."""
+    body = (
+        "a = Flatten (x)  k = Gemm (a, w1)  r = Relu (k)  d = MatMul (r, w2)  n = Squeeze (d)  l = Less (n, limit)"
+        + both("t_y = Gemm (a, w3)", "e_y = Gemm (a, w4)", "y", "l", "float[1,2]")
+    )
+    arrays = {"w1": [12, 8], "w2": [8, 1], "w3": [12, 2], "w4": [12, 2], "limit": np.array(0.5, np.float32)}
+    prog = program(tmp_path, "(float[1,3,2,2] x) => (float[1,2] y)", body, arrays)
+    plan = half(channel_groups(prog))
+    assert list(plan.groups) == ["w1"] and oracle.check(prog, plan).verdict == "passed"
+    analysis = channel_groups(prog)
+    original = oracle.randomise(prog, analysis, 0)
+    wrong, mask = apply_plan(original, plan), masked(original, plan)[0]
+    value = wrong.initializers["w2"]
+    value.const_value = ir.Tensor(np.roll(value.const_value.numpy(), 1, axis=0), name="w2")
+    wrong.invalidate()
+    assert oracle.compare(original, wrong, mask, plan, analysis=analysis).verdict == "failed"
+
+
+def test_a_dead_branch_is_inconclusive(tmp_path: Path):
+    """A branch whose result a constant hides: an error in it would not be seen, and the oracle says so."""
+    body = both(f"p = Conv {PAD} (x, w1)  q = Relu (p)  r = Conv (q, w2)  t_y = Mul (r, zero)", "e_y = Conv (x, w3)",
+                "y", types="float[1,2,6,6]")  # fmt: skip
+    arrays = {"w1": [8, 3, 3, 3], "w2": [2, 8, 1, 1], "w3": [2, 3, 1, 1], "zero": np.zeros((), np.float32)}
+    prog = program(tmp_path, CONVS, body, arrays)
+    result = oracle.check(prog, half(channel_groups(prog)))
+    assert result.verdict == "inconclusive" and result.insensitive == ("w1",)
+
+
+def test_cases_take_every_branch(tmp_path: Path):
+    inner = both("t_i = Neg (x)", "e_i = Abs (x)", "i", "d", "float[1,4]")
+    nested = program(
+        tmp_path,
+        "(float[1,4] x, bool c, bool d) => (float[1,4] y)",
+        both(f"{inner} t_y = Relu (i)", "e_y = Sigmoid (x)", "y", types="float[1,4]"),
+        {},
+    )
+    assert [sorted(case.values()) for case in cases(nested)] == [[True, True], [False, True], [False]]
+    chain, last = "", "x"
+    for i in range(6):
+        chain += both(f"t_v{i} = Neg ({last})", f"e_v{i} = Abs ({last})", f"v{i}", f"c{i}", "float[1,4]")
+        last = f"v{i}"
+    flags = ", ".join(f"bool c{i}" for i in range(6))
+    many = program(tmp_path, f"(float[1,4] x, {flags}) => (float[1,4] v5)", chain, {})
+    found = cases(many)
+    assert len(found) <= 8
+    names = sorted(found[0])
+    for a, b in itertools.combinations(names, 2):  # every two conditions meet in every way
+        assert {(case[a], case[b]) for case in found} == set(itertools.product([True, False], repeat=2))
+
+
+def test_a_constant_condition_inside_a_branch_is_decided(tmp_path: Path):
+    inner = both("t_i = Conv (x, w1)", "e_i = Conv (x, w2)", "i", "yes")
+    body = both(f"yes = Constant <value = bool {{1}}> ()  {inner}  t_h = Relu (i)", "e_h = Conv (x, w3)")
+    arrays = {"w1": [8, 3, 1, 1], "w2": [8, 3, 1, 1], "w3": [8, 3, 1, 1], "w4": [2, 8, 1, 1]}
+    prog = program(tmp_path, CONVS, body + "y = Conv (h, w4)", arrays)
+    assert [n.op_type for n in prog.graph.all_nodes()].count("If") == 1 and "w2" not in prog.initializers
+    check(prog, {"w1"})
+
+
+# ---- what is stored --------------------------------------------------------------------------
+
+
+def test_loading_keeps_what_is_computed(tmp_path: Path):
+    """Own initializers, constants, shape arithmetic, shared names, outer values as outputs: as the file computes."""
+    then = """n = Shape (x)  one = Constant <value = int64[1] {1}> ()  rest = Constant <value = int64[1] {-1}> ()
+        lead = Gather <axis = 0> (n, zero)  target = Concat <axis = 0> (lead, rest)  f = Reshape (x, target)
+        p = MatMul (f, w)  q = Dropout (p)  out = Add (q, bias)"""
+    otherwise = """f = Flatten (x)  p = MatMul (f, w)  big = Constant <value = float[1] {2.0}> ()  out = Mul (p, big)"""
+    signature = "(float[2,3,2] x, bool c) => (float[2,5] y, float[2,3,2] z)"
+    text = f"""y, z = If (c) <then_branch = a () => (float[2,5] out, float[2,3,2] same)
+        <float[5] bias = {{1.0, 2.0, 3.0, 4.0, 5.0}}> {{ {then}  same = Identity (x) }},
+        else_branch = b () => (float[2,5] out, float[2,3,2] other) {{ {otherwise}  other = Neg (x) }}>"""
+    prog = program(tmp_path, signature, text, {"w": [6, 5], "zero": np.array([0])})
+    verify_program(prog)
+    assert {"w", "bias"} <= set(prog.initializers)
+    for graph in prog.graph.subgraphs():
+        assert not graph.initializers
+    assert not {"Shape", "Concat", "Dropout", "Constant"} & {n.op_type for n in prog.graph.all_nodes()}
+    for feeds in conditions(prog):
+        for a, b in zip(run(tmp_path / "model.onnx", feeds), run(prog.to_bytes(), feeds), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-6)
+        for a, b in zip(run(prog.to_bytes(), feeds), run_twin(prog, feeds).values(), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-5)
+
+
+def test_flat_and_nested_are_inverse(tmp_path: Path):
+    inner = both("t_i = Neg (s)", "e_i = Identity (s)", "i", "d", "float[1,4]")
+    body = "s = Relu (x)" + both(
+        f"{inner}  j = Add (i, k)  t_y = Relu (j)", "e_y = Sigmoid (s)", "y", types="float[1,4]"
+    )
+    prog = program(tmp_path, "(float[1,4] x, bool c, bool d) => (float[1,4] y)", body, {"k": [4]})
+    before, copy = structure_of(prog), prog.clone()
+    assert flatten(copy.graph) == []
+    assert [n.op_type for n in copy.nodes()] == ["Relu", "Neg", "If", "Add", "Relu", "Sigmoid", "If"]
+    for feeds in conditions(prog):
+        assert gap(run_twin(prog, feeds), run_twin(copy, feeds)) == 0
+    nest(copy.graph)
+    assert structure_of(copy) == before
+    assert flattened(prog.model) is not prog.model and structure_of(prog) == before
+
+
+def test_nodes_stay_where_the_author_put_them(tmp_path: Path):
+    """A node outside that only one branch reads is not moved into it."""
+    body = "s = Exp (x)" + both("t_y = Neg (s)", "e_y = Abs (x)", "y", types="float[1,4]")
+    prog = program(tmp_path, "(float[1,4] x, bool c) => (float[1,4] y)", body, {})
+    assert [n.op_type for n in prog.nodes()] == ["Exp", "If"]

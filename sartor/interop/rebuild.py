@@ -81,7 +81,7 @@ def _canonical(program: Program, model: ir.Model, provenance: Mapping[str, NodeP
         size = batching.unusual_batch([*reference.values(), *shapes])
         at = {n: (size, *s[1:]) if n in carriers else s for n, s in reference.items()}
     canonical.canonicalize(model, at, parameters=parameters, provenance=origin)
-    present = {node.name for node in model.graph}
+    present = {node.name for node in model.graph.all_nodes()}
     result = Program(
         model,
         source=program.source,

@@ -80,6 +80,16 @@ def flattened(model: ir.Model) -> ir.Model:
     return copy
 
 
+def forget_lost_uses(graph: ir.Graph) -> bool:
+    """Drop the uses that nodes of bodies make whose control-flow node is gone; whether there were any."""
+    alive = {graph, *graph.subgraphs()}
+    values = itertools.chain(graph.inputs, graph.initializers.values(), *(node.outputs for node in graph))
+    lost = [use for value in values for use in value.uses() if use.node.graph not in alive]
+    for node, index in lost:
+        node.replace_input_with(index, None)
+    return bool(lost)
+
+
 # ---- nested to flat ---------------------------------------------------------------------------
 def flatten(graph: ir.Graph) -> list[ir.Value]:
     """Move everything in the branches of every `If` in front of it; returns the initializers that moved.

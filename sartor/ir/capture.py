@@ -270,7 +270,7 @@ def _export(module: torch.nn.Module, examples: tuple[torch.Tensor, ...], name: s
     input_shapes = dict(zip(names, (tuple(e.shape) for e in examples), strict=True))
     kept = {*exported.state_dict, *(str(b) for b in exported.graph_signature.buffers)}
     canonical.canonicalize(model, input_shapes, parameters=kept, provenance=origin)
-    present = {n.name for n in model.graph}
+    present = {n.name for n in model.graph.all_nodes()}
     return Program(
         model,
         source=Source("module", name, ""),

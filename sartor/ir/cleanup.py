@@ -9,6 +9,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import NameFixPass, RemoveUnusedNodesPass
 
 from sartor.errors import ModelError
+from sartor.ir.branches import forget_lost_uses
 from sartor.ir.folding import names
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -141,6 +142,8 @@ def sort_initializers(graph: ir.Graph) -> None:
 def remove_dead(model_graph: ir.Graph) -> int:
     """Remove nodes and initializers that nothing reads, bodies of `If` included among the readers."""
     result = RemoveUnusedNodesPass()(ir.Model(model_graph, ir_version=10))
+    while forget_lost_uses(model_graph):  # of an `If` that is gone
+        RemoveUnusedNodesPass()(ir.Model(model_graph, ir_version=10))
     return int(result.modified)
 
 

@@ -310,5 +310,5 @@ def _spell(dims: tuple[int | str | None, ...] | None) -> str:
 
 
 def _present(model: ir.Model, origin: Mapping[str, object]) -> dict:
-    names = {n.name for n in model.graph}
+    names = {n.name for n in model.graph.all_nodes()}
     return {k: v for k, v in origin.items() if k in names}

@@ -18,20 +18,24 @@ _LIBRARY_PARTS = ("site-packages", "dist-packages")
 
 
 def extract(model: ir.Model) -> dict[str, NodeProvenance]:
-    """Module path, class and `file.py:line` per node name of the main graph, where recorded.
+    """Module path, class and `file.py:line` per node name, branches of `If` included, where recorded.
 
     Only the file's base name is kept: nothing derived from a Program may name a machine's folders.
     """
     found: dict[str, NodeProvenance] = {}
-    for node in model.graph:
+    seen: set[str] = set()
+    for node in model.graph.all_nodes():
         properties = node.metadata_props
         scopes, classes = _strings(properties.get(_SCOPES)), _strings(properties.get(_CLASSES))
         # The last entry of both lists is the operator itself; the one before is the innermost module.
         module = scopes[-2] if len(scopes) >= 2 else ""
         module_class = classes[-2].rpartition(".")[2] if len(classes) >= 2 else ""
         record = NodeProvenance(module, module_class, location(properties.get(_STACK, "")))
-        if node.name and str(record):
+        if node.name in seen:  # two branches may share names, of which one will change
+            found.pop(node.name, None)
+        elif node.name and str(record):
             found[node.name] = record
+        seen.add(node.name or "")
     return found
 
 
