@@ -1,8 +1,10 @@
 """Does the time grow with the graph and the memory with the model? Load, analysis, apply and save.
 
 `exponent` is the slope of log(seconds) over log(nodes), from the smallest to the largest graph, of all steps
-together; 1 is linear. `peak_ratio` is the largest resident memory over the model's size, from models whose
-weights lie in external data. Every size runs in a process of its own.
+together; 1 is linear. `peak_ratio` is the largest resident memory of load, analysis, apply and save over the
+model's size, from models whose weights lie in external data; `oracle_peak_ratio` is that of the oracle in
+float64, which runs block by block. Every size runs in a process of its own, twice: without the oracle and
+with it. Resident memory counts from what a process has after the same steps on a tiny model: the libraries.
 """
 
 from __future__ import annotations
@@ -85,49 +87,84 @@ def residual(path: Path, blocks: int, channels: int, external: bool) -> None:
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10), path)
 
 
-def run(path: str) -> dict[str, Any]:
-    """Load, analyse, plan and apply, save, in this process."""
+def run(path: str, oracle: bool) -> dict[str, Any]:
+    """Load, analyse, plan and apply, and save or prove, in this process."""
     import sartor
+    import sartor.oracle
     import sartor.passes.prune_channels
     from sartor.ir.channels import channel_groups
 
     row: dict[str, Any] = {}
-    empty = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    libraries = 0
 
     def timed(name: str, step: Any) -> Any:
         start = time.perf_counter()
         result = step()
         row[f"{name}_s"] = round(time.perf_counter() - start, 4)
-        row[f"{name}_peak_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - empty
+        row[f"{name}_peak_bytes"] = peak_bytes() - libraries
         return result
 
-    program = timed("load", lambda: sartor.load(path))
-    row["nodes"] = sum(1 for _ in program.nodes())
-    timed("analysis", lambda: channel_groups(program))
-    pipeline = sartor.Pipeline.parse("prune-channels{ratio=0.5,criterion=random}", instruments=())
-    result = timed("apply", lambda: pipeline.run(program))
-    timed("save", lambda: result.program.save(Path(path).with_name("out.onnx")))
+    def steps(path: Path) -> None:
+        program = timed("load", lambda: sartor.load(path))
+        row["nodes"] = sum(1 for _ in program.nodes())
+        analysis = timed("analysis", lambda: channel_groups(program))
+        pipeline = sartor.Pipeline.parse("prune-channels{ratio=0.5,criterion=random}", instruments=())
+        result = timed("apply", lambda: pipeline.run(program))
+        if oracle:
+            plan = result.results[0].result.plan
+            verdict = timed("oracle", lambda: sartor.oracle.check(program, plan, analysis=analysis))
+            row["verdict"], row["max_rel_error"] = verdict.verdict, verdict.max_rel_error
+        else:
+            timed("save", lambda: result.program.save(path.with_name("out.onnx")))
+
+    with tempfile.TemporaryDirectory(prefix="scale-") as folder:
+        tiny = Path(folder) / "tiny.onnx"
+        residual(tiny, 2, 16, True)
+        steps(tiny)
+    libraries = peak_bytes()
+    steps(Path(path))
     return row
 
 
+def peak_bytes() -> int:
+    """Largest resident memory of this process so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
 def measure(blocks: int, channels: int, external: bool, limit_s: float) -> dict[str, Any]:
+    """One size; with external data the oracle, too."""
     with tempfile.TemporaryDirectory(prefix="scale-") as folder:
         path = Path(folder) / "model.onnx"
         residual(path, blocks, channels, external)
         size = sum(p.stat().st_size for p in Path(folder).iterdir())
-        command = [sys.executable, __file__, "--worker", str(path)]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         row: dict[str, Any] = {"blocks": blocks, "channels": channels, "model_bytes": size}
-        try:
-            done = subprocess.run(
-                command, capture_output=True, text=True, check=False, timeout=limit_s, env=environment
-            )
-        except subprocess.TimeoutExpired:
-            return {**row, "reason": f"more than {limit_s:.0f} s"}
-        lines = [line for line in done.stdout.splitlines() if line.startswith(RESULT)]
-        if not lines:
-            return {**row, "reason": (done.stderr.strip().splitlines() or ["no output"])[-1][:300]}
-        return {**row, **json.loads(lines[-1].removeprefix(RESULT))}
+        row |= in_process(path, [], limit_s)
+        if external and "reason" not in row:
+            proof = in_process(path, ["--oracle"], limit_s)
+            row |= {k: v for k, v in proof.items() if k not in row}
+        return row
+
+
+def in_process(path: Path, options: list[str], limit_s: float) -> dict[str, Any]:
+    command = [sys.executable, __file__, "--worker", str(path), *options]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=False, timeout=limit_s, env=environment
+        )
+    except subprocess.TimeoutExpired:
+        return {"reason": f"more than {limit_s:.0f} s"}
+    lines = [line for line in done.stdout.splitlines() if line.startswith(RESULT)]
+    if not lines:
+        return {"reason": (done.stderr.strip().splitlines() or ["no output"])[-1][:300]}
+    row: dict[str, Any] = json.loads(lines[-1].removeprefix(RESULT))
+    return row
+
+
+def worst_ratio(rows: list[dict[str, Any]], key: str) -> float | None:
+    """Largest memory over the model's size, of the models with external data."""
+    ratios = [r[key] / r["model_bytes"] for r in rows if r["sweep"] == "parameters" and key in r]
+    return round(max(ratios), 3) if ratios else None
 
 
 def main() -> int:
@@ -137,9 +174,10 @@ def main() -> int:
     parser.add_argument("--most-parameters", type=float, default=PARAMETERS[-1])
     parser.add_argument("--limit", type=float, default=900.0, help="seconds per size (900)")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
+    parser.add_argument("--oracle", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
-        print(RESULT + json.dumps(run(options.worker)))
+        print(RESULT + json.dumps(run(options.worker, options.oracle)))
         return 0
     rows = []
     for nodes in (n for n in NODES if n <= options.most_nodes):
@@ -153,12 +191,11 @@ def main() -> int:
     steps = ("load_s", "analysis_s", "apply_s", "save_s")
     timed = [(r["nodes"], sum(r[s] for s in steps)) for r in rows if r["sweep"] == "nodes" and "nodes" in r]
     slope = np.polyfit(*np.log(np.array(timed, float).T), 1)[0] if len(timed) > 1 else None
-    ratios = [
-        r["save_peak_bytes"] / r["model_bytes"] for r in rows if r["sweep"] == "parameters" and "nodes" in r
-    ]
     summary = {
         "exponent": None if slope is None else round(float(slope), 3),
-        "peak_ratio": round(max(ratios), 3) if ratios else None,
+        "peak_ratio": worst_ratio(rows, "save_peak_bytes"),
+        "oracle_peak_ratio": worst_ratio(rows, "oracle_peak_bytes"),
+        "oracle_passed": sum(r.get("verdict") == "passed" for r in rows),
         "failed": sum("reason" in r for r in rows),
     }
     print(json.dumps(summary, indent=1))

@@ -9,7 +9,9 @@ Reference: Chen et al., "Training Deep Nets with Sublinear Memory Cost", 2016 (r
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import ctypes
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -21,7 +23,7 @@ from sartor.errors import ModelError, SartorError
 from sartor.ir.fx_build import INFO, Builder, TwinInfo, to_tensor
 from sartor.ir.program import Program
 
-SEGMENT_BYTES = 1 << 28
+SEGMENT_BYTES = 1 << 26
 """Large weights of one segment, in the element type of the run; a twin with fewer is one segment."""
 
 
@@ -184,6 +186,7 @@ class Runner(fx.Interpreter):
                 inputs: list[fx.Node] = inputs,
                 outputs: list[fx.Node] = outputs,
             ) -> tuple[Any, ...]:
+                _return_free_memory()
                 self.env = dict(zip(inputs, values, strict=True))
                 for node in nodes:
                     self.env[node] = self.run_node(node)
@@ -206,3 +209,22 @@ class Runner(fx.Interpreter):
         return ModelError(
             f"Node {where} failed in the FX twin: {error}. Check the shapes of the given inputs."
         )
+
+
+@functools.cache
+def _malloc_trim() -> Callable[[int], int]:
+    """glibc's `malloc_trim`, or nothing where the C library is another one."""
+    try:
+        function: Callable[[int], int] = ctypes.CDLL(None).malloc_trim
+    except (OSError, AttributeError, TypeError):
+        return int
+    return function
+
+
+def _return_free_memory() -> None:
+    """Give freed weights back to the system.
+
+    glibc keeps what small long-lived tensors have scattered over; over hundreds of segments that is as much as
+    the model itself.
+    """
+    _malloc_trim()(0)
