@@ -1,8 +1,8 @@
 """Every branch of every `If` in turn: random inputs take one branch, and an error in the other would be missed.
 
 A *case* says for each `If` whose condition depends on data which branch to take. In a program forced into a
-case, conditions are constants, and the numbers that the conditions were computed from are outputs instead,
-so that what leads to a condition is compared, too.
+case, conditions are constants, and the numbers that they were computed from can be outputs instead, so that
+what leads to a condition is compared, too.
 """
 
 from __future__ import annotations
@@ -63,23 +63,20 @@ def _fixed(node: ir.Node) -> bool | None:
     return bool(np.asarray(condition.const_value.numpy()).reshape(()))
 
 
-def force(program: Program, case: Case) -> Program:
-    """The program with the conditions of `case`; what they were computed from are further outputs."""
+def force(program: Program, case: Case, shown: Sequence[str] = ()) -> Program:
+    """The program with the conditions of `case`, and the values named in `shown` as further outputs."""
     clone = program.clone()
     rewriter = Rewriter(clone, "force-conditions")
     constants = {
         taken: rewriter.add_initializer(f"condition_{taken}".lower(), np.array(taken))
         for taken in (True, False)
     }
-    shown: dict[ir.Value, None] = {}
-    for node in list(clone.graph.all_nodes()):
+    for node in clone.graph.all_nodes():
         if is_choice(node) and node.name in case:
-            if node.inputs[0] is not None and node.graph is clone.graph:
-                shown.update(dict.fromkeys(_numbers(program, node.inputs[0])))
             rewriter.set_input(node, 0, constants[case[node.name or ""]])
     shapes, types = program.shapes(), program.types()
-    for value in shown:
-        if not value.is_graph_output() and not value.is_graph_input():
+    for value in [output for node in clone.nodes() for output in node.outputs if output.name in shown]:
+        if not value.is_graph_output():
             name = value.name or ""
             value.shape, value.type = ir.Shape(shapes[name]), ir.TensorType(types[name])
             clone.graph.outputs.append(value)
@@ -87,22 +84,24 @@ def force(program: Program, case: Case) -> Program:
     return clone
 
 
-def _numbers(program: Program, condition: ir.Value) -> list[ir.Value]:
-    """The floating-point values that a condition is computed from, by comparisons, logic and casts."""
+def decisive(program: Program) -> list[str]:
+    """Names of the numbers that conditions are computed from, by comparisons, logic and casts.
+
+    Those of conditions in the main graph only: inside a branch they cannot become outputs.
+    """
     types = program.types()
-    found: dict[ir.Value, None] = {}
-    seen = {condition}
-    stack = [condition]
+    found: dict[str, None] = {}
+    stack = [node.inputs[0] for node in program.nodes() if is_choice(node)]
+    seen = set(stack)
     while stack:
         value = stack.pop()
-        dtype = types.get(value.name or "")
-        producer = value.producer()
-        if producer is None or dtype is None:
+        producer = value.producer() if value is not None else None
+        if value is None or producer is None:
             continue
-        if dtype.is_floating_point():
-            found[value] = None
+        if types[value.name or ""].is_floating_point():
+            found[value.name or ""] = None
             continue
-        reads = [v for v in producer.inputs if v is not None and v not in seen]
+        reads = [v for v in producer.inputs if v not in seen]
         seen.update(reads)
         stack += reads
     return list(found)

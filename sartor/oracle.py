@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from sartor.conditions import cases, force, groups_in
+from sartor.conditions import cases, decisive, force, groups_in
 from sartor.errors import VerificationError
 from sartor.ir.channels import ChannelAnalysis, ChannelGroup, channel_groups
 from sartor.ir.files import write_atomic
@@ -152,15 +152,15 @@ def compare(
     small = run_twin(pruned, inputs)
     forced = cases(mask)
     if forced:
-        results, unseen = [], set(plan.groups)
+        results, unseen, shown = [], set(plan.groups), decisive(pruned)
         for case in forced:
             here = groups_in(analysis, mask, case)
             unseen -= here
             results.append(
                 compare(
-                    force(original, case),
-                    force(pruned, case),
-                    force(mask, case),
+                    force(original, case, shown),
+                    force(pruned, case, shown),
+                    force(mask, case, shown),
                     dataclasses.replace(plan, groups={k: v for k, v in plan.groups.items() if k in here}),
                     analysis=analysis,
                     backend=backend,

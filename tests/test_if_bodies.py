@@ -7,6 +7,7 @@ number left behind) must be seen.
 
 from __future__ import annotations
 
+import collections
 import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,16 +17,22 @@ import onnx
 import onnx.parser
 import onnx_ir as ir
 import pytest
+from builders import random_inputs
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from onnx_files import random, run, weights
+from random_graphs import legal_plans, programs
 
 from sartor import oracle
 from sartor.conditions import cases
+from sartor.errors import UnsupportedOperatorError
+from sartor.ir.blocks import residual_blocks
 from sartor.ir.branches import flatten, flattened, nest
 from sartor.ir.channels import channel_groups
 from sartor.ir.fx import run_twin
 from sartor.ir.load import load
 from sartor.ir.plan import GroupPlan, Plan
-from sartor.ir.program import Program
+from sartor.ir.program import Program, Source
 from sartor.ir.verify import verify_program
 from sartor.ir.workload import build_workload
 from sartor.passes.masked import masked
@@ -452,3 +459,147 @@ def test_nodes_stay_where_the_author_put_them(tmp_path: Path):
     body = "s = Exp (x)" + both("t_y = Neg (s)", "e_y = Abs (x)", "y", types="float[1,4]")
     prog = program(tmp_path, "(float[1,4] x, bool c) => (float[1,4] y)", body, {})
     assert [n.op_type for n in prog.nodes()] == ["Exp", "If"]
+
+
+# ---- what stays blocked ----------------------------------------------------------------------
+
+LOOP = """l = Loop (trip, go, h) <body = b (int64 i, bool k, float[1,8] s) => (bool k2, float[1,8] s2) {
+    k2 = Identity (k)  q = Relu (s)  s2 = Add (q, bias) }>"""
+LOOP_ARRAYS = {"w1": [4, 8], "bias": [8], "trip": np.array(3), "go": np.array(True)}
+
+
+def test_a_loop_is_refused_by_name(tmp_path: Path):
+    arrays = LOOP_ARRAYS | {"w2": [8, 2], "w3": [4, 2]}
+    signature = "(float[1,4] x, bool c) => (float[1,2] y)"
+    for body in (
+        f"h = Gemm (x, w1)  {LOOP}  y = Gemm (l, w2)",
+        both(f"h = Gemm (x, w1)  {LOOP}  t_y = Gemm (l, w2)", "e_y = Gemm (x, w3)", "y", types="float[1,2]"),
+    ):
+        with pytest.raises(UnsupportedOperatorError, match=r"'Loop_l' \(Loop\).*it is a loop"):
+            program(tmp_path, signature, body, arrays)
+
+
+def test_a_scan_blocks_what_it_touches_and_nothing_else():
+    """In a program that did not come from the loader: the state, what is scanned and what is captured stay whole."""
+    model = onnx.parser.parse_model(
+        f"""{HEAD} main (float[1,4] x) => (float[1,2] y, float[3,8] z) {{
+        h = Gemm (x, w1)  q = MatMul (steps, w4)
+        l, z = Scan <num_scan_inputs = 1, body = b (float[1,8] s, float[8] e) => (float[1,8] t, float[8] o) {{
+            r = Relu (s)  t = Add (r, bias)  o = Identity (e) }}> (h, q)
+        m = Gemm (l, w2)  n = Relu (m)  y = Gemm (n, w3) }}"""
+    )
+    shapes = {"w1": (4, 8), "bias": (8,), "w2": (8, 6), "w3": (6, 2), "w4": (5, 8), "steps": (3, 5)}
+    model.graph.initializer.extend([weights(n, *s) for n, s in shapes.items()])
+    for number, node in enumerate(model.graph.node):
+        node.name = f"n{number}"
+    built = Program(ir.from_proto(model), source=Source("onnx", "scan", "0" * 64), input_shapes={"x": (1, 4)})
+    analysis = channel_groups(built)
+    assert "w2" in {g.name for g in analysis.groups}
+    narrowed = {(m.initializer, m.axis) for g in analysis.groups for m in g.members}
+    assert not narrowed & {("w1", 1), ("bias", 0), ("w2", 0), ("w4", 1)}
+    assert reasons(analysis)["w1"] == ("operator 'Scan' has no channel rule", "'n2' (Scan)")
+
+
+# ---- random networks -------------------------------------------------------------------------
+
+
+def branched(prog: Program, start: int, stop: int, seed: int) -> Program | None:
+    """The nodes `start:stop` of a program in an `If`: as they are, or with other weights in the other branch."""
+    proto = prog.to_proto()
+    nodes, generator = list(proto.graph.node), np.random.default_rng(seed)
+    inside, after = nodes[start:stop], nodes[stop:]
+    made = [name for node in inside for name in node.output]
+    later = {name for node in after for name in node.input} | {o.name for o in proto.graph.output}
+    results = [name for name in made if name in later]
+    if not results:
+        return None
+    arrays = {t.name: onnx.numpy_helper.to_array(t) for t in proto.graph.initializer}
+    bodies = {}
+    for key, tag in (("then_branch", ""), ("else_branch", "_else")):
+        copies = []
+        for node in inside:
+            copy = onnx.NodeProto()
+            copy.CopyFrom(node)
+            copy.name += tag
+            names = []
+            for name in node.input:
+                if tag and name in arrays and name + tag not in arrays:
+                    flat = arrays[name].ravel()
+                    mixed = generator.permutation(flat) if flat.dtype.kind == "f" else flat
+                    arrays[name + tag] = mixed.reshape(arrays[name].shape)
+                names.append(f"{name}_in{tag}" if name in made else name + tag if name in arrays else name)
+            del copy.input[:], copy.output[:]
+            copy.input.extend(names)
+            copy.output.extend(f"{name}_in{tag}" if name else "" for name in node.output)
+            copies.append(copy)
+        outputs = [
+            onnx.helper.make_tensor_value_info(f"{n}_in{tag}", onnx.TensorProto.FLOAT, None) for n in results
+        ]
+        bodies[key] = onnx.helper.make_graph(copies, key, [], outputs)
+    choice = onnx.helper.make_node("If", ["condition"], results, name="choice", **bodies)
+    del proto.graph.node[:], proto.graph.initializer[:]
+    proto.graph.node.extend([*nodes[:start], choice, *after])
+    proto.graph.initializer.extend(onnx.numpy_helper.from_array(a, n) for n, a in arrays.items())
+    proto.graph.input.append(onnx.helper.make_tensor_value_info("condition", onnx.TensorProto.BOOL, []))
+    return Program(
+        ir.from_proto(proto),
+        source=prog.source,
+        input_shapes={**prog.input_shapes, "condition": ()},
+        batch=prog.batch,
+    )
+
+
+def test_random_networks_with_a_choice():
+    seen: collections.Counter[str] = collections.Counter()
+
+    @given(st.data())
+    @settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+    def holds(data):
+        plain = data.draw(programs())
+        count = len(list(plain.nodes()))
+        start = data.draw(st.integers(0, count - 1))
+        stop = data.draw(st.integers(start + 1, min(count, start + 6)))
+        prog = branched(plain, start, stop, data.draw(st.integers(0, 99)))
+        if prog is None:
+            return
+        verify_program(prog)
+        analysis = channel_groups(prog)
+        plan = data.draw(legal_plans(analysis))
+        small, zeroed = apply_plan(prog, plan, analysis), masked(prog, plan, analysis)[0]
+        verify_program(small)
+        for flag in (True, False):
+            feeds = random_inputs(plain, seed=3) | {"condition": np.array(flag)}
+            assert gap(run_twin(zeroed, feeds), run_twin(small, feeds)) <= 1e-9
+        names = {m.initializer for g in analysis.groups if g.name in plan.groups for m in g.members}
+        twins = {n for n in names if n.endswith("_else")}
+        seen["both"] += any(n.removesuffix("_else") in names for n in twins)
+        seen["outside"] += bool(twins) and len(names) > 2 * len(twins)
+
+    holds()
+    assert seen["both"] >= 20 and seen["outside"] >= 20, seen
+
+
+def test_a_residual_block_that_chooses(tmp_path: Path):
+    """A removed block takes its If along; groups and the block in one plan."""
+    body = (
+        f"s = Conv {PAD} (x, w0)  n = ReduceMean <keepdims = 0> (k)  l = Less (n, limit)"
+        + both(
+            f"p = Conv {PAD} (s, w1)  t_h = Relu (p)",
+            "e_h = Conv (s, w2)",
+            condition="l",
+            types="float[1,6,6,6]",
+        )
+        + "q = Conv (h, w3, b3)  r = Add (q, s)  y = Conv (r, w4)"
+    )
+    body = body.replace("n = ReduceMean", "k = Conv (s, w5)  n = ReduceMean")
+    arrays = {"w0": [8, 3, 3, 3], "w1": [6, 8, 3, 3], "w2": [6, 8, 1, 1], "w3": [8, 6, 1, 1], "b3": [8]}
+    arrays |= {"w4": [2, 8, 1, 1], "w5": [1, 8, 1, 1], "limit": np.zeros((), np.float32)}
+    prog = program(tmp_path, CONVS.replace(", bool c", ""), body, arrays)
+    blocks = [b.name for b in residual_blocks(prog) if b.removable]
+    assert blocks == ["Add_r"]
+    analysis = channel_groups(prog)
+    assert {g.name for g in analysis.groups} == {"w0", "w1"}
+    for groups in ({}, half(analysis).groups):
+        plan = Plan(prog.source.sha256, groups, tuple(blocks))
+        assert oracle.check(prog, plan).verdict == "passed"
+    assert [n.op_type for n in apply_plan(prog, plan).graph.all_nodes()] == ["Conv", "Conv"]

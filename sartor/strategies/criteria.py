@@ -143,7 +143,7 @@ class BatchNormGamma:
     ) -> Importance:
         """See `Criterion`. A block scores the sum of |γ| inside it."""
         scales: dict[str, list[str]] = {}
-        for node in program.nodes():
+        for node in program.graph.all_nodes():
             if node.op_type == "BatchNormalization" and node.inputs[1] is not None:
                 scales.setdefault(node.inputs[1].name or "", []).append(node.name or "")
         groups = {}
