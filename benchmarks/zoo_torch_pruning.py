@@ -1,9 +1,10 @@
 """Torch-Pruning on the models of the zoo: a random half of every group, run as its own examples run it.
 
 What its documentation asks its user for is given to it: gradients on, fused attention off, the classifier and the
-last layers of detectors ignored, `num_heads` of attention with a fused qkv layer, the static attributes of
-attention updated after pruning, `round_to` and `hidden_dim` for torchvision's vision transformer. Its time is that
-of the graph and of the pruning; it verifies nothing, so nothing else is in it.
+last layers of detectors ignored, the static attributes of attention updated after pruning, `round_to` and
+`hidden_dim` for torchvision's vision transformer. `num_heads` is tried in up to three ways, for all projections
+of attention, for fused ones, for none; the first under which the pruned model runs counts. Its time is that of
+the graph and of the pruning; it verifies nothing, so nothing else is in it.
 
 *Exact* is defined in `zoo_masked`. MACs before and after are counted alike, by PyTorch's FLOP counter
 (convolutions and matrix products, attention included, 2 FLOP each).
@@ -18,6 +19,7 @@ import resource
 import statistics
 import time
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import zoo_models
@@ -32,6 +34,7 @@ LAST_LAYERS = {
     "retina": ("head.classification_head.cls_logits", "head.regression_head.bbox_reg"),
     "raft": ("corr_block", "update_block", "mask_predictor"),
 }
+PROJECTIONS = "qkv q k v kv wq wk wv q_proj k_proj v_proj query key value".split()
 
 
 def examine(name: str, threads: int) -> dict[str, Any]:
@@ -53,40 +56,60 @@ def examine(name: str, threads: int) -> dict[str, Any]:
         before = count_macs(module, examples)
     except Exception as error:
         return {**row, "reason": f"the model does not run: {type(error).__name__}: {str(error)[:200]}"}
-    try:
-        removed, untracked = prune(name, module, examples, original, row)
-    except Exception as error:
-        row["reason"] = f"{type(error).__name__}: {str(error)[:300]}"
-        return row
-    row |= {"captured": True, "macs": before, "removed": removed.count(), "runs": False}
-    try:
-        after = count_macs(module, examples)
-    except Exception as error:
-        row |= {"exact": False, "inexact_reason": f"does not run: {type(error).__name__}: {str(error)[:200]}"}
-    else:
-        row |= {"runs": True, "macs_removed": 1.0 - after / before}
-        if untracked:
-            row |= {"exact": None, "untracked": True, "inexact_reason": f"cannot be tracked: {untracked}"}
-        elif row["removed"] == 0:
-            row |= {"exact": None, "inexact_reason": "nothing was removed"}
-        else:
-            row |= zoo_masked.compare(original, module, removed, examples)
+    present = [p for p in PROJECTIONS if any(_projections(m, [p]) for m in module.modules())]
+    first: dict[str, Any] = {}
+    for told in dict.fromkeys([tuple(present), tuple({"qkv"} & {*present}), ()]):
+        result = attempt(name, original, examples, before, told)
+        first = first or result
+        if result.get("runs"):
+            break
+    row |= result if result.get("runs") else first
     row["peak_rss_gb"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 2)
     return row
 
 
+def attempt(
+    name: str, original: Any, examples: tuple[Any, ...], macs: int, told: Sequence[str]
+) -> dict[str, Any]:
+    """Prune a copy, with `num_heads` given for projections of these names, and judge it."""
+    import zoo_masked
+
+    module, row = copy.deepcopy(original), {"captured": False, "num_heads_of": list(told)}
+    try:
+        removed, untracked = prune(name, module, examples, original, row, told)
+    except Exception as error:
+        return {**row, "reason": f"{type(error).__name__}: {str(error)[:300]}"}
+    row |= {"captured": True, "macs": macs, "removed": removed.count(), "runs": False}
+    try:
+        after = count_macs(module, examples)
+    except Exception as error:
+        reason = f"does not run: {type(error).__name__}: {str(error)[:200]}"
+        return {**row, "exact": False, "inexact_reason": reason}
+    row |= {"runs": True, "macs_removed": 1.0 - after / macs}
+    if untracked:
+        return {**row, "exact": None, "untracked": True, "inexact_reason": f"cannot be tracked: {untracked}"}
+    if row["removed"] == 0:
+        return {**row, "exact": None, "inexact_reason": "nothing was removed"}
+    return row | zoo_masked.compare(original, module, removed, examples)
+
+
 def prune(
-    name: str, module: Any, examples: tuple[Any, ...], original: Any, row: dict[str, Any]
+    name: str,
+    module: Any,
+    examples: tuple[Any, ...],
+    original: Any,
+    row: dict[str, Any],
+    told: Sequence[str] = (),
 ) -> tuple[Any, str]:
     """Prune in place; what was removed, and why that cannot be said, if it cannot.
 
     Args:
         row: gets `build_graph_s`, `prune_s`, `seconds`, `groups` and `mixing_norms`, how many
             LayerNorms and GroupNorms lost units.
+        told: names of the projections whose number of heads it is given.
     """
     import torch
     import torch_pruning as tp
-    from torch import nn
     from zoo_masked import Removed, Untracked
 
     removed, untracked = Removed(original), ""
@@ -94,11 +117,7 @@ def prune(
     torch.manual_seed(1)
     for parameter in module.parameters():
         parameter.requires_grad_(True)
-    heads = {
-        m.qkv: m.num_heads
-        for m in module.modules()
-        if isinstance(getattr(m, "num_heads", None), int) and isinstance(getattr(m, "qkv", None), nn.Linear)
-    }
+    heads = {layer: owner.num_heads for owner in module.modules() for layer in _projections(owner, told)}
     start = time.perf_counter()
     pruner = tp.pruner.BasePruner(
         module,
@@ -125,7 +144,7 @@ def prune(
             untracked = str(error)
         tracking += time.perf_counter() - pause
         group.prune()
-    _update_attributes(name, module, pruner)
+    _update_attributes(name, module, pruner, told)
     row["prune_s"] = round(time.perf_counter() - begin - tracking, 3)
     row |= {
         "seconds": round(row["build_graph_s"] + row["prune_s"], 3),
@@ -164,14 +183,28 @@ def ignored_layers(name: str, module: Any) -> list[Any]:
     return ignored
 
 
-def _update_attributes(name: str, module: Any, pruner: Any) -> None:
+def _projections(owner: Any, names: Sequence[str]) -> list[Any]:
+    """The layers of an attention module that make queries, keys and values."""
+    from torch import nn
+
+    if not isinstance(getattr(owner, "num_heads", None), int):
+        return []
+    layers = (getattr(owner, name, None) for name in names)
+    return [layer for layer in layers if isinstance(layer, nn.Linear)]
+
+
+def _update_attributes(name: str, module: Any, pruner: Any, told: Sequence[str]) -> None:
     """Numbers that a forward reads from attributes and that no dependency graph can know."""
     for owner in module.modules():
-        if getattr(owner, "qkv", None) in pruner.num_heads:
-            owner.num_heads = pruner.num_heads[owner.qkv]
-            owner.head_dim = owner.qkv.out_features // (3 * owner.num_heads)
-            if hasattr(owner, "attn_dim"):
-                owner.attn_dim = owner.num_heads * owner.head_dim
+        for layer in _projections(owner, told)[:1]:
+            fused = 3 if layer is getattr(owner, "qkv", None) else 1
+            owner.num_heads = pruner.num_heads[layer]
+            for attribute, value in (
+                ("head_dim", layer.out_features // (fused * owner.num_heads)),
+                ("attn_dim", layer.out_features // fused),
+            ):
+                if isinstance(getattr(owner, attribute, None), int):
+                    setattr(owner, attribute, value)
     if name.startswith("torchvision/vit"):
         module.hidden_dim = module.conv_proj.out_channels
 
