@@ -107,24 +107,28 @@ def decisive(program: Program) -> list[str]:
     return list(found)
 
 
-def groups_in(analysis: ChannelAnalysis, program: Program, case: Case) -> set[str]:
-    """Groups of which something that MASKED zeroes is read on the way to an output in this case.
-
-    Args:
-        analysis: whose groups are asked for.
-        program: the one that `analysis` was made for, or its MASKED form, forced or not.
-        case: which branches are taken.
-    """
-    needed = _needed(program, case)
+def gates(analysis: ChannelAnalysis) -> dict[str, set[str]]:
+    """Names of the nodes that read what MASKED zeroes, by group."""
     readers = {
         name: {node.name or "" for node, _ in value.uses()}
         for name, value in analysis.program.initializers.items()
     }
     return {
-        group.name
+        group.name: {name for m in analysis.masked_members(group) for name in readers[m.initializer]}
         for group in analysis.groups
-        if any(readers[m.initializer] & needed for m in analysis.masked_members(group))
     }
+
+
+def groups_in(readers: Mapping[str, set[str]], program: Program, case: Case) -> set[str]:
+    """Groups of which something that MASKED zeroes is read on the way to an output in this case.
+
+    Args:
+        readers: as `gates` gives them.
+        program: whose groups these are, or its MASKED form, forced or not.
+        case: which branches are taken.
+    """
+    needed = _needed(program, case)
+    return {name for name, nodes in readers.items() if nodes & needed}
 
 
 def _needed(program: Program, case: Case) -> set[str]:

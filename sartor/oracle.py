@@ -17,9 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 
-from sartor.conditions import cases, decisive, force, groups_in
+from sartor.conditions import cases, decisive, force, gates, groups_in
 from sartor.errors import VerificationError
+from sartor.ir.branches import BRANCHES, branch, is_choice
 from sartor.ir.channels import ChannelAnalysis, ChannelGroup, channel_groups
 from sartor.ir.files import write_atomic
 from sartor.ir.plan import Plan
@@ -152,9 +154,9 @@ def compare(
     small = run_twin(pruned, inputs)
     forced = cases(mask)
     if forced:
-        results, unseen, shown = [], set(plan.groups), decisive(pruned)
+        results, unseen, shown, readers = [], set(plan.groups), decisive(pruned), gates(analysis)
         for case in forced:
-            here = groups_in(analysis, mask, case)
+            here = groups_in(readers, mask, case)
             unseen -= here
             results.append(
                 compare(
@@ -263,19 +265,27 @@ def require(result: OracleResult, program: Program, plan: Plan, folder: Path | N
 def before_softmax(program: Program) -> Program:
     """The program with the input of a final Softmax as the output, in place of what hides differences."""
     clone = program.clone()
-    changed = False
-    for index, output in enumerate(clone.graph.outputs):
-        node = output.producer()
-        if node is not None and node.op_type in ("Softmax", "LogSoftmax") and node.inputs[0] is not None:
-            source = node.inputs[0]
-            if source.producer() is not None and not source.is_graph_output():
-                source.type, source.shape = output.type, output.shape
-                clone.graph.outputs[index] = source
-                changed = True
-    if not changed:
+    if not any([_cut(clone.graph, index) for index in range(len(clone.graph.outputs))]):
         return program
     clone.invalidate()
     return clone
+
+
+def _cut(graph: ir.Graph, index: int) -> bool:
+    """Give the input of a final Softmax in its place; both branches of an `If` may end in one."""
+    output = graph.outputs[index]
+    node = output.producer()
+    if node is None or node.graph is not graph:
+        return False
+    if is_choice(node) and not output.uses():
+        return any([_cut(branch(node, key), node.outputs.index(output)) for key in BRANCHES])
+    source = node.inputs[0] if node.op_type in ("Softmax", "LogSoftmax") else None
+    maker = source.producer() if source is not None else None
+    if source is None or maker is None or maker.graph is not graph or source.is_graph_output():
+        return False
+    source.type, source.shape = output.type, output.shape
+    graph.outputs[index] = source
+    return True
 
 
 def _run_lowered(

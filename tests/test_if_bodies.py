@@ -33,6 +33,7 @@ from sartor.ir.fx import run_twin
 from sartor.ir.load import load
 from sartor.ir.plan import GroupPlan, Plan
 from sartor.ir.program import Program, Source
+from sartor.ir.subgraphs import body_graphs
 from sartor.ir.verify import verify_program
 from sartor.ir.workload import build_workload
 from sartor.passes.masked import masked
@@ -553,7 +554,7 @@ def test_random_networks_with_a_choice():
     seen: collections.Counter[str] = collections.Counter()
 
     @given(st.data())
-    @settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+    @settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
     def holds(data):
         plain = data.draw(programs())
         count = len(list(plain.nodes()))
@@ -576,7 +577,7 @@ def test_random_networks_with_a_choice():
         seen["outside"] += bool(twins) and len(names) > 2 * len(twins)
 
     holds()
-    assert seen["both"] >= 20 and seen["outside"] >= 20, seen
+    assert seen["both"] >= 10 and seen["outside"] >= 10, seen
 
 
 def test_a_residual_block_that_chooses(tmp_path: Path):
@@ -603,3 +604,16 @@ def test_a_residual_block_that_chooses(tmp_path: Path):
         plan = Plan(prog.source.sha256, groups, tuple(blocks))
         assert oracle.check(prog, plan).verdict == "passed"
     assert [n.op_type for n in apply_plan(prog, plan).graph.all_nodes()] == ["Conv", "Conv"]
+
+
+def test_the_oracle_looks_before_the_softmax_of_a_branch(tmp_path: Path):
+    body = both(
+        f"p = Conv {PAD} (x, w1)  q = Relu (p)  r = Conv (q, w2)  t_y = Softmax <axis = 1> (r)",
+        "s = Conv (x, w3)  e_y = Softmax <axis = 1> (s)", "y", types="float[1,2,6,6]",
+    )  # fmt: skip
+    prog = program(tmp_path, CONVS, body, {"w1": [8, 3, 3, 3], "w2": [2, 8, 1, 1], "w3": [2, 3, 1, 1]})
+    cut = oracle.before_softmax(prog)
+    verify_program(cut)
+    assert all(b.outputs[0].producer().op_type == "Conv" for n in cut.nodes() for b in body_graphs(n))
+    assert all(b.outputs[0].producer().op_type == "Softmax" for n in prog.nodes() for b in body_graphs(n))
+    assert oracle.check(prog, half(channel_groups(prog))).verdict == "passed"
