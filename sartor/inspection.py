@@ -12,7 +12,7 @@ import numpy as np
 from sartor.ir.program import Program
 
 if TYPE_CHECKING:
-    from sartor.ir.channels import ChannelGroup, Member
+    from sartor.ir.channels import ChannelAnalysis, ChannelGroup, Member
     from sartor.ir.workload import Workload
 
 SCHEMA = "sartor.inspect/1"
@@ -29,10 +29,10 @@ def inspect_program(program: Program, keep: Sequence[str] = (), layers: Sequence
       the share of all MACs in work that scales with the group's width; groups overlap (a convolution scales
       with its input and its output), so shares do not add up to one. `members`
       `[{initializer, axis, role, index_map}]`. `saving`
-      `{units, macs, macs_share, parameters, parameters_share, weight_bytes, exact}` is what the whole program
+      `{units, macs, macs_share, parameters, parameters_share, weight_bytes, even}` is what the whole program
       loses when `units`, half of the group's units (rounded down, fewer where the graph demands it), are
-      removed and nothing else is: to the unit what `sartor apply` then saves if `exact`, else (units of
-      unequal size) that of an average half. `layers`
+      removed and nothing else is; exactly that, as `sartor apply` would show. Unless they are `even`, the
+      smallest units go. `layers`
       `[{role, name, op, module, module_class, location, nodes, parameters}]` are the members by the layer
       that reads them, with `parameters` `[{initializer, axis}]`.
     - `prunable` `{macs_share, halved: {macs, parameters}}`: the share of MACs in work that scales with any
@@ -60,7 +60,8 @@ def inspect_program(program: Program, keep: Sequence[str] = (), layers: Sequence
     from sartor.ir.blocks import residual_blocks
     from sartor.ir.channels import channel_groups
     from sartor.ir.workload import build_workload, is_parameter
-    from sartor.prunability import Layers, blocked_reasons, half, layer_documents, savings, select
+    from sartor.prunability import Layers, blocked_reasons, layer_documents, select
+    from sartor.savings import halved, savings
 
     analysis = channel_groups(program, keep)
     wide = channel_groups(program, keep, approximate=True)
@@ -68,15 +69,15 @@ def inspect_program(program: Program, keep: Sequence[str] = (), layers: Sequence
     cost = static_cost(program)
     workload = build_workload(program, analysis.extents)
     total = sum(kernel.macs.full for kernel in workload.kernels) or 1.0
-    halved = workload.evaluate({group.name: half(group) / group.size for group in analysis.groups})
+    left = halved(analysis) if analysis.groups else workload.evaluate()
     prunable = sum(kernel.macs.full for kernel in workload.kernels if kernel.macs.groups)
 
     parameters = {m.initializer for g in (*analysis.groups, *mixed) for m in g.members}
     parameters |= {name for name, value in program.initializers.items() if is_parameter(value)}
     readers = Layers(program, parameters)
 
-    def groups(found: Sequence[ChannelGroup], priced: Workload) -> list[dict[str, Any]]:
-        shares, saved = _shares(priced), savings(priced, found)
+    def groups(of: ChannelAnalysis, found: Sequence[ChannelGroup], priced: Workload) -> list[dict[str, Any]]:
+        shares, saved = _shares(priced), savings(of, priced, found)
         return [
             {
                 "name": group.name,
@@ -90,7 +91,7 @@ def inspect_program(program: Program, keep: Sequence[str] = (), layers: Sequence
             for group in found
         ]
 
-    approximate = groups(mixed, build_workload(program, wide.extents)) if mixed else []
+    approximate = groups(wide, mixed, build_workload(program, wide.extents)) if mixed else []
     document = {
         "schema": SCHEMA,
         "source": dataclasses.asdict(program.source),
@@ -101,9 +102,9 @@ def inspect_program(program: Program, keep: Sequence[str] = (), layers: Sequence
         "peak_activation_bytes": int(cost.peak_activation_bytes),
         "prunable": {
             "macs_share": _rounded(prunable / total),
-            "halved": {"macs": round(float(halved.macs)), "parameters": round(float(halved.parameters))},
+            "halved": {"macs": round(float(left.macs)), "parameters": round(float(left.parameters))},
         },
-        "groups": groups(analysis.groups, workload),
+        "groups": groups(analysis, analysis.groups, workload),
         "approximate": [
             {**entry, "reason": group.mixed} for entry, group in zip(approximate, mixed, strict=True)
         ],

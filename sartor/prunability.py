@@ -1,4 +1,4 @@
-"""Why each layer can or cannot be narrowed: layers, what halving a group saves, and blocked axes by reason.
+"""Why each layer can or cannot be narrowed: layers with the fate of every axis, and blocked axes by reason.
 
 A *layer* here is what an author would call one: a module that reads parameters, or, where the file does not
 say which module a node came from, a node that does. Parameters are followed through nodes that read nothing
@@ -8,13 +8,11 @@ but parameters (a transposed weight still belongs to its MatMul).
 from __future__ import annotations
 
 import collections
-import dataclasses
 import fnmatch
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import onnx_ir as ir
 
 from sartor.errors import UsageError
@@ -27,74 +25,6 @@ if TYPE_CHECKING:
 
 ROLES = ("producer", "affine", "consumer")
 _LEADING = ("Conv", "ConvTranspose", "Gemm", "MatMul", "Einsum", "LSTM", "GRU", "RNN")
-
-
-# ---- savings -------------------------------------------------------------------------------------
-@dataclasses.dataclass
-class Saving:
-    """What the whole program loses when half of one group's units are removed and nothing else.
-
-    Attributes:
-        units: units removed: half of them, rounded down, fewer where a floor keeps more.
-        macs: multiply-accumulates saved.
-        parameters: parameters saved, counted as `sartor.cost_models.static` counts them.
-        weight_bytes: bytes of initializers saved.
-        exact: every unit holds as many indices of each member as any other, so that the figures are those
-            of `apply` whichever half goes. Otherwise they are those of an average half.
-    """
-
-    units: int
-    macs: float = 0.0
-    parameters: float = 0.0
-    weight_bytes: float = 0.0
-    exact: bool = True
-
-    def to_dict(self, macs: float, parameters: float) -> dict[str, Any]:
-        """JSON form, with the shares of a program of `macs` and `parameters`."""
-        return {
-            "units": self.units,
-            "macs": round(self.macs),
-            "macs_share": round(self.macs / (macs or 1.0), 6),
-            "parameters": round(self.parameters),
-            "parameters_share": round(self.parameters / (parameters or 1.0), 6),
-            "weight_bytes": round(self.weight_bytes),
-            "exact": self.exact,
-        }
-
-
-def savings(workload: Workload, groups: Iterable[ChannelGroup]) -> dict[str, Saving]:
-    """The saving of each group alone, in time proportional to the program.
-
-    Args:
-        workload: of the program, with the extents of the analysis that found `groups`.
-        groups: channel groups.
-    """
-    kept = {group.name: half(group) / group.size for group in groups}
-    result = {g.name: Saving(g.size - half(g), exact=_even(g)) for g in groups}
-    for kernel in workload.kernels:
-        for name in kernel.macs.groups & kept.keys():
-            result[name].macs += kernel.macs.full - float(kernel.macs.evaluate({name: kept[name]}))
-    for stored in workload.stored:
-        size = stored.operand.bytes
-        for name in size.groups & kept.keys():
-            saved = size.full - float(size.evaluate({name: kept[name]}))
-            result[name].weight_bytes += saved
-            if stored.parameter:
-                result[name].parameters += saved / stored.operand.item_bytes
-    return result
-
-
-def half(group: ChannelGroup) -> int:
-    """How many units stay when half of them go: as in `prune-channels{ratio=0.5}`."""
-    return len(group.keep_best(np.zeros(group.size), group.size - group.size // 2))
-
-
-def _even(group: ChannelGroup) -> bool:
-    for member in group.members:
-        inside = member.index_map[member.index_map >= 0]
-        if np.unique(np.bincount(inside, minlength=group.size)).size > 1:
-            return False
-    return True
 
 
 # ---- layers --------------------------------------------------------------------------------------
@@ -267,14 +197,14 @@ def blocked_reasons(analysis: ChannelAnalysis, approximate: Sequence[ChannelGrou
         at = place(program, node) if node is not None else dict.fromkeys(_PLACE, "")
         entry = found.setdefault(
             (blocked.reason, at["op"], at["location"]),
-            {"reason": blocked.reason, **at, "nodes": [], "values": [], "approximate": []},
+            {"reason": blocked.reason, **at, "nodes": {}, "values": [], "approximate": {}},
         )
-        if node is not None and node.name not in entry["nodes"]:
-            entry["nodes"].append(node.name)
+        if node is not None:
+            entry["nodes"][node.name or ""] = None
         entry["values"].append({"value": blocked.value, "axis": blocked.axis, "channels": blocked.channels})
-        for name, _ in wide.get((blocked.value, blocked.axis), []):
-            if name not in entry["approximate"]:
-                entry["approximate"].append(name)
+        entry["approximate"].update(wide.get((blocked.value, blocked.axis), []))
+    for entry in found.values():
+        entry["nodes"], entry["approximate"] = list(entry["nodes"]), list(entry["approximate"])
     return sorted(found.values(), key=lambda entry: -len(entry["values"]))
 
 

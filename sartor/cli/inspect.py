@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import argparse
 import shutil
+from pathlib import Path
 
 from sartor.cli import arguments
 from sartor.cli.output import Result
+from sartor.errors import UsageError
 
 EXAMPLE = "sartor inspect model.onnx --shape input=1,3,224,224 --html model.html"
 _WIDTHS = (80, 120)
@@ -36,6 +38,10 @@ def run(options: argparse.Namespace) -> Result:
     from sartor.report.tree import describe
 
     output = arguments.output_file(options.html) if options.html else None
+    # FILE.py:function as well as FILE.onnx: the page must not replace what it describes.
+    models = [Path(options.model), Path(options.model.rpartition(":")[0])]
+    if output is not None and output.is_file() and any(m.is_file() and output.samefile(m) for m in models):
+        raise UsageError(f"--html '{options.html}' is the file of the model; name another one.")
     program = arguments.open_program(options)
     document = inspect_program(program, keep=tuple(options.keep), layers=tuple(options.layer))
     width = shutil.get_terminal_size((100, 24)).columns

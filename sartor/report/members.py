@@ -16,7 +16,7 @@ SAVING = (
     "Share: how much of all MACs is in work that scales with the group."
 )
 """The definition that stands over every list of savings."""
-UNEVEN = "~ units differ in size: what an average half saves."
+UNEVEN = "* Units differ in size: the figures are those of the half with the smallest units."
 ROLES = {"producer": "made by", "affine": "carried by", "consumer": "read by"}
 HEADINGS = ("saved", "MACs", "params", "share", "units", "group")
 
@@ -31,10 +31,9 @@ def by_saving(groups: Iterable[Document]) -> list[Document]:
 def figures(group: Document) -> tuple[str, ...]:
     """Saved share of MACs, saved MACs, saved parameters, share that scales, units: the first `HEADINGS`."""
     saving = group["saving"]
-    about = "" if saving["exact"] else "~"
     size = str(group["size"])
     return (
-        about + percent(saving["macs_share"]),
+        ("" if saving["even"] else "*") + percent(saving["macs_share"]),
         count(saving["macs"]),
         count(saving["parameters"]),
         percent(group["macs_share"]),

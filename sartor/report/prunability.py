@@ -143,7 +143,7 @@ def _layers(document: Document, anchors: Anchors) -> str:
         kinds = " · ".join(part for part in (layer["module_class"], layer["op"], layer["location"]) if part)
         lines = [_fate(fate, anchors) for fate in fates(layer)]
         share = percent(layer["macs_share"]) if layer["macs_share"] else "–"
-        rows.append((f"{code(layer['name'])}<small>{escape(kinds)}</small>", "<br>".join(lines), share))
+        rows.append((f"{code(layer['name'])}<small>{escape(kinds)}</small>", "".join(lines), share))
     if not rows:
         return ""
     note = "Look a layer up by its name: which groups narrow each axis of its parameters, or why it stays."
@@ -171,7 +171,7 @@ def _listed(groups: Sequence[Document], anchors: Mapping[str, str]) -> str:
             f'<details class="group" id="{anchors[group["name"]]}"{opened}><summary class="row">'
             f"<span>{code(group['name'])}{bar}</span>{cells}</summary>{_members(group)}</details>"
         )
-    if not all(group["saving"]["exact"] for group in groups):
+    if not all(group["saving"]["even"] for group in groups):
         parts.append(f'<p class="note">{escape(UNEVEN)}</p>')
     return "".join(parts)
 
@@ -201,7 +201,7 @@ def _fate(fate: Fate, anchors: Anchors) -> str:
     for words, names in fate.parts():
         of = anchors["approximate" if names == fate.approximate else "groups"]
         parts.append(escape(words) + ", ".join(_link(name, of) for name in names))
-    return f"<b>{escape(fate.axes)}</b>: {'; '.join(parts)}"
+    return f"<div><b>{escape(fate.axes)}</b>: {'; '.join(parts)}</div>"
 
 
 def _link(name: str, anchors: Mapping[str, str]) -> str:

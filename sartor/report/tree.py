@@ -174,7 +174,7 @@ def _listed(groups: Sequence[Document], size: Size) -> list[str]:
         return "  ".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True)) + f"  {name}"
 
     lines = [line(HEADINGS[:-1], HEADINGS[-1])]
-    if not all(group["saving"]["exact"] for group in shown):
+    if not all(group["saving"]["even"] for group in shown):
         lines.insert(0, UNEVEN)
     for position, group in enumerate(shown):
         lines.append(line(figures(group), visible(group["name"])))
