@@ -140,15 +140,15 @@ def _blocks(document: Document) -> str:
 def _layers(document: Document, anchors: Anchors) -> str:
     rows = []
     for layer in document["layers"]:
-        kinds = " · ".join(part for part in (layer["module_class"], layer["op"], layer["location"]) if part)
-        lines = [_fate(fate, anchors) for fate in fates(layer)]
-        share = percent(layer["macs_share"]) if layer["macs_share"] else "–"
-        rows.append((f"{code(layer['name'])}<small>{escape(kinds)}</small>", "".join(lines), share))
+        share = f"{percent(layer['macs_share'])} of the MACs" if layer["macs_share"] else ""
+        known = (layer["module_class"], layer["op"], layer["location"], share)
+        what = " · ".join(part for part in known if part)
+        lines = "".join(_fate(fate, anchors) for fate in fates(layer))
+        rows.append((f"{code(layer['name'])}<small>{escape(what)}</small>", lines))
     if not rows:
         return ""
     note = "Look a layer up by its name: which groups narrow each axis of its parameters, or why it stays."
-    heads = ("Layer", "Axes of its parameters", "MACs")
-    return section("Layers", note, marked_table(rows, heads, "<<>", "stack"))
+    return section("Layers", note, marked_table(rows, ("Layer", "Axes of its parameters"), "<<", "stack"))
 
 
 # ---- pieces --------------------------------------------------------------------------------------
