@@ -42,7 +42,7 @@ def extract(model: ir.Model) -> dict[str, NodeProvenance]:
 def location(stack_trace: str) -> str:
     """`file.py:line` of the author's innermost frame (library frames only if there is no other)."""
     frames = _FRAME.findall(stack_trace)
-    own = [f for f in frames if not any(part in f[0] for part in _LIBRARY_PARTS)]
+    own = [f for f in frames if not any(part in f[0] for part in _LIBRARY_PARTS) and f[0][:1] != "<"]
     if not frames:
         return ""
     path, line = (own or frames)[-1]
