@@ -314,6 +314,9 @@ def test_norms_and_groups_inside_a_branch(tmp_path: Path):
     )
     check(prog, {"w1"})
     drawn = oracle.randomise(prog, channel_groups(prog), 3)
+    assert (
+        (drawn.initializer_array("g") >= 0.5) & (drawn.initializer_array("g") <= 1.5)
+    ).all()  # a scale's draw
     assert (drawn.initializer_array("v") > 0).all() and not np.array_equal(
         drawn.initializer_array("v"), positive
     )
