@@ -231,7 +231,7 @@ def _grouped_inputs(module: Any, indices: torch.Tensor) -> Iterator[tuple[torch.
 def compare(
     original: nn.Module, pruned: nn.Module, removed: Removed, inputs: tuple[Any, ...]
 ) -> dict[str, Any]:
-    """Whether the pruned module computes what the masked original does, in float64.
+    """Whether the pruned module, which becomes float64, computes what the masked original does.
 
     Returns:
         `exact` (None where nothing can be said, with `inexact_reason`), `max_rel_error`, and `effect`: how much
@@ -245,8 +245,7 @@ def compare(
     x = tuple(i.double() for i in inputs)
     try:
         before, expected, found = (
-            _outputs(m, x)
-            for m in (copy.deepcopy(original).double(), reference, copy.deepcopy(pruned).double())
+            _outputs(m, x) for m in (copy.deepcopy(original).double(), reference, pruned.double())
         )
     except Exception as error:
         return {
@@ -265,14 +264,12 @@ def compare(
         with _KeptStatistics(reference, removed):
             rest = _distance(_outputs(reference, x), found)
         norms = rest <= TOLERANCE
-        row["inexact_reason"] = (
-            "only the statistics of LayerNorms differ" if norms else "computes something else"
-        )
+        row["inexact_reason"] = "only the statistics of norms differ" if norms else "computes something else"
     return row
 
 
 class _KeptStatistics(TorchFunctionMode):
-    """LayerNorms take mean and variance over what is kept: what still differs then is not their doing."""
+    """Norms take mean and variance over what is kept: what still differs then is not their doing."""
 
     def __init__(self, reference: nn.Module, removed: Removed) -> None:
         super().__init__()
@@ -280,18 +277,21 @@ class _KeptStatistics(TorchFunctionMode):
         self.kept = {
             modules[name].weight: torch.from_numpy(kept)
             for (name, _, _), kept in removed.kept.items()
-            if isinstance(modules.get(name), nn.LayerNorm)
+            if isinstance(modules.get(name), nn.LayerNorm | nn.GroupNorm)
         }
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        kept = self.kept.get(kwargs.get("weight")) if func is nn.functional.layer_norm else None
+        norms = (nn.functional.layer_norm, nn.functional.group_norm)
+        kept = self.kept.get(kwargs.get("weight")) if func in norms else None
         if kept is None:
             return func(*args, **kwargs)
         weight, bias = (kwargs[k][kept] if kwargs[k] is not None else None for k in ("weight", "bias"))
-        result = torch.zeros_like(args[0])
-        result[..., kept] = func(args[0][..., kept], (len(kept),), weight, bias, kwargs["eps"])
-        return result
+        x, setting = args
+        axis = -1 if func is nn.functional.layer_norm else 1
+        setting = (len(kept),) if axis == -1 else setting
+        part = func(x.index_select(axis, kept), setting, weight, bias, kwargs["eps"])
+        return torch.zeros_like(x).index_copy(axis, kept, part)
 
 
 def _distance(expected: list[torch.Tensor], found: list[torch.Tensor]) -> float:

@@ -37,11 +37,11 @@ class Residual(nn.Module):
 
 
 class Normed(nn.Module):
-    """LayerNorm over the residual axis."""
+    """A norm over the axis that is pruned."""
 
-    def __init__(self) -> None:
+    def __init__(self, norm: nn.Module) -> None:
         super().__init__()
-        self.embed, self.norm, self.head = nn.Linear(8, 12), nn.LayerNorm(12), nn.Linear(12, 10)
+        self.embed, self.norm, self.head = nn.Linear(8, 12), norm, nn.Linear(12, 10)
         self.num_classes = 10
 
     def forward(self, x):
@@ -93,9 +93,14 @@ def test_one_wrong_index_is_seen(layer, entry):
     assert row["inexact_reason"] == "computes something else"
 
 
-def test_a_norm_over_the_pruned_axis_is_named():
-    row = zoo_masked.compare(*pruned(Normed(), 4, 8))
-    assert row["exact"] is False and row["inexact_reason"] == "only the statistics of LayerNorms differ"
+@pytest.mark.parametrize("norm", [nn.LayerNorm(12), nn.GroupNorm(3, 12)])
+def test_a_norm_over_the_pruned_axis_is_named(norm):
+    original, module, removed, x = pruned(Normed(norm), 4, 8)
+    row = zoo_masked.compare(original, module, removed, x)
+    assert row["exact"] is False and row["inexact_reason"] == "only the statistics of norms differ"
+    module.embed.weight.data[0] = 0  # and something else is wrong, too
+    row = zoo_masked.compare(original, module, removed, x)
+    assert row["inexact_reason"] == "computes something else"
 
 
 def test_nothing_is_proven_by_what_cannot_be_seen():
