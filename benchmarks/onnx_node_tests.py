@@ -123,7 +123,7 @@ def outside(case: suite.NodeCase) -> str:
 def _run(case: suite.NodeCase, folder: Path) -> tuple[list[np.ndarray], str, str]:
     """Results, route, and the loader's refusal where there was one."""
     import sartor
-    from sartor.errors import SartorError
+    from sartor.errors import SartorError, UnsupportedOperatorError
     from sartor.ir.fx import run_twin
     from sartor.ir.torch_ops import OPERATORS
 
@@ -153,6 +153,8 @@ def _run(case: suite.NodeCase, folder: Path) -> tuple[list[np.ndarray], str, str
             return on_twin(), "twin", str(refusal)
         except Exception:
             raise refusal from None
+    if program.tail is not None:
+        raise UnsupportedOperatorError(program.tail.reason())
     found = run_twin(program, inputs, dtype=None)
     results = [found[name] for name in wanted]
     folded = case.op_type not in {node.op_type for node in program.nodes()}

@@ -6,6 +6,7 @@ names are quoted. A bug of ours is an `InternalError`; everything else is about 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar
 
 EXIT_MET = 0
@@ -32,7 +33,15 @@ class UsageError(SartorError):
 
 
 class ModelError(UsageError):
-    """A model file or module cannot be loaded, captured or canonicalized."""
+    """A model file or module cannot be loaded, captured or canonicalized.
+
+    Attributes:
+        nodes: nodes without which it could be, reason by name; empty when there are none.
+    """
+
+    def __init__(self, message: str = "", nodes: Mapping[str, str] | None = None):
+        super().__init__(message)
+        self.nodes = dict(nodes or {})
 
 
 class UnsupportedOperatorError(ModelError):

@@ -20,7 +20,7 @@ import numpy as np
 import onnx_ir as ir
 
 from sartor.conditions import cases, decisive, force, gates, groups_in
-from sartor.errors import VerificationError
+from sartor.errors import InternalError, ModelError, VerificationError
 from sartor.ir.branches import BRANCHES, branch, is_choice
 from sartor.ir.channels import ChannelAnalysis, ChannelGroup, channel_groups
 from sartor.ir.files import write_atomic
@@ -99,23 +99,31 @@ def check(
     """
     analysis = analysis or channel_groups(program)
     worst: OracleResult | None = None
+    unfit: ModelError | None = None
     for attempt in range(ATTEMPTS):
-        original = before_softmax(randomise(program, analysis, seed + attempt))
-        result = compare(
-            original,
-            before_softmax(apply_plan(original, plan, analysis)),
-            before_softmax(masked(original, plan, analysis)[0]),
-            plan,
-            analysis=analysis,
-            backend=backend if attempt == 0 else None,
-            threads=threads,
-            seed=seed + attempt,
-            tolerance=tolerance,
-        )
+        positive = attempt % 2 == 1  # where others give no numbers: the logarithm of an input, a divisor
+        try:
+            original = before_softmax(randomise(program, analysis, seed + attempt, positive=positive))
+            result = compare(
+                original,
+                before_softmax(apply_plan(original, plan, analysis)),
+                before_softmax(masked(original, plan, analysis)[0]),
+                plan,
+                analysis=analysis,
+                backend=backend if worst is None else None,
+                threads=threads,
+                seed=seed + attempt,
+                tolerance=tolerance,
+                positive=positive,
+            )
+        except ModelError as error:  # the model refuses these inputs
+            unfit = unfit or error
+            continue
         worst = result if worst is None else _both(worst, result)
         if worst.verdict != "inconclusive":
             break
-    assert worst is not None
+    if worst is None:
+        raise unfit or InternalError("The oracle made no attempt.")
     return worst
 
 
@@ -142,6 +150,7 @@ def compare(
     threads: int = 1,
     seed: int = 0,
     tolerance: float = TOLERANCE_F64,
+    positive: bool = False,
 ) -> OracleResult:
     """Compare given programs; `check` builds them from a plan. Planted bugs are tested through this.
 
@@ -150,7 +159,7 @@ def compare(
     from sartor.ir.batch import random_inputs
     from sartor.ir.fx import run_twin
 
-    inputs = random_inputs(original, seed=seed)
+    inputs = random_inputs(original, seed=seed, positive=positive)
     small = run_twin(pruned, inputs)
     forced = cases(mask)
     if forced:
@@ -169,14 +178,16 @@ def compare(
                     threads=threads,
                     seed=seed,
                     tolerance=tolerance,
+                    positive=positive,
                 )
             )
-        return _all_cases(results, relative_error(run_twin(mask, inputs), small), plan, unseen)
+        return _all_cases(results, relative_error(_seen(run_twin(mask, inputs)), small), plan, unseen)
     large, gradients = _with_gradients(mask, plan, analysis, inputs)
-    error = relative_error(large, small)
+    error = relative_error(_seen(large), small)
     lowered = None
     if backend is not None:
-        lowered = relative_error(*(_run_lowered(p, inputs, backend, threads) for p in (mask, pruned)))
+        at, small_at = (_run_lowered(p, inputs, backend, threads) for p in (mask, pruned))
+        lowered = relative_error(_seen(at), small_at)
     insensitive = _insensitive(original, mask, pruned, plan, analysis, gradients, inputs, large, tolerance)
     limit = lowered_tolerance(original)
     wrong = not error <= tolerance or (lowered is not None and not lowered <= limit)
@@ -213,9 +224,10 @@ def lowered_tolerance(program: Program, precision: str = "f32") -> float:
 
 
 def relative_error(reference: Mapping[str, np.ndarray], other: Mapping[str, np.ndarray]) -> float:
-    """Largest max|a − b| / max|a| over the outputs; infinite for NaN, infinities or different shapes.
+    """Largest max|a − b| / max|a| over the outputs.
 
-    False and True count as 0 and 1. An output that `other` lacks is infinitely wrong.
+    Infinite for different shapes, for an output that `other` lacks, and for NaN or infinities, unless both have
+    them in the same places and there are other numbers to compare. False and True count as 0 and 1.
     """
     worst = 0.0
     for name, a in reference.items():
@@ -224,12 +236,21 @@ def relative_error(reference: Mapping[str, np.ndarray], other: Mapping[str, np.n
             return math.inf
         if a.size:
             a, b = a.astype(np.float64), b.astype(np.float64)
-            if not (np.isfinite(a).all() and np.isfinite(b).all()):
+            finite = np.isfinite(a)
+            if not (finite.any() and np.array_equal(a[~finite], b[~finite], equal_nan=True)):
+                return math.inf
+            a, b = a[finite], b[finite]
+            if not np.isfinite(b).all():
                 return math.inf
             scale = float(np.abs(a).max())
             difference = float(np.abs(a - b).max())
             worst = max(worst, difference / scale if scale > 0 else (0.0 if difference == 0 else math.inf))
     return worst
+
+
+def _seen(outputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Outputs that hold a number; whether the others matter is for the check of sensitivity to say."""
+    return {name: a for name, a in outputs.items() if not a.size or np.isfinite(a.astype(np.float64)).any()}
 
 
 def require(result: OracleResult, program: Program, plan: Plan, folder: Path | None) -> None:
@@ -295,7 +316,7 @@ def _run_lowered(
 
     options = TargetOptions(threads=threads, precision="f32")
     with tempfile.TemporaryDirectory(prefix="sartor-oracle-") as folder:
-        artifact = backend.lower(program, Path(folder) / "lowered", options)
+        artifact = backend.lower(program.understood(), Path(folder) / "lowered", options)
         result: dict[str, np.ndarray] = backend.load(artifact, options).run(inputs)
     return result
 
@@ -316,7 +337,8 @@ def _insensitive(
 
     needed = SENSITIVITY * tolerance
     missing: list[str] = []
-    scale = max((float(np.abs(a).max()) for a in outputs.values() if a.size), default=0.0)
+    finite = [a[np.isfinite(a)] for a in outputs.values()]
+    scale = max((float(np.abs(a).max()) for a in finite if a.size), default=0.0)
     for name, entry in plan.groups.items():
         if not any(m.initializer in pruned.initializers for m in analysis.group(name).members):
             continue  # it went with a removed block: nothing of it is left to be wrong
@@ -328,7 +350,7 @@ def _insensitive(
             mask, analysis, analysis.group(name), unit, inputs, outputs, needed
         ):
             missing.append(name)
-    if plan.blocks and relative_error(run_twin(original, inputs), outputs) <= needed:
+    if plan.blocks and relative_error(_seen(run_twin(original, inputs)), outputs) <= needed:
         missing += plan.blocks
     return tuple(missing)
 
@@ -354,7 +376,7 @@ def _moves(
         array[(slice(None),) * member.axis + (member.index_map == unit,)] *= 1.0 + PERTURBATION
         rewriter.set_initializer(member.initializer, array)
     perturbed.invalidate()
-    return relative_error(outputs, run_twin(perturbed, inputs)) > needed
+    return relative_error(_seen(outputs), run_twin(perturbed, inputs)) > needed
 
 
 def probes(generator: np.random.Generator, size: int) -> tuple[np.ndarray, np.ndarray]:

@@ -225,6 +225,9 @@ def test_sigterm_cleans_up_and_ends_the_worker(model, tmp_path):
     ]
     environment = os.environ | {"TMPDIR": str(tmp_path / "tmp")}
     process = subprocess.Popen([*command, "--json"], env=environment, stdout=-1, stderr=-1, text=True)
+    deadline = time.monotonic() + 20
+    while not list((tmp_path / "tmp").iterdir()) and time.monotonic() < deadline:
+        time.sleep(0.02)  # the first child may be a look at the machine
     workers = children(process.pid)
     assert list((tmp_path / "tmp").iterdir()) and workers
     process.terminate()

@@ -461,7 +461,7 @@ def test_foreign_domain(tmp_path: Path) -> None:
     broken(
         tmp_path,
         [node("FusedConv", ["x"], ["y"], domain="com.vendor", name="f")],
-        r"'f' uses operator 'FusedConv' of domain 'com.vendor'",
+        r"'f' \(FusedConv\) uses operator 'FusedConv' of domain 'com.vendor'",
         UnsupportedOperatorError,
         domains=["com.vendor"],
     )

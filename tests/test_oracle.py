@@ -421,3 +421,60 @@ def test_everything_is_random_and_nothing_else():
         assert np.array_equal(old, new) != number, name
         if number:
             assert np.unique(new).size == new.size or new.size > 1000, name
+
+
+# ---- inputs that a model has no numbers for -----------------------------------------------------
+
+
+def two_convolutions(beside: list, inputs: dict, initializers: dict | None = None) -> Program:
+    rng = np.random.default_rng(0)
+    weights = {
+        "w1": rng.standard_normal((8, 3, 1, 1)).astype(np.float32),
+        "w2": rng.standard_normal((4, 8, 1, 1)).astype(np.float32),
+    }
+    nodes = [node("Conv", ["x", "w1"], ["a"]), node("Relu", ["a"], ["b"]), node("Conv", ["b", "w2"], ["y"])]
+    shapes = {**inputs, "x": [1, 3, 4, 4]}
+    return program_from_nodes([*nodes, *beside], shapes, ["y", "z"], weights | (initializers or {}))
+
+
+@pytest.mark.parametrize("op", ["Log", "Sqrt", "Acosh"])
+def test_an_output_without_numbers_hides_nothing_else(op):
+    program = two_convolutions([node(op, ["u"], ["z"])], {"u": [1, 5]})
+    assert oracle.check(program, half(program)).verdict == "passed"
+
+
+def test_what_only_reaches_an_output_without_numbers_is_inconclusive():
+    """The square root of a negative number at every draw: nothing would be seen, so nothing is claimed."""
+    program = program_from_nodes(
+        [
+            node("MatMul", ["x", "w1"], ["a"]),
+            node("Relu", ["a"], ["b"]),
+            node("MatMul", ["b", "w2"], ["c"]),
+            node("Mul", ["c", "c"], ["square"]),
+            node("Sub", ["minus", "square"], ["d"]),
+            node("Sqrt", ["d"], ["y"]),
+        ],
+        {"x": [1, 4]},
+        ["y"],
+        {
+            "w1": np.ones((4, 8), np.float32),
+            "w2": np.ones((8, 4), np.float32),
+            "minus": np.float32(-1).reshape(()),
+        },
+    )
+    assert oracle.check(program, half(program)).verdict == "inconclusive"
+
+
+def test_a_first_input_without_axes():
+    program = two_convolutions([node("Neg", ["u"], ["z"])], {"u": []})
+    assert oracle.check(program, half(program)).verdict == "passed"
+
+
+def test_numbers_that_are_missing_on_one_side_only_are_wrong():
+    a, nan = np.array([1.0, 2.0, 3.0]), np.array([1.0, np.nan, 3.0])
+    assert oracle.relative_error({"y": nan}, {"y": nan}) == 0.0
+    assert oracle.relative_error({"y": nan}, {"y": np.array([1.0, np.nan, 4.0])}) == pytest.approx(1 / 3)
+    for left, right in ((a, nan), (nan, a), (np.array([np.nan]), np.array([np.nan]))):
+        assert oracle.relative_error({"y": left}, {"y": right}) == np.inf
+    up, down = np.array([1.0, np.inf]), np.array([1.0, -np.inf])
+    assert oracle.relative_error({"y": up}, {"y": down}) == np.inf

@@ -80,7 +80,13 @@ def describe(path: str) -> list[str]:
     if dataclasses.is_dataclass(found):
         lines += [f"{path}.{f.name}: {f.type}" for f in dataclasses.fields(found)]
     fields = {f.name for f in dataclasses.fields(found)} if dataclasses.is_dataclass(found) else set()
-    for member, value in sorted(vars(found).items()):
+    members = {
+        k: v
+        for base in reversed(found.__mro__)
+        if base.__module__.startswith("sartor")
+        for k, v in vars(base).items()
+    }
+    for member, value in sorted(members.items()):
         if member.startswith("_") or member in fields:
             continue
         target = value.__func__ if isinstance(value, (staticmethod, classmethod)) else value

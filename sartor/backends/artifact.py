@@ -55,7 +55,7 @@ def write_artifact(
             sha256={name: _sha256(temporary / name) for name in files},
             precision=options.precision,
             inputs=tuple(_spec(value) for value in program.graph.inputs),
-            outputs=tuple(_spec(value) for value in program.graph.outputs),
+            outputs=tuple(_spec(value) for value in program.outputs),
             shapes={**program.input_shapes, **options.shapes},
             metadata=metadata,
         )

@@ -228,10 +228,13 @@ def relative_error(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.max(np.abs(a[differ] - b[differ]))) / scale
 
 
-def random_inputs(program: Program, *, size: int | None = None, seed: int = 0) -> dict[str, np.ndarray]:
+def random_inputs(
+    program: Program, *, size: int | None = None, seed: int = 0, positive: bool = False
+) -> dict[str, np.ndarray]:
     """Random arrays for every graph input; batch axes have `size` samples if it is given.
 
-    Floats ~ N(0, 1). Integers lie in {0, 1}, the only range that is safe for every use as an index.
+    Floats ~ N(0, 1). Integers lie in {0, 1}, the only range that is safe for every use as an index. Where
+    `positive`, floats are uniform in [0.5, 1.5] and integers 1.
     """
     generator = np.random.default_rng(seed)
     arrays: dict[str, np.ndarray] = {}
@@ -244,7 +247,9 @@ def random_inputs(program: Program, *, size: int | None = None, seed: int = 0) -
             raise ModelError(f"Input '{name}' declares no element type.")
         dtype = value.dtype.numpy()
         if np.issubdtype(dtype, np.integer) or dtype == np.bool_:
-            arrays[name] = generator.integers(0, 2, size=shape).astype(dtype)
+            arrays[name] = generator.integers(int(positive), 2, size=shape).astype(dtype)
+        elif positive:
+            arrays[name] = (generator.random(shape) + 0.5).astype(dtype)
         else:
             arrays[name] = generator.standard_normal(shape).astype(dtype)
     return arrays

@@ -7,7 +7,7 @@ never folded; graph inputs and outputs keep their names and element types.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Set
+from collections.abc import Collection, Iterator, Mapping, Set
 
 import onnx
 import onnx_ir as ir
@@ -23,6 +23,7 @@ from sartor.ir.program import (
     NodeProvenance,
     infer_shapes,
 )
+from sartor.ir.tail import bodies_of
 
 ELEMENTWISE_UNARY = names(
     """Abs Acos Acosh Asin Asinh Atan Atanh BitwiseNot Cast Ceil Celu Clip Cos Cosh Elu Erf Exp Floor Gelu
@@ -141,13 +142,13 @@ def canonicalize(
         protected |= static.materialise(graph, generated_elements)
         static.prepare(graph)
         shapes = _reduce(model, input_shapes, protected, folded, generated_elements)
+    _check_known(model, shapes, provenance)
     normalise.normalise(graph, shapes, protected)
     cleanup.remove_dead(graph)
     cleanup.fix_names(model)
     graph.sort()
     static.check_generators(graph, shapes, generated_elements)
     check_operators(model, provenance)
-    _check_known(graph, shapes, provenance)
     branches.nest(graph)
     cleanup.sort_initializers(graph)
     cleanup.drop_metadata(model)
@@ -195,7 +196,9 @@ def check_operators(
     Raises:
         UnsupportedOperatorError: names operator, node and source line.
     """
-    for node in ir.traversal.RecursiveGraphIterator(model.graph):
+    refused: dict[str, str] = {}
+    message = ""
+    for outer, node in _with_outermost(model.graph):
         if node.domain == DIALECT_DOMAIN and node.op_identifier() in model.functions:
             continue
         if node.domain in ("", "ai.onnx"):
@@ -208,26 +211,43 @@ def check_operators(
                 continue
         domain = f" of domain '{node.domain}'" if node.domain not in ("", "ai.onnx") else ""
         reason = f": {_REASONS[node.op_type]}" if not domain and node.op_type in _REASONS else ""
-        raise UnsupportedOperatorError(
+        refused.setdefault(outer, f"operator '{node.op_type}'{domain} is not in the canonical table{reason}")
+        message = message or (
             f"Node {_where(node, provenance)} uses operator '{node.op_type}'{domain}, which is outside the "
             f"canonical table of {len(CANONICAL_OPS)} operators{reason}. Replace it by supported operators, or "
             "cut the model before it."
         )
+    if refused:
+        raise UnsupportedOperatorError(message, refused)
+
+
+def _with_outermost(graph: ir.Graph) -> Iterator[tuple[str, ir.Node]]:
+    """Every node, bodies included, with the name of the node of the main graph that it is or lies in."""
+    for outer in graph:
+        yield outer.name or "", outer
+        for body in bodies_of(outer):
+            for node in ir.traversal.RecursiveGraphIterator(body):
+                yield outer.name or "", node
 
 
 def _check_known(
-    graph: ir.Graph, shapes: Mapping[str, tuple[int, ...]], provenance: Mapping[str, NodeProvenance] | None
+    model: ir.Model, shapes: Mapping[str, tuple[int, ...]], provenance: Mapping[str, NodeProvenance] | None
 ) -> None:
-    for node in graph:
-        for output in node.outputs:
-            if output.name and output.name not in shapes and node.op_type not in STRUCTURAL_OPS:
-                raise ModelError(
-                    f"The shape of value '{output.name}' of node {_where(node, provenance)} depends on "
-                    "data, or "
-                    "on a dimension that is not fixed. Give every input's shape with --shape "
-                    "NAME=1,3,224,224, "
-                    "or cut the model before this node."
-                )
+    unknown = {
+        node: output.name
+        for node in model.graph
+        for output in node.outputs
+        if output.name and output.name not in shapes and node.op_type not in STRUCTURAL_OPS
+    }
+    if unknown:
+        check_operators(model, provenance)  # an operator outside the table is the better reason
+        first, value = next(iter(unknown.items()))
+        raise ModelError(
+            f"The shape of value '{value}' of node {_where(first, provenance)} depends on data, or on a dimension "
+            "that is not fixed. Give every input's shape with --shape NAME=1,3,224,224, or cut the model before "
+            "this node.",
+            {n.name or "": f"the shape of its result '{v}' depends on data" for n, v in unknown.items()},
+        )
 
 
 def _where(node: ir.Node, provenance: Mapping[str, NodeProvenance] | None) -> str:

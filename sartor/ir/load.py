@@ -19,8 +19,8 @@ from onnx_ir.passes.common import InlinePass
 from sartor.errors import ModelError, SartorError, UsageError, VerificationError
 from sartor.ir import batch as batching
 from sartor.ir import canonicalize as canonical
-from sartor.ir import cleanup, opset, provenance
-from sartor.ir.onnx_file import Limits, checker_complaint, read
+from sartor.ir import cleanup, opset, provenance, tail
+from sartor.ir.onnx_file import Contents, Limits, checker_complaint, read
 from sartor.ir.opset_functions import all_nodes
 from sartor.ir.program import DIALECT_DOMAIN, Batch, Program, Source
 from sartor.ir.verify import verify_program
@@ -54,7 +54,7 @@ def load(
     file = Path(path)
     root = Path(external_root) if external_root is not None else None
     try:
-        program = _load(file, shapes or {}, root, limits)
+        program = _understood(read(file, root, limits), file.name, shapes or {}, limits)
         verify_program(program)
         _require_possible(program, limits)
     except VerificationError as error:
@@ -89,11 +89,36 @@ def _undecodable(error: BaseException | None) -> bool:
     return False
 
 
-def _load(
-    path: Path, shapes: Mapping[str, Sequence[int]], external_root: Path | None, limits: Limits
+def _understood(
+    contents: Contents, name: str, shapes: Mapping[str, Sequence[int]], limits: Limits
 ) -> Program:
-    contents = read(path, external_root, limits)
-    model = contents.model
+    """The program of a file, without the nodes that nothing can be said about and what follows them.
+
+    What those are shows only as the model is made canonical; it is begun again without them until nothing is
+    in the way.
+    """
+    model = _prepared(contents.model)
+    source = Source("onnx", name, contents.sha256)
+    found: dict[str, str] = {}
+    first: ModelError | None = None
+    while True:
+        core = model.clone()
+        try:
+            left = tail.detach(core, found) if found else None
+            program = _canonical(core, source, shapes, limits, left)
+            program.shapes()
+        except ModelError as error:
+            first = first or error
+            more = {k: v for k, v in error.nodes.items() if k not in found}
+            if not more:
+                raise first from error.__cause__
+            found |= more
+        else:
+            return program
+
+
+def _prepared(model: ir.Model) -> ir.Model:
+    """The model at the canonical opset, without functions, sorted, with unique names."""
     _drop_initialized_inputs(model.graph)
     cleanup.fix_names(model)
     _check_attributes(model)
@@ -101,6 +126,17 @@ def _load(
     inline_functions(model)
     cleanup.sort(model.graph)
     cleanup.fix_names(model)
+    return model
+
+
+def _canonical(
+    model: ir.Model,
+    source: Source,
+    shapes: Mapping[str, Sequence[int]],
+    limits: Limits,
+    left: tail.Tail | None,
+) -> Program:
+    """The canonical program of a prepared model; the batch is fixed where a part of it is left out."""
     origin = provenance.extract(model)
     parameters = {
         name
@@ -109,7 +145,6 @@ def _load(
     }
     declared = _declared(model.graph)
     _check_names(shapes, declared)
-    source = Source("onnx", path.name, contents.sha256)
     carriers, static = _batch_inputs(declared)
     reference = _reference(declared, carriers if not static else (), shapes)
 
@@ -121,12 +156,15 @@ def _load(
             provenance=origin,
             generated_elements=limits.generated_elements,
         )
-        return Program(into, source=source, input_shapes=at, provenance=_present(into, origin))
+        present = _present(into, origin)
+        return Program(into, source=source, input_shapes=at, provenance=present, tail=left)
 
     if static:
         fixed = {name: tuple(int(d) for d in dims) for name, dims in declared.items()}  # type: ignore[arg-type]
         program = canonical_at(fixed, model)
-        if carriers:
+        if left is not None:
+            program = batching.as_fixed(program, left.reason())
+        elif carriers:
             size = fixed[carriers[0]][0]
             general = batching.generalise(program, carriers, size, fixed)
             program = general if general.batch.symbolic else batching.as_fixed(general, general.batch.reason)
@@ -134,6 +172,10 @@ def _load(
             program = batching.as_fixed(program, "no input has an axis to serve as the batch axis")
         return batching.with_shapes(program, shapes) if shapes else program
 
+    if left is not None:
+        program = canonical_at(reference, model)
+        program.batch = Batch(symbolic=False, inputs=carriers, reason=left.reason())
+        return batching.fix_signature(program)
     spare = model.clone()
     size = batching.unusual_batch(
         [

@@ -13,9 +13,8 @@ import onnx
 import onnx_ir as ir
 from google.protobuf.message import DecodeError
 
-from sartor.errors import ModelError, UnsupportedOperatorError
+from sartor.errors import ModelError
 from sartor.ir.external_data import ExternalData
-from sartor.ir.program import DIALECT_DOMAIN
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,7 +136,6 @@ def _graphs(graph: onnx.GraphProto, depth: int = 1) -> Iterator[tuple[onnx.Graph
 
 def _check_structure(proto: onnx.ModelProto, limits: Limits) -> None:
     count = sum(len(f.node) for f in proto.functions)
-    known = {"", "ai.onnx", DIALECT_DOMAIN} | {f.domain for f in proto.functions}
     for graph, depth in _graphs(proto.graph):
         if depth > limits.depth:
             raise ModelError(f"Subgraphs nest deeper than {limits.depth} levels; the file is refused.")
@@ -148,22 +146,9 @@ def _check_structure(proto: onnx.ModelProto, limits: Limits) -> None:
             for text in (node.name, node.op_type, node.domain, *node.input, *node.output):
                 if isinstance(text, bytes):  # protobuf hands out what is not UTF-8 as bytes
                     raise ModelError(f"The name {text!r} is not valid UTF-8; the file is damaged.")
-            if node.domain not in known:
-                raise UnsupportedOperatorError(
-                    f"Node '{node.name}' uses operator '{node.op_type}' of domain '{node.domain}', which is "
-                    "not "
-                    "part of ONNX. Export the model with standard operators only."
-                )
         if graph.sparse_initializer:
             name = graph.sparse_initializer[0].values.name
             raise ModelError(f"Initializer '{name}' is sparse; store it densely.")
-    functions = {(f.domain, f.name) for f in proto.functions}
-    for node in proto.graph.node:
-        if node.domain not in ("", "ai.onnx") and (node.domain, node.op_type) not in functions:
-            raise UnsupportedOperatorError(
-                f"Node '{node.name}' calls function '{node.domain}::{node.op_type}', which the file does "
-                "not define."
-            )
 
 
 def _tensors(proto: onnx.ModelProto) -> Iterator[onnx.TensorProto]:

@@ -27,6 +27,7 @@ from sartor.errors import InternalError, ModelError, UsageError
 from sartor.ir import serialise
 from sartor.ir.branches import flattened
 from sartor.ir.files import write_all
+from sartor.ir.tail import Tail
 
 CANONICAL_OPSET = 21
 """Opset of the canonical dialect; see docs/adr/0003."""
@@ -100,6 +101,7 @@ class Program:
         batch: Batch = Batch(symbolic=False, reason="not analysed"),
         provenance: Mapping[str, NodeProvenance] | None = None,
         applied: tuple[str, ...] = (),
+        tail: Tail | None = None,
     ):
         self.model = model
         self.source = source
@@ -107,6 +109,7 @@ class Program:
         self.batch = batch
         self.provenance = dict(provenance or {})
         self.applied = applied
+        self.tail = tail
         self._shapes: dict[str, tuple[int, ...]] | None = None
         self._types: dict[str, ir.DataType] | None = None
         self._analyses: dict[Hashable, Any] = {}
@@ -121,6 +124,11 @@ class Program:
     def initializers(self) -> Mapping[str, ir.Value]:
         """Initializers of the main graph by name."""
         return self.model.graph.initializers
+
+    @property
+    def outputs(self) -> list[ir.Value]:
+        """Outputs of the model as it is written; those of `graph` are where the understood part ends."""
+        return list(self.graph.outputs) if self.tail is None else self.tail.output_values(self.graph)
 
     def nodes(self) -> Iterator[ir.Node]:
         """Nodes of the main graph in execution order."""
@@ -155,8 +163,17 @@ class Program:
             batch=self.batch,
             provenance=self.provenance,
             applied=self.applied,
+            tail=self.tail,
         )
         copy._shapes, copy._types, copy._analyses = self._shapes, self._types, dict(self._analyses)
+        return copy
+
+    def understood(self) -> Program:
+        """The program without its tail, ending at the values that the tail reads; itself if it has none."""
+        if self.tail is None:
+            return self
+        copy = self.clone()
+        copy.tail = None
         return copy
 
     def invalidate(self) -> None:
@@ -196,14 +213,15 @@ class Program:
 
     def _infer(self) -> None:
         shapes, types = infer_shapes(flattened(self.model), self.input_shapes)
-        for node in self.nodes():
-            for output in node.outputs:
-                if output.name and output.name not in shapes:
-                    raise ModelError(
-                        f"The shape of value '{output.name}' of node {self.where(node)} could not be inferred "
-                        "at the given input shapes; it depends on data or on a dimension that is not fixed. "
-                        "Fix every dimension with --shape NAME=1,3,224,224."
-                    )
+        unknown = {n: o.name for n in self.nodes() for o in n.outputs if o.name and o.name not in shapes}
+        if unknown:
+            node, value = next(iter(unknown.items()))
+            raise ModelError(
+                f"The shape of value '{value}' of node {self.where(node)} could not be inferred at the given "
+                "input shapes; it depends on data or on a dimension that is not fixed. Fix every dimension with "
+                "--shape NAME=1,3,224,224.",
+                {n.name or "": f"the shape of its result '{v}' depends on data" for n, v in unknown.items()},
+            )
         self._shapes, self._types = shapes, types
 
     # ---- bytes -----------------------------------------------------------------------------
@@ -270,6 +288,10 @@ class Program:
                 value.const_value = ir.Tensor(np.zeros(0, np.float32))  # a stand-in, which costs nothing
         shell = ir.to_proto(light)
         shell.graph.ClearField("initializer")
+        if self.tail is not None:
+            self.tail.attach(shell)
+            weights += [serialise.weights_of(k, v) for k, v in self.tail.weights.items()]
+            weights.sort(key=lambda tensor: tensor.header.name)
         _strip(shell)
         return shell, weights
 

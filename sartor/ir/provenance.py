@@ -14,6 +14,7 @@ _FRAME = re.compile(r'File "([^"]+)", line (\d+)')
 _SCOPES = "pkg.torch.onnx.name_scopes"
 _CLASSES = "pkg.torch.onnx.class_hierarchy"
 _STACK = "pkg.torch.onnx.stack_trace"
+_TORCH = re.compile(r"(site|dist)-packages[/\\](torch|onnxscript)[/\\]")
 _LIBRARY_PARTS = ("site-packages", "dist-packages")
 
 
@@ -40,12 +41,13 @@ def extract(model: ir.Model) -> dict[str, NodeProvenance]:
 
 
 def location(stack_trace: str) -> str:
-    """`file.py:line` of the author's innermost frame (library frames only if there is no other)."""
+    """`file.py:line` of the author's innermost frame; of a library's if there is no other, and last of torch's."""
     frames = _FRAME.findall(stack_trace)
     own = [f for f in frames if not any(part in f[0] for part in _LIBRARY_PARTS) and f[0][:1] != "<"]
+    models = [f for f in frames if f[0][:1] != "<" and not _TORCH.search(f[0])]
     if not frames:
         return ""
-    path, line = (own or frames)[-1]
+    path, line = (own or models or frames)[-1]
     return f"{os.path.basename(path)}:{line}"
 
 

@@ -11,9 +11,9 @@ import onnx_ir as ir
 
 from sartor.errors import ModelError
 from sartor.ir.program import Program
+from sartor.ir.tail import bodies_of
 from sartor.passes.base import Context, Pass, Planned, Refusal, Semantics, option
 from sartor.passes.rewriter import Rewriter
-from sartor.passes.structure import bodies_of
 
 _RANDOM = frozenset({"Bernoulli", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform"})
 _RANDOM_LIKE = frozenset({"RandomUniformLike", "Dropout"})

@@ -8,9 +8,9 @@ from typing import Any, ClassVar
 import onnx_ir as ir
 
 from sartor.ir.program import Program
+from sartor.ir.tail import bodies_of
 from sartor.passes.base import Context, Pass, Semantics
 from sartor.passes.rewriter import Rewriter
-from sartor.passes.structure import bodies_of
 
 
 @dataclasses.dataclass(frozen=True)

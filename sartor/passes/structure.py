@@ -9,6 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from sartor.ir.program import Program
+from sartor.ir.tail import bodies_of
 
 Structure = tuple[Any, ...]
 Signature = tuple[tuple[str, str, str], ...]
@@ -104,17 +105,6 @@ def signature_of(program: Program) -> tuple[Signature, Signature]:
     return _typed(program.graph.inputs), _typed(program.graph.outputs)
 
 
-def bodies_of(node: ir.Node) -> tuple[ir.Graph, ...]:
-    """The graphs in the attributes of a node (branches of If, body of Loop or Scan), not nested ones."""
-    bodies: list[ir.Graph] = []
-    for attribute in node.attributes.values():
-        if attribute.type == ir.AttributeType.GRAPH and not attribute.is_ref():
-            bodies.append(attribute.as_graph())
-        elif attribute.type == ir.AttributeType.GRAPHS and not attribute.is_ref():
-            bodies.extend(attribute.as_graphs())
-    return tuple(bodies)
-
-
 def nodes_in_bodies(node: ir.Node) -> Iterator[ir.Node]:
     """Every node inside the bodies of a node, nested ones included."""
     for body in bodies_of(node):
@@ -127,6 +117,8 @@ class UniqueNames:
     def __init__(self, program: Program):
         self._values: set[str] = set()
         self._nodes: set[str] = set()
+        if program.tail is not None:
+            self._values.update(program.tail.names())
         for graph in (program.graph, *program.graph.subgraphs()):
             self._values.update(value.name for value in graph.inputs if value.name)
             self._values.update(graph.initializers)

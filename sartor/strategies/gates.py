@@ -75,7 +75,7 @@ def gate_gradients(
     count = 0
     for inputs, labels in data:
         arrays = [to_tensor(inputs[name], runner.info.dtype) for name in runner.info.inputs]
-        samples = len(arrays[0])
+        samples = next((len(a) for a in arrays if a.dim()), 1)
         outputs = runner(arrays)
         target = None if labels is None else torch.as_tensor(np.asarray(labels))
         if loss is not None:

@@ -91,8 +91,14 @@ class Propagation:
                 function(self, node)
         for output in self.program.graph.outputs:
             if output.name in self.value_labels:
-                reason = Reason(f"reaches the graph output '{output.name}'", self._producer(output))
+                reason = Reason(self._end(output.name), self._producer(output))
                 self.space.block_labels(self.value_labels[output.name], reason)
+
+    def _end(self, output: str) -> str:
+        tail = self.program.tail
+        if tail is None or output not in tail.added:
+            return f"reaches the graph output '{output}'"
+        return f"is read by node '{tail.readers[output]}', and {tail.reason()}"
 
     def _producer(self, value: ir.Value) -> str:
         node = value.producer()
