@@ -10,7 +10,6 @@ otherwise the verdict is `inconclusive`.
 from __future__ import annotations
 
 import dataclasses
-import math
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,27 +18,22 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from sartor.comparison import relative_error, seen
 from sartor.conditions import cases, decisive, force, gates, groups_in
 from sartor.errors import InternalError, ModelError, VerificationError
 from sartor.ir.branches import BRANCHES, branch, is_choice
-from sartor.ir.channels import ChannelAnalysis, ChannelGroup, channel_groups
+from sartor.ir.channels import ChannelAnalysis, channel_groups
 from sartor.ir.files import write_atomic
 from sartor.ir.plan import Plan
 from sartor.ir.program import Program
 from sartor.passes.masked import masked
 from sartor.passes.prune import apply_plan
-from sartor.passes.rewriter import Rewriter
 from sartor.random_weights import randomise
+from sartor.sensitivity import insensitive, with_gradients
 
 TOLERANCE_F64 = 1e-9
 LOWERED_TOLERANCE = {"f32": 1e-4, "f16": 1e-2, "bf16": 5e-2}
 """Relative error of an artifact against the float64 reference, by the coarsest type it computes in."""
-SENSITIVITY = 100.0
-PERTURBATION = 0.1
-_PROBES = (
-    4  # output elements whose mean, with random signs, is differentiated: a lower bound of the largest change
-)
-_MOST_PERTURBED = 8  # groups that the bound does not clear are perturbed one by one, up to this many
 ATTEMPTS = 4
 """Draws of weights before a group counts as insensitive: in one draw a narrow layer may be dead behind its ReLU."""
 
@@ -181,18 +175,18 @@ def compare(
                     positive=positive,
                 )
             )
-        return _all_cases(results, relative_error(_seen(run_twin(mask, inputs)), small), plan, unseen)
-    large, gradients = _with_gradients(mask, plan, analysis, inputs)
-    error = relative_error(_seen(large), small)
+        return _all_cases(results, relative_error(seen(run_twin(mask, inputs)), small), plan, unseen)
+    large, gradients = with_gradients(mask, plan, analysis, inputs)
+    error = relative_error(seen(large), small)
     lowered = None
     if backend is not None:
         at, small_at = (_run_lowered(p, inputs, backend, threads) for p in (mask, pruned))
-        lowered = relative_error(_seen(at), small_at)
-    insensitive = _insensitive(original, mask, pruned, plan, analysis, gradients, inputs, large, tolerance)
+        lowered = relative_error(seen(at), small_at)
+    hidden = insensitive(original, mask, pruned, plan, analysis, gradients, inputs, large, tolerance)
     limit = lowered_tolerance(original)
     wrong = not error <= tolerance or (lowered is not None and not lowered <= limit)
-    verdict = "failed" if wrong else "inconclusive" if insensitive else "passed"
-    return OracleResult(verdict, error, tolerance, lowered, limit, insensitive)
+    verdict = "failed" if wrong else "inconclusive" if hidden else "passed"
+    return OracleResult(verdict, error, tolerance, lowered, limit, hidden)
 
 
 def _all_cases(results: Sequence[OracleResult], error: float, plan: Plan, unseen: set[str]) -> OracleResult:
@@ -221,36 +215,6 @@ def lowered_tolerance(program: Program, precision: str = "f32") -> float:
     own = {"FLOAT16": "f16", "BFLOAT16": "bf16"}
     coarse = {own.get(dtype.name, "f32") for dtype in program.types().values()}
     return max(LOWERED_TOLERANCE.get(name, 1e-4) for name in {precision, *coarse})
-
-
-def relative_error(reference: Mapping[str, np.ndarray], other: Mapping[str, np.ndarray]) -> float:
-    """Largest max|a − b| / max|a| over the outputs.
-
-    Infinite for different shapes, for an output that `other` lacks, and for NaN or infinities, unless both have
-    them in the same places and there are other numbers to compare. False and True count as 0 and 1.
-    """
-    worst = 0.0
-    for name, a in reference.items():
-        b = other.get(name)
-        if b is None or a.shape != b.shape:
-            return math.inf
-        if a.size:
-            a, b = a.astype(np.float64), b.astype(np.float64)
-            finite = np.isfinite(a)
-            if not (finite.any() and np.array_equal(a[~finite], b[~finite], equal_nan=True)):
-                return math.inf
-            a, b = a[finite], b[finite]
-            if not np.isfinite(b).all():
-                return math.inf
-            scale = float(np.abs(a).max())
-            difference = float(np.abs(a - b).max())
-            worst = max(worst, difference / scale if scale > 0 else (0.0 if difference == 0 else math.inf))
-    return worst
-
-
-def _seen(outputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Outputs that hold a number; whether the others matter is for the check of sensitivity to say."""
-    return {name: a for name, a in outputs.items() if not a.size or np.isfinite(a.astype(np.float64)).any()}
 
 
 def require(result: OracleResult, program: Program, plan: Plan, folder: Path | None) -> None:
@@ -319,101 +283,6 @@ def _run_lowered(
         artifact = backend.lower(program.understood(), Path(folder) / "lowered", options)
         result: dict[str, np.ndarray] = backend.load(artifact, options).run(inputs)
     return result
-
-
-def _insensitive(
-    original: Program,
-    mask: Program,
-    pruned: Program,
-    plan: Plan,
-    analysis: ChannelAnalysis,
-    gradients: Mapping[str, np.ndarray],
-    inputs: Mapping[str, np.ndarray],
-    outputs: Mapping[str, np.ndarray],
-    tolerance: float,
-) -> tuple[str, ...]:
-    """Groups and blocks of the plan whose perturbation would not have been seen."""
-    from sartor.ir.fx import run_twin
-
-    needed = SENSITIVITY * tolerance
-    missing: list[str] = []
-    finite = [a[np.isfinite(a)] for a in outputs.values()]
-    scale = max((float(np.abs(a).max()) for a in finite if a.size), default=0.0)
-    for name, entry in plan.groups.items():
-        if not any(m.initializer in pruned.initializers for m in analysis.group(name).members):
-            continue  # it went with a removed block: nothing of it is left to be wrong
-        kept = np.asarray(entry.keep)
-        unit = int(kept[np.argmax(np.abs(gradients[name][kept]))])
-        if PERTURBATION * np.abs(gradients[name][unit]) > needed * scale:
-            continue
-        if len(missing) >= _MOST_PERTURBED or not _moves(
-            mask, analysis, analysis.group(name), unit, inputs, outputs, needed
-        ):
-            missing.append(name)
-    if plan.blocks and relative_error(_seen(run_twin(original, inputs)), outputs) <= needed:
-        missing += plan.blocks
-    return tuple(missing)
-
-
-def _moves(
-    mask: Program,
-    analysis: ChannelAnalysis,
-    group: ChannelGroup,
-    unit: int,
-    inputs: Mapping[str, np.ndarray],
-    outputs: Mapping[str, np.ndarray],
-    needed: float,
-) -> bool:
-    """Whether a perturbation of one unit, where its gate would be, changes some output by more than `needed`."""
-    from sartor.ir.fx import run_twin
-
-    perturbed = mask.clone()
-    rewriter = Rewriter(perturbed, "perturb")
-    for member in analysis.masked_members(group):
-        if len(analysis.program.initializers[member.initializer].uses()) != 1:
-            return False  # MASKED reads a private copy of a shared parameter, which goes by another name
-        array = perturbed.initializer_array(member.initializer).copy()
-        array[(slice(None),) * member.axis + (member.index_map == unit,)] *= 1.0 + PERTURBATION
-        rewriter.set_initializer(member.initializer, array)
-    perturbed.invalidate()
-    return relative_error(_seen(outputs), run_twin(perturbed, inputs)) > needed
-
-
-def probes(generator: np.random.Generator, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Some of `size` elements, and a random sign for each."""
-    elements = generator.choice(size, min(_PROBES, size), replace=False)
-    return elements, generator.choice([-1.0, 1.0], len(elements))
-
-
-def _with_gradients(
-    mask: Program, plan: Plan, analysis: ChannelAnalysis, inputs: Mapping[str, np.ndarray]
-) -> tuple[dict[str, np.ndarray], Mapping[str, np.ndarray]]:
-    """Outputs of MASKED, and the derivative of a random mean of some elements by every unit's gate, in one sweep.
-
-    The derivative is a lower bound of how far the gate moves some output, and one sweep serves all groups.
-    """
-    import torch
-
-    from sartor.ir.fx import run_twin
-    from sartor.strategies.gates import gate_gradients
-
-    if not plan.groups:
-        return run_twin(mask, inputs), {}
-    generator = np.random.default_rng(1)
-    seen: dict[str, np.ndarray] = {}
-
-    def loss(result: Mapping[str, torch.Tensor], _: Any) -> torch.Tensor:
-        total = torch.zeros((), dtype=torch.float64)
-        for name, output in result.items():
-            seen[name] = output.detach().numpy().copy()
-            if output.is_floating_point() and output.numel():
-                elements, signs = map(torch.from_numpy, probes(generator, output.numel()))
-                total = total + (output.reshape(-1)[elements] * signs).mean()
-        return total
-
-    data = [(dict(inputs), None)]
-    found = gate_gradients(mask, analysis, (), data, loss=loss, dtype=torch.float64)
-    return seen, found.groups
 
 
 __all__ = ["OracleResult", "check", "compare", "randomise", "relative_error", "require"]

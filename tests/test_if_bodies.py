@@ -25,6 +25,7 @@ from onnx_files import random, run, weights
 from random_graphs import legal_plans, programs
 
 from sartor import oracle
+from sartor.comparison import relative_error
 from sartor.conditions import cases
 from sartor.errors import UnsupportedOperatorError
 from sartor.ir.blocks import residual_blocks
@@ -84,7 +85,7 @@ def half(analysis, seed: int = 0, only: str | None = None) -> Plan:
 
 
 def gap(a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray]) -> float:
-    return max(oracle.relative_error({n: a[n]}, {n: b[n]}) for n in a)
+    return max(relative_error({n: a[n]}, {n: b[n]}) for n in a)
 
 
 def check(prog: Program, expected: set[str] | None = None, seeds: Sequence[int] = (0,)):

@@ -15,7 +15,7 @@ import pytest
 from builders import node, program_from_nodes
 from models import captured
 
-from sartor import backends, oracle
+from sartor import backends, comparison, oracle, sensitivity
 from sartor.errors import EXIT_VERIFICATION_FAILED, VerificationError
 from sartor.ir.channels import channel_groups
 from sartor.ir.fx import run_twin
@@ -155,7 +155,7 @@ def test_every_narrowed_parameter_matters(family):
         wrong = pruned.clone()
         rolled = np.roll(array, 1, axis=member.axis)
         wrong.initializers[member.initializer].const_value = oracle_tensor(rolled, member.initializer)
-        assert oracle.relative_error(reference, run_twin(wrong, inputs)) > 100 * oracle.TOLERANCE_F64
+        assert comparison.relative_error(reference, run_twin(wrong, inputs)) > 100 * oracle.TOLERANCE_F64
         seen += 1
     assert seen >= 2
 
@@ -202,10 +202,10 @@ def test_final_softmax_is_looked_through():
     bias = shifted.initializers["b"]
     bias.const_value = oracle_tensor(bias.const_value.numpy() + np.float32(1), "b")
     feeds = oracle_inputs(program)
-    before = oracle.relative_error(run_twin(seen, feeds), run_twin(shifted, feeds))
+    before = comparison.relative_error(run_twin(seen, feeds), run_twin(shifted, feeds))
     hidden = program.clone()
     hidden.initializers["b"].const_value = bias.const_value
-    after = oracle.relative_error(run_twin(program, feeds), run_twin(hidden, feeds))
+    after = comparison.relative_error(run_twin(program, feeds), run_twin(hidden, feeds))
     assert after < 1e-6 and before > 1e-2
 
 
@@ -290,18 +290,19 @@ def test_gradients_agree_with_a_real_perturbation():
     original = oracle.randomise(program, analysis, 0)
     mask, _ = masked(original, plan, analysis)
     inputs = oracle_inputs(original)
-    outputs, gradients = oracle._with_gradients(mask, plan, analysis, inputs)
-    elements, signs = oracle.probes(np.random.default_rng(1), outputs["y"].size)
+    outputs, gradients = sensitivity.with_gradients(mask, plan, analysis, inputs)
+    elements, signs = sensitivity.probes(np.random.default_rng(1), outputs["y"].size)
     for unit in range(6):
         moved = mask.clone()
         array = moved.initializer_array("v2").astype(np.float64).copy()
-        array[unit] *= 1 + oracle.PERTURBATION
+        array[unit] *= 1 + sensitivity.PERTURBATION
         moved.initializers["v2"].const_value = oracle_tensor(array.astype(np.float32), "v2")
         change = ((run_twin(moved, inputs)["y"] - outputs["y"]).ravel()[elements] * signs).mean()
-        assert change == pytest.approx(oracle.PERTURBATION * gradients["v1"][unit], rel=1e-5, abs=1e-7)
+        assert change == pytest.approx(sensitivity.PERTURBATION * gradients["v1"][unit], rel=1e-5, abs=1e-7)
     assert np.abs(gradients["v1"]).max() > 0.01 and (gradients["w1"] == 0).all()
     seen = [
-        oracle._moves(mask, analysis, analysis.group(name), 2, inputs, outputs, 1e-7) for name in ("v1", "w1")
+        sensitivity.moves(mask, analysis, analysis.group(name), 2, inputs, outputs, 1e-7)
+        for name in ("v1", "w1")
     ]
     assert seen == [True, False]
 
@@ -364,18 +365,18 @@ def test_require_lets_a_pass_through(tmp_path):
     ],
 )
 def test_relative_error(a, b, expected):
-    found = oracle.relative_error({"y": np.asarray(a)}, {"y": np.asarray(b)})
+    found = comparison.relative_error({"y": np.asarray(a)}, {"y": np.asarray(b)})
     assert found == (expected if math.isinf(expected) else pytest.approx(expected))
 
 
 def test_relative_error_takes_the_worst_output():
     a = {"small": np.asarray([1e-3]), "large": np.asarray([1e3])}
-    assert oracle.relative_error(a, {**a, "small": np.asarray([2e-3])}) == pytest.approx(1.0)
+    assert comparison.relative_error(a, {**a, "small": np.asarray([2e-3])}) == pytest.approx(1.0)
 
 
 def test_relative_error_of_integers_and_booleans():
-    assert oracle.relative_error({"y": np.asarray([3, 4])}, {"y": np.asarray([3, 8])}) == 1.0
-    assert oracle.relative_error({"y": np.asarray([True])}, {"y": np.asarray([False])}) > 0
+    assert comparison.relative_error({"y": np.asarray([3, 4])}, {"y": np.asarray([3, 8])}) == 1.0
+    assert comparison.relative_error({"y": np.asarray([True])}, {"y": np.asarray([False])}) > 0
 
 
 # ---- random weights ----------------------------------------------------------------------------
@@ -407,7 +408,7 @@ def test_deep_residual_network_does_not_overflow():
     assert 0.1 < np.abs(output).max() < 100
     wrong = drawn.clone()
     wrong.initializers["b49"].const_value = oracle_tensor(np.roll(drawn.initializer_array("b49"), 1), "b49")
-    assert oracle.relative_error({x: output}, run_twin(wrong, feeds)) > 1e-3
+    assert comparison.relative_error({x: output}, run_twin(wrong, feeds)) > 1e-3
 
 
 def test_everything_is_random_and_nothing_else():
@@ -426,7 +427,7 @@ def test_everything_is_random_and_nothing_else():
 # ---- inputs that a model has no numbers for -----------------------------------------------------
 
 
-def two_convolutions(beside: list, inputs: dict, initializers: dict | None = None) -> Program:
+def two_convolutions(beside: list, inputs: dict, initializers: dict | None = None):
     rng = np.random.default_rng(0)
     weights = {
         "w1": rng.standard_normal((8, 3, 1, 1)).astype(np.float32),
@@ -472,9 +473,9 @@ def test_a_first_input_without_axes():
 
 def test_numbers_that_are_missing_on_one_side_only_are_wrong():
     a, nan = np.array([1.0, 2.0, 3.0]), np.array([1.0, np.nan, 3.0])
-    assert oracle.relative_error({"y": nan}, {"y": nan}) == 0.0
-    assert oracle.relative_error({"y": nan}, {"y": np.array([1.0, np.nan, 4.0])}) == pytest.approx(1 / 3)
+    assert comparison.relative_error({"y": nan}, {"y": nan}) == 0.0
+    assert comparison.relative_error({"y": nan}, {"y": np.array([1.0, np.nan, 4.0])}) == pytest.approx(1 / 3)
     for left, right in ((a, nan), (nan, a), (np.array([np.nan]), np.array([np.nan]))):
-        assert oracle.relative_error({"y": left}, {"y": right}) == np.inf
+        assert comparison.relative_error({"y": left}, {"y": right}) == np.inf
     up, down = np.array([1.0, np.inf]), np.array([1.0, -np.inf])
-    assert oracle.relative_error({"y": up}, {"y": down}) == np.inf
+    assert comparison.relative_error({"y": up}, {"y": down}) == np.inf

@@ -158,7 +158,7 @@ def run(module: nn.Module, given: list[torch.Tensor]) -> list[np.ndarray]:
 
 def worst(expected: Mapping[str, np.ndarray], outputs: list[np.ndarray]) -> float:
     """Largest max|a − b| / max|a| over the outputs in order; infinite where they are not comparable."""
-    from sartor.oracle import relative_error
+    from sartor.comparison import relative_error
 
     if len(outputs) != len(expected):
         return math.inf
