@@ -45,6 +45,8 @@ def inspect_program(program: Program, keep: Sequence[str] = (), layers: Sequence
       narrow some of it, and `values` `[{value, axis, channels}]`; most values first.
     - `layers` `[{name, op, module, module_class, location, nodes, macs_share, parameters, axes}]` with
       `axes` `[{parameter, axis, role, groups, approximate, reason, source}]`: where to look up one layer.
+    - `left`, only where a part of the model is not understood and left as it is: `{nodes, ops, reasons}` with the
+      number of nodes, the same by operator, and `reasons` `[{node, reason}]`. It counts in nothing above.
     - `blocks` `[{name, inputs, outputs, nodes, macs_share, removable, reason}]`, residual blocks.
     - `selected`, only with `layers`: the patterns.
 
@@ -95,7 +97,7 @@ def inspect_program(program: Program, keep: Sequence[str] = (), layers: Sequence
     document = {
         "schema": SCHEMA,
         "source": dataclasses.asdict(program.source),
-        "ops": _operators(program),
+        "ops": _by_number(node.op_type for node in program.nodes()),
         "macs": int(cost.macs),
         "parameters": int(cost.parameters),
         "weight_bytes": int(cost.weight_bytes),
@@ -116,12 +118,17 @@ def inspect_program(program: Program, keep: Sequence[str] = (), layers: Sequence
         "layers": layer_documents(readers, analysis, mixed, workload),
         "blocks": _blocks(residual_blocks(program), workload, total),
     }
+    if program.tail is not None:
+        document["left"] = {
+            "nodes": len(program.tail.nodes),
+            "ops": _by_number(node.op_type for node in program.tail.nodes),
+            "reasons": [{"node": node, "reason": reason} for node, reason in program.tail.reasons.items()],
+        }
     return select(document, layers) if layers else document
 
 
-def _operators(program: Program) -> dict[str, int]:
-    ops = collections.Counter(node.op_type for node in program.nodes())
-    return dict(sorted(ops.items(), key=lambda item: (-item[1], item[0])))
+def _by_number(operators: Iterable[str]) -> dict[str, int]:
+    return dict(sorted(collections.Counter(operators).items(), key=lambda item: (-item[1], item[0])))
 
 
 def _shares(workload: Workload) -> Mapping[str, float]:

@@ -11,16 +11,21 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+import torch
 from onnx import TensorProto, helper
 from onnx_files import run, save, tensor, weights
+from torch import nn
 
 import sartor
 from sartor import oracle
 from sartor.errors import UnsupportedOperatorError
+from sartor.inspection import inspect_program
 from sartor.ir.channels import ChannelAnalysis, channel_groups
 from sartor.ir.load import load
 from sartor.ir.program import Program
 from sartor.passes.masked import masked
+from sartor.report.prunability import render
+from sartor.report.tree import describe
 
 node = helper.make_node
 APART = [
@@ -299,3 +304,41 @@ def test_a_model_of_which_nothing_is_understood_is_refused(tmp_path: Path) -> No
         UnsupportedOperatorError, match=r"'op' \(Fold\) uses operator 'Fold' of domain 'com.acme'"
     ):
         load(path)
+
+
+class Detector(nn.Module):
+    """A network whose last output lists the places where a feature is large."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3))
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        y = self.body(x)
+        return y, torch.nonzero(y > 1.0)
+
+
+def test_a_module_with_a_result_of_unknown_size() -> None:
+    program = sartor.capture(Detector().eval(), (torch.zeros(1, 3, 8, 8),))
+    assert program.tail is not None and not program.batch.symbolic and "NonZero" in program.batch.reason
+    analysis = channel_groups(program)
+    assert [g.size for g in analysis.groups] == [8]
+    result = sartor.Pipeline.parse("prune-channels{ratio=0.5}", instruments=()).run(program)
+    assert oracle.check(program, result.results[0].result.plan, analysis=analysis).verdict == "passed"
+    x = {
+        program.graph.inputs[0].name or "": np.random.default_rng(0)
+        .standard_normal((1, 3, 8, 8))
+        .astype("f4")
+    }
+    y, places = run(result.program.to_bytes(), x)
+    np.testing.assert_array_equal(places, np.argwhere(y > 1.0))
+
+
+def test_inspect_says_what_is_left(tmp_path: Path) -> None:
+    program = load(left_open(tmp_path, "another domain"))
+    document = inspect_program(program)
+    assert document["left"]["nodes"] == 1 and document["left"]["ops"] == {"Relu": 1}
+    assert document["left"]["reasons"][0]["node"] == "op"
+    assert "operator 'Relu' of domain 'com.acme'" in describe(document).replace("\n", " ")
+    assert "1 node are left" not in describe(document)
+    assert "com.acme" in render(document)

@@ -30,7 +30,7 @@ import onnx_ir as ir
 from sartor.errors import ModelError, SartorError, UnsupportedOperatorError, UsageError, VerificationError
 from sartor.ir import batch as batching
 from sartor.ir import canonicalize as canonical
-from sartor.ir import provenance
+from sartor.ir import provenance, tail
 from sartor.ir.load import inline_functions, load
 from sartor.ir.program import CANONICAL_OPSET, Batch, Program, Source
 from sartor.ir.verify import verify_program
@@ -220,16 +220,16 @@ def _capture(module: torch.nn.Module, examples: tuple[torch.Tensor, ...], name: 
             names = [v.name or "" for v in program.graph.inputs]
             batch_inputs = tuple(n for n, c in zip(names, carries, strict=True) if c)
             reference = dict(zip(names, shapes, strict=True))
-            general = batching.generalise(program, batch_inputs, size, reference, unmistakable=True)
-            if general.batch.symbolic:
-                reason = batching.check_batch(general)
+            if program.tail is not None:
+                reason = program.tail.reason()
+            else:
+                general = batching.generalise(program, batch_inputs, size, reference, unmistakable=True)
+                reason = general.batch.reason or batching.check_batch(general)
                 if not reason:
                     return general
-            else:
-                reason = general.batch.reason
     program = _export(module, examples, name)
     program.batch = Batch(symbolic=False, reason=reason)
-    return program
+    return program if program.tail is None else batching.fix_signature(program)
 
 
 def _tile(tensor: torch.Tensor, size: int) -> torch.Tensor:
@@ -269,14 +269,20 @@ def _export(module: torch.nn.Module, examples: tuple[torch.Tensor, ...], name: s
         )
     input_shapes = dict(zip(names, (tuple(e.shape) for e in examples), strict=True))
     kept = {*exported.state_dict, *(str(b) for b in exported.graph_signature.buffers)}
-    canonical.canonicalize(model, input_shapes, parameters=kept, provenance=origin)
-    present = {n.name for n in model.graph.all_nodes()}
-    return Program(
-        model,
-        source=Source("module", name, ""),
-        input_shapes=input_shapes,
-        provenance={k: v for k, v in origin.items() if k in present},
-    )
+
+    def program_of(core: ir.Model, left: tail.Tail | None) -> Program:
+        canonical.canonicalize(core, input_shapes, parameters=kept, provenance=origin)
+        present = {n.name for n in core.graph.all_nodes()}
+        return Program(
+            core,
+            source=Source("module", name, ""),
+            input_shapes=input_shapes,
+            provenance={k: v for k, v in origin.items() if k in present},
+            tail=left,
+        )
+
+    canonical.cleanup.sort(model.graph)
+    return tail.understood(model, program_of)
 
 
 def _own_tensors(model: ir.Model) -> None:

@@ -20,7 +20,7 @@ from sartor.errors import ModelError, SartorError, UsageError, VerificationError
 from sartor.ir import batch as batching
 from sartor.ir import canonicalize as canonical
 from sartor.ir import cleanup, opset, provenance, tail
-from sartor.ir.onnx_file import Contents, Limits, checker_complaint, read
+from sartor.ir.onnx_file import Limits, checker_complaint, read
 from sartor.ir.opset_functions import all_nodes
 from sartor.ir.program import DIALECT_DOMAIN, Batch, Program, Source
 from sartor.ir.verify import verify_program
@@ -54,7 +54,12 @@ def load(
     file = Path(path)
     root = Path(external_root) if external_root is not None else None
     try:
-        program = _understood(read(file, root, limits), file.name, shapes or {}, limits)
+        contents = read(file, root, limits)
+        source = Source("onnx", file.name, contents.sha256)
+        program = tail.understood(
+            _prepared(contents.model),
+            lambda model, left: _canonical(model, source, shapes or {}, limits, left),
+        )
         verify_program(program)
         _require_possible(program, limits)
     except VerificationError as error:
@@ -87,34 +92,6 @@ def _undecodable(error: BaseException | None) -> bool:
             return True
         error = error.__cause__ or error.__context__
     return False
-
-
-def _understood(
-    contents: Contents, name: str, shapes: Mapping[str, Sequence[int]], limits: Limits
-) -> Program:
-    """The program of a file, without the nodes that nothing can be said about and what follows them.
-
-    What those are shows only as the model is made canonical; it is begun again without them until nothing is
-    in the way.
-    """
-    model = _prepared(contents.model)
-    source = Source("onnx", name, contents.sha256)
-    found: dict[str, str] = {}
-    first: ModelError | None = None
-    while True:
-        core = model.clone()
-        try:
-            left = tail.detach(core, found) if found else None
-            program = _canonical(core, source, shapes, limits, left)
-            program.shapes()
-        except ModelError as error:
-            first = first or error
-            more = {k: v for k, v in error.nodes.items() if k not in found}
-            if not more:
-                raise first from error.__cause__
-            found |= more
-        else:
-            return program
 
 
 def _prepared(model: ir.Model) -> ir.Model:

@@ -9,13 +9,23 @@ keep, the tail keeps.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import onnx
 import onnx_ir as ir
 
 from sartor.errors import ModelError
+
+
+class HasShapes(Protocol):
+    """A program, as far as this module needs to know it."""
+
+    def shapes(self) -> Any: ...  # noqa: D102
+
+
+P = TypeVar("P", bound=HasShapes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +80,37 @@ class Tail:
         for position, info in self.outputs:
             own.insert(position, ir.serde.deserialize_value_info_proto(info, None))
         return own
+
+
+def understood(model: ir.Model, canonical: Callable[[ir.Model, Tail | None], P]) -> P:
+    """What `canonical` makes of `model` without the nodes that stand in its way, and what follows those.
+
+    What they are shows only as a model is made canonical: it is begun again from a copy until nothing is in the
+    way.
+
+    Args:
+        model: unchanged; every node has a name of its own.
+        canonical: makes a program of a copy and of what was detached from it, or raises a `ModelError` that
+            names nodes.
+
+    Raises:
+        ModelError: of the first attempt, if it names no nodes, or nothing is left without them.
+    """
+    found: dict[str, str] = {}
+    first: ModelError | None = None
+    while True:
+        core = model.clone()
+        try:
+            program = canonical(core, detach(core, found) if found else None)
+            program.shapes()
+        except ModelError as error:
+            first = first or error
+            more = {name: reason for name, reason in error.nodes.items() if name not in found}
+            if not more:
+                raise first from error.__cause__
+            found |= more
+        else:
+            return program
 
 
 def detach(model: ir.Model, reasons: Mapping[str, str]) -> Tail:

@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from sartor.report.text import count, percent
+from sartor.report.text import count, percent, visible
 
 Document = Mapping[str, Any]
 
@@ -16,6 +16,8 @@ SAVING = (
     "Share: how much of all MACs is in work that scales with the group."
 )
 """The definition that stands over every list of savings."""
+LEFT = "left as it is: {}, which count in no figure; what they read has to stay"
+"""What is said of the part of a model that is not understood."""
 UNEVEN = "* Units differ in size: the figures are those of the half with the smallest units."
 ROLES = {"producer": "made by", "affine": "carried by", "consumer": "read by"}
 HEADINGS = ("saved", "MACs", "params", "share", "units", "group")
@@ -39,6 +41,11 @@ def figures(group: Document) -> tuple[str, ...]:
         percent(group["macs_share"]),
         size if group["granularity"] == 1 else f"{size}×{group['granularity']}",
     )
+
+
+def operators(ops: Mapping[str, int]) -> str:
+    """`4 Conv, 2 Relu`."""
+    return ", ".join(f"{n} {visible(op)}" for op, n in ops.items())
 
 
 def by_role(group: Document) -> list[tuple[str, list[Document]]]:

@@ -8,6 +8,7 @@ from sartor.report import markup
 from sartor.report.markup import code, escape, marked_table, section
 from sartor.report.members import (
     HEADINGS,
+    LEFT,
     SAVING,
     UNEVEN,
     Document,
@@ -19,6 +20,7 @@ from sartor.report.members import (
     figures,
     found_at,
     number,
+    operators,
 )
 from sartor.report.text import count, percent
 
@@ -39,6 +41,7 @@ def render(document: Document) -> str:
     }
     sections = [
         _summary(document),
+        _left(document),
         _groups(document, anchors),
         _blocked(document, anchors),
         _approximate(document, anchors),
@@ -70,9 +73,18 @@ def _summary(document: Document) -> str:
         ),
         ("Blocked values", str(values), f"for {number(len(document['reasons']), 'reason')}"),
     ]
-    ops = ", ".join(f"{n} {op}" for op, n in document["ops"].items())
+    ops = operators(document["ops"])
     large = markup.facts(facts, "wide")
     return f'<section>{large}<p class="note ops">{escape(ops)}</p></section>'
+
+
+def _left(document: Document) -> str:
+    left = document.get("left")
+    if not left:
+        return ""
+    note = f"{LEFT.format(number(left['nodes'], 'node'))}: {operators(left['ops'])}"
+    items = "".join(f"<li>{code(r['node'])}: {escape(r['reason'])}</li>" for r in left["reasons"])
+    return section("Left as it is", note, f"<ul>{items}</ul>")
 
 
 def _groups(document: Document, anchors: Anchors) -> str:

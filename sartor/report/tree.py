@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from sartor.report.members import (
     HEADINGS,
+    LEFT,
     SAVING,
     UNEVEN,
     Document,
@@ -23,6 +24,7 @@ from sartor.report.members import (
     found_at,
     kind,
     number,
+    operators,
 )
 from sartor.report.text import columns, count, percent, visible
 
@@ -61,6 +63,7 @@ def describe(document: Document, width: int = 100, everything: bool = False) -> 
     size = Size(width, _ALL, _ALL, _ALL, _ALL) if everything or selected else Size(width)
     sections = [
         _head(document, size),
+        _left(document, size),
         _layers(document, size) if everything or selected else [],
         _groups(document, size),
         _blocked(document, size),
@@ -75,14 +78,13 @@ def describe(document: Document, width: int = 100, everything: bool = False) -> 
 
 # ---- sections ------------------------------------------------------------------------------------
 def _head(document: Document, size: Size) -> list[str]:
-    ops = ", ".join(f"{n} {visible(op)}" for op, n in document["ops"].items())
     lines = _wrapped(
         f"{count(document['macs'])} MACs, {count(document['parameters'])} parameters, "
         f"{count(document['weight_bytes'], 'B')} of weights, "
         f"{count(document['peak_activation_bytes'], 'B')} peak activations",
         size.width,
     )
-    lines += _wrapped(f"operators: {ops}", size.width)
+    lines += _wrapped(f"operators: {operators(document['ops'])}", size.width)
     prunable = document["prunable"]
     if prunable["macs_share"] > 0.0:
         left = prunable["halved"]
@@ -93,6 +95,17 @@ def _head(document: Document, size: Size) -> list[str]:
         )
         lines += _wrapped(text, size.width)
     return lines
+
+
+def _left(document: Document, size: Size) -> list[str]:
+    left = document.get("left")
+    if not left:
+        return []
+    lines = _wrapped(f"{LEFT.format(number(left['nodes'], 'node'))}: {operators(left['ops'])}", size.width)
+    branches = [f"{visible(r['node'])}: {visible(r['reason'])}" for r in left["reasons"][: size.values]]
+    if len(left["reasons"]) > size.values:
+        branches.append(f"… and {len(left['reasons']) - size.values} more {_MORE}")
+    return lines + _tree(branches, size)
 
 
 def _layers(document: Document, size: Size) -> list[str]:
