@@ -18,6 +18,7 @@ from torch import nn
 
 import sartor
 from sartor import oracle
+from sartor.cli.main import main
 from sartor.errors import UnsupportedOperatorError
 from sartor.inspection import inspect_program
 from sartor.ir.channels import ChannelAnalysis, channel_groups
@@ -207,7 +208,7 @@ def left_open(tmp_path: Path, kind: str) -> Path:
     )
     if kind.startswith("NonZero"):
         model = onnx.load(path)
-        model.graph.output[1].type.tensor_type.elem_type = TensorProto.INT64
+        model.graph.output[1].CopyFrom(helper.make_tensor_value_info("z", TensorProto.INT64, [4, "places"]))
         onnx.save(model, path)
     return path
 
@@ -342,3 +343,13 @@ def test_inspect_says_what_is_left(tmp_path: Path) -> None:
     assert "operator 'Relu' of domain 'com.acme'" in describe(document).replace("\n", " ")
     assert "1 node are left" not in describe(document)
     assert "com.acme" in render(document)
+
+
+def test_fit_of_a_model_with_a_part_that_is_not_understood(tmp_path: Path) -> None:
+    path = left_open(tmp_path, "NonZero")
+    out = tmp_path / "out"
+    command = ["fit", str(path), "--target", "onnxruntime", "--budget", "macs=0.9x", "--recovery", "none"]
+    assert main([*command, "--out", str(out)]) == 0
+    names = {f.name for f in out.iterdir()}
+    assert {"model.onnx", "pruned.onnx", "masked.onnx", "report.html"} <= names
+    assert [v.name for v in onnx.load(out / "model.onnx").graph.output] == ["y", "z"]
