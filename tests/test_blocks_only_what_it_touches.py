@@ -19,11 +19,13 @@ from torch import nn
 import sartor
 from sartor import oracle
 from sartor.cli.main import main
-from sartor.errors import UnsupportedOperatorError
+from sartor.errors import UnsupportedOperatorError, UsageError, VerificationError
 from sartor.inspection import inspect_program
+from sartor.interop import graphsurgeon
 from sartor.ir.channels import ChannelAnalysis, channel_groups
 from sartor.ir.load import load
 from sartor.ir.program import Program
+from sartor.ir.verify import verify_program
 from sartor.passes.masked import masked
 from sartor.report.prunability import render
 from sartor.report.tree import describe
@@ -333,6 +335,38 @@ def test_a_module_with_a_result_of_unknown_size() -> None:
     }
     y, places = run(result.program.to_bytes(), x)
     np.testing.assert_array_equal(places, np.argwhere(y > 1.0))
+
+
+def test_foreign_passes_see_what_is_understood_and_keep_the_rest(tmp_path: Path) -> None:
+    program = load(left_open(tmp_path, "NonZero"))
+
+    def rename(graph):  # type: ignore[no-untyped-def]
+        assert {n.op for n in graph.nodes} == {"Conv", "Relu"}
+        for one in graph.nodes:
+            one.name = f"{one.name}_again"
+        return graph
+
+    result = graphsurgeon(rename, name="rename").run(program).program
+    assert [v.name for v in result.outputs] == ["y", "z"] and load(result.save(tmp_path / "n.onnx")).tail
+
+    def take(graph):  # type: ignore[no-untyped-def]
+        graph.nodes[0].outputs[0].name = "z"  # a name of what is left as it is
+        return graph
+
+    with pytest.raises(VerificationError, match="'z' is also a value of the nodes that are left as they are"):
+        verify_program(graphsurgeon(take, name="take").run(program).program)
+
+
+def test_write_back_is_refused() -> None:
+    module, x = Detector().eval(), (torch.zeros(1, 3, 8, 8),)
+    plan = (
+        sartor.Pipeline.parse("prune-channels{ratio=0.5}")
+        .run(sartor.capture(module, x))
+        .results[0]
+        .result.plan
+    )
+    with pytest.raises(UsageError, match=r"'Detector' cannot be written back.*NonZero"):
+        sartor.apply_to_module(module, plan, x)
 
 
 def test_inspect_says_what_is_left(tmp_path: Path) -> None:

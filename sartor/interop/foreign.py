@@ -69,6 +69,7 @@ class ForeignPass(Pass):
         program.invalidate()
 
     def _canonical(self, program: Program) -> Program:
+        program = program.understood()
         try:
             transformed = self._foreign(program)
         except SartorError:

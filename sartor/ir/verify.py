@@ -153,6 +153,26 @@ def _check_scopes(program: Program) -> None:
     missing = next((v for v in graph.outputs if v not in known), None)
     if missing is not None:
         _fail(program, None, f"Graph output '{missing.name}' is not computed by any node.")
+    _check_tail(program, seen)
+
+
+def _check_tail(program: Program, seen: Mapping[str, str]) -> None:
+    """What is left as it is finds its values, and shares no name with what was made since."""
+    if program.tail is None:
+        return
+    twice = next((name for name in program.tail.names() if name in seen), None)
+    if twice is not None:
+        _fail(
+            program,
+            None,
+            f"Name '{twice}' is also a value of the nodes that are left as they are; rename it.",
+        )
+    known = {v.name for v in (*program.graph.inputs, *program.graph.outputs)} | set(program.tail.weights)
+    lost = next((v for v in program.tail.readers if v not in known and f"{v}.tail" not in known), None)
+    if lost is not None:
+        _fail(
+            program, None, f"Value '{lost}', which node '{program.tail.readers[lost]}' reads, is no output."
+        )
 
 
 def _check_nodes(program: Program, graph: ir.Graph, known: set[ir.Value], names: set[str], declare) -> None:  # type: ignore[no-untyped-def]

@@ -72,6 +72,11 @@ def apply_to_module(
                 "sartor.capture returned for this module."
             )
         program = capture(module, example_inputs)
+    if program.tail is not None:
+        raise UsageError(
+            f"'{type(module).__name__}' cannot be written back, because the result could not be proven: "
+            f"{program.tail.reason()}. Cut it as a program, and save that."
+        )
     analysis = channel_groups(program, approximate=plan.approximate)
     try:
         narrowed = apply_plan(program, plan, analysis)
