@@ -207,6 +207,7 @@ def test_segments_give_the_gradients_of_the_whole(
     data = [({"v0": np.random.default_rng(0).standard_normal((3, HIDDEN)).astype(np.float32)}, None)]
     whole = gate_gradients(program, analysis, (), data)
     monkeypatch.setattr(fx_run, "SEGMENT_BYTES", HIDDEN * HIDDEN * 8)
+    monkeypatch.setattr(fx_run, "WHOLE_BYTES", 0)
     counted: list[int] = []
     original = fx_run.Runner._run_segments
     monkeypatch.setattr(

@@ -24,7 +24,9 @@ from sartor.ir.fx_build import INFO, Builder, TwinInfo, to_tensor
 from sartor.ir.program import Program
 
 SEGMENT_BYTES = 1 << 26
-"""Large weights of one segment, in the element type of the run; a twin with fewer is one segment."""
+"""Large weights of one segment, in the element type of the run."""
+WHOLE_BYTES = 1 << 30
+"""A twin that reads fewer large weights for its gradients is not cut: computing it twice costs a third more time."""
 
 
 class Member(Protocol):
@@ -118,8 +120,8 @@ class Runner(fx.Interpreter):
             ModelError: a node fails; names it.
         """
         try:
-            segments = self._segments() if self._gates is not None else []
-            results = self._run_segments(segments, tensors) if len(segments) > 1 else self.run(*tensors)
+            cut = self._gates is not None and sum(map(self._bytes, self._weights)) > WHOLE_BYTES
+            results = self._run_segments(self._segments(), tensors) if cut else self.run(*tensors)
         except SartorError:
             raise
         except Exception as error:
