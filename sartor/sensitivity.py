@@ -19,9 +19,8 @@ from sartor.passes.rewriter import Rewriter
 
 SENSITIVITY = 100.0
 PERTURBATION = 0.1
-_PROBES = (
-    4  # output elements whose mean, with random signs, is differentiated: a lower bound of the largest change
-)
+_PROBES = 64  # output elements whose mean, with random signs, is differentiated: a lower bound of the largest change
+_REST = 1e-3  # weight of the mean over all other elements, which tells units that live from those that do not
 _MOST_PERTURBED = 8  # groups that the bound does not clear are perturbed one by one, up to this many
 
 
@@ -83,18 +82,21 @@ def moves(
     return relative_error(seen(outputs), run_twin(perturbed, inputs)) > needed
 
 
-def probes(generator: np.random.Generator, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Some of `size` elements, and a random sign for each."""
+def probe(generator: np.random.Generator, size: int) -> np.ndarray:
+    """Weights of a mean, with random signs, over some of `size` elements and a little over all."""
+    weights = generator.choice([-1.0, 1.0], size) * (_REST / size)
     elements = generator.choice(size, min(_PROBES, size), replace=False)
-    return elements, generator.choice([-1.0, 1.0], len(elements))
+    weights[elements] += generator.choice([-1.0, 1.0], len(elements)) / len(elements)
+    return weights
 
 
 def with_gradients(
     mask: Program, plan: Plan, analysis: ChannelAnalysis, inputs: Mapping[str, np.ndarray]
 ) -> tuple[dict[str, np.ndarray], Mapping[str, np.ndarray]]:
-    """Outputs of MASKED, and the derivative of a random mean of some elements by every unit's gate, in one sweep.
+    """Outputs of MASKED, and the derivative of a random mean of its elements by every unit's gate, in one sweep.
 
-    The derivative is a lower bound of how far the gate moves some output, and one sweep serves all groups.
+    The derivative is (but for the factor 1 + `_REST`) a lower bound of how far the gate moves some output, and one
+    sweep serves all groups.
     """
     import torch
 
@@ -111,8 +113,9 @@ def with_gradients(
         for name, output in result.items():
             outputs[name] = output.detach().numpy().copy()
             if output.is_floating_point() and output.numel():
-                elements, signs = map(torch.from_numpy, probes(generator, output.numel()))
-                total = total + (output.reshape(-1)[elements] * signs).mean()
+                weights = torch.from_numpy(probe(generator, output.numel()))
+                numbers = torch.where(output.isfinite(), output, 0.0).reshape(-1).to(torch.float64)
+                total = total + (numbers * weights).sum() / len(result)
         return total
 
     data = [(dict(inputs), None)]

@@ -349,7 +349,10 @@ def test_einsum(tmp_path: Path) -> None:
     assert not mixed.batch.symbolic and "contracts the batch" in mixed.batch.reason
 
 
-def test_check_batch_can_fail(tmp_path: Path) -> None:
+@pytest.mark.parametrize("large", [False, True])
+def test_check_batch_can_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, large: bool) -> None:
+    if large:
+        monkeypatch.setattr("sartor.ir.batch._LARGE_BYTES", 0)
     program = graph(tmp_path, [node("Relu", ["x"], ["t"]), node("Neg", ["t"], ["y"])], [1, 3], [1, 3])
     assert check_batch(program) == ""
     first = next(program.nodes())

@@ -291,13 +291,13 @@ def test_gradients_agree_with_a_real_perturbation():
     mask, _ = masked(original, plan, analysis)
     inputs = oracle_inputs(original)
     outputs, gradients = sensitivity.with_gradients(mask, plan, analysis, inputs)
-    elements, signs = sensitivity.probes(np.random.default_rng(1), outputs["y"].size)
+    weights = sensitivity.probe(np.random.default_rng(1), outputs["y"].size)
     for unit in range(6):
         moved = mask.clone()
         array = moved.initializer_array("v2").astype(np.float64).copy()
         array[unit] *= 1 + sensitivity.PERTURBATION
         moved.initializers["v2"].const_value = oracle_tensor(array.astype(np.float32), "v2")
-        change = ((run_twin(moved, inputs)["y"] - outputs["y"]).ravel()[elements] * signs).mean()
+        change = ((run_twin(moved, inputs)["y"] - outputs["y"]).ravel() * weights).sum()
         assert change == pytest.approx(sensitivity.PERTURBATION * gradients["v1"][unit], rel=1e-5, abs=1e-7)
     assert np.abs(gradients["v1"]).max() > 0.01 and (gradients["w1"] == 0).all()
     seen = [
@@ -425,6 +425,30 @@ def test_everything_is_random_and_nothing_else():
 
 
 # ---- inputs that a model has no numbers for -----------------------------------------------------
+
+
+def test_a_small_part_of_a_large_output_is_seen():
+    """A branch that makes 2 of 20,002 elements: no probe meets it, but its living units are found and moved."""
+    rng = np.random.default_rng(0)
+    weights = {
+        "w1": rng.standard_normal((4, 8)).astype(np.float32),
+        "w2": rng.standard_normal((8, 2)).astype(np.float32),
+        "big": rng.standard_normal((4, 20000)).astype(np.float32),
+    }
+    program = program_from_nodes(
+        [
+            node("MatMul", ["x", "w1"], ["a"]),
+            node("Relu", ["a"], ["b"]),
+            node("MatMul", ["b", "w2"], ["c"]),
+            node("MatMul", ["x", "big"], ["d"]),
+            node("Concat", ["c", "d"], ["y"], axis=1),
+        ],
+        {"x": [1, 4]},
+        ["y"],
+        weights,
+    )
+    for seed in range(8):
+        assert oracle.check(program, half(program), seed=seed).verdict == "passed"
 
 
 def two_convolutions(beside: list, inputs: dict, initializers: dict | None = None):

@@ -213,7 +213,7 @@ def _difference(program: Program, together: list[np.ndarray], apart: list[list[n
                 found = np.take(found, range(first, found.shape[axis]), axis=axis)
         gap = relative_error(found, expected)
         if not gap <= CHECK_TOLERANCE:
-            return f"output '{output.name}' of a batch differs from runs of single samples by {gap:.1e}"
+            return f"output '{output.name}' at batch size above 1 differs from per-sample runs by {gap:.1e}"
     return ""
 
 
