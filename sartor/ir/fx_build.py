@@ -34,6 +34,7 @@ _TORCH_TYPES: dict[ir.DataType, torch.dtype] = {
     ir.DataType.UINT64: torch.uint64,
     ir.DataType.BOOL: torch.bool,
 }
+_NUMPY_FLOATS: dict[torch.dtype, np.dtype[Any]] = {torch.float32: np.dtype(np.float32), torch.float64: np.dtype(np.float64)}
 _UNSIGNED = frozenset({ir.DataType.UINT16, ir.DataType.UINT32, ir.DataType.UINT64})
 _STATISTICS = (3, 4)  # inputs of BatchNormalization that hold running mean and variance
 INFO = "sartor"
@@ -69,7 +70,10 @@ def to_tensor(array: np.ndarray, dtype: torch.dtype | None = None) -> torch.Tens
     elif array.dtype.kind not in "fiub":
         raise UnsupportedOperatorError(f"element type '{array.dtype}' has no arithmetic in torch; cast it.")
     else:
-        tensor = torch.from_numpy(np.array(array, order="C", copy=True))
+        wanted: np.dtype[Any] = array.dtype
+        if dtype is not None and array.dtype.kind == "f":
+            wanted = _NUMPY_FLOATS.get(dtype, wanted)
+        tensor = torch.from_numpy(np.array(array, dtype=wanted, order="C", copy=True))
     return tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
 
 

@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from sartor.errors import ModelError, SartorError
 from sartor.ir.fx_build import INFO, Builder, TwinInfo, to_tensor
 from sartor.ir.program import Program
+from sartor.ir.torch_ops import OPERATORS
 
 SEGMENT_BYTES = 1 << 26
 """Large weights of one segment, in the element type of the run."""
@@ -38,6 +39,26 @@ class Member(Protocol):
     def axis(self) -> int: ...  # noqa: D102
     @property
     def index_map(self) -> np.ndarray: ...  # noqa: D102
+
+
+def _conv(rank: int, attributes: Mapping[str, Any]) -> tuple[int, int]:
+    return (1, 1) if attributes.get("group", 1) == 1 else (-1, 1)
+
+
+def _mat_mul(rank: int, attributes: Mapping[str, Any]) -> tuple[int, int]:
+    return (0, -1) if rank == 2 else (-1, -1)
+
+
+def _gemm(rank: int, attributes: Mapping[str, Any]) -> tuple[int, int]:
+    return int(bool(attributes.get("transB", 0))), 0 if attributes.get("transA", 0) else 1
+
+
+_SUMMED: dict[Any, Callable[[int, Mapping[str, Any]], tuple[int, int]]] = {
+    OPERATORS["Conv"].function: _conv,
+    OPERATORS["MatMul"].function: _mat_mul,
+    OPERATORS["Gemm"].function: _gemm,
+}
+"""By operator: the axis of the weight that is summed over (-1 for none), and that of the other operand."""
 
 
 class Gates:
@@ -62,14 +83,17 @@ class Gates:
     def __contains__(self, initializer: str) -> bool:
         return initializer in self._by_initializer
 
-    def applied(self, initializer: str, tensor: torch.Tensor) -> torch.Tensor:
-        """The tensor of an initializer times its gates."""
+    def axes(self, initializer: str) -> set[int]:
+        """Axes of an initializer that gates multiply."""
+        return {axis for _, axis, _ in self._by_initializer.get(initializer, ())}
+
+    def applied(self, initializer: str, tensor: torch.Tensor, at: int | None = None) -> torch.Tensor:
+        """The tensor of an initializer times its gates; or what that is contracted with, along axis `at`."""
         for key, axis, index in self._by_initializer.get(initializer, ()):
             vector = self.vectors[key]
             along = torch.cat([vector, vector.new_ones(1)])[index].to(tensor.dtype)
-            tensor = tensor * along.reshape(
-                [-1 if a == axis % tensor.ndim else 1 for a in range(tensor.ndim)]
-            )
+            axis = (axis if at is None else at) % max(tensor.ndim, 1)
+            tensor = tensor * along.reshape([-1 if a == axis else 1 for a in range(tensor.ndim)])
         return tensor
 
 
@@ -109,6 +133,7 @@ class Runner(fx.Interpreter):
             name = self.info.names.get(str(node.target)) if node.op == "get_attr" else None
             if name and (self.fetch_attr(str(node.target)).is_meta or (gates is not None and name in gates)):
                 self._weights[node] = name
+        self._gated_inputs = {n: found for n in gm.graph.nodes if (found := self._gated_input(n)) is not None}
 
     def __call__(self, tensors: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
         """Outputs and taps by name.
@@ -139,16 +164,42 @@ class Runner(fx.Interpreter):
         """Operands of `n`, with its weights read from the program."""
 
         def value(operand: fx.Node) -> Any:
-            return self._weight(operand) if operand in self._weights else self.env[operand]
+            return self._weight(operand, n) if operand in self._weights else self.env[operand]
 
         return fx.node.map_arg(args, value)
 
-    def _weight(self, node: fx.Node) -> torch.Tensor:
+    def fetch_args_kwargs_from_env(self, n: fx.Node) -> Any:
+        """Operands of `n`; those that stand for its weight carry the weight's gates."""
+        args, kwargs = super().fetch_args_kwargs_from_env(n)
+        if n in self._gated_inputs and self._gates is not None:
+            name, axis = self._gated_inputs[n]
+            args = (self._gates.applied(name, args[0], axis), *args[1:])
+        return args, kwargs
+
+    def _weight(self, node: fx.Node, reader: fx.Node) -> torch.Tensor:
         name = self._weights[node]
         tensor: torch.Tensor = self.fetch_attr(str(node.target))
         if tensor.is_meta:
             tensor = to_tensor(self.program.initializer_array(name), self.info.dtype)
-        return tensor if self._gates is None else self._gates.applied(name, tensor)
+        if self._gates is None or reader in self._gated_inputs:
+            return tensor
+        return self._gates.applied(name, tensor)
+
+    def _gated_input(self, node: fx.Node) -> tuple[str, int] | None:
+        """The weight whose gates the first operand can carry instead, and along which axis.
+
+        A gate on what a contraction sums over is the same on either side of it, and then no gradient of the weight
+        is needed: half of the backward pass.
+        """
+        axes = _SUMMED.get(node.target) if node.op == "call_function" else None
+        weight = node.args[1] if axes is not None and len(node.args) > 1 else None
+        name = self._weights.get(weight, "") if isinstance(weight, fx.Node) else ""
+        if axes is None or self._gates is None or name not in self._gates:
+            return None
+        rank = len(self.program.initializer_shape(name))
+        of_weight, of_input = axes(rank, node.kwargs)
+        same = isinstance(node.args[0], fx.Node) and self._weights.get(node.args[0]) == name
+        return (name, of_input) if self._gates.axes(name) == {of_weight} and not same else None
 
     # ---- segments --------------------------------------------------------------------------
     def _segments(self) -> list[list[fx.Node]]:
