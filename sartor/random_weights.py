@@ -29,7 +29,7 @@ _FEWEST_POSITIONS = 16  # per channel, for statistics that mean something
 _ENOUGH = 2.0  # a layer whose output has a root mean square within this factor of 1 is left as drawn
 
 
-def randomise(program: Program, analysis: ChannelAnalysis, seed: int, *, positive: bool = False) -> Program:
+def randomise(program: Program, analysis: ChannelAnalysis, seed: int, *, kind: str = "normal") -> Program:
     """The program with every parameter and buffer random, so that the variance of activations is preserved.
 
     Weights ~ N(0, 2 / fan-in), then scaled so that their layer's output is of order one; norm scales
@@ -41,7 +41,7 @@ def randomise(program: Program, analysis: ChannelAnalysis, seed: int, *, positiv
         program: canonical; not changed.
         analysis: its channel groups.
         seed: of the draws and of the sample that layers are scaled by.
-        positive: whether the numbers of that sample are.
+        kind: of that sample; see `sartor.ir.batch.random_inputs`.
     """
     clone = program.clone()
     rewriter = Rewriter(clone, "randomise")
@@ -66,7 +66,7 @@ def randomise(program: Program, analysis: ChannelAnalysis, seed: int, *, positiv
         key = (seed, zlib.crc32(name.encode()))  # of its own, so that a tensor can be drawn again alone
         rewriter.derive_initializer(name, functools.partial(_drawn, key, spread))
     clone.invalidate()
-    for name, fit in _fitted(flat(clone), weights, seed, positive).items():
+    for name, fit in _fitted(flat(clone), weights, seed, kind).items():
         rewriter.derive_initializer(name, fit)
     clone.invalidate()
     return clone
@@ -90,7 +90,7 @@ def _replaced(new: np.ndarray, array: np.ndarray) -> np.ndarray:
 
 
 def _fitted(
-    program: Program, weights: dict[str, str], seed: int, positive: bool
+    program: Program, weights: dict[str, str], seed: int, kind: str
 ) -> dict[str, Callable[[np.ndarray], np.ndarray]]:
     """Weights and running statistics fitted to one sample, in one pass in which every layer sees fitted inputs.
 
@@ -98,7 +98,7 @@ def _fitted(
         program: with drawn weights, flat: layers of both branches of an `If` are fitted.
         weights: weight by name of the node that contracts with it.
         seed: of the sample.
-        positive: whether its numbers are.
+        kind: of the sample.
 
     Returns:
         By initializer, what fits it.
@@ -146,7 +146,7 @@ def _fitted(
             return self.call_module(str(n.target), (x, scale, bias, *found), {})
 
     runner = Fitting(program, torch.float32)
-    inputs = random_inputs(program, seed=seed, positive=positive)
+    inputs = random_inputs(program, seed=seed, kind=kind)
     with torch.no_grad():
         runner([to_tensor(inputs[name], runner.info.dtype) for name in runner.info.inputs])
     fitted: dict[str, Callable[[np.ndarray], np.ndarray]] = {

@@ -78,12 +78,17 @@ def _combine(parts: list[_Part]) -> float:
     scores = []
     for output in dict.fromkeys(part.output for part in parts):
         own = [part for part in parts if part.output == output]
-        first, second = sum(p.first for p in own), sum(p.second for p in own)
-        if own[0].exact:
-            scores.append(first / second)
-        else:
-            scores.append(1.0 / (1.0 + first / second) if second else float(first == 0.0))
+        kinds = [[p for p in own if p.exact is exact] for exact in (True, False)]
+        weighed = [_score(same) * len(same) for same in kinds if same]
+        scores.append(sum(weighed) / len(own))
     return float(np.mean(scores))
+
+
+def _score(parts: list[_Part]) -> float:
+    first, second = sum(p.first for p in parts), sum(p.second for p in parts)
+    if parts[0].exact:
+        return first / second
+    return 1.0 / (1.0 + first / second) if second else float(first == 0.0)
 
 
 def _against_labels(outputs: Outputs, labels: np.ndarray) -> _Part:
@@ -117,7 +122,9 @@ def _against_reference(outputs: Outputs, reference: Outputs) -> list[_Part]:
     parts = []
     for name, expected in reference.items():
         output = outputs[name]
-        if expected.ndim == 2 and expected.shape[1] > 1:
+        if output.shape != expected.shape:  # a result of unknown size: nothing of it agrees
+            parts.append(_Part(name, True, 0.0, float(max(len(expected), 1) if expected.ndim else 1)))
+        elif expected.ndim == 2 and expected.shape[1] > 1:
             equal = output.argmax(axis=1) == expected.argmax(axis=1)
             parts.append(_Part(name, True, float(equal.sum()), float(equal.size)))
         else:

@@ -6,6 +6,7 @@ or selects, and a pair of convolutions after the operator. The first and the las
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -19,16 +20,19 @@ from torch import nn
 import sartor
 from sartor import oracle
 from sartor.cli.main import main
-from sartor.errors import UnsupportedOperatorError, UsageError, VerificationError
+from sartor.cost_models.static import static_cost
+from sartor.errors import SartorError, UnsupportedOperatorError, UsageError, VerificationError
 from sartor.inspection import inspect_program
 from sartor.interop import graphsurgeon
 from sartor.ir.channels import ChannelAnalysis, channel_groups
 from sartor.ir.load import load
 from sartor.ir.program import Program
 from sartor.ir.verify import verify_program
+from sartor.passes.instruments import ReproducerOnFailure, read_reproducer, replay
 from sartor.passes.masked import masked
 from sartor.report.prunability import render
 from sartor.report.tree import describe
+from sartor.scoring import score
 
 node = helper.make_node
 APART = [
@@ -387,3 +391,181 @@ def test_fit_of_a_model_with_a_part_that_is_not_understood(tmp_path: Path) -> No
     names = {f.name for f in out.iterdir()}
     assert {"model.onnx", "pruned.onnx", "masked.onnx", "report.html"} <= names
     assert [v.name for v in onnx.load(out / "model.onnx").graph.output] == ["y", "z"]
+
+
+# ---- what a reviewer found ----------------------------------------------------------------------
+def looped(reads: str, weight_name: str = "own") -> tuple[list, list]:
+    """A loop whose body holds an `If` that reads `reads`, two graphs further out."""
+    info = helper.make_tensor_value_info
+    inner = [
+        helper.make_graph(
+            [node(op, [reads], [f"{op}_y"])], op, [], [helper.make_empty_tensor_value_info(f"{op}_y")]
+        )
+        for op in ("Neg", "Abs")
+    ]
+    body = helper.make_graph(
+        [
+            node("Identity", ["cond"], ["again"]),
+            node("If", ["cond"], ["chosen"], then_branch=inner[0], else_branch=inner[1]),
+            node("ReduceMean", ["chosen"], ["small"], keepdims=0),
+            node("Add", ["state", "small"], ["next"]),
+        ],
+        "body",
+        [info("i", 7, []), info("cond", TensorProto.BOOL, []), info("state", 1, [])],
+        [info("again", TensorProto.BOOL, []), info("next", 1, [])],
+    )
+    nodes = [node("Loop", ["times", "", "start"], ["z"], name="loop", body=body)]
+    return nodes, [scalar("times", 3), scalar("start", 0.5, np.float32)]
+
+
+@pytest.mark.parametrize("reads", ["r1", "w2", "x"])
+def test_a_body_two_graphs_down_keeps_what_it_reads(tmp_path: Path, reads: str) -> None:
+    nodes, constants = looped(reads)
+    path = save(
+        tmp_path / "m.onnx",
+        [*APART, *nodes],
+        {"x": [1, 3, 4, 4]},
+        {"y": None, "z": []},
+        [*WEIGHTS[:2], *constants],
+        check=False,
+    )
+    program = load(path)
+    x = {"x": np.random.default_rng(0).standard_normal((1, 3, 4, 4)).astype(np.float32)}
+    for left, right in zip(run(path, x), run(program.to_bytes(), x), strict=True):
+        np.testing.assert_allclose(left, right, rtol=1e-6)
+    result = sartor.Pipeline.parse("prune-channels{ratio=0.5,criterion=random,seed=1}", instruments=()).run(
+        program
+    )
+    mask, _ = masked(program, result.results[0].result.plan)
+    for left, right in zip(run(mask.to_bytes(), x), run(result.program.to_bytes(), x), strict=True):
+        np.testing.assert_allclose(left, right, rtol=1e-5, atol=1e-6)
+    again = load(result.program.save(tmp_path / "s.onnx"))
+    assert again.sha256() == result.program.sha256()  # and it stays so, however often
+
+
+def test_names_of_the_weights_of_both_parts(tmp_path: Path) -> None:
+    """Both parts read `w2`; each part has a weight that is called like the copy would be."""
+    for extra in ("core", "tail"):
+        fold = ["t", "w2"] + (["w2.tail"] if extra == "tail" else [])
+        nodes = [
+            node("Conv", ["x", "w2.tail" if extra == "core" else "touched"], ["t"]),
+            node("Fold", fold, ["z"], name="op", domain="com.acme"),
+        ]
+        named = weights("w2.tail", 8, 3, 1, 1, seed=7)
+        path = save(
+            tmp_path / f"{extra}.onnx",
+            [*APART, *nodes],
+            {"x": [1, 3, 4, 4]},
+            {"y": None, "z": [1]},
+            [*WEIGHTS[:3], named],
+            domains=["com.acme"],
+            check=False,
+        )
+        stored = {t.name: onnx.numpy_helper.to_array(t) for t in onnx.load(path).graph.initializer}
+        model = onnx.load_from_string(load(path).to_bytes())
+        after = {t.name: onnx.numpy_helper.to_array(t) for t in model.graph.initializer}
+        reads = next(n for n in model.graph.node if n.op_type == "Fold").input
+        assert len(set(reads)) == len(fold)
+        for before, now in zip(fold[1:], list(reads)[1:], strict=True):
+            np.testing.assert_array_equal(after[now], stored[before])
+
+
+def test_weights_that_are_left_have_a_size(tmp_path: Path) -> None:
+    nodes = [node("Fold", ["t", "kept"], ["z"], name="op", domain="com.acme")]
+    path = save(
+        tmp_path / "m.onnx",
+        [*APART, *BEFORE, *nodes],
+        {"x": [1, 3, 4, 4]},
+        {"y": None, "z": [1]},
+        [*WEIGHTS[:3], weights("kept", 1000)],
+        domains=["com.acme"],
+        check=False,
+    )
+    cost = static_cost(load(path))
+    assert cost.weight_bytes == 4 * (24 + 32 + 24 + 1000) and cost.parameters == cost.weight_bytes / 4
+
+
+def test_a_function_that_only_what_is_left_calls_stays(tmp_path: Path) -> None:
+    double = helper.make_function(
+        "sartor", "Double", ["a"], ["b"], [node("Add", ["a", "a"], ["b"])], [helper.make_opsetid("", 17)]
+    )
+    nodes = [
+        node("NonZero", ["t"], ["n"], name="op"),
+        node("Cast", ["n"], ["f"], to=1),
+        node("Double", ["f"], ["z"], domain="sartor"),
+    ]
+    path = save(
+        tmp_path / "m.onnx",
+        [*APART, *BEFORE, *nodes],
+        {"x": [1, 3, 4, 4]},
+        {"y": None, "z": [4, "k"]},
+        WEIGHTS[:3],
+        functions=[double],
+        domains=["sartor"],
+        check=False,
+    )
+    program = sartor.Pipeline.parse("remove-dead", instruments=()).run(load(path)).program
+    x = {"x": np.random.default_rng(0).standard_normal((1, 3, 4, 4)).astype(np.float32)}
+    np.testing.assert_array_equal(run(program.to_bytes(), x)[1], run(path, x)[1])
+
+
+def test_a_reproducer_has_the_tail(tmp_path: Path) -> None:
+    program = load(left_open(tmp_path, "NonZero"))
+    writer = ReproducerOnFailure(tmp_path / "r")
+    pipeline = sartor.Pipeline.parse("prune-channels{ratio=0.5,criterion=taylor}", instruments=(writer,))
+    with pytest.raises(SartorError) as first:
+        pipeline.run(program)
+    back, _, _ = read_reproducer(writer.written[0])
+    assert back.tail is not None and back.sha256() == program.sha256()
+    with pytest.raises(type(first.value)) as second:
+        replay(writer.written[0])
+    assert str(second.value) == str(first.value)
+
+
+def splits() -> dict:
+    rng = np.random.default_rng(0)
+    batches = [({"x": rng.standard_normal((1, 3, 4, 4)).astype(np.float32)}, None) for _ in range(6)]
+    return {"evaluate": batches, "test": batches, "calibration": batches}
+
+
+def test_fit_with_data_scores_what_is_understood(tmp_path: Path) -> None:
+    path = left_open(tmp_path, "NonZero")
+    (tmp_path / "data.py").write_text("from test_blocks_only_what_it_touches import splits\n")
+    command = ["fit", str(path), "--target", "onnxruntime", "--budget", "macs=0.9x"]
+    command += [
+        "--data",
+        f"{tmp_path / 'data.py'}:splits",
+        "--max-drop",
+        "100",
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    assert main([*command, "--recovery", "minutes=1"]) == 2  # it needs batches, and the batch is fixed
+    assert main([*command, "--recovery", "none"]) == 0
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["quality"] == "kept" and 0.0 < report["result"]["score"] < 1.0
+
+
+def test_results_of_another_size_do_not_agree() -> None:
+    outputs = iter([{"n": np.zeros((4, 2))}, {"n": np.ones((3,))}, {"n": np.ones((3,))}])
+    split = [({"x": np.zeros((1, 2))}, None)] * 3
+    reference = {"n": np.ones((3,))}
+    found, count = score(lambda x: next(outputs), split, None, lambda x: reference)
+    assert count == 3 and found == pytest.approx(2 / 3)
+
+
+def test_an_unused_output_in_front_of_a_used_one(tmp_path: Path) -> None:
+    path = save(
+        tmp_path / "m.onnx",
+        [
+            node("LayerNormalization", ["x", "s"], ["a", "mean", "deviation"], name="norm"),
+            node("Mul", ["a", "deviation"], ["y"]),
+        ],
+        {"x": ["N", 4, 8]},
+        {"y": ["N", 4, 8]},
+        [tensor("s", np.ones(8, np.float32))],
+    )
+    program = load(path)
+    assert program.batch.symbolic
+    x = {"x": np.random.default_rng(0).standard_normal((3, 4, 8)).astype(np.float32)}
+    np.testing.assert_allclose(run(program.to_bytes(), x)[0], run(path, x)[0], rtol=1e-5)

@@ -121,6 +121,54 @@ def test_a_changed_weight_changes_the_hash_and_the_name(small_limits: None, tmp_
     assert sartor.load(path).sha256() == changed.sha256()
 
 
+def test_a_data_file_that_is_written_into_is_an_error(small_limits: None, tmp_path: Path) -> None:
+    path = mlp().save(tmp_path / "m.onnx")
+    loaded = sartor.load(path)
+    data = next(p for p in tmp_path.iterdir() if p.suffix == ".data")
+    os.truncate(data, 100)
+    for read in (loaded.sha256, lambda: loaded.initializer_array("w2")):
+        with pytest.raises(ModelError, match="was changed after the model was loaded"):
+            read()
+
+
+def test_weights_of_branches_in_the_same_file_count(tmp_path: Path) -> None:
+    """A tensor of a body shares its data file with one of the main graph."""
+    hashes = []
+    for number in (1.0, 2.0):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        arrays = {"w": np.ones(600, np.float32), "inner": np.full(600, number, np.float32)}
+        (folder / "d.bin").write_bytes(arrays["w"].tobytes() + arrays["inner"].tobytes())
+        stored = {}
+        for index, name in enumerate(arrays):
+            stored[name] = onnx.TensorProto(name=name, data_type=1, dims=[600], data_location=1)
+            for key, entry in (("location", "d.bin"), ("offset", str(2400 * index)), ("length", "2400")):
+                stored[name].external_data.add(key=key, value=entry)
+        info = onnx.helper.make_tensor_value_info
+        then, other = (
+            onnx.helper.make_graph(
+                [onnx.helper.make_node("Mul", ["x", weight], [f"{weight}_out"])],
+                weight,
+                [],
+                [info(f"{weight}_out", 1, ["N", 600])],
+                [stored["inner"]] if weight == "inner" else [],
+            )
+            for weight in ("inner", "w")
+        )
+        nodes = [
+            onnx.helper.make_node("ReduceMax", ["x"], ["top"], keepdims=0),
+            onnx.helper.make_node("Cast", ["top"], ["c"], to=9),
+            onnx.helper.make_node("If", ["c"], ["y"], then_branch=then, else_branch=other),
+        ]
+        graph = onnx.helper.make_graph(
+            nodes, "g", [info("x", 1, ["N", 600])], [info("y", 1, ["N", 600])], [stored["w"]]
+        )
+        model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=8)
+        onnx.save(model, folder / "m.onnx")
+        hashes.append(sartor.load(folder / "m.onnx").source.sha256)
+    assert hashes[0] != hashes[1]
+
+
 def test_weights_outlive_their_file(small_limits: None, tmp_path: Path) -> None:
     program = mlp()
     path = program.save(tmp_path / "m.onnx")

@@ -17,7 +17,7 @@ class StaticCost:
             (1 MAC = 2 FLOP); of an If, its dearest branch; of a Loop, its body once.
         parameters: elements of float initializers, without BatchNormalization's running statistics,
             operators' settings and rank-0 constants.
-        weight_bytes: bytes of all initializers.
+        weight_bytes: bytes of all initializers, those of nodes that are left as they are included.
         peak_activation_bytes: defined in `sartor.ir.liveness`.
     """
 

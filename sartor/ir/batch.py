@@ -89,6 +89,7 @@ def _rewrite(state: State) -> None:
 def _finish(program: Program, state: State, reference: Mapping[str, tuple[int, ...]]) -> Program:
     graph = program.graph
     cleanup.remove_dead(graph)
+    cleanup.fix_names(program.model)  # an unused output in front of a used one has lost its name
     graph.sort()
     cleanup.sort_initializers(graph)
     for node in graph.all_nodes():
@@ -250,13 +251,18 @@ def relative_error(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def random_inputs(
-    program: Program, *, size: int | None = None, seed: int = 0, positive: bool = False
+    program: Program, *, size: int | None = None, seed: int = 0, kind: str = "normal"
 ) -> dict[str, np.ndarray]:
     """Random arrays for every graph input; batch axes have `size` samples if it is given.
 
-    Floats ~ N(0, 1). Integers lie in {0, 1}, the only range that is safe for every use as an index. Where
-    `positive`, floats are uniform in [0.5, 1.5] and integers 1.
+    Args:
+        program: whose inputs.
+        size: of the batch, in place of that of the reference shapes.
+        seed: of the draws.
+        kind: `normal`: floats ~ N(0, 1), integers in {0, 1}, the only range that most uses as an index allow;
+            `positive`: floats uniform in [0.5, 1.5], integers 1; `zeros`: floats ~ N(0, 1), integers 0.
     """
+    lowest, above = {"normal": (0, 2), "positive": (1, 2), "zeros": (0, 1)}[kind]
     generator = np.random.default_rng(seed)
     arrays: dict[str, np.ndarray] = {}
     for value in program.graph.inputs:
@@ -268,8 +274,8 @@ def random_inputs(
             raise ModelError(f"Input '{name}' declares no element type.")
         dtype = value.dtype.numpy()
         if np.issubdtype(dtype, np.integer) or dtype == np.bool_:
-            arrays[name] = generator.integers(int(positive), 2, size=shape).astype(dtype)
-        elif positive:
+            arrays[name] = generator.integers(lowest, above, size=shape).astype(dtype)
+        elif kind == "positive":
             arrays[name] = (generator.random(shape) + 0.5).astype(dtype)
         else:
             arrays[name] = generator.standard_normal(shape).astype(dtype)

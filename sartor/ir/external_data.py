@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnx_ir as ir
+from google.protobuf.message import Message
 
 from sartor.errors import ModelError
 from sartor.ir import serialise
@@ -26,7 +27,7 @@ _HELD_FILES = 64  # descriptors are few; a model may have a file for every weigh
 class DataFile:
     """One file of external data.
 
-    Held open, it stays readable when its path is replaced or removed; otherwise a change is an error.
+    Held open, it stays readable when its path is replaced or removed. A change of its contents is an error.
     """
 
     def __init__(self, path: Path, *, hold: bool):
@@ -71,11 +72,9 @@ class DataFile:
 
     @contextlib.contextmanager
     def _opened(self) -> Iterator[int]:
-        if self._descriptor is not None:
-            yield self._descriptor
-            return
+        descriptor = self._descriptor
         try:
-            descriptor = self._open()
+            descriptor = self._open() if descriptor is None else descriptor
         except OSError as error:
             raise ModelError(
                 f"External data file '{self.path.name}' cannot be read: {error.strerror}."
@@ -87,7 +86,8 @@ class DataFile:
                 )
             yield descriptor
         finally:
-            os.close(descriptor)
+            if descriptor != self._descriptor:
+                os.close(descriptor)
 
 
 class ExternalData:
@@ -103,14 +103,13 @@ class ExternalData:
         shell.CopyFrom(proto)
         shell.graph.ClearField("initializer")
         parts = [self._weights(tensor) for tensor in proto.graph.initializer]
+        others = [tensor for tensor in _tensors(shell) if _is_external(tensor)]  # of bodies and attributes
 
         def chunks() -> Iterator[bytes | memoryview]:
             yield from serialise.single_file(shell, parts)[1]
-            for location, file in sorted(self._files.items()):
-                if location not in used:  # tensors of nested graphs and attributes
-                    yield from file.chunks(0, file.path.stat().st_size)
+            for tensor in others:
+                yield from self._weights(tensor).chunks()
 
-        used = {_entries(t)["location"] for t in proto.graph.initializer if _is_external(t)}
         return serialise.sha256(chunks())
 
     def _weights(self, tensor: onnx.TensorProto) -> serialise.Weights:
@@ -159,6 +158,18 @@ def _all_nodes(model: ir.Model) -> Iterator[ir.Node]:
     yield from model.graph.all_nodes()
     for function in model.functions.values():
         yield from function.all_nodes()
+
+
+def _tensors(message: Message) -> Iterator[onnx.TensorProto]:
+    """Every tensor inside a message, in the order of its fields."""
+    for field, value in message.ListFields():
+        if field.message_type is None:
+            continue
+        for item in value if isinstance(value, Sequence) or hasattr(value, "add") else [value]:
+            if isinstance(item, onnx.TensorProto):
+                yield item
+            else:
+                yield from _tensors(item)
 
 
 def _identity(descriptor: int) -> tuple[int, ...]:

@@ -34,7 +34,10 @@ _TORCH_TYPES: dict[ir.DataType, torch.dtype] = {
     ir.DataType.UINT64: torch.uint64,
     ir.DataType.BOOL: torch.bool,
 }
-_NUMPY_FLOATS: dict[torch.dtype, np.dtype[Any]] = {torch.float32: np.dtype(np.float32), torch.float64: np.dtype(np.float64)}
+_NUMPY_FLOATS: dict[torch.dtype, np.dtype[Any]] = {
+    torch.float32: np.dtype(np.float32),
+    torch.float64: np.dtype(np.float64),
+}
 _UNSIGNED = frozenset({ir.DataType.UINT16, ir.DataType.UINT32, ir.DataType.UINT64})
 _STATISTICS = (3, 4)  # inputs of BatchNormalization that hold running mean and variance
 INFO = "sartor"

@@ -1,7 +1,8 @@
 """What a program does not understand of its model: some nodes, and everything that follows them.
 
 An operator of a foreign domain, a loop, or a shape that depends on data makes nodes that no analysis can
-follow. They are detached when a file is loaded, and attached again, untouched, wherever bytes are written.
+follow. They are detached when a file is loaded, and attached again wherever bytes are written: as the loader
+prepared them (at the canonical opset, functions inlined, names unique), and otherwise untouched.
 In between the program ends at the values that they read, which become graph outputs: what those outputs
 keep, the tail keeps.
 """
@@ -9,6 +10,7 @@ keep, the tail keeps.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol, TypeVar
 
@@ -39,7 +41,7 @@ class Tail:
         added: values that are outputs of the program only because these nodes read them.
         opset_imports: versions of foreign domains.
         reasons: why nodes are here, by name; the others follow one of these.
-        readers: by value that enters, the node that reads it first.
+        readers: by value that enters, or weight, the node that reads it first.
     """
 
     nodes: tuple[onnx.NodeProto, ...]
@@ -49,6 +51,13 @@ class Tail:
     opset_imports: Mapping[str, int]
     reasons: Mapping[str, str]
     readers: Mapping[str, str]
+
+    @property
+    def operators(self) -> frozenset[tuple[str, str, str]]:
+        """`(domain, operator, overload)` of all nodes, those of bodies included."""
+        return frozenset(
+            (node.domain, node.op_type, node.overload) for outer in self.nodes for node in _nested(outer)
+        )
 
     def names(self) -> Iterator[str]:
         """Names of values that a program must not give to others."""
@@ -128,14 +137,16 @@ def detach(model: ir.Model, reasons: Mapping[str, str]) -> Tail:
     reasons = {outermost[name] or "": reason for name, reason in reasons.items() if name in outermost}
     lost: set[ir.Value] = set()
     nodes: list[ir.Node] = []
+    readers: dict[ir.Value, str] = {}
     for node in graph:
-        reads = {v for v in _reads(node) if v is not None}
-        if node.name in reasons or reads & lost:
+        reads = list(_reads(node))
+        if node.name in reasons or not lost.isdisjoint(reads):
             nodes.append(node)
+            for value in reads:
+                if value not in lost:
+                    readers.setdefault(value, node.name or "")
             lost.update(node.outputs)
-    inside = set(nodes)
-    entering = list(dict.fromkeys(v for n in nodes for v in _reads(n) if v is not None and v not in lost))
-    computed = [v for v in entering if v.producer() is not None]
+    computed = [v for v in readers if v.producer() is not None]
     kept = [v for v in graph.outputs if v not in lost]
     if not nodes or not (computed or any(v.producer() is not None for v in kept)):
         name, reason = next(iter(reasons.items()), ("", "nothing of the model is understood"))
@@ -144,31 +155,40 @@ def detach(model: ir.Model, reasons: Mapping[str, str]) -> Tail:
     outputs = tuple((i, ir.serde.serialize_value(v)) for i, v in enumerate(graph.outputs) if v in lost)
     added = [v for v in computed if not v.is_graph_output()]
     weights = {
-        v.name or "": v.const_value for v in entering if v.is_initializer() and v.const_value is not None
+        v.name or "": v.const_value for v in readers if v.is_initializer() and v.const_value is not None
     }
-    readers = {v.name or "": next(n.name or "" for n in nodes if v in set(_reads(n))) for v in entering}
     for value in [v for v in graph.outputs if v in lost]:
         graph.outputs.remove(value)
+    for node in reversed(nodes):
+        for inner in _with_bodies(node):
+            for index, read in enumerate(inner.inputs):
+                if read is not None and read.graph is graph:
+                    inner.replace_input_with(index, None)
     graph.remove(reversed(nodes), safe=False)
-    for node in inside:
-        for index in range(len(node.inputs)):
-            node.replace_input_with(index, None)
     graph.outputs.extend(added)
+    taken = {v.name for g in (graph, *graph.subgraphs()) for v in _values(g)}
+    taken.update(name for proto in protos.values() for name in _made(proto))
+    taken.update(weights)
     moved = {}
     for name in weights:
         # A weight that both parts read may be narrowed in the one; the tail has its own under another name.
-        shared = bool(graph.initializers[name].uses()) or graph.initializers[name].is_graph_output()
-        moved[name] = f"{name}.tail" if shared else name
-        if not shared:
+        moved[name] = name
+        if graph.initializers[name].uses() or graph.initializers[name].is_graph_output():
+            moved[name] = next(n for i in itertools.count() if (n := f"{name}.tail{i or ''}") not in taken)
+            taken.add(moved[name])
+        else:
             graph.initializers.pop(name)
+    foreign = {d: v for d, v in model.opset_imports.items() if d not in ("", "ai.onnx", "sartor")}
+    for domain in foreign:
+        del model.opset_imports[domain]
     return Tail(
         nodes=tuple(_renamed(protos[n.name], moved) for n in nodes),
         weights={moved[name]: tensor for name, tensor in weights.items()},
         outputs=outputs,
         added=frozenset(v.name or "" for v in added),
-        opset_imports={d: v for d, v in model.opset_imports.items() if d not in ("", "ai.onnx", "sartor")},
+        opset_imports=foreign,
         reasons={n.name or "": reasons[n.name or ""] for n in nodes if n.name in reasons},
-        readers=readers,
+        readers={moved.get(v.name or "", v.name or ""): reader for v, reader in readers.items()},
     )
 
 
@@ -184,12 +204,18 @@ def bodies_of(node: ir.Node) -> tuple[ir.Graph, ...]:
 
 
 def _reads(node: ir.Node) -> Iterator[ir.Value]:
-    """Values of the main graph that a node reads, in its bodies, too."""
-    yield from (v for v in node.inputs if v is not None)
-    for body in bodies_of(node):
-        for inner in body:
-            yield from (v for v in _reads(inner) if v.graph is node.graph)
-        yield from (v for v in body.outputs if v.graph is node.graph)
+    """Values of the main graph that a node reads, in its bodies and theirs, too."""
+    for inner in _with_bodies(node):
+        yield from (v for v in inner.inputs if v is not None and v.graph is node.graph)
+        for body in bodies_of(inner):
+            yield from (v for v in body.outputs if v.graph is node.graph)
+
+
+def _values(graph: ir.Graph) -> Iterator[ir.Value]:
+    yield from graph.inputs
+    yield from graph.initializers.values()
+    for node in graph:
+        yield from node.outputs
 
 
 def _with_bodies(node: ir.Node) -> Iterator[ir.Node]:
@@ -207,6 +233,14 @@ def _made(node: onnx.NodeProto) -> Iterator[str]:
             yield from (t.name for t in body.initializer)
             for inner in body.node:
                 yield from _made(inner)
+
+
+def _nested(node: onnx.NodeProto) -> Iterator[onnx.NodeProto]:
+    yield node
+    for attribute in node.attribute:
+        for body in (*((attribute.g,) if attribute.HasField("g") else ()), *attribute.graphs):
+            for inner in body.node:
+                yield from _nested(inner)
 
 
 def _renamed(node: onnx.NodeProto, names: Mapping[str, str]) -> onnx.NodeProto:

@@ -168,7 +168,7 @@ def _check_tail(program: Program, seen: Mapping[str, str]) -> None:
             f"Name '{twice}' is also a value of the nodes that are left as they are; rename it.",
         )
     known = {v.name for v in (*program.graph.inputs, *program.graph.outputs)} | set(program.tail.weights)
-    lost = next((v for v in program.tail.readers if v not in known and f"{v}.tail" not in known), None)
+    lost = next((v for v in program.tail.readers if v not in known), None)
     if lost is not None:
         _fail(
             program, None, f"Value '{lost}', which node '{program.tail.readers[lost]}' reads, is no output."

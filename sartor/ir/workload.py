@@ -287,10 +287,15 @@ def _stored(
     for output in program.graph.outputs:
         if output.name in readers:
             readers[output.name].append(())
-    return tuple(
+    stored = [
         Stored(tensors[value], tuple(readers[name]), is_parameter(value))
         for name, value in program.initializers.items()
-    )
+    ]
+    for name, tensor in program.tail.weights.items() if program.tail is not None else ():
+        dims = tuple(Extent.constant(d) for d in tensor.shape.numpy())
+        operand = Operand(name, dims, tensor.dtype.itemsize, tensor.dtype.name, stored=True)
+        stored.append(Stored(operand, (), tensor.dtype.is_floating_point() and bool(dims)))
+    return tuple(stored)
 
 
 def is_parameter(value: ir.Value) -> bool:

@@ -184,6 +184,7 @@ def _describe(step: Step, before: Program, error: Exception) -> dict[str, Any]:
             "input_shapes": {k: list(v) for k, v in before.input_shapes.items()},
             "batch": dataclasses.asdict(before.batch),
             "applied": list(before.applied),
+            "left": dict(before.tail.reasons) if before.tail is not None else {},
         },
         "context": {"seed": step.context.seed, "keep": list(step.context.keep)},
         "versions": dict(_versions()),
@@ -212,25 +213,30 @@ def read_reproducer(folder: str | os.PathLike[str]) -> tuple[Program, str, Conte
     Raises:
         UsageError: the folder is not a complete reproducer.
     """
-    import onnx
-    import onnx_ir as ir
+    from sartor.ir.batch import fix_signature
+    from sartor.ir.onnx_file import Limits, read
+    from sartor.ir.tail import detach
 
     root = Path(folder)
     try:
         document = json.loads((root / "error.json").read_text(encoding="utf-8"))
         if document["schema"] != REPRODUCER_SCHEMA:
             raise ValueError(f"schema '{document['schema']}'")
-        model = onnx.ModelProto.FromString((root / "input.onnx").read_bytes())
+        model = read(root / "input.onnx", None, Limits()).model
         text = (root / "pipeline.txt").read_text(encoding="utf-8").strip()
         stored = document["program"]
         batch = stored["batch"]
+        left = detach(model, stored["left"]) if stored.get("left") else None
         program = Program(
-            ir.from_proto(model),
+            model,
             source=Source(**stored["source"]),
             input_shapes={k: tuple(v) for k, v in stored["input_shapes"].items()},
             batch=Batch(batch["symbolic"], tuple(batch["inputs"]), batch["reason"]),
             applied=tuple(stored["applied"]),
+            tail=left,
         )
+        if left is not None:
+            fix_signature(program)
         context = Context(seed=document["context"]["seed"], keep=tuple(document["context"]["keep"]))
     except Exception as error:
         raise UsageError(

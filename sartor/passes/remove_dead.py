@@ -43,7 +43,7 @@ class RemoveDead(Pass):
                     graphs.extend(bodies_of(node))
                 else:  # what is inside a dead node goes with it
                     dead_nodes.append(node.name or "")
-        dead_functions = _dead_functions(program.model, live_nodes)
+        dead_functions = _dead_functions(program, live_nodes)
         if not (dead_nodes or dead_initializers or dead_functions):
             return None
         return {
@@ -84,12 +84,15 @@ def _mark(graph: ir.Graph) -> tuple[set[ir.Node], set[ir.Value]]:
     return nodes, values
 
 
-def _dead_functions(model: ir.Model, live_nodes: set[ir.Node]) -> list[tuple[str, str, str]]:
+def _dead_functions(program: Program, live_nodes: set[ir.Node]) -> list[tuple[str, str, str]]:
+    model = program.model
     alive: set[tuple[str, str, str]] = set()
-    pending = list(live_nodes)
+    pending: list[Any] = [node.op_identifier() for node in live_nodes]
+    if program.tail is not None:
+        pending += program.tail.operators
     while pending:
-        key = pending.pop().op_identifier()
+        key = pending.pop()
         if key in model.functions and key not in alive:
             alive.add(key)
-            pending.extend(model.functions[key].all_nodes())
+            pending += [node.op_identifier() for node in model.functions[key].all_nodes()]
     return sorted(key for key in model.functions if key not in alive)

@@ -121,6 +121,7 @@ class UniqueNames:
         self._nodes: set[str] = set()
         if program.tail is not None:
             self._values.update(program.tail.names())
+            self._nodes.update(node.name for node in program.tail.nodes)
         for graph in (program.graph, *program.graph.subgraphs()):
             self._values.update(value.name for value in graph.inputs if value.name)
             self._values.update(graph.initializers)

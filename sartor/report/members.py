@@ -16,7 +16,7 @@ SAVING = (
     "Share: how much of all MACs is in work that scales with the group."
 )
 """The definition that stands over every list of savings."""
-LEFT = "left as it is: {}, which count in no figure; what they read has to stay"
+LEFT = "left as it is: {}, whose work counts in no figure; what they read has to stay"
 """What is said of the part of a model that is not understood."""
 UNEVEN = "* Units differ in size: the figures are those of the half with the smallest units."
 ROLES = {"producer": "made by", "affine": "carried by", "consumer": "read by"}
