@@ -98,6 +98,13 @@ def _prelu(layer: _Layer) -> None:
     layer.module.num_parameters = layer.module.weight.numel()
 
 
+def _recurrent(layer: _Layer) -> None:
+    """Layers of different hidden sizes have no place in one module of torch; running it then says so."""
+    module = layer.module
+    module.input_size, module.hidden_size = module.weight_ih_l0.shape[1], module.weight_hh_l0.shape[1]
+    module._init_flat_weights()
+
+
 _UPDATES: tuple[tuple[tuple[type[nn.Module], ...], Callable[[_Layer], None]], ...] = (
     ((nn.modules.conv._ConvNd,), _convolution),
     ((nn.Linear,), _linear),
@@ -107,6 +114,7 @@ _UPDATES: tuple[tuple[tuple[type[nn.Module], ...], Callable[[_Layer], None]], ..
     ((nn.LayerNorm, nn.RMSNorm), _normalized_shape),
     ((nn.Embedding, nn.EmbeddingBag), _embedding),
     ((nn.PReLU,), _prelu),
+    ((nn.RNNBase,), _recurrent),
 )
 
 

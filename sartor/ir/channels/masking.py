@@ -123,8 +123,8 @@ class _Walk:
         if operator in _SAME_ATOMS:
             self.zero(node, 0, wanted)
         elif operator == "Concat":
-            for index in range(len(node.inputs)):
-                self.zero(node, index, wanted)
+            for index, operand in enumerate(node.inputs):
+                self.zero(node, index, self._beside(operand, value, wanted))
         elif operator == "Clip" and self._clip_keeps_zero(node):
             self.zero(node, 0, wanted)
         elif operator in ("Mul", "Div"):
@@ -190,6 +190,17 @@ class _Walk:
             ]
             return any(closed[a].any() for a in arrays)
         return any(closed[f.atoms].any() for f in self._factors(value))
+
+    def _beside(self, operand: ir.Value | None, output: ir.Value, wanted: np.ndarray) -> np.ndarray:
+        """`wanted`, with an operand's atoms on the axes that a concatenation shares between its operands."""
+        own = {factor.axes: factor.atoms for factor in self._factors(operand)} if operand is not None else {}
+        result = wanted
+        for factor in self._factors(output):
+            atoms = own.get(factor.axes)
+            if atoms is not None and atoms.shape == factor.atoms.shape and wanted[factor.atoms].any():
+                result = result.copy() if result is wanted else result
+                result[atoms[wanted[factor.atoms]]] = True
+        return result
 
     def _at_operand(
         self, operand: ir.Value | None, output: ir.Value, wanted: np.ndarray

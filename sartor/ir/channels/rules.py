@@ -235,6 +235,18 @@ def _gemm(ctx: Propagation, node: ir.Node) -> None:
     ctx.set(node.outputs[0], labels)
 
 
+@rule("GRU", "LSTM", "RNN", effect="the input size is contracted; hidden sizes, steps and batch stay")
+def _recurrent(ctx: Propagation, node: ir.Node) -> None:
+    steps, batch, directions, gates, size = range(5)
+    operands = [(node.inputs[0], (steps, batch, size)), (node.inputs[1], (directions, gates, size))]
+    labels = ctx.product(node, operands, (steps, batch, directions, gates), frozenset([size]))
+    text = f"the hidden size of {node.op_type} is not cut: every step reads what the one before made"
+    ctx.space.block_labels(labels, ctx.reason(node, text))
+    for value in node.inputs[2:]:
+        if value is not None:
+            ctx.space.block_labels(ctx.labels(value), ctx.reason(node, text))
+
+
 @rule("Einsum", effect="as its equation says: summed letters are contracted, the rest flow")
 def _einsum(ctx: Propagation, node: ir.Node) -> None:
     equation = ctx.attribute(node, "equation").replace(" ", "")
