@@ -546,6 +546,25 @@ def test_fit_with_data_scores_what_is_understood(tmp_path: Path) -> None:
     assert report["quality"] == "kept" and 0.0 < report["result"]["score"] < 1.0
 
 
+def test_constants_of_what_is_left_stay_constants(tmp_path: Path) -> None:
+    constant = helper.make_node("Constant", [], ["c"], name="c", value=tensor("c", np.ones(3, np.float32)))
+    path = save(
+        tmp_path / "m.onnx",
+        [*APART, *BEFORE, constant, node("Fold", ["t", "c"], ["z"], name="op", domain="com.acme")],
+        {"x": [1, 3, 4, 4]},
+        {"y": None, "z": [1]},
+        WEIGHTS[:3],
+        domains=["com.acme"],
+        check=False,
+    )
+    program = load(path)
+    assert [v.name for v in program.graph.outputs] == ["y", "t"]
+    saved = onnx.load_from_string(program.to_bytes())
+    assert "c" in {t.name for t in saved.graph.initializer} and "Identity" not in {
+        n.op_type for n in saved.graph.node
+    }
+
+
 def test_results_of_another_size_do_not_agree() -> None:
     outputs = iter([{"n": np.zeros((4, 2))}, {"n": np.ones((3,))}, {"n": np.ones((3,))}])
     split = [({"x": np.zeros((1, 2))}, None)] * 3

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Set
+from collections.abc import Iterable, Mapping, Set
 
 import numpy as np
 import onnx_ir as ir
@@ -53,14 +53,18 @@ def drop_metadata(model: ir.Model) -> None:
         value.doc_string = None
 
 
-def constants_to_initializers(graph: ir.Graph) -> list[ir.Value]:
-    """Turn every Constant node of the main graph into an initializer of the same name.
+def constants_to_initializers(graph: ir.Graph, nodes: Iterable[ir.Node] | None = None) -> list[ir.Value]:
+    """Turn Constant nodes of the main graph into initializers of the same name.
+
+    Args:
+        graph: changed in place.
+        nodes: which; all by default.
 
     Raises:
         ModelError: a sparse or string constant.
     """
     created: list[ir.Value] = []
-    for node in list(graph):
+    for node in list(graph if nodes is None else nodes):
         if node.op_type != "Constant" or node.domain not in ("", "ai.onnx"):
             continue
         output = node.outputs[0]

@@ -135,17 +135,13 @@ def detach(model: ir.Model, reasons: Mapping[str, str]) -> Tail:
     graph = model.graph
     outermost = {inner.name: node.name for node in graph for inner in _with_bodies(node)}
     reasons = {outermost[name] or "": reason for name, reason in reasons.items() if name in outermost}
-    lost: set[ir.Value] = set()
-    nodes: list[ir.Node] = []
-    readers: dict[ir.Value, str] = {}
-    for node in graph:
-        reads = list(_reads(node))
-        if node.name in reasons or not lost.isdisjoint(reads):
-            nodes.append(node)
-            for value in reads:
-                if value not in lost:
-                    readers.setdefault(value, node.name or "")
-            lost.update(node.outputs)
+    from sartor.ir.cleanup import constants_to_initializers
+
+    _, readers = _following(graph, reasons)
+    makers = (value.producer() for value in readers)
+    constants_to_initializers(graph, [n for n in makers if n is not None and n.op_type == "Constant"])
+    nodes, readers = _following(graph, reasons)
+    lost = {output for node in nodes for output in node.outputs}
     computed = [v for v in readers if v.producer() is not None]
     kept = [v for v in graph.outputs if v not in lost]
     if not nodes or not (computed or any(v.producer() is not None for v in kept)):
@@ -190,6 +186,22 @@ def detach(model: ir.Model, reasons: Mapping[str, str]) -> Tail:
         reasons={n.name or "": reasons[n.name or ""] for n in nodes if n.name in reasons},
         readers={moved.get(v.name or "", v.name or ""): reader for v, reader in readers.items()},
     )
+
+
+def _following(graph: ir.Graph, reasons: Mapping[str, str]) -> tuple[list[ir.Node], dict[ir.Value, str]]:
+    """The nodes that have a reason and those that follow them; and who reads each value that enters."""
+    lost: set[ir.Value] = set()
+    nodes: list[ir.Node] = []
+    readers: dict[ir.Value, str] = {}
+    for node in graph:
+        reads = list(_reads(node))
+        if node.name in reasons or not lost.isdisjoint(reads):
+            nodes.append(node)
+            for value in reads:
+                if value not in lost:
+                    readers.setdefault(value, node.name or "")
+            lost.update(node.outputs)
+    return nodes, readers
 
 
 def bodies_of(node: ir.Node) -> tuple[ir.Graph, ...]:
