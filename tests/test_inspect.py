@@ -278,24 +278,21 @@ def test_an_operator_without_a_rule_blocks_what_it_touches_and_nothing_else():
             node("MatMul", ["x", "w0"], ["h0"], "free"),
             node("Relu", ["h0"], ["r0"]),
             node("MatMul", ["r0", "w1"], ["h"], "before"),
-            node("GRU", ["h", "W", "R"], ["g", ""], "memory", hidden_size=5),
-            node("Squeeze", ["g", "axes"], ["s"]),
+            node("ReverseSequence", ["h", "lengths"], ["s"], "back", time_axis=0, batch_axis=1),
             node("MatMul", ["s", "w2"], ["y"], "after"),
         ],
         {"x": [3, 2, 4]},
         ["y"],
         {
-            "w0": weight(4, 8), "w1": weight(8, 6), "W": weight(1, 15, 6), "R": weight(1, 15, 5),
-            "w2": weight(5, 2), "axes": np.array([1]),
+            "w0": weight(4, 8), "w1": weight(8, 6), "w2": weight(6, 2), "lengths": np.array([3, 2]),
         },
     )  # fmt: skip
     document = inspect_program(program)
     assert [group["name"] for group in document["groups"]] == ["w0"]
-    reason = next(r for r in document["reasons"] if r["op"] == "GRU")
-    assert reason["values"] == [{"value": "w1", "axis": 1, "channels": 6}] and reason["nodes"] == ["memory"]
-    text = describe(inspect_program(program, layers=["memory"]))
-    assert "memory (GRU)" in text and "of W" in text and "stays: operator 'GRU' has no channel rule" in text
-    assert "w0" not in text, "what it does not touch is not about it"
+    reason = next(r for r in document["reasons"] if r["op"] == "ReverseSequence")
+    assert reason["values"] == [{"value": "w1", "axis": 1, "channels": 6}] and reason["nodes"] == ["back"]
+    text = describe(inspect_program(program, layers=["before"]))
+    assert "before (MatMul)" in text and "stays: operator 'ReverseSequence' has no" in text
 
 
 def test_keep_is_a_reason_without_an_operator():
