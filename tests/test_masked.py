@@ -207,6 +207,65 @@ def test_weight_shared_with_an_uncut_use_blocks_the_group():
     assert channel_groups(shared_program(both=False)).groups == ()
 
 
+class Recurrence(nn.Module):
+    """Two layers that run twice, first on a learned start and then on what came of the input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.start = nn.Parameter(torch.zeros(1, 6))
+        self.enter, self.wide, self.narrow = nn.Linear(6, 5), nn.Linear(6, 8), nn.Linear(8, 5)
+        self.leave, self.head = nn.Linear(5, 6), nn.Linear(5, 3)
+
+    def step(self, state: torch.Tensor) -> torch.Tensor:
+        return self.narrow(torch.tanh(self.wide(state)))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.enter(x) + self.step(self.start)
+        return self.head(torch.tanh(x + self.step(self.leave(x))))
+
+
+def test_layer_that_also_runs_on_a_learned_start_is_zeroed_at_both_uses():
+    program = capture(seeded(Recurrence()), example(1, 6))
+    plan = Plan(program.source.sha256, {"wide": GroupPlan(8, (0, 2, 5)), "enter": GroupPlan(5, (1, 2))})
+    mask, _ = masked(program, plan)
+    feeds = batch_of(program, 2)
+    assert relative_error(run_twin(mask, feeds), run_twin(apply_plan(program, plan), feeds)) < 1e-12
+
+
+class LearnedQueries(nn.Module):
+    """Self-attention between learned queries, whose layer then runs again on what they became."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.queries = nn.Parameter(torch.zeros(1, 3, 12))
+        self.embed = nn.Linear(7, 12)
+        self.q, self.k, self.v, self.out = (nn.Linear(12, 12) for _ in range(4))
+        self.head = nn.Linear(12, 5)
+
+    def attend(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        q, k, v = (
+            layer(t).unflatten(-1, (3, 4)).transpose(1, 2)
+            for layer, t in ((self.q, x), (self.k, y), (self.v, y))
+        )
+        weights = torch.softmax(q @ k.transpose(-2, -1) * 0.5, dim=-1)
+        return self.out((weights @ v).transpose(1, 2).flatten(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        queries = self.queries + self.attend(self.queries, self.queries)
+        return self.head(self.attend(queries, self.embed(x)))
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_attention_between_learned_queries(seed):
+    program = capture(seeded(LearnedQueries()), example(1, 4, 7))
+    plan = PruneChannels(ratio=0.5, criterion="random", seed=seed).run(program).plan
+    touched = {m.initializer.split(".")[0] for g in channel_groups(program).groups for m in g.members}
+    assert {"q", "k", "v", "out"} <= touched
+    mask, _ = masked(program, plan)
+    feeds = batch_of(program, 2)
+    assert relative_error(run_twin(mask, feeds), run_twin(apply_plan(program, plan), feeds)) < 1e-12
+
+
 class SharedBlocks(nn.Module):
     """Two residual blocks whose branches end in one Linear; only the first branch may go."""
 

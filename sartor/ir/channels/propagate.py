@@ -220,8 +220,8 @@ class Propagation:
     ) -> None:
         """Note the sink of a contraction and the weight axes that create features in it."""
         constant = [v is not None and self.is_constant(v) for v in values]
-        if all(constant):
-            return
+        if all(constant):  # a layer on a learned input: its weight may serve on computed values as well
+            constant[0] = False
         open_letters = set(summed)
         for i, value in enumerate(values):
             if value is None or not constant[i]:
