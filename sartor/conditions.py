@@ -14,10 +14,10 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import onnx_ir as ir
 
+from sartor.ir.bodies import captured_values
 from sartor.ir.branches import BRANCHES, branch, is_choice
 from sartor.ir.channels import ChannelAnalysis
 from sartor.ir.program import Program
-from sartor.ir.subgraphs import captured_values
 from sartor.passes.rewriter import Rewriter
 
 Case = Mapping[str, bool]

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 import onnx_ir as ir
 
 from sartor.errors import UsageError
+from sartor.ir.bodies import read_values
 from sartor.ir.program import NodeProvenance, Program
-from sartor.ir.subgraphs import captured_values
 
 if TYPE_CHECKING:
     from sartor.ir.channels import ChannelAnalysis, ChannelGroup
@@ -47,8 +47,7 @@ class Layers:
         for name in program.initializers:
             sources[name] = (name,) if name in wanted else ()
         for node in program.nodes():
-            values = (*node.inputs, *captured_values(node))
-            read = [value.name or "" for value in values if value is not None]
+            read = [value.name or "" for value in read_values(node)]
             found = tuple(dict.fromkeys(p for name in read for p in sources.get(name, ())))
             if read and all(name in sources for name in read):
                 sources.update((output.name or "", found) for output in node.outputs)

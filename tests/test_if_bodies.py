@@ -29,6 +29,7 @@ from sartor.comparison import relative_error
 from sartor.conditions import cases
 from sartor.errors import UnsupportedOperatorError
 from sartor.ir.blocks import residual_blocks
+from sartor.ir.bodies import body_graphs
 from sartor.ir.branches import flatten, flattened, nest
 from sartor.ir.canonicalize import check_operators
 from sartor.ir.capture import capture
@@ -37,7 +38,6 @@ from sartor.ir.fx import run_twin
 from sartor.ir.load import load
 from sartor.ir.plan import GroupPlan, Plan
 from sartor.ir.program import Program, Source
-from sartor.ir.subgraphs import body_graphs
 from sartor.ir.verify import verify_program
 from sartor.ir.workload import build_workload
 from sartor.passes.masked import masked

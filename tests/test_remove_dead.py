@@ -161,7 +161,7 @@ def test_functions():
 
 
 def test_planted_blindness_to_bodies_is_caught(monkeypatch):
-    monkeypatch.setattr(remove_dead, "bodies_of", lambda node: ())
+    monkeypatch.setattr(remove_dead, "body_graphs", lambda node: [])
     with pytest.raises(InternalError, match="is still used by node 'dead_inner'"):
         RemoveDead().run(branchy())
 

@@ -14,11 +14,12 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 import onnx_ir as ir
 
 from sartor.ir.block_zeros import Site, ZeroSearch
+from sartor.ir.bodies import read_values, with_inner_nodes
 from sartor.ir.program import Program
 
 _WEIGHTED = frozenset(
@@ -92,8 +93,8 @@ class _Finder:
     def __init__(self, program: Program):
         self.program = program
         self.order = {node: i for i, node in enumerate(program.nodes())}
-        self.owner = {inner: node for node in self.order for inner in _inner_nodes(node)}
-        self.inputs = {node: _inputs(node) for node in self.order}
+        self.owner = {inner: node for node in self.order for inner in with_inner_nodes(node)}
+        self.inputs = {node: read_values(node) for node in self.order}
         self.outputs = set(program.graph.outputs)
         self.free: set[ir.Value] = set(program.graph.initializers.values())
         self.free.difference_update(program.graph.inputs)
@@ -252,27 +253,6 @@ class _Finder:
 
 
 # ---- parts ---------------------------------------------------------------------------------
-def _inner_nodes(node: ir.Node) -> Iterator[ir.Node]:
-    """Nodes in the bodies of a control flow node, at any depth."""
-    for attribute in node.attributes.values():
-        graphs: Iterable[ir.Graph] = ()
-        if attribute.type == ir.AttributeType.GRAPH:
-            graphs = (attribute.as_graph(),)
-        elif attribute.type == ir.AttributeType.GRAPHS:
-            graphs = attribute.as_graphs()
-        for graph in graphs:
-            yield from graph.all_nodes()
-
-
-def _inputs(node: ir.Node) -> list[ir.Value]:
-    """Values that a node reads, those that its bodies capture included."""
-    values = [value for value in node.inputs if value is not None]
-    if any(a.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for a in node.attributes.values()):
-        for inner in _inner_nodes(node):
-            values.extend(value for value in inner.inputs if value is not None and value.graph is node.graph)
-    return values
-
-
 def _unique_names(program: Program, found: list[tuple[Block, list[str]]]) -> list[str]:
     """Module path per block; two blocks of one module also name the submodule that ends their branch."""
     stems = [_prefix(modules) for _, modules in found]

@@ -7,7 +7,7 @@ never folded; graph inputs and outputs keep their names and element types.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Set
+from collections.abc import Collection, Mapping, Set
 
 import onnx
 import onnx_ir as ir
@@ -15,6 +15,7 @@ import onnx_ir as ir
 from sartor.errors import ModelError, UnsupportedOperatorError
 from sartor.ir import branches, cleanup, folding, normalise, sequences
 from sartor.ir import canonicalize_static as static
+from sartor.ir.bodies import with_inner_nodes
 from sartor.ir.folding import names
 from sartor.ir.program import (
     CANONICAL_IR_VERSION,
@@ -23,7 +24,6 @@ from sartor.ir.program import (
     NodeProvenance,
     infer_shapes,
 )
-from sartor.ir.tail import bodies_of
 
 ELEMENTWISE_UNARY = names(
     """Abs Acos Acosh Asin Asinh Atan Atanh BitwiseNot Cast Ceil Celu Clip Cos Cosh Elu Erf Exp Floor Gelu
@@ -198,20 +198,22 @@ def check_operators(
     """
     refused: dict[str, str] = {}
     message = ""
-    for outer, node in _with_outermost(model.graph):
+    pairs = ((outer, node) for outer in model.graph for node in with_inner_nodes(outer))
+    for outer, node in pairs:
         if node.domain == DIALECT_DOMAIN and node.op_identifier() in model.functions:
             continue
         if node.domain in ("", "ai.onnx"):
             if node.op_type in CANONICAL_OPS or node.op_type in STRUCTURAL_OPS:
                 continue
-            in_body = node.graph is not model.graph
-            if in_body and node.op_type == "Constant":
+            if node is not outer and node.op_type == "Constant":
                 continue
             if before_folding and onnx.defs.has(node.op_type, CANONICAL_OPSET, ""):
                 continue
         domain = f" of domain '{node.domain}'" if node.domain not in ("", "ai.onnx") else ""
         reason = f": {_REASONS[node.op_type]}" if not domain and node.op_type in _REASONS else ""
-        refused.setdefault(outer, f"operator '{node.op_type}'{domain} is not in the canonical table{reason}")
+        refused.setdefault(
+            outer.name or "", f"operator '{node.op_type}'{domain} is not in the canonical table{reason}"
+        )
         message = message or (
             f"Node {_where(node, provenance)} uses operator '{node.op_type}'{domain}, which is outside the "
             f"canonical table of {len(CANONICAL_OPS)} operators{reason}. Replace it by supported operators, or "
@@ -219,15 +221,6 @@ def check_operators(
         )
     if refused:
         raise UnsupportedOperatorError(message, refused)
-
-
-def _with_outermost(graph: ir.Graph) -> Iterator[tuple[str, ir.Node]]:
-    """Every node, bodies included, with the name of the node of the main graph that it is or lies in."""
-    for outer in graph:
-        yield outer.name or "", outer
-        for body in bodies_of(outer):
-            for node in ir.traversal.RecursiveGraphIterator(body):
-                yield outer.name or "", node
 
 
 def _check_known(

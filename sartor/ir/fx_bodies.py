@@ -8,6 +8,8 @@ import torch
 from torch import fx, nn
 
 from sartor.ir import torch_ops
+from sartor.ir.bodies import body_graphs, captured_values, with_inner_nodes
+from sartor.ir.branches import BRANCHES
 from sartor.ir.fx_build import Builder, install
 from sartor.ir.twin_names import RESERVED
 
@@ -36,9 +38,8 @@ class Branches(nn.Module):
 
 def branches(parent: Builder, node: ir.Node) -> tuple[Branches, list[ir.Value]]:
     """The module of an `If`, and the outer values that it takes after the condition."""
-    bodies = [node.attributes[name].as_graph() for name in ("then_branch", "else_branch")]
-    captured = list(dict.fromkeys(value for body in bodies for value in _captured(body)))
-    modules = [_Body(parent, captured).module(body) for body in bodies]
+    captured = _captured(node)
+    modules = [_Body(parent, captured).module(node.attributes[name].as_graph()) for name in BRANCHES]
     return Branches(*modules), captured
 
 
@@ -69,24 +70,15 @@ class _Body(Builder):
         return f"{RESERVED}.constant_{self.next_number()}"
 
 
-def _captured(body: ir.Graph) -> list[ir.Value]:
-    """Values that a body reads as tensors and does not define, bodies inside it included."""
-    own = set(body.initializers.values()) | set(body.inputs)
-    nodes = list(ir.traversal.RecursiveGraphIterator(body))
-    for node in nodes:
-        own.update(node.outputs)
-        for attribute in node.attributes.values():
-            if attribute.type == ir.AttributeType.GRAPH:
-                own.update(attribute.as_graph().initializers.values())
-    read = []
-    for node in nodes:
-        spec = torch_ops.OPERATORS.get(node.op_type)
+def _captured(node: ir.Node) -> list[ir.Value]:
+    """Values that the bodies of `node` read as tensors and do not define, bodies inside them included."""
+    as_tensors: set[ir.Value | None] = set()
+    for inner in with_inner_nodes(node):
+        spec = torch_ops.OPERATORS.get(inner.op_type)
         static = spec.static if spec is not None else frozenset()
-        read += [
-            v for i, v in enumerate(node.inputs) if v is not None and not (i in static and v.is_initializer())
-        ]
-    read += list(body.outputs)
-    return [value for value in dict.fromkeys(read) if value is not None and value not in own]
+        as_tensors.update(v for i, v in enumerate(inner.inputs) if i not in static)
+        as_tensors.update(v for body in body_graphs(inner) for v in body.outputs)
+    return [v for v in captured_values(node) if not v.is_initializer() or v in as_tensors]
 
 
 __all__ = ["Branches", "branches", "install"]

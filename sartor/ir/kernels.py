@@ -15,11 +15,12 @@ from typing import Any
 import onnx_ir as ir
 
 from sartor.errors import InternalError
+from sartor.ir.bodies import body_graphs, read_values
 from sartor.ir.extents import Extent
 from sartor.ir.fusion import ACTIVATIONS, CONTRACTIONS, Fused, json_attributes, partition
 from sartor.ir.program import Program
 from sartor.ir.quantities import Quantity, largest
-from sartor.ir.subgraphs import body_graphs, body_shapes, captured_values
+from sartor.ir.subgraphs import body_shapes
 
 RECURRENT = frozenset({"RNN", "LSTM", "GRU"})
 FREE = frozenset({"Reshape", "Flatten", "Squeeze", "Unsqueeze", "Identity", "Shape", "Size", "Constant"})
@@ -202,9 +203,7 @@ def _kernel(
     made = {o for node in nodes for o in node.outputs}
     read: dict[ir.Value, None] = {}
     for node in nodes:
-        for value in (*node.inputs, *captured_values(node)):
-            if value is not None and value not in made:
-                read[value] = None
+        read.update((value, None) for value in read_values(node) if value not in made)
     written = [
         o
         for node in nodes

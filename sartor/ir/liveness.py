@@ -24,11 +24,11 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from sartor.ir.bodies import body_graphs, read_values
 from sartor.ir.extents import Extent
 from sartor.ir.kernels import Tensors
 from sartor.ir.program import Program
 from sartor.ir.quantities import Quantity, largest, whole
-from sartor.ir.subgraphs import body_graphs, captured_values
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,14 +188,13 @@ def build_liveness(
     for value in program.graph.inputs:
         sizes[value.name or ""] = tensors[value].bytes
     for node in program.nodes():
-        reads = [v for v in (*node.inputs, *captured_values(node)) if v is not None]
         writes = [v for v in node.outputs if v.name]
         for value in writes:
             sizes[value.name or ""] = tensors[value].bytes
         steps.append(
             _Step(
                 node.name or "",
-                tuple(v.name or "" for v in reads if v.name not in stored),
+                tuple(v.name or "" for v in read_values(node) if v.name not in stored),
                 tuple(v.name or "" for v in writes),
                 largest([_body_peak(body, node.op_type, tensors) for body in body_graphs(node)]),
             )
@@ -233,9 +232,8 @@ def _body_peak(body: ir.Graph, owner: str, tensors: Tensors) -> Quantity:
             if value.name and value not in outside:
                 born[value], last[value] = index, index
     for index, node in enumerate(nodes):
-        reads: list[ir.Value | None] = [*node.inputs, *captured_values(node)]
-        for read in reads:
-            if read is not None and read in last:
+        for read in read_values(node):
+            if read in last:
                 last[read] = max(last[read], index)
     for value in body.outputs:
         if value in last:

@@ -1,4 +1,4 @@
-"""Bodies of control-flow nodes (If, Loop, Scan): what they read from outside, and the shapes inside."""
+"""Programs with bodies (of If, Loop, Scan): their flat form, and the shapes inside bodies."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import onnx
 import onnx_ir as ir
 
 from sartor.errors import ModelError
+from sartor.ir.bodies import body_graphs, read_values, with_inner_nodes
 from sartor.ir.branches import BRANCHES, branch, flatten, has_choices, is_choice
 from sartor.ir.program import Program
 
@@ -43,31 +44,6 @@ def _flat(program: Program) -> Program:
     return clone
 
 
-def body_graphs(node: ir.Node) -> list[ir.Graph]:
-    """Graphs held by the attributes of `node`, in attribute order; empty for ordinary nodes."""
-    graphs: list[ir.Graph] = []
-    for attribute in node.attributes.values():
-        if attribute.type == ir.AttributeType.GRAPH:
-            graphs.append(attribute.as_graph())
-        elif attribute.type == ir.AttributeType.GRAPHS:
-            graphs.extend(attribute.as_graphs())
-    return graphs
-
-
-def captured_values(node: ir.Node) -> list[ir.Value]:
-    """Values of enclosing graphs that the bodies of `node` read, at any depth, without repetition."""
-    found: dict[ir.Value, None] = {}
-    for body in body_graphs(node):
-        inner = list(ir.traversal.RecursiveGraphIterator(body))
-        local = {output for n in inner for output in n.outputs}
-        for graph in [body, *(g for n in inner for g in body_graphs(n))]:
-            local.update(graph.inputs)
-            local.update(graph.initializers.values())
-        reads = [v for n in inner for v in n.inputs if v is not None] + list(body.outputs)
-        found.update(dict.fromkeys(v for v in reads if v not in local))
-    return list(found)
-
-
 def body_shapes(program: Program) -> dict[str, tuple[tuple[int, ...], ir.DataType]]:
     """Shape and element type of every value inside the bodies of the main graph's nodes, by name.
 
@@ -85,10 +61,9 @@ def body_shapes(program: Program) -> dict[str, tuple[tuple[int, ...], ir.DataTyp
             value.const_value = None
             light.graph.inputs.append(value)
     for node in light.graph:
-        known: list[ir.Value | None] = [*node.inputs, *node.outputs, *captured_values(node)]
-        for outer in known:
-            name = "" if outer is None else outer.name or ""
-            if outer is not None and name in shapes:
+        for outer in (*read_values(node), *node.outputs):
+            name = outer.name or ""
+            if name in shapes:
                 outer.shape, outer.type = ir.Shape(shapes[name]), ir.TensorType(types[name])
     inferred = onnx.shape_inference.infer_shapes(ir.to_proto(light), data_prop=True)
     found: dict[str, tuple[tuple[int, ...], ir.DataType]] = {}
@@ -115,12 +90,11 @@ def _require_all(
     outer: Mapping[str, object],
 ) -> None:
     for owner in owners:
-        for body in body_graphs(owner):
-            for node in ir.traversal.RecursiveGraphIterator(body):
-                for value in node.outputs:
-                    if value.name and value.name not in found and value.name not in outer:
-                        raise ModelError(
-                            f"The shape of value '{value.name}' inside {program.where(owner)} could not be "
-                            "inferred at the given input shapes; it depends on data. Give every dimension a "
-                            "fixed size with --shape NAME=1,3,224,224."
-                        )
+        for node in with_inner_nodes(owner):
+            for value in node.outputs:
+                if value.name and value.name not in found and value.name not in outer:
+                    raise ModelError(
+                        f"The shape of value '{value.name}' inside {program.where(owner)} could not be "
+                        "inferred at the given input shapes; it depends on data. Give every dimension a "
+                        "fixed size with --shape NAME=1,3,224,224."
+                    )

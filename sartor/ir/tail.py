@@ -19,6 +19,7 @@ import onnx
 import onnx_ir as ir
 
 from sartor.errors import ModelError
+from sartor.ir.bodies import read_values, with_inner_nodes
 
 
 class HasShapes(Protocol):
@@ -133,7 +134,7 @@ def detach(model: ir.Model, reasons: Mapping[str, str]) -> Tail:
         ModelError: nothing would be left, or `reasons` names nothing.
     """
     graph = model.graph
-    outermost = {inner.name: node.name for node in graph for inner in _with_bodies(node)}
+    outermost = {inner.name: node.name for node in graph for inner in with_inner_nodes(node)}
     reasons = {outermost[name] or "": reason for name, reason in reasons.items() if name in outermost}
     from sartor.ir.cleanup import constants_to_initializers
 
@@ -156,7 +157,7 @@ def detach(model: ir.Model, reasons: Mapping[str, str]) -> Tail:
     for value in [v for v in graph.outputs if v in lost]:
         graph.outputs.remove(value)
     for node in reversed(nodes):
-        for inner in _with_bodies(node):
+        for inner in with_inner_nodes(node):
             for index, read in enumerate(inner.inputs):
                 if read is not None and read.graph is graph:
                     inner.replace_input_with(index, None)
@@ -194,7 +195,7 @@ def _following(graph: ir.Graph, reasons: Mapping[str, str]) -> tuple[list[ir.Nod
     nodes: list[ir.Node] = []
     readers: dict[ir.Value, str] = {}
     for node in graph:
-        reads = list(_reads(node))
+        reads = read_values(node)
         if node.name in reasons or not lost.isdisjoint(reads):
             nodes.append(node)
             for value in reads:
@@ -204,36 +205,11 @@ def _following(graph: ir.Graph, reasons: Mapping[str, str]) -> tuple[list[ir.Nod
     return nodes, readers
 
 
-def bodies_of(node: ir.Node) -> tuple[ir.Graph, ...]:
-    """The graphs in the attributes of a node (branches of If, body of Loop or Scan), not nested ones."""
-    bodies: list[ir.Graph] = []
-    for attribute in node.attributes.values():
-        if attribute.type == ir.AttributeType.GRAPH and not attribute.is_ref():
-            bodies.append(attribute.as_graph())
-        elif attribute.type == ir.AttributeType.GRAPHS and not attribute.is_ref():
-            bodies.extend(attribute.as_graphs())
-    return tuple(bodies)
-
-
-def _reads(node: ir.Node) -> Iterator[ir.Value]:
-    """Values of the main graph that a node reads, in its bodies and theirs, too."""
-    for inner in _with_bodies(node):
-        yield from (v for v in inner.inputs if v is not None and v.graph is node.graph)
-        for body in bodies_of(inner):
-            yield from (v for v in body.outputs if v.graph is node.graph)
-
-
 def _values(graph: ir.Graph) -> Iterator[ir.Value]:
     yield from graph.inputs
     yield from graph.initializers.values()
     for node in graph:
         yield from node.outputs
-
-
-def _with_bodies(node: ir.Node) -> Iterator[ir.Node]:
-    yield node
-    for body in bodies_of(node):
-        yield from ir.traversal.RecursiveGraphIterator(body)
 
 
 def _made(node: onnx.NodeProto) -> Iterator[str]:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import onnx_ir as ir
 
 from sartor.errors import ModelError
+from sartor.ir.bodies import attribute_graphs
 from sartor.ir.program import Program
 
 _SHORT = 8  # constants of at most this many elements are written out
@@ -80,14 +81,7 @@ def _known(program: Program) -> tuple[Mapping[str, tuple[int, ...]], Mapping[str
 def _bodies(node: ir.Node, depth: int) -> list[str]:
     lines: list[str] = []
     for name, attribute in sorted(node.attributes.items()):
-        graphs = (
-            [attribute.as_graph()]
-            if attribute.type == ir.AttributeType.GRAPH
-            else list(attribute.as_graphs())
-            if attribute.type == ir.AttributeType.GRAPHS
-            else []
-        )
-        for graph in graphs:
+        for graph in attribute_graphs(attribute):
             results = ", ".join(f"%{v.name}" for v in graph.outputs)
             lines.append(f"{'  ' * depth}{name} -> {results}")
             for inner in graph:

@@ -15,6 +15,7 @@ import onnx_ir as ir
 
 from sartor.errors import ModelError, UnsupportedOperatorError, VerificationError
 from sartor.ir import canonicalize, text
+from sartor.ir.bodies import body_graphs
 from sartor.ir.constraints import CONSTRAINTS, Context
 from sartor.ir.program import (
     BATCH_SYMBOL,
@@ -198,24 +199,16 @@ def _check_nodes(program: Program, graph: ir.Graph, known: set[ir.Value], names:
                     "Nodes "
                     "stand in execution order and read only what exists.",
                 )
-        for attribute in node.attributes.values():
-            bodies = (
-                [attribute.as_graph()]
-                if attribute.type == ir.AttributeType.GRAPH
-                else list(attribute.as_graphs())
-                if attribute.type == ir.AttributeType.GRAPHS
-                else []
-            )
-            for body in bodies:
-                inner = known | set(body.inputs) | set(body.initializers.values())
-                _check_nodes(program, body, inner, set(), lambda value, kind, at: None)
-                missing = next((v for v in body.outputs if v not in inner), None)
-                if missing is not None:
-                    _fail(
-                        program,
-                        shown,
-                        f"Body output '{missing.name}' of {program.where(node)} is not computed.",
-                    )
+        for body in body_graphs(node):
+            inner = known | set(body.inputs) | set(body.initializers.values())
+            _check_nodes(program, body, inner, set(), lambda value, kind, at: None)
+            missing = next((v for v in body.outputs if v not in inner), None)
+            if missing is not None:
+                _fail(
+                    program,
+                    shown,
+                    f"Body output '{missing.name}' of {program.where(node)} is not computed.",
+                )
         for output in node.outputs:
             declare(output, "node output", shown)
             known.add(output)

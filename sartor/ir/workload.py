@@ -15,12 +15,12 @@ import numpy as np
 import onnx_ir as ir
 
 from sartor.errors import PlanError
+from sartor.ir.bodies import read_values
 from sartor.ir.extents import Extent
 from sartor.ir.kernels import Kernel, Operand, Tensors, build_kernels
 from sartor.ir.liveness import Liveness, build_liveness
 from sartor.ir.program import Program
 from sartor.ir.quantities import Quantity, whole
-from sartor.ir.subgraphs import captured_values
 
 Fractions = Mapping[str, Any]
 """Kept fraction per group name, each a scalar or an array `[plans]`; 1.0 where absent."""
@@ -281,8 +281,8 @@ def _stored(
     tensors = Tensors(program, extents)
     readers: dict[str, list[tuple[str, ...]]] = {name: [] for name in program.initializers}
     for node in program.nodes():
-        for value in (*node.inputs, *captured_values(node)):
-            if value is not None and value.name in readers:
+        for value in read_values(node):
+            if value.name in readers:
                 readers[value.name].append(contains.get(node.name or "", ()))
     for output in program.graph.outputs:
         if output.name in readers:

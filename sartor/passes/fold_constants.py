@@ -10,8 +10,8 @@ import onnx
 import onnx_ir as ir
 
 from sartor.errors import ModelError
+from sartor.ir.bodies import body_graphs, read_values
 from sartor.ir.program import Program
-from sartor.ir.tail import bodies_of
 from sartor.passes.base import Context, Pass, Planned, Refusal, Semantics, option
 from sartor.passes.rewriter import Rewriter
 
@@ -49,9 +49,7 @@ class FoldConstants(Pass):
         foldable: list[str] = []
         refusals: list[Refusal] = []
         for node in program.nodes():
-            if any(value is not None and value not in constant for value in node.inputs):
-                continue
-            if any(value not in constant for value in _captured(node)):
+            if any(value not in constant for value in read_values(node)):
                 continue
             reason = self._obstacle(node, program, shapes, types)
             if reason:
@@ -97,7 +95,7 @@ class FoldConstants(Pass):
             return f"{node.op_type} is random"
         if node.op_type in _QUANTIZED:
             return f"{node.op_type} carries the quantization of its input"
-        if bodies_of(node):
+        if body_graphs(node):
             return f"{node.op_type} has bodies"
         for output in node.outputs:
             name = output.name or ""
@@ -121,21 +119,6 @@ def _shapes_and_types(program: Program) -> tuple[dict[str, tuple[int, ...]], dic
 
         # one shape that depends on data must not keep all others from being folded
         return infer_shapes(program.model, program.input_shapes)
-
-
-def _captured(node: ir.Node) -> list[ir.Value]:
-    """Values of outer graphs that the bodies of `node` read."""
-    captured: list[ir.Value] = []
-    for body in bodies_of(node):
-        inside = set(body.inputs) | set(body.initializers.values())
-        inner = list(ir.traversal.RecursiveGraphIterator(body))
-        for item in inner:
-            inside.update(item.outputs)
-            for nested in bodies_of(item):
-                inside.update(nested.inputs)
-                inside.update(nested.initializers.values())
-        captured.extend(v for item in inner for v in item.inputs if v is not None and v not in inside)
-    return captured
 
 
 def _evaluate(node: ir.Node, program: Program) -> list[np.ndarray | None]:

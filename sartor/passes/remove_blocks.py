@@ -13,6 +13,7 @@ import onnx_ir as ir
 
 from sartor.errors import PlanError, UsageError
 from sartor.ir.blocks import Block, residual_blocks
+from sartor.ir.bodies import read_values
 from sartor.ir.plan import Plan
 from sartor.ir.program import Program
 from sartor.passes.base import Context, Pass, Planned, Refusal, Semantics, option
@@ -174,7 +175,7 @@ def _remove(program: Program, doomed: set[ir.Node], rewriter: Rewriter) -> None:
     main = program.graph
     inside = doomed
     while inside:
-        read = {value for node in inside for value in _read(node)}
+        read = {value for node in inside for value in read_values(node)}
         rewriter.remove_nodes(sorted(inside, key=lambda node: node.name or ""))
         inside = set()
         for value in sorted(read, key=lambda value: value.name or ""):
@@ -187,19 +188,6 @@ def _remove(program: Program, doomed: set[ir.Node], rewriter: Rewriter) -> None:
                 output.uses() or output.is_graph_output() for output in producer.outputs
             ):
                 inside.add(producer)
-
-
-def _read(node: ir.Node) -> set[ir.Value]:
-    """Values that a node or its bodies read."""
-    bodies = [body for a in node.attributes.values() for body in _bodies(a)]
-    readers = [node, *(inner for body in bodies for inner in body.all_nodes())]
-    return {value for reader in readers for value in reader.inputs if value is not None}
-
-
-def _bodies(attribute: ir.Attr) -> Sequence[ir.Graph]:
-    if attribute.type == ir.AttributeType.GRAPH:
-        return (attribute.as_graph(),)
-    return attribute.as_graphs() if attribute.type == ir.AttributeType.GRAPHS else ()
 
 
 def nonnegative_values(program: Program) -> set[ir.Value]:

@@ -7,8 +7,8 @@ from typing import Any, ClassVar
 
 import onnx_ir as ir
 
+from sartor.ir.bodies import body_graphs
 from sartor.ir.program import Program
-from sartor.ir.tail import bodies_of
 from sartor.passes.base import Context, Pass, Semantics
 from sartor.passes.rewriter import Rewriter
 
@@ -40,7 +40,7 @@ class RemoveDead(Pass):
                     dead_initializers.append(name)
             for node in graph:
                 if node in live_nodes:
-                    graphs.extend(bodies_of(node))
+                    graphs.extend(body_graphs(node))
                 else:  # what is inside a dead node goes with it
                     dead_nodes.append(node.name or "")
         dead_functions = _dead_functions(program, live_nodes)
@@ -79,7 +79,7 @@ def _mark(graph: ir.Graph) -> tuple[set[ir.Node], set[ir.Value]]:
             continue
         nodes.add(node)
         pending.extend(node.inputs)
-        for body in bodies_of(node):
+        for body in body_graphs(node):
             pending.extend(body.outputs)
     return nodes, values
 

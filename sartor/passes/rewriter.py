@@ -19,9 +19,10 @@ import numpy as np
 import onnx_ir as ir
 
 from sartor.errors import InternalError
+from sartor.ir.bodies import with_inner_nodes
 from sartor.ir.program import Program
 from sartor.passes.initializers import InitializerRewriter
-from sartor.passes.structure import UniqueNames, nodes_in_bodies
+from sartor.passes.structure import UniqueNames
 
 META_PASS = "sartor.pass"
 """Key of `node.meta` that names the pass which created the node; never serialised."""
@@ -189,7 +190,7 @@ class Rewriter(InitializerRewriter):
                     )
         for node in doomed:
             self._graph_of(node).remove(node)
-            for gone in [node, *nodes_in_bodies(node)]:  # bodies hold uses of outer values, too
+            for gone in with_inner_nodes(node):  # bodies hold uses of outer values, too
                 for index in range(len(gone.inputs)):
                     gone.replace_input_with(index, None)
                 self.program.provenance.pop(gone.name or "", None)

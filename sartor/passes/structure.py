@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
 from sartor.ir.program import Program
-from sartor.ir.tail import bodies_of
 
 Structure = tuple[Any, ...]
 Signature = tuple[tuple[str, str, str], ...]
@@ -105,12 +104,6 @@ def _typed(values: Any) -> Signature:
 def signature_of(program: Program) -> tuple[Signature, Signature]:
     """Names, types and declared shapes of graph inputs and outputs; no pass may change them."""
     return _typed(program.graph.inputs), _typed(program.graph.outputs)
-
-
-def nodes_in_bodies(node: ir.Node) -> Iterator[ir.Node]:
-    """Every node inside the bodies of a node, nested ones included."""
-    for body in bodies_of(node):
-        yield from ir.traversal.RecursiveGraphIterator(body)
 
 
 class UniqueNames:

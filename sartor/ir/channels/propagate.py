@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from sartor.ir.bodies import read_values
 from sartor.ir.channels.labels import Factor, Labels, LabelSpace, Operand, Reason
 from sartor.ir.program import Program
-from sartor.ir.subgraphs import captured_values, flat
+from sartor.ir.subgraphs import flat
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -82,8 +83,7 @@ class Propagation:
         for node in self.program.nodes():
             operator = f"{node.domain}:{node.op_type}" if node.domain else node.op_type
             function = RULES.get(operator)
-            reads = [*node.inputs, *captured_values(node)]
-            if all(v is None or v.name in self._constant for v in reads):
+            if all(v.name in self._constant for v in read_values(node)):
                 self._constant.update(v.name for v in node.outputs if v.name)
             if function is None:
                 self.refuse(node, f"operator '{operator}' has no channel rule")
@@ -174,10 +174,7 @@ class Propagation:
     def refuse(self, node: ir.Node, text: str) -> None:
         """Block everything the node reads; its outputs are free."""
         reason = self.reason(node, text)
-        for value in node.inputs:
-            if value is not None:
-                self.space.block_labels(self.labels(value), reason)
-        for value in captured_values(node):
+        for value in read_values(node):
             self.space.block_labels(self.labels(value), reason)
 
     def product(
