@@ -32,9 +32,10 @@ _ENOUGH = 2.0  # a layer whose output has a root mean square within this factor 
 def randomise(program: Program, analysis: ChannelAnalysis, seed: int, *, kind: str = "normal") -> Program:
     """The program with every parameter and buffer random, so that the variance of activations is preserved.
 
-    Weights ~ N(0, 2 / fan-in), then scaled so that their layer's output is of order one; norm scales
-    uniform in [0.5, 1.5], everything else N(0, 0.3). Running means are those of one sample plus N(0, 0.3)
-    deviations, running variances the sample's times [0.5, 1.5]. Single numbers (attention scales,
+    All draws are uniform, which takes a fifth of the time of normal ones. Weights have variance 2 / fan-in
+    and are then scaled so that their layer's output is of order one; norm scales lie in [0.5, 1.5], and
+    everything else has mean 0 and standard deviation 0.3. Running means are those of one sample plus such
+    deviations of it, running variances the sample's times [0.5, 1.5]. Single numbers (attention scales,
     exponents, bounds) and masks stay.
 
     Args:
@@ -52,7 +53,7 @@ def randomise(program: Program, analysis: ChannelAnalysis, seed: int, *, kind: s
         if tensor is None or not (name in statistics or is_parameter(program.initializers[name])):
             continue
         array = tensor.numpy()
-        if not np.isfinite(array).all() or np.abs(array).max() > 1e3:
+        if not (array.min() >= -1e3 and array.max() <= 1e3):
             continue  # an attention mask, not a parameter
         shape = array.shape
         if name in scaling:
@@ -73,11 +74,13 @@ def randomise(program: Program, analysis: ChannelAnalysis, seed: int, *, kind: s
 
 
 def _drawn(key: tuple[int, int], spread: float, like: np.ndarray) -> np.ndarray:
-    """N(0, spread), or for spread 0 uniform in [0.5, 1.5], of the shape and type of `like`."""
+    """Uniform with mean 0 and standard deviation `spread`, or for spread 0 in [0.5, 1.5]; shaped as `like`."""
     generator = np.random.default_rng(key)
     kind = np.float64 if like.dtype == np.float64 else np.float32  # half the time, where it is enough
-    drawn: Any = generator.standard_normal(like.shape, kind) if spread else generator.random(like.shape, kind)
-    drawn = drawn * kind(spread) if spread else drawn + kind(0.5)
+    width, lowest = (math.sqrt(12.0) * spread, -math.sqrt(3.0) * spread) if spread else (1.0, 0.5)
+    drawn: Any = generator.random(like.shape, kind)
+    drawn *= kind(width)  # in place: fresh memory costs more than the arithmetic
+    drawn += kind(lowest)
     return np.asarray(drawn).astype(like.dtype, copy=False)
 
 
