@@ -4,7 +4,8 @@ Each model runs in a process of its own under a time limit. `seconds` is what Sa
 plan, apply and the oracle in float64 on randomised weights; building the model is its library's time. A model
 is *prunable* when the plan removes at least 25 % of its MACs, and *exact* when the oracle says `passed`.
 
-`--compare torch-pruning` runs Torch-Pruning beside it on the same models under the same limit.
+`--compare torch-pruning` runs Torch-Pruning beside it on the same models under the same limit. The JSON document is
+written after every model; `--resume` takes from an earlier one what it has and runs the rest.
 
 Needs timm and torchvision (`pip install 'sartor[zoo]'`), and torch-pruning to compare (`'sartor[bench]'`).
 """
@@ -21,6 +22,7 @@ import statistics
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import record
@@ -151,6 +153,7 @@ def main() -> int:
     parser.add_argument("--limit", type=float, default=300.0, help="seconds per model (300)")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--compare", choices=["torch-pruning"], help="run this beside it on the same models")
+    parser.add_argument("--resume", metavar="FILE", help="a document of an earlier run, whose rows are kept")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
@@ -165,26 +168,35 @@ def main() -> int:
         names = [n for n in names if n in wanted or n.partition("/")[2] in wanted]
         if unknown := [w for w in wanted if not any(w in (n, n.partition("/")[2]) for n in names)]:
             parser.error(f"unknown models: {', '.join(unknown)}")
-    rows = []
+    earlier = earlier_rows(options.resume) if options.resume else {}
+    rows: list[dict[str, Any]] = []
     for name in names:
         command = [sys.executable, __file__, "--worker", name, "--threads", str(options.threads)]
-        rows.append(spawn(command, options.limit, name))
+        rows.append(earlier.get(name) or spawn(command, options.limit, name))
         print(show(rows[-1]), flush=True)
         if options.compare:
-            theirs = spawn([*command, "--compare", options.compare], options.limit, name)
-            rows[-1]["torch_pruning"] = theirs
-            print(f"{'':>8}Torch-Pruning: {zoo_torch_pruning.show(theirs)}", flush=True)
-    summary = summarise(rows)
-    if options.compare:
-        summary |= zoo_torch_pruning.summarise([row["torch_pruning"] for row in rows], PRUNABLE)
+            if "torch_pruning" not in rows[-1]:
+                rows[-1]["torch_pruning"] = spawn(
+                    [*command, "--compare", options.compare], options.limit, name
+                )
+            print(f"{'':>8}Torch-Pruning: {zoo_torch_pruning.show(rows[-1]['torch_pruning'])}", flush=True)
+        summary = summarise(rows)
+        if options.compare:
+            summary |= zoo_torch_pruning.summarise([row["torch_pruning"] for row in rows], PRUNABLE)
+        record.write(options.json, "zoo", rows, summary, threads=options.threads, limit_s=options.limit)
     report(rows)
     if options.compare:
         zoo_torch_pruning.report([row["torch_pruning"] for row in rows])
     print()
     for key, value in summary.items():
         print(f"{key:>34}  {value}")
-    record.write(options.json, "zoo", rows, summary, threads=options.threads, limit_s=options.limit)
     return 0
+
+
+def earlier_rows(path: str) -> dict[str, dict[str, Any]]:
+    """Rows by model of an earlier document."""
+    document = json.loads(Path(path).read_text(encoding="utf-8"))
+    return {row["model"]: row for row in document["rows"]}
 
 
 def report(rows: list[dict[str, Any]]) -> None:

@@ -142,3 +142,30 @@ def test_both_tools_of_the_benchmark(tmp_path, monkeypatch, capsys):
     assert {f"torch_pruning_{key}" for key in zoo.summarise([])} <= set(summary)
     assert summary["torch_pruning_exact"] == summary["torch_pruning_prunable"] == 1
     assert "Torch-Pruning: " in capsys.readouterr().out
+
+
+def test_resume_keeps_what_a_run_has_and_adds_what_it_lacks(tmp_path, monkeypatch):
+    spawned = []
+
+    def spawn(command, limit_s, name):
+        spawned.append((name, "--compare" in command))
+        return {"model": name, "captured": False, "reason": "stopped"}
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["zoo.py", "--json", str(file), *arguments])
+        assert zoo.main() == 0
+        return json.loads(file.read_text())["rows"]
+
+    file = tmp_path / "zoo.json"
+    monkeypatch.setattr(zoo, "spawn", spawn)
+    monkeypatch.setattr(zoo_torch_pruning, "report", lambda rows: None)
+    first = run("--models", "resnet18")
+    assert spawned == [("torchvision/resnet18", False)]
+    spawned.clear()
+    rows = run("--models", "resnet18,alexnet", "--resume", str(file), "--compare", "torch-pruning")
+    assert spawned == [
+        ("torchvision/alexnet", False),
+        ("torchvision/alexnet", True),
+        ("torchvision/resnet18", True),
+    ]
+    assert all("torch_pruning" in row for row in rows) and first[0].items() <= rows[1].items()
