@@ -618,6 +618,35 @@ def test_external_data_behind_a_link(tmp_path: Path) -> None:
         load(path)
 
 
+@pytest.mark.parametrize("as_node", [True, False])
+def test_external_data_of_a_body_in_a_function(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, as_node: bool
+) -> None:
+    path = external(tmp_path / "a")
+    model = onnx.load(path, load_external_data=False)
+    w = model.graph.initializer.pop()
+    bodies = {}
+    for key, operator in (("then_branch", "MatMul"), ("else_branch", "Gemm")):
+        nodes = [node("Constant", [], ["w"], value=w)] if as_node else []
+        nodes.append(node(operator, ["x", "w"], [key]))
+        result = helper.make_tensor_value_info(key, TensorProto.FLOAT, None)
+        bodies[key] = helper.make_graph(nodes, key, [], [result], [] if as_node else [w])
+    chosen = [node("If", ["c"], ["y"], **bodies)]
+    model.functions.append(helper.make_function("f", "F", ["x", "c"], ["y"], chosen, model.opset_import))
+    model.opset_import.add(domain="f", version=1)
+    model.graph.input.append(helper.make_tensor_value_info("c", TensorProto.BOOL, []))
+    model.graph.node[0].CopyFrom(node("F", ["x", "c"], ["y"], domain="f"))
+    path.write_bytes(model.SerializeToString())
+    x, stored = random(1, 3), (tmp_path / "a" / "w.bin").read_bytes()
+    (tmp_path / "w.bin").write_bytes(bytes(48))
+    monkeypatch.chdir(tmp_path)  # where the same path means another file
+    found = run(load(path).to_bytes(), {"x": x, "c": np.array(True)})[0]
+    assert relative_error(x @ np.frombuffer(stored, np.float32).reshape(3, 4), found) < 1e-6
+    path.write_bytes(path.read_bytes().replace(b"w.bin", b"../w."))
+    with pytest.raises(ModelError, match="outside the model's folder"):
+        load(path)
+
+
 @pytest.mark.parametrize("entries", [{"offset": 4}, {"offset": -4}, {"length": 12}, {"length": 1 << 40}])
 def test_external_data_of_the_wrong_size(tmp_path: Path, entries: dict) -> None:
     with pytest.raises(ModelError, match=r"'w' needs 48 bytes"):

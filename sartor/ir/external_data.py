@@ -15,10 +15,9 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnx_ir as ir
-from google.protobuf.message import Message
 
 from sartor.errors import ModelError
-from sartor.ir import serialise
+from sartor.ir import protos, serialise
 from sartor.ir.deferred import CHUNK_BYTES, SMALLEST_BYTES, deferred
 
 _HELD_FILES = 64  # descriptors are few; a model may have a file for every weight
@@ -103,7 +102,9 @@ class ExternalData:
         shell.CopyFrom(proto)
         shell.graph.ClearField("initializer")
         parts = [self._weights(tensor) for tensor in proto.graph.initializer]
-        others = [tensor for tensor in _tensors(shell) if _is_external(tensor)]  # of bodies and attributes
+        others = [
+            tensor for tensor in protos.tensors(shell) if _is_external(tensor)
+        ]  # of bodies and attributes
 
         def chunks() -> Iterator[bytes | memoryview]:
             yield from serialise.single_file(shell, parts)[1]
@@ -127,7 +128,9 @@ class ExternalData:
 
     def attach(self, model: ir.Model) -> None:
         """Replace references to files by arrays, or for large tensors by tensors that read them when needed."""
-        for graph in (model.graph, *model.graph.subgraphs()):
+        graphs = [model.graph, *model.graph.subgraphs()]
+        graphs += [graph for function in model.functions.values() for graph in function.subgraphs()]
+        for graph in graphs:
             for value in graph.initializers.values():
                 value.const_value = self._attached(value.const_value)
         for node in _all_nodes(model):
@@ -158,18 +161,6 @@ def _all_nodes(model: ir.Model) -> Iterator[ir.Node]:
     yield from model.graph.all_nodes()
     for function in model.functions.values():
         yield from function.all_nodes()
-
-
-def _tensors(message: Message) -> Iterator[onnx.TensorProto]:
-    """Every tensor inside a message, in the order of its fields."""
-    for field, value in message.ListFields():
-        if field.message_type is None:
-            continue
-        for item in value if isinstance(value, Sequence) or hasattr(value, "add") else [value]:
-            if isinstance(item, onnx.TensorProto):
-                yield item
-            else:
-                yield from _tensors(item)
 
 
 def _identity(descriptor: int) -> tuple[int, ...]:

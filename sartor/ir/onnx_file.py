@@ -6,7 +6,6 @@ import dataclasses
 import hashlib
 import math
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import onnx
@@ -14,6 +13,7 @@ import onnx_ir as ir
 from google.protobuf.message import DecodeError
 
 from sartor.errors import ModelError
+from sartor.ir import protos
 from sartor.ir.external_data import ExternalData
 
 
@@ -75,7 +75,7 @@ def read(path: Path, external_root: Path | None, limits: Limits) -> Contents:
     folder = (external_root or path.resolve().parent).resolve()
     total = 0
     files: dict[str, Path] = {}
-    for tensor in _tensors(proto):
+    for tensor in protos.tensors(proto):
         total += _check_tensor(tensor, folder, files, limits)
         if total > limits.tensor_bytes:
             raise ModelError(f"The weights exceed {limits.tensor_bytes} bytes; the file is refused.")
@@ -122,21 +122,9 @@ def _parse(path: Path, data: bytes) -> onnx.ModelProto:
     return proto
 
 
-def _graphs(graph: onnx.GraphProto, depth: int = 1) -> Iterator[tuple[onnx.GraphProto, int]]:
-    stack = [(graph, depth)]
-    while stack:
-        current, level = stack.pop()
-        yield current, level
-        for node in current.node:
-            for attribute in node.attribute:
-                if attribute.HasField("g"):
-                    stack.append((attribute.g, level + 1))
-                stack.extend((g, level + 1) for g in attribute.graphs)
-
-
 def _check_structure(proto: onnx.ModelProto, limits: Limits) -> None:
     count = sum(len(f.node) for f in proto.functions)
-    for graph, depth in _graphs(proto.graph):
+    for graph, depth in protos.graphs(proto.graph):
         if depth > limits.depth:
             raise ModelError(f"Subgraphs nest deeper than {limits.depth} levels; the file is refused.")
         count += len(graph.node)
@@ -149,23 +137,6 @@ def _check_structure(proto: onnx.ModelProto, limits: Limits) -> None:
         if graph.sparse_initializer:
             name = graph.sparse_initializer[0].values.name
             raise ModelError(f"Initializer '{name}' is sparse; store it densely.")
-
-
-def _tensors(proto: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
-    for graph, _ in _graphs(proto.graph):
-        yield from graph.initializer
-        for node in graph.node:
-            yield from _attribute_tensors(node)
-    for function in proto.functions:
-        for node in function.node:
-            yield from _attribute_tensors(node)
-
-
-def _attribute_tensors(node: onnx.NodeProto) -> Iterator[onnx.TensorProto]:
-    for attribute in node.attribute:
-        if attribute.HasField("t"):
-            yield attribute.t
-        yield from attribute.tensors
 
 
 def _check_tensor(tensor: onnx.TensorProto, folder: Path, files: dict[str, Path], limits: Limits) -> int:
@@ -280,6 +251,5 @@ def _check_scope(graph: onnx.GraphProto, visible: set[str], top: bool = False) -
                 f"Node '{node.name}' ({node.op_type}) reads value '{missing}', which is neither an input, an "
                 "initializer nor computed by a node. The file is incomplete; export it again."
             )
-        for attribute in node.attribute:
-            for body in [*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs]:
-                _check_scope(body, visible)
+        for body in protos.bodies(node):
+            _check_scope(body, visible)

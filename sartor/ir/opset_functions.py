@@ -14,6 +14,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import InlinePass
 
 from sartor.errors import ModelError, SartorError, UnsupportedOperatorError
+from sartor.ir import protos
 from sartor.ir.program import CANONICAL_OPSET, DIALECT_DOMAIN
 
 _DEFAULT = ("", "ai.onnx")
@@ -132,9 +133,9 @@ def _resolve(nodes: Iterable[onnx.NodeProto], call: ir.Node, version: int) -> No
     }
     values |= {name: ir.to_proto(attribute) for name, attribute in call.attributes.items()}
     for node in nodes:
+        for body in protos.bodies(node):
+            _resolve(body.node, call, version)
         for attribute in list(node.attribute):
-            if attribute.HasField("g"):
-                _resolve(attribute.g.node, call, version)
             if not attribute.ref_attr_name:
                 continue
             found = values.get(attribute.ref_attr_name)

@@ -24,7 +24,7 @@ import onnx
 import onnx_ir as ir
 
 from sartor.errors import InternalError, ModelError, UsageError
-from sartor.ir import serialise
+from sartor.ir import protos, serialise
 from sartor.ir.branches import flattened
 from sartor.ir.files import write_all
 from sartor.ir.tail import Tail
@@ -363,9 +363,7 @@ def _strip(proto: onnx.ModelProto) -> None:
     """Remove everything that is neither function nor weights: value_info, metadata, doc strings."""
     proto.ClearField("metadata_props")
     proto.ClearField("doc_string")
-    stack = [proto.graph]
-    while stack:
-        graph = stack.pop()
+    for graph, _ in protos.graphs(proto.graph):
         graph.ClearField("value_info")
         graph.ClearField("metadata_props")
         graph.ClearField("doc_string")
@@ -380,9 +378,6 @@ def _strip(proto: onnx.ModelProto) -> None:
             node.ClearField("doc_string")
             for attribute in node.attribute:
                 attribute.ClearField("doc_string")
-                if attribute.HasField("g"):
-                    stack.append(attribute.g)
-                stack.extend(attribute.graphs)
     for function in proto.functions:
         function.ClearField("metadata_props")
         function.ClearField("doc_string")

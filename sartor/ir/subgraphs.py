@@ -8,6 +8,7 @@ import onnx
 import onnx_ir as ir
 
 from sartor.errors import ModelError
+from sartor.ir import protos
 from sartor.ir.bodies import body_graphs, read_values, with_inner_nodes
 from sartor.ir.branches import BRANCHES, branch, flatten, has_choices, is_choice
 from sartor.ir.program import Program
@@ -67,18 +68,15 @@ def body_shapes(program: Program) -> dict[str, tuple[tuple[int, ...], ir.DataTyp
                 outer.shape, outer.type = ir.Shape(shapes[name]), ir.TensorType(types[name])
     inferred = onnx.shape_inference.infer_shapes(ir.to_proto(light), data_prop=True)
     found: dict[str, tuple[tuple[int, ...], ir.DataType]] = {}
-    stack = [a for n in inferred.graph.node for a in n.attribute]
-    while stack:
-        attribute = stack.pop()
-        for graph in [attribute.g, *attribute.graphs] if attribute.HasField("g") else attribute.graphs:
-            stack.extend(a for n in graph.node for a in n.attribute)
-            for info in [*graph.input, *graph.value_info, *graph.output]:
-                tensor = info.type.tensor_type
-                if tensor.HasField("shape") and all(d.HasField("dim_value") for d in tensor.shape.dim):
-                    dims = tuple(int(d.dim_value) for d in tensor.shape.dim)
-                    found[info.name] = (dims, ir.DataType(tensor.elem_type))
-            for tensor in graph.initializer:
-                found[tensor.name] = (tuple(tensor.dims), ir.DataType(tensor.data_type))
+    _, *inner = protos.graphs(inferred.graph)
+    for graph, _ in inner:
+        for info in [*graph.input, *graph.value_info, *graph.output]:
+            tensor = info.type.tensor_type
+            if tensor.HasField("shape") and all(d.HasField("dim_value") for d in tensor.shape.dim):
+                dims = tuple(int(d.dim_value) for d in tensor.shape.dim)
+                found[info.name] = (dims, ir.DataType(tensor.elem_type))
+        for tensor in graph.initializer:
+            found[tensor.name] = (tuple(tensor.dims), ir.DataType(tensor.data_type))
     _require_all(program, owners, found, shapes)
     return found
 

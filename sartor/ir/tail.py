@@ -19,6 +19,7 @@ import onnx
 import onnx_ir as ir
 
 from sartor.errors import ModelError
+from sartor.ir import protos
 from sartor.ir.bodies import read_values, with_inner_nodes
 
 
@@ -57,7 +58,9 @@ class Tail:
     def operators(self) -> frozenset[tuple[str, str, str]]:
         """`(domain, operator, overload)` of all nodes, those of bodies included."""
         return frozenset(
-            (node.domain, node.op_type, node.overload) for outer in self.nodes for node in _nested(outer)
+            (node.domain, node.op_type, node.overload)
+            for outer in self.nodes
+            for node in protos.with_inner_nodes(outer)
         )
 
     def names(self) -> Iterator[str]:
@@ -214,37 +217,23 @@ def _values(graph: ir.Graph) -> Iterator[ir.Value]:
 
 def _made(node: onnx.NodeProto) -> Iterator[str]:
     """Names of values that a node and its bodies define."""
-    yield from (name for name in node.output if name)
-    for attribute in node.attribute:
-        for body in (*((attribute.g,) if attribute.HasField("g") else ()), *attribute.graphs):
+    for inner in protos.with_inner_nodes(node):
+        yield from (name for name in inner.output if name)
+        for body in protos.bodies(inner):
             yield from (v.name for v in body.input)
             yield from (t.name for t in body.initializer)
-            for inner in body.node:
-                yield from _made(inner)
-
-
-def _nested(node: onnx.NodeProto) -> Iterator[onnx.NodeProto]:
-    yield node
-    for attribute in node.attribute:
-        for body in (*((attribute.g,) if attribute.HasField("g") else ()), *attribute.graphs):
-            for inner in body.node:
-                yield from _nested(inner)
 
 
 def _renamed(node: onnx.NodeProto, names: Mapping[str, str]) -> onnx.NodeProto:
     """The node with the values that it reads under other names, in its bodies, too."""
     result = onnx.NodeProto()
     result.CopyFrom(node)
-    stack = [result]
-    while stack:
-        current = stack.pop()
+    for current in protos.with_inner_nodes(result):
         for index, name in enumerate(current.input):
             current.input[index] = names.get(name, name)
-        for attribute in current.attribute:
-            for body in (*((attribute.g,) if attribute.HasField("g") else ()), *attribute.graphs):
-                stack.extend(body.node)
-                for output in body.output:
-                    output.name = names.get(output.name, output.name)
+        for body in protos.bodies(current):
+            for output in body.output:
+                output.name = names.get(output.name, output.name)
     return result
 
 
