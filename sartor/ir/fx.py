@@ -19,8 +19,9 @@ import torch
 from torch import fx
 
 from sartor.errors import InternalError, UsageError
-from sartor.ir.fx_build import INFO, Builder, TwinInfo, to_array, to_tensor
+from sartor.ir.fx_build import INFO, Builder, TwinInfo
 from sartor.ir.fx_run import Runner
+from sartor.ir.fx_tensors import to_array, to_tensor
 from sartor.ir.program import Program
 
 __all__ = ["TwinInfo", "pull_weights", "run_twin", "to_array", "to_fx", "to_tensor", "twin_info"]

@@ -15,30 +15,11 @@ from torch import fx, nn
 from sartor.errors import InternalError, UnsupportedOperatorError, UsageError
 from sartor.ir import torch_ops
 from sartor.ir.deferred import is_large
+from sartor.ir.fx_tensors import TORCH_TYPES, UNSIGNED, constant_array, to_tensor
 from sartor.ir.host_values import HostValues
 from sartor.ir.program import Program, infer_shapes
 from sartor.ir.twin_names import RESERVED, identifiers, state_keys
 
-_TORCH_TYPES: dict[ir.DataType, torch.dtype] = {
-    ir.DataType.FLOAT: torch.float32,
-    ir.DataType.DOUBLE: torch.float64,
-    ir.DataType.FLOAT16: torch.float16,
-    ir.DataType.BFLOAT16: torch.bfloat16,
-    ir.DataType.INT8: torch.int8,
-    ir.DataType.INT16: torch.int16,
-    ir.DataType.INT32: torch.int32,
-    ir.DataType.INT64: torch.int64,
-    ir.DataType.UINT8: torch.uint8,
-    ir.DataType.UINT16: torch.uint16,
-    ir.DataType.UINT32: torch.uint32,
-    ir.DataType.UINT64: torch.uint64,
-    ir.DataType.BOOL: torch.bool,
-}
-_NUMPY_FLOATS: dict[torch.dtype, np.dtype[Any]] = {
-    torch.float32: np.dtype(np.float32),
-    torch.float64: np.dtype(np.float64),
-}
-_UNSIGNED = frozenset({ir.DataType.UINT16, ir.DataType.UINT32, ir.DataType.UINT64})
 _STATISTICS = (3, 4)  # inputs of BatchNormalization that hold running mean and variance
 INFO = "sartor"
 """Key of `gm.meta` under which the `TwinInfo` lies."""
@@ -59,33 +40,6 @@ class TwinInfo:
     outputs: tuple[str, ...]
     names: Mapping[str, str]
     dtype: torch.dtype | None
-
-
-def to_tensor(array: np.ndarray, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """A tensor that owns a copy of `array`; floats become `dtype` when given.
-
-    Raises:
-        UnsupportedOperatorError: torch has no such element type.
-    """
-    array = np.asarray(array)
-    if array.dtype.name == "bfloat16":
-        tensor = torch.tensor(array.astype(np.float32)).to(torch.bfloat16)
-    elif array.dtype.kind not in "fiub":
-        raise UnsupportedOperatorError(f"element type '{array.dtype}' has no arithmetic in torch; cast it.")
-    else:
-        wanted: np.dtype[Any] = array.dtype
-        if dtype is not None and array.dtype.kind == "f":
-            wanted = _NUMPY_FLOATS.get(dtype, wanted)
-        tensor = torch.from_numpy(np.array(array, dtype=wanted, order="C", copy=True))
-    return tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
-
-
-def to_array(tensor: torch.Tensor) -> np.ndarray:
-    """A numpy copy of `tensor`."""
-    tensor = tensor.detach().cpu()
-    if tensor.dtype is torch.bfloat16:
-        return tensor.float().numpy().astype(ir.DataType.BFLOAT16.numpy())
-    return tensor.numpy().copy()
 
 
 class Builder:
@@ -171,7 +125,7 @@ class Builder:
             if value.is_initializer() and value.const_value is not None and value not in self.values:
                 array = value.const_value.numpy()
             elif node is not None and node.op_type == "Constant" and node.domain in ("", "ai.onnx"):
-                array = _constant_array(node)
+                array = constant_array(node)
             self.constants[value] = array
         return self.constants[value]
 
@@ -229,9 +183,9 @@ class Builder:
         return self.count - 1
 
     def _element_type(self, dtype: ir.DataType | None, what: str) -> torch.dtype:
-        if dtype is None or dtype not in _TORCH_TYPES:
+        if dtype is None or dtype not in TORCH_TYPES:
             raise UnsupportedOperatorError(f"{what} has element type '{dtype}', without arithmetic in torch.")
-        found = _TORCH_TYPES[dtype]
+        found = TORCH_TYPES[dtype]
         return self.dtype if self.dtype is not None and found.is_floating_point else found
 
     # ---- nodes -----------------------------------------------------------------------------
@@ -273,15 +227,15 @@ class Builder:
                 continue
             value = self.graph.call_function(python_operator.getitem, (result, i)) if count else result
             dtype = self._inferred()[1].get(output.name) if self.unsigned else None
-            if dtype in _UNSIGNED:
-                value = self.graph.call_function(torch_ops.to_unsigned, (value, _TORCH_TYPES[dtype]))
+            if dtype in UNSIGNED:
+                value = self.graph.call_function(torch_ops.to_unsigned, (value, TORCH_TYPES[dtype]))
             self.values[output] = value
 
     def _as_signed(self, node: ir.Node, index: int, operand: Any) -> Any:
         """Operands of 16 to 64 unsigned bits as int64, since torch can store but not compute with them."""
         value = node.inputs[index]
         known = self._inferred()[1]
-        if not isinstance(operand, fx.Node) or value is None or known.get(value.name or "") not in _UNSIGNED:
+        if not isinstance(operand, fx.Node) or value is None or known.get(value.name or "") not in UNSIGNED:
             return operand
         exact = node.op_type not in torch_ops.MODULAR
         return self.graph.call_function(torch_ops.to_signed, (operand, exact))
@@ -351,29 +305,18 @@ class Builder:
 def _has_unsigned(model: ir.Model) -> bool:
     """Whether any value may have 16 to 64 unsigned bits."""
     graph = model.graph
-    if any(value.dtype in _UNSIGNED for value in [*graph.inputs, *graph.initializers.values()]):
+    if any(value.dtype in UNSIGNED for value in [*graph.inputs, *graph.initializers.values()]):
         return True
     return any(
         (
             attribute.type == ir.AttributeType.INT
             and name in ("to", "output_dtype")
-            and attribute.value in _UNSIGNED
+            and attribute.value in UNSIGNED
         )
-        or (attribute.type == ir.AttributeType.TENSOR and attribute.as_tensor().dtype in _UNSIGNED)
+        or (attribute.type == ir.AttributeType.TENSOR and attribute.as_tensor().dtype in UNSIGNED)
         for node in graph.all_nodes()
         for name, attribute in node.attributes.items()
     )
-
-
-def _constant_array(node: ir.Node) -> np.ndarray:
-    for name, attribute in node.attributes.items():
-        if name == "value":
-            return attribute.as_tensor().numpy()
-        if name in ("value_float", "value_floats"):
-            return np.asarray(attribute.value, dtype=np.float32)
-        if name in ("value_int", "value_ints"):
-            return np.asarray(attribute.value, dtype=np.int64)
-    raise UnsupportedOperatorError(f"Constant '{node.name}' is no dense tensor of numbers; expected one.")
 
 
 def _is_weight(value: ir.Value) -> bool:

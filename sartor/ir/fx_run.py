@@ -20,7 +20,8 @@ from torch import fx
 from torch.utils.checkpoint import checkpoint
 
 from sartor.errors import ModelError, SartorError
-from sartor.ir.fx_build import INFO, Builder, TwinInfo, to_tensor
+from sartor.ir.fx_build import INFO, Builder, TwinInfo
+from sartor.ir.fx_tensors import to_tensor
 from sartor.ir.program import Program
 from sartor.ir.torch_ops import OPERATORS
 
