@@ -12,7 +12,7 @@ from collections.abc import Collection, Mapping, Set
 import onnx
 import onnx_ir as ir
 
-from sartor.errors import ModelError, UnsupportedOperatorError
+from sartor.errors import UnsupportedOperatorError
 from sartor.ir import branches, cleanup, folding, normalise, sequences
 from sartor.ir import canonicalize_static as static
 from sartor.ir.bodies import with_inner_nodes
@@ -23,6 +23,8 @@ from sartor.ir.program import (
     DIALECT_DOMAIN,
     NodeProvenance,
     infer_shapes,
+    unknown_shapes,
+    where,
 )
 
 ELEMENTWISE_UNARY = names(
@@ -142,7 +144,11 @@ def canonicalize(
         protected |= static.materialise(graph, generated_elements)
         static.prepare(graph)
         shapes = _reduce(model, input_shapes, protected, folded, generated_elements)
-    _check_known(model, shapes, provenance)
+    plain = (node for node in graph if node.op_type not in STRUCTURAL_OPS)
+    error = unknown_shapes(plain, shapes, provenance or {})
+    if error is not None:
+        check_operators(model, provenance)  # an operator outside the table is the better reason
+        raise error
     normalise.normalise(graph, shapes, protected)
     cleanup.remove_dead(graph)
     cleanup.fix_names(model)
@@ -215,34 +221,9 @@ def check_operators(
             outer.name or "", f"operator '{node.op_type}'{domain} is not in the canonical table{reason}"
         )
         message = message or (
-            f"Node {_where(node, provenance)} uses operator '{node.op_type}'{domain}, which is outside the "
+            f"Node {where(node, provenance or {})} uses operator '{node.op_type}'{domain}, which is outside the "
             f"canonical table of {len(CANONICAL_OPS)} operators{reason}. Replace it by supported operators, or "
             "cut the model before it."
         )
     if refused:
         raise UnsupportedOperatorError(message, refused)
-
-
-def _check_known(
-    model: ir.Model, shapes: Mapping[str, tuple[int, ...]], provenance: Mapping[str, NodeProvenance] | None
-) -> None:
-    unknown = {
-        node: output.name
-        for node in model.graph
-        for output in node.outputs
-        if output.name and output.name not in shapes and node.op_type not in STRUCTURAL_OPS
-    }
-    if unknown:
-        check_operators(model, provenance)  # an operator outside the table is the better reason
-        first, value = next(iter(unknown.items()))
-        raise ModelError(
-            f"The shape of value '{value}' of node {_where(first, provenance)} depends on data, or on a dimension "
-            "that is not fixed. Give every input's shape with --shape NAME=1,3,224,224, or cut the model before "
-            "this node.",
-            {n.name or "": f"the shape of its result '{v}' depends on data" for n, v in unknown.items()},
-        )
-
-
-def _where(node: ir.Node, provenance: Mapping[str, NodeProvenance] | None) -> str:
-    origin = str((provenance or {}).get(node.name or "", ""))
-    return f"'{node.name}' ({node.op_type}){f' at {origin}' if origin else ''}"

@@ -150,9 +150,7 @@ class Program:
 
     def where(self, node: ir.Node) -> str:
         """`'name' (OpType) at module, file:line` for messages."""
-        provenance = self.provenance.get(node.name or "")
-        suffix = f" at {provenance}" if provenance and str(provenance) else ""
-        return f"'{node.name}' ({node.op_type}){suffix}"
+        return where(node, self.provenance)
 
     def clone(self) -> Program:
         """A structural copy that shares tensor data (tensors are immutable) and owns its graph."""
@@ -213,15 +211,9 @@ class Program:
 
     def _infer(self) -> None:
         shapes, types = infer_shapes(flattened(self.model), self.input_shapes)
-        unknown = {n: o.name for n in self.nodes() for o in n.outputs if o.name and o.name not in shapes}
-        if unknown:
-            node, value = next(iter(unknown.items()))
-            raise ModelError(
-                f"The shape of value '{value}' of node {self.where(node)} could not be inferred at the given "
-                "input shapes; it depends on data or on a dimension that is not fixed. Fix every dimension with "
-                "--shape NAME=1,3,224,224.",
-                {n.name or "": f"the shape of its result '{v}' depends on data" for n, v in unknown.items()},
-            )
+        error = unknown_shapes(self.nodes(), shapes, self.provenance)
+        if error is not None:
+            raise error
         self._shapes, self._types = shapes, types
 
     # ---- bytes -----------------------------------------------------------------------------
@@ -292,7 +284,7 @@ class Program:
             self.tail.attach(shell)
             weights += [serialise.weights_of(k, v) for k, v in self.tail.weights.items()]
             weights.sort(key=lambda tensor: tensor.header.name)
-        _strip(shell)
+        protos.strip(shell)
         return shell, weights
 
 
@@ -359,29 +351,22 @@ def infer_shapes(
     return shapes, types
 
 
-def _strip(proto: onnx.ModelProto) -> None:
-    """Remove everything that is neither function nor weights: value_info, metadata, doc strings."""
-    proto.ClearField("metadata_props")
-    proto.ClearField("doc_string")
-    for graph, _ in protos.graphs(proto.graph):
-        graph.ClearField("value_info")
-        graph.ClearField("metadata_props")
-        graph.ClearField("doc_string")
-        for tensor in graph.initializer:
-            tensor.ClearField("doc_string")
-            tensor.ClearField("metadata_props")
-        for info in [*graph.input, *graph.output]:
-            info.ClearField("metadata_props")
-            info.ClearField("doc_string")
-        for node in graph.node:
-            node.ClearField("metadata_props")
-            node.ClearField("doc_string")
-            for attribute in node.attribute:
-                attribute.ClearField("doc_string")
-    for function in proto.functions:
-        function.ClearField("metadata_props")
-        function.ClearField("doc_string")
-        function.ClearField("value_info")
-        for node in function.node:
-            node.ClearField("metadata_props")
-            node.ClearField("doc_string")
+def unknown_shapes(
+    nodes: Iterable[ir.Node], shapes: Mapping[str, object], provenance: Mapping[str, NodeProvenance]
+) -> ModelError | None:
+    """What to raise if a result of some node is not in `shapes`."""
+    unknown = {n: o.name for n in nodes for o in n.outputs if o.name and o.name not in shapes}
+    if not unknown:
+        return None
+    first, value = next(iter(unknown.items()))
+    return ModelError(
+        f"The shape of value '{value}' of node {where(first, provenance)} depends on data, or on a dimension that is "
+        "not fixed. Give every input's shape with --shape NAME=1,3,224,224, or cut the model before this node.",
+        {n.name or "": f"the shape of its result '{v}' depends on data" for n, v in unknown.items()},
+    )
+
+
+def where(node: ir.Node, provenance: Mapping[str, NodeProvenance]) -> str:
+    """`'name' (OpType) at module, file:line` for messages."""
+    origin = str(provenance.get(node.name or "", ""))
+    return f"'{node.name}' ({node.op_type}){f' at {origin}' if origin else ''}"

@@ -1,4 +1,4 @@
-"""Walks over ONNX protobufs: bodies of nodes, and everything that is in them."""
+"""Walks over ONNX protobufs: bodies of nodes, everything that is in them, and what of it is not written."""
 
 from __future__ import annotations
 
@@ -45,3 +45,31 @@ def tensors(message: Message) -> Iterator[onnx.TensorProto]:
                 yield item
             else:
                 yield from tensors(item)
+
+
+def strip(proto: onnx.ModelProto) -> None:
+    """Remove everything that is neither function nor weights: value_info, metadata, doc strings."""
+    proto.ClearField("metadata_props")
+    proto.ClearField("doc_string")
+    for graph, _ in graphs(proto.graph):
+        graph.ClearField("value_info")
+        graph.ClearField("metadata_props")
+        graph.ClearField("doc_string")
+        for tensor in graph.initializer:
+            tensor.ClearField("doc_string")
+            tensor.ClearField("metadata_props")
+        for info in [*graph.input, *graph.output]:
+            info.ClearField("metadata_props")
+            info.ClearField("doc_string")
+        for node in graph.node:
+            node.ClearField("metadata_props")
+            node.ClearField("doc_string")
+            for attribute in node.attribute:
+                attribute.ClearField("doc_string")
+    for function in proto.functions:
+        function.ClearField("metadata_props")
+        function.ClearField("doc_string")
+        function.ClearField("value_info")
+        for node in function.node:
+            node.ClearField("metadata_props")
+            node.ClearField("doc_string")
