@@ -12,7 +12,7 @@ from __future__ import annotations
 import ctypes
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,17 +29,6 @@ SEGMENT_BYTES = 1 << 26
 """Large weights of one segment, in the element type of the run."""
 WHOLE_BYTES = 1 << 30
 """A twin that reads fewer large weights for its gradients is not cut: computing it twice costs a third more time."""
-
-
-class Member(Protocol):
-    """One axis of an initializer that a gate multiplies; `index_map` holds a unit per position, or -1."""
-
-    @property
-    def initializer(self) -> str | None: ...  # noqa: D102
-    @property
-    def axis(self) -> int: ...  # noqa: D102
-    @property
-    def index_map(self) -> np.ndarray: ...  # noqa: D102
 
 
 def _conv(rank: int, attributes: Mapping[str, Any]) -> tuple[int, int]:
@@ -67,19 +56,23 @@ class Gates:
 
     Args:
         sizes: number of units by gate.
-        members: what each gate multiplies.
+        members: what each gate multiplies: initializer, axis, and the unit of every position there, or -1.
         dtype: of the gates.
     """
 
-    def __init__(self, sizes: Mapping[str, int], members: Mapping[str, Iterable[Member]], dtype: torch.dtype):
+    def __init__(
+        self,
+        sizes: Mapping[str, int],
+        members: Mapping[str, Iterable[tuple[str, int, np.ndarray]]],
+        dtype: torch.dtype,
+    ):
         self.vectors = {k: torch.ones(size, dtype=dtype, requires_grad=True) for k, size in sizes.items()}
         self._by_initializer: dict[str, list[tuple[str, int, torch.Tensor]]] = {}
         for key, axes in members.items():
-            for member in axes:
-                index = torch.from_numpy(np.array(member.index_map, dtype=np.int64))
+            for initializer, axis, units in axes:
+                index = torch.from_numpy(np.array(units, dtype=np.int64))
                 index = torch.where(index < 0, sizes[key], index)
-                entry = (key, member.axis, index)
-                self._by_initializer.setdefault(member.initializer or "", []).append(entry)
+                self._by_initializer.setdefault(initializer, []).append((key, axis, index))
 
     def __contains__(self, initializer: str) -> bool:
         return initializer in self._by_initializer

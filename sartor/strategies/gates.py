@@ -60,14 +60,20 @@ def gate_gradients(
     from sartor.ir.fx_run import Gates, Runner
     from sartor.recovery import losses
 
-    members: dict[str, list[Any]] = {f"group {g.name}": gate_members(analysis, g) for g in analysis.groups}
+    members = {
+        f"group {g.name}": [(m.initializer, m.axis, m.index_map) for m in gate_members(analysis, g)]
+        for g in analysis.groups
+    }
     sizes = {f"group {group.name}": group.size for group in analysis.groups}
     for block in removable(blocks):
         if not block.last_affine:
             raise UsageError(
                 f"Block '{block.name}' is removable but has no last affine layer to put a gate on."
             )
-        members[f"block {block.name}"] = [_Whole(program, name) for name in block.last_affine]
+        members[f"block {block.name}"] = [
+            (name, 0, np.zeros((program.initializer_shape(name) or (1,))[0], dtype=np.int64))
+            for name in block.last_affine
+        ]
         sizes[f"block {block.name}"] = 1
     gates = Gates(sizes, members, dtype or torch.float32)
     runner = Runner(program, dtype or torch.float32, gates=gates)
@@ -99,14 +105,6 @@ def gate_gradients(
         {group.name: gradient(f"group {group.name}") for group in analysis.groups},
         {block.name: float(gradient(f"block {block.name}")[0]) for block in removable(blocks)},
     )
-
-
-class _Whole:
-    """All of an initializer, as one unit."""
-
-    def __init__(self, program: Program, initializer: str):
-        self.initializer, self.axis = initializer, 0
-        self.index_map = np.zeros((program.initializer_shape(initializer) or (1,))[0], dtype=np.int64)
 
 
 def gate_members(analysis: AnalysisLike, group: GroupLike) -> list[Any]:
