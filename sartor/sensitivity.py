@@ -6,6 +6,7 @@ tolerance. One backward pass gives a lower bound for all units; groups that it d
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -75,11 +76,16 @@ def moves(
     for member in analysis.masked_members(group):
         if len(analysis.program.initializers[member.initializer].uses()) != 1:
             return False  # MASKED reads a private copy of a shared parameter, which goes by another name
-        array = perturbed.initializer_array(member.initializer).copy()
-        array[(slice(None),) * member.axis + (member.index_map == unit,)] *= 1.0 + PERTURBATION
-        rewriter.set_initializer(member.initializer, array)
+        place = (slice(None),) * member.axis + (member.index_map == unit,)
+        rewriter.derive_initializer(member.initializer, functools.partial(_perturbed, place))
     perturbed.invalidate()
     return relative_error(seen(outputs), run_twin(perturbed, inputs)) > needed
+
+
+def _perturbed(place: tuple[Any, ...], array: np.ndarray) -> np.ndarray:
+    array = array.copy()
+    array[place] *= 1.0 + PERTURBATION
+    return array
 
 
 def probe(generator: np.random.Generator, size: int) -> np.ndarray:
