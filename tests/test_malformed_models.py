@@ -17,7 +17,7 @@ from onnx_files import save, tensor, weights
 
 from sartor.errors import ModelError, UnsupportedOperatorError
 from sartor.ir.channels import channel_groups
-from sartor.ir.load import load
+from sartor.ir.load import DEFAULT_LIMITS, load
 
 node = helper.make_node
 IMAGE = [1, 3, 4, 4]
@@ -245,3 +245,41 @@ def test_the_same_without_the_fault_loads(tmp_path: Path) -> None:
         program = load(save(tmp_path / "m.onnx", nodes, {"x": shape}, {"y": None}, initializers, check=False))
         channel_groups(program)
         program.save(tmp_path / "saved.onnx")
+
+
+def functions_that_double(levels: int) -> onnx.ModelProto:
+    """`F0` calls `F1` twice, which calls `F2` twice, and so on."""
+    imports = [helper.make_opsetid("", 21), helper.make_opsetid("d", 1)]
+    functions = []
+    for level in range(levels):
+        nodes = [node("Relu", ["x"], ["y"])]
+        if level < levels - 1:
+            called = f"F{level + 1}"
+            nodes = [
+                helper.make_node(called, ["x"], ["t"], domain="d"),
+                helper.make_node(called, ["t"], ["y"], domain="d"),
+            ]
+        functions.append(helper.make_function("d", f"F{level}", ["x"], ["y"], nodes, imports))
+    x, y = (helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, [1, 4]) for n in "xy")
+    graph = helper.make_graph([helper.make_node("F0", ["x"], ["y"], domain="d")], "g", [x], [y])
+    return helper.make_model(graph, functions=functions, opset_imports=imports, ir_version=10)
+
+
+def test_functions_that_grow_exponentially(tmp_path: Path) -> None:
+    onnx.save(functions_that_double(5), tmp_path / "small.onnx")
+    assert len(list(load(tmp_path / "small.onnx").nodes())) == 2**4
+    onnx.save(functions_that_double(40), tmp_path / "large.onnx")
+    with pytest.raises(ModelError, match="Inlining its functions"):
+        load(tmp_path / "large.onnx")
+
+
+def test_depth_is_limited_in_functions_too(tmp_path: Path) -> None:
+    inner = leaf = body("t", [RELU], ["a"])
+    for _ in range(DEFAULT_LIMITS.depth):
+        inner = body("t", branches(inner, leaf), ["y"])
+    model = functions_that_double(1)
+    del model.functions[0].node[:]
+    model.functions[0].node.extend(branches(inner, leaf))
+    onnx.save(model, tmp_path / "m.onnx")
+    with pytest.raises(ModelError, match="nest deeper"):
+        load(tmp_path / "m.onnx")

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
+import graphlib
 import hashlib
+import itertools
 import math
 import os
 from pathlib import Path
+from typing import Any
 
 import onnx
 import onnx_ir as ir
@@ -24,7 +28,8 @@ class Limits:
     Attributes:
         file_bytes: of the protobuf (its format ends at 2 GiB).
         tensor_bytes: of all initializers together, external data included.
-        nodes: of all graphs and functions together.
+        nodes: of all graphs and functions together, before and after functions are inlined.
+        calls: of one function, also by others.
         depth: of nested subgraphs.
         rank: of any tensor.
         activation_elements: of any one value at the reference shapes.
@@ -34,6 +39,7 @@ class Limits:
     file_bytes: int = 2**31 - 1
     tensor_bytes: int = 2**36
     nodes: int = 200_000
+    calls: int = 4_096
     depth: int = 16
     rank: int = 32
     generated_elements: int = 1 << 28
@@ -72,6 +78,7 @@ def read(path: Path, external_root: Path | None, limits: Limits) -> Contents:
     digest = hashlib.sha256(data).hexdigest()
     del data
     _check_structure(proto, limits)
+    _check_calls(proto, limits)
     folder = (external_root or path.resolve().parent).resolve()
     total = 0
     files: dict[str, Path] = {}
@@ -123,8 +130,8 @@ def _parse(path: Path, data: bytes) -> onnx.ModelProto:
 
 
 def _check_structure(proto: onnx.ModelProto, limits: Limits) -> None:
-    count = sum(len(f.node) for f in proto.functions)
-    for graph, depth in protos.graphs(proto.graph):
+    count = 0
+    for graph, depth in itertools.chain.from_iterable(map(protos.graphs, (proto.graph, *proto.functions))):
         if depth > limits.depth:
             raise ModelError(f"Subgraphs nest deeper than {limits.depth} levels; the file is refused.")
         count += len(graph.node)
@@ -134,9 +141,40 @@ def _check_structure(proto: onnx.ModelProto, limits: Limits) -> None:
             for text in (node.name, node.op_type, node.domain, *node.input, *node.output):
                 if isinstance(text, bytes):  # protobuf hands out what is not UTF-8 as bytes
                     raise ModelError(f"The name {text!r} is not valid UTF-8; the file is damaged.")
-        if graph.sparse_initializer:
+        if isinstance(graph, onnx.GraphProto) and graph.sparse_initializer:
             name = graph.sparse_initializer[0].values.name
             raise ModelError(f"Initializer '{name}' is sparse; store it densely.")
+
+
+def _check_calls(proto: onnx.ModelProto, limits: Limits) -> None:
+    """Functions that call others several times grow exponentially when they are inlined."""
+    functions = {(f.domain, f.name, f.overload): f for f in proto.functions}
+    roots: dict[Any, Any] = {**functions, None: proto.graph}
+    callees = {
+        key: collections.Counter(
+            called
+            for graph, _ in protos.graphs(root)
+            for node in graph.node
+            if (called := (node.domain, node.op_type, node.overload)) in functions
+        )
+        for key, root in roots.items()
+    }
+    calls: collections.Counter[Any] = collections.Counter({None: 1})
+    try:
+        order = list(graphlib.TopologicalSorter(callees).static_order())
+    except graphlib.CycleError:
+        return  # the inliner names the cycle
+    nodes = 0
+    for key in reversed(order):  # callers first
+        times = calls[key]
+        nodes += times * sum(len(graph.node) for graph, _ in protos.graphs(roots[key]))
+        if (key is not None and times > limits.calls) or nodes > limits.nodes:
+            raise ModelError(
+                f"Inlining its functions gives the model more than {limits.nodes} nodes, or one of them more than "
+                f"{limits.calls} times; the file is refused."
+            )
+        for callee, count in callees[key].items():
+            calls[callee] += times * count
 
 
 def _check_tensor(tensor: onnx.TensorProto, folder: Path, files: dict[str, Path], limits: Limits) -> int:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import TypeVar
 
 import onnx
 from google.protobuf.message import Message
+
+G = TypeVar("G", onnx.GraphProto, onnx.FunctionProto)
 
 
 def bodies(node: onnx.NodeProto) -> list[onnx.GraphProto]:
@@ -26,9 +29,9 @@ def with_inner_nodes(node: onnx.NodeProto) -> Iterator[onnx.NodeProto]:
             yield from with_inner_nodes(inner)
 
 
-def graphs(graph: onnx.GraphProto) -> Iterator[tuple[onnx.GraphProto, int]]:
-    """The graph, then those inside it, with their depth from 1 on."""
-    stack = [(graph, 1)]
+def graphs(root: G) -> Iterator[tuple[G | onnx.GraphProto, int]]:
+    """A graph or function, then the graphs inside it, with their depth from 1 on."""
+    stack: list[tuple[G | onnx.GraphProto, int]] = [(root, 1)]
     while stack:
         current, depth = stack.pop()
         yield current, depth
