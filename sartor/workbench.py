@@ -64,10 +64,11 @@ class Workbench:
         self.baseline = self.lower(program, "baseline")
         self.reference = self.backend.load(self.baseline, self.target)
 
-    def lower(self, program: Program, name: str) -> Artifact:
-        """The artifact of a candidate, in the scratch folder."""
-        artifact: Artifact = self.backend.lower(program, self.folder / name, self.target)
-        return artifact
+    def lower(self, program: Program, folder: str | Path) -> Artifact:
+        """The artifact of a candidate, in a folder of the scratch folder or anywhere else."""
+        from sartor.backends import isolation
+
+        return isolation.lower(self.options.target, program, self.folder / folder, self.target)
 
     def measure(self, artifacts: list[Artifact], seconds: float, seed: int | None = None) -> Measurement:
         """Interleaved measurement of `artifacts`, the baseline first."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import faulthandler
 import json
 import os
+import signal
 import subprocess
 import time
 from collections.abc import Mapping
@@ -13,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from sartor.backends.artifact import check_inputs, verify_files, write_artifact
-from sartor.backends.legality import check_rules, fixed_shapes, require_legal
+from sartor.backends.legality import Rules, check_rules, fixed_shapes, require_legal
 from sartor.backends.protocol import Capabilities, KernelTime, Session, TensorSpec
 from sartor.errors import UsageError
 
@@ -45,8 +46,11 @@ class NullBackend:
     def channel_grid(self, op_type, precision="f32", attributes=None):
         return 1
 
+    def rules(self):
+        return Rules(model=(fixed_shapes(),))
+
     def legality(self, program, options):
-        return check_rules(program, options, [fixed_shapes()], [])
+        return check_rules(program, options, self.rules())
 
     def legalize(self, program):
         return program
@@ -74,6 +78,56 @@ class NullBackend:
 
     def profile(self, artifact, options, runs=20):
         return [KernelTime("all", "Null", (), SECONDS_PER_NODE, runs)]
+
+
+class LowerBadly(NullBackend):
+    """Begins to write its artifact, and then does not end well."""
+
+    def lower(self, program, folder, options):
+        def write(temporary: Path):
+            (temporary / "half").write_text("half an artifact")
+            os.write(2, b"planted last words\n")
+            self.end(temporary)
+            return ("half",), {}
+
+        return write_artifact(program, folder, options, target=self.name, write=write)
+
+
+class LowerCrash(LowerBadly):
+    name = "lower-crash"
+
+    def end(self, folder):
+        os.kill(os.getpid(), signal.SIGSEGV)
+
+
+class LowerHang(LowerBadly):
+    name = "lower-hang"
+
+    def end(self, folder):
+        time.sleep(600)
+
+
+class LowerHog(LowerBadly):
+    name = "lower-hog"
+
+    def end(self, folder):
+        np.empty(3 << 30, np.uint8)  # never touched: address space only
+
+
+class LowerKilled(LowerBadly):
+    """As the kernel ends a process when memory runs out."""
+
+    name = "lower-killed"
+
+    def end(self, folder):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+class LowerRaise(LowerBadly):
+    name = "lower-raise"
+
+    def end(self, folder):
+        raise ValueError("planted failure")
 
 
 class Crash(NullBackend):
@@ -142,10 +196,9 @@ def install(folder: Path, entries: Mapping[str, str], distribution: str = "nullv
     (info / "entry_points.txt").write_text("[sartor.backends]\n" + "\n".join(lines) + "\n")
 
 
+_BACKENDS = [NullBackend, Crash, Hang, Stubborn, Hog, Chatty, Refuse]
+_BACKENDS += [LowerCrash, LowerHang, LowerHog, LowerKilled, LowerRaise]
 ENTRIES = {
-    **{
-        c.name: f"null_backend:{c.__name__}"
-        for c in (NullBackend, Crash, Hang, Stubborn, Hog, Chatty, Refuse)
-    },
+    **{c.name: f"null_backend:{c.__name__}" for c in _BACKENDS},
     "incomplete": "null_backend:Incomplete",
 }

@@ -12,7 +12,7 @@ import pytest
 from backend_programs import small_cnn
 
 from sartor import backends
-from sartor.backends import process
+from sartor.backends import isolation, process
 from sartor.backends.many_models import time_models
 from sartor.backends.measure import measure, profile
 from sartor.backends.protocol import TargetOptions
@@ -138,3 +138,36 @@ def test_no_process_is_left_behind(artifact, monkeypatch):
     with pytest.raises(BackendError):
         quick("crash", artifact)
     assert len(started) == 2 and all(p.poll() is not None for p in started)
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("lower-crash", "SIGSEGV"),
+        ("lower-hang", "did not finish within"),
+        ("lower-hog", "MemoryError"),
+        ("lower-killed", "SIGKILL"),
+        ("lower-raise", "planted failure"),
+    ],
+)
+def test_lowering_that_ends_badly_is_an_error_and_leaves_nothing(name, says, artifact, tmp_path):
+    before = sorted(p.name for p in artifact.folder.iterdir())
+    limits = {"time_limit_s": 4.0} if name == "lower-hang" else {"memory_limit_bytes": 2 << 30}
+    for folder in (tmp_path / "out" / "new", artifact.folder):
+        with pytest.raises(BackendError, match=says) as raised:
+            isolation.lower(name, small_cnn(8), folder, TargetOptions(), **limits)
+    assert not list((tmp_path / "out").iterdir())
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["artifact", "out", "site"]
+    assert sorted(p.name for p in artifact.folder.iterdir()) == before
+    if name in ("lower-crash", "lower-hang", "lower-killed"):
+        assert any("planted last words" in note for note in raised.value.__notes__)
+
+
+def test_lowering_in_a_subprocess_is_what_the_backend_writes(artifact, tmp_path):
+    program = small_cnn(8)
+    for name in ("null", "onnxruntime"):
+        here = backends.get(name).lower(program, tmp_path / f"{name}-here", TargetOptions())
+        there = isolation.lower(name, program, tmp_path / f"{name}-there", TargetOptions())
+        assert there.to_dict() == here.to_dict()
+        for file in there.files:
+            assert (there.folder / file).read_bytes() == (here.folder / file).read_bytes()

@@ -26,6 +26,7 @@ REGISTRY = Registry(
 _METHODS = (
     "capabilities",
     "channel_grid",
+    "rules",
     "legality",
     "legalize",
     "lower",

@@ -46,7 +46,7 @@ def write_artifact(
         UsageError: `folder` exists and is something else than an artifact.
     """
     folder = Path(folder)
-    with _replacing(folder) as temporary:
+    with replacing(folder) as temporary:
         files, metadata = write(temporary)
         artifact = Artifact(
             target=target,
@@ -159,8 +159,12 @@ def check_inputs(
 
 
 @contextlib.contextmanager
-def _replacing(folder: Path) -> Iterator[Path]:
-    """A temporary folder beside `folder` that takes its place when the block succeeds."""
+def replacing(folder: Path) -> Iterator[Path]:
+    """A temporary folder beside `folder` that takes its place when the block succeeds.
+
+    Raises:
+        UsageError: `folder` exists and is something else than an artifact.
+    """
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"'{folder}' is a file; an artifact is a folder. Choose another --out.")
     if folder.is_dir() and any(folder.iterdir()) and not (folder / MANIFEST).is_file():

@@ -6,7 +6,7 @@ The report of a program and the support table of a backend are generated from th
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from sartor.backends.protocol import Finding, LegalityReport, TargetOptions
@@ -44,27 +44,45 @@ class NodeRule:
     check: Callable[[Program, ir.Node], Check]
 
 
-def check_rules(
-    program: Program,
-    options: TargetOptions,
-    model_rules: Iterable[ModelRule],
-    node_rules: Iterable[NodeRule],
-) -> LegalityReport:
-    """Apply a rule table. A node rule that holds everywhere is one finding for the model."""
+@dataclasses.dataclass(frozen=True)
+class Rules:
+    """Everything that a backend asks of a program.
+
+    Attributes:
+        model: rules about the whole program.
+        nodes: rules about every node.
+        operators: further rules by operator, `OpType` or `domain::OpType`, for its nodes alone.
+    """
+
+    model: tuple[ModelRule, ...] = ()
+    nodes: tuple[NodeRule, ...] = ()
+    operators: Mapping[str, tuple[NodeRule, ...]] = dataclasses.field(default_factory=dict)
+
+    def of(self, node: ir.Node) -> tuple[NodeRule, ...]:
+        """The rules that apply to one node."""
+        name = f"{node.domain}::{node.op_type}" if node.domain else node.op_type
+        return (*self.nodes, *self.operators.get(name, ()))
+
+
+def check_rules(program: Program, options: TargetOptions, rules: Rules) -> LegalityReport:
+    """Apply rule tables. A node rule that holds everywhere is one finding for the model."""
     import onnx_ir as ir
 
     findings = []
-    for rule in model_rules:
+    for rule in rules.model:
         ok, observed = rule.check(program, options)
         findings.append(Finding("", rule.id, observed, rule.text, ok))
-    nodes = list(ir.traversal.RecursiveGraphIterator(program.graph))
-    for node_rule in node_rules:
-        broken = []
-        for node in nodes:
-            ok, observed = node_rule.check(program, node)
-            if not ok:
-                broken.append(Finding(node.name or "", node_rule.id, observed, node_rule.text, False))
-        findings.extend(broken or [Finding("", node_rule.id, f"{len(nodes)} nodes", node_rule.text, True)])
+    applied: dict[NodeRule, list[tuple[ir.Node, bool, str]]] = {rule: [] for rule in rules.nodes}
+    for node in ir.traversal.RecursiveGraphIterator(program.graph):
+        for node_rule in rules.of(node):
+            applied.setdefault(node_rule, []).append((node, *node_rule.check(program, node)))
+    for node_rule, results in applied.items():
+        broken = [
+            Finding(node.name or "", node_rule.id, seen, node_rule.text, False)
+            for node, ok, seen in results
+            if not ok
+        ]
+        findings.extend(broken or [Finding("", node_rule.id, f"{len(results)} nodes", node_rule.text, True)])
     return LegalityReport(tuple(findings))
 
 

@@ -16,6 +16,7 @@ from sartor.errors import UsageError
 if TYPE_CHECKING:
     import numpy as np
 
+    from sartor.backends.legality import Rules
     from sartor.ir.program import Program
 
 PRECISIONS = ("f32", "bf16", "f16", "int8")
@@ -282,6 +283,10 @@ class Backend(Protocol):
         self, op_type: str, precision: str = "f32", attributes: Mapping[str, Any] | None = None
     ) -> int:
         """Step of the channel count of `op_type` that costs time; 1 when widths are free."""
+        ...
+
+    def rules(self) -> Rules:
+        """What this target asks of a legalized program; its support table is generated from them."""
         ...
 
     def legality(self, program: Program, options: TargetOptions) -> LegalityReport:

@@ -192,7 +192,18 @@ def profile(request: Mapping[str, Any], send: Send) -> dict[str, Any]:
     return {"kernels": [kernel.to_dict() for kernel in kernels]}
 
 
+def lower(request: Mapping[str, Any], send: Send) -> dict[str, Any]:
+    """One program to an artifact. See `sartor.backends.isolation.lower`."""
+    from sartor.ir import transport
+
+    program = transport.read(Path(request["program"]))
+    options = TargetOptions.from_dict(request["options"])
+    backends.get(request["backend"]).lower(program, Path(request["folder"]), options)
+    return {}
+
+
 COMMANDS: Mapping[str, Callable[[Mapping[str, Any], Send], dict[str, Any]]] = {
+    "lower": lower,
     "measure": measure,
     "time_models": time_models,
     "profile": profile,

@@ -19,12 +19,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> Result:
     """Check legality and lower; the folder appears at once or not at all."""
-    from sartor import backends
+    from sartor.backends import isolation
 
-    backend = backends.get(options.target)
     folder = arguments.output_folder(options.output)
     program = arguments.open_program(options)
-    artifact = backend.lower(program, folder, arguments.target_options(options, program))
+    artifact = isolation.lower(options.target, program, folder, arguments.target_options(options, program))
     sizes = {name: (folder / name).stat().st_size for name in artifact.files}
     text = "\n".join(f"wrote {folder / name} ({count(size, 'B')})" for name, size in sizes.items())
     return Result(artifact.to_dict(), text)

@@ -16,6 +16,7 @@ from sartor.backends.protocol import (
 )
 
 if TYPE_CHECKING:
+    from sartor.backends.legality import Rules
     from sartor.ir.program import Program
 
 
@@ -38,15 +39,23 @@ class OnnxRuntimeBackend:
 
         return legality.channel_grid(op_type, precision)
 
-    def legality(self, program: Program, options: TargetOptions) -> LegalityReport:
-        """Rules of `legality.MODEL_RULES` and `NODE_RULES`."""
+    def rules(self) -> Rules:
+        """Tables of `legality.RULES`."""
         from sartor.backends.onnxruntime import legality
 
-        return legality.check(program, options)
+        return legality.RULES
+
+    def legality(self, program: Program, options: TargetOptions) -> LegalityReport:
+        """The rules, applied to the legalized program."""
+        from sartor.backends.onnxruntime import legality
+
+        return legality.check(self.legalize(program), options)
 
     def legalize(self, program: Program) -> Program:
-        """The program itself: ONNX Runtime runs functions of the `sartor` domain as they are."""
-        return program
+        """The program itself."""
+        from sartor.backends.onnxruntime import legalize
+
+        return legalize.legalize(program)
 
     def lower(self, program: Program, folder: Path, options: TargetOptions) -> Artifact:
         """Write `model.onnx`, symbolic batch kept."""
@@ -68,6 +77,6 @@ class OnnxRuntimeBackend:
 
     def profile(self, artifact: Artifact, options: TargetOptions, runs: int = 20) -> list[KernelTime]:
         """Kernel times from ONNX Runtime's own profiler."""
-        from sartor.backends.onnxruntime import profile
+        from sartor.backends.onnxruntime import measure
 
-        return profile.profile(artifact, options, runs)
+        return measure.profile(artifact, options, runs)

@@ -23,6 +23,7 @@ from sartor.backends import host, telemetry
 from sartor.backends.legality import (
     Check,
     ModelRule,
+    Rules,
     check_rules,
     fixed_shapes,
     ir_version_at_most,
@@ -49,20 +50,24 @@ def _dialect_has_bodies(program: Program, options: TargetOptions) -> Check:
     return not missing, f"no body for {missing}" if missing else f"{len(called)} dialect functions"
 
 
-MODEL_RULES = (
-    opset_at_most(MAX_OPSET),
-    ir_version_at_most(MAX_IR_VERSION),
-    fixed_shapes(),
-    max_rank(MAX_RANK),
-    ModelRule("dialect-bodies", "Every function of the 'sartor' domain has its body.", _dialect_has_bodies),
+RULES = Rules(
+    model=(
+        opset_at_most(MAX_OPSET),
+        ir_version_at_most(MAX_IR_VERSION),
+        fixed_shapes(),
+        max_rank(MAX_RANK),
+        ModelRule(
+            "dialect-bodies", "Every function of the 'sartor' domain has its body.", _dialect_has_bodies
+        ),
+    ),
+    nodes=(known_domains("", "ai.onnx.ml", "com.microsoft"),),
 )
-NODE_RULES = (known_domains("", "ai.onnx.ml", "com.microsoft"),)
 
 
 def check(program: Program, options: TargetOptions) -> LegalityReport:
     """Apply the rule tables."""
     require_precision(NAME, PRECISIONS, options)
-    return check_rules(program, options, MODEL_RULES, NODE_RULES)
+    return check_rules(program, options, RULES)
 
 
 def channel_grid(op_type: str, precision: str) -> int:

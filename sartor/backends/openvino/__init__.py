@@ -16,6 +16,7 @@ from sartor.backends.protocol import (
 )
 
 if TYPE_CHECKING:
+    from sartor.backends.legality import Rules
     from sartor.ir.program import Program
 
 
@@ -38,17 +39,23 @@ class OpenVinoBackend:
 
         return legality.channel_grid(op_type, precision)
 
-    def legality(self, program: Program, options: TargetOptions) -> LegalityReport:
-        """Rules of `legality.MODEL_RULES` and `NODE_RULES`, on the legalized program."""
-        from sartor.backends.openvino import legality, lower
+    def rules(self) -> Rules:
+        """Tables of `legality.RULES`."""
+        from sartor.backends.openvino import legality
 
-        return legality.check(lower.legalize(program), options)
+        return legality.RULES
+
+    def legality(self, program: Program, options: TargetOptions) -> LegalityReport:
+        """The rules, applied to the legalized program."""
+        from sartor.backends.openvino import legality
+
+        return legality.check(self.legalize(program), options)
 
     def legalize(self, program: Program) -> Program:
         """Functions of the `sartor` domain inlined: OpenVINO cannot convert them."""
-        from sartor.backends.openvino import lower
+        from sartor.backends.openvino import legalize
 
-        return lower.legalize(program)
+        return legalize.legalize(program)
 
     def lower(self, program: Program, folder: Path, options: TargetOptions) -> Artifact:
         """Write `model.xml` and `model.bin`."""
@@ -70,6 +77,6 @@ class OpenVinoBackend:
 
     def profile(self, artifact: Artifact, options: TargetOptions, runs: int = 20) -> list[KernelTime]:
         """Kernel times from OpenVINO's performance counters."""
-        from sartor.backends.openvino import profile
+        from sartor.backends.openvino import measure
 
-        return profile.profile(artifact, options, runs)
+        return measure.profile(artifact, options, runs)

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 from sartor.backends import host, telemetry
 from sartor.backends.legality import (
+    Rules,
     check_rules,
     fixed_shapes,
     known_domains,
@@ -39,8 +40,10 @@ MAX_OPSET = 25
 MAX_RANK = 8
 _GRID_OPS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 
-MODEL_RULES = (opset_at_most(MAX_OPSET), fixed_shapes(), max_rank(MAX_RANK))
-NODE_RULES = (no_functions(), known_domains("", "com.microsoft"))
+RULES = Rules(
+    model=(opset_at_most(MAX_OPSET), fixed_shapes(), max_rank(MAX_RANK)),
+    nodes=(no_functions(), known_domains("", "com.microsoft")),
+)
 
 
 def supported_precisions() -> tuple[str, ...]:
@@ -53,7 +56,7 @@ def supported_precisions() -> tuple[str, ...]:
 def check(program: Program, options: TargetOptions) -> LegalityReport:
     """Apply the rule tables to a legalized program."""
     require_precision(NAME, supported_precisions(), options)
-    return check_rules(program, options, MODEL_RULES, NODE_RULES)
+    return check_rules(program, options, RULES)
 
 
 def channel_grid(op_type: str, precision: str) -> int:

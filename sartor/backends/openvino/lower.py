@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from sartor.backends import telemetry
 from sartor.backends.artifact import concrete_shapes, write_artifact
 from sartor.backends.legality import require_legal
-from sartor.backends.openvino import legality, run
+from sartor.backends.openvino import legality, legalize, run
 from sartor.backends.origin import Origin
 from sartor.backends.protocol import Artifact, TargetOptions, TensorSpec
 from sartor.errors import BackendError
@@ -25,15 +25,6 @@ BIN = "model.bin"
 _COUNTED = re.compile(r"[A-Za-z]\w*_\d+")
 
 
-def legalize(program: Program) -> Program:
-    """Inline the dialect's functions; the result is the program itself when it has none."""
-    if not program.model.functions:
-        return program
-    from sartor.ir.dialect import inline_dialect
-
-    return inline_dialect(program)
-
-
 def lower(program: Program, folder: Path, options: TargetOptions) -> Artifact:
     """Write `model.xml` and `model.bin` at the reference shapes, weights in f32.
 
@@ -45,7 +36,7 @@ def lower(program: Program, folder: Path, options: TargetOptions) -> Artifact:
         BackendError: the program breaks a legality rule, or conversion fails.
     """
     openvino = telemetry.import_vendor("openvino", legality.REQUIREMENT)
-    legal = legalize(program)
+    legal = legalize.legalize(program)
     require_legal(legality.NAME, legality.check(legal, options))
     shapes = {**program.input_shapes, **options.shapes}
 
