@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
 import time
 
 import null_backend
+import numpy as np
 import pytest
 from backend_programs import small_cnn
 
 from sartor import backends
 from sartor.backends import isolation, process
+from sartor.backends.arrays import load_arrays, save_arrays
 from sartor.backends.many_models import time_models
 from sartor.backends.measure import measure, profile
 from sartor.backends.protocol import TargetOptions
@@ -171,3 +174,46 @@ def test_lowering_in_a_subprocess_is_what_the_backend_writes(artifact, tmp_path)
         assert there.to_dict() == here.to_dict()
         for file in there.files:
             assert (there.folder / file).read_bytes() == (here.folder / file).read_bytes()
+
+
+def test_a_session_in_a_subprocess_answers_as_one_here(tmp_path):
+    program = small_cnn(8)
+    artifact = isolation.lower("onnxruntime", program, tmp_path / "a", TargetOptions())
+    here = backends.get("onnxruntime").load(artifact, TargetOptions())
+    with isolation.Session(artifact, TargetOptions()) as session:
+        for seed in range(3):
+            x = np.random.default_rng(seed).standard_normal((1, 3, 16, 16)).astype(np.float32)
+            name = artifact.inputs[0].name
+            expected = here.run({name: x})
+            found = session.run({name: x})
+            assert list(found) == list(expected)
+            assert all(np.array_equal(found[k], expected[k]) for k in expected)
+        with pytest.raises(UsageError, match="this session takes"):  # and survives it
+            session.run({name: x[:, :1]})
+        assert np.array_equal(session.run({name: x})[next(iter(expected))], next(iter(expected.values())))
+
+
+@pytest.mark.parametrize(("name", "says"), [("crash", "SIGABRT"), ("hang", "did not finish within 3 s")])
+def test_a_session_that_dies_is_an_error(name, says, artifact):
+    broken = dataclasses.replace(artifact, target=name)
+    with isolation.Session(broken, TargetOptions(), time_limit_s=3.0) as session:
+        for _ in range(2):
+            with pytest.raises(BackendError, match=says):
+                session.run({"x": np.zeros((1, 3, 16, 16), np.float32)})
+            says = "ended|exited|did not"
+
+
+def test_arrays_travel_whatever_their_name_and_type(tmp_path):
+    import ml_dtypes
+
+    arrays = {
+        "file": np.arange(3),
+        "a/b::c": np.zeros((0, 2), np.float16),
+        "names": np.array(True),
+        "b": np.array([1.5, -2], ml_dtypes.bfloat16),
+    }
+    save_arrays(tmp_path / "a.npz", arrays)
+    found = load_arrays(tmp_path / "a.npz")
+    assert list(found) == list(arrays)
+    for name, array in arrays.items():
+        assert found[name].dtype == array.dtype and np.array_equal(found[name], array)

@@ -1,23 +1,29 @@
-"""Lowering in a subprocess: a vendor's compiler that crashes, hangs or eats the memory costs an error message."""
+"""Lowering and running in a subprocess: a vendor's crash, hang or hunger for memory costs an error message."""
 
 from __future__ import annotations
 
 import dataclasses
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sartor import backends
 from sartor.backends import process
+from sartor.backends.arrays import load_arrays, save_arrays
 from sartor.backends.artifact import open_artifact, replacing
 from sartor.backends.legality import require_legal
 from sartor.backends.protocol import Artifact, TargetOptions
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from sartor.ir.program import Program
 
 TIME_LIMIT_S = 1800.0
 """Long enough for the slowest compiler on a large model; a hang still ends."""
+RUN_LIMIT_S = 600.0
+"""Of one inference, loading included."""
 
 
 def lower(
@@ -69,3 +75,60 @@ def lower(
             path.rename(temporary / path.name)
         written.rmdir()
     return dataclasses.replace(artifact, folder=folder)
+
+
+class Session:
+    """A loaded artifact in a subprocess of its own, for results; `sartor.backends.measure` is for times.
+
+    Args:
+        artifact: lowered by the backend that it names.
+        options: as for `Backend.load`.
+        time_limit_s: of one inference; the first one loads, too.
+        memory_limit_bytes: limit of the subprocess's address space; default: see `process.default_memory_limit`.
+    """
+
+    def __init__(
+        self,
+        artifact: Artifact,
+        options: TargetOptions,
+        *,
+        time_limit_s: float = RUN_LIMIT_S,
+        memory_limit_bytes: int | None = None,
+    ):
+        self.artifact, self.options, self._time_limit_s = artifact, options, time_limit_s
+        self._worker = process.Worker(threads=options.threads, memory_limit_bytes=memory_limit_bytes)
+        self._folder = tempfile.TemporaryDirectory(prefix="sartor-run-")
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the subprocess."""
+        self._worker.close()
+        self._folder.cleanup()
+
+    def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Outputs by name.
+
+        Raises:
+            UsageError: an input is missing, unknown, or of the wrong type or shape.
+            BackendError: the runtime failed, crashed or did not finish; its last log lines are notes.
+        """
+        given, made = Path(self._folder.name) / "inputs.npz", Path(self._folder.name) / "outputs.npz"
+        save_arrays(given, inputs)
+        self._worker.ask(
+            {
+                "command": "run",
+                "backend": self.artifact.target,
+                "options": self.options.to_dict(),
+                "artifact": self.artifact.to_dict(),
+                "folder": str(self.artifact.folder.resolve()),
+                "inputs": str(given),
+                "outputs": str(made),
+            },
+            time_limit_s=self._time_limit_s,
+        )
+        return load_arrays(made)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sartor.backends import process
+from sartor.backends.arrays import save_arrays
 from sartor.backends.many_models import ModelTimes, time_models
 from sartor.backends.protocol import Artifact, KernelTime, TargetOptions
 from sartor.backends.rounds import CONFIDENCE, Round, median_interval, ratios
@@ -190,7 +191,9 @@ def measure(
 
     with tempfile.TemporaryDirectory(prefix="sartor-measure-") as folder:
         if inputs is not None:
-            request["inputs"] = _save_inputs(Path(folder), inputs)
+            given = Path(folder) / "inputs.npz"
+            save_arrays(given, inputs)
+            request["inputs"] = str(given)
         answer = process.call(
             request,
             threads=options.threads,
@@ -261,11 +264,3 @@ def _ratio_to_dict(ratio: Ratio) -> dict[str, Any]:
 
 def _round(message: Mapping[str, Any]) -> Round:
     return Round(tuple(message["order"]), tuple(message["visits_s"]))
-
-
-def _save_inputs(folder: Path, inputs: Mapping[str, np.ndarray]) -> str:
-    import numpy as np
-
-    path = folder / "inputs.npz"
-    np.savez(path, **inputs)  # type: ignore[arg-type]
-    return str(path)

@@ -1,7 +1,7 @@
-"""One call of a backend in a fresh subprocess, with limits on time and memory.
+"""Calls of a backend in a subprocess, with limits on time and memory.
 
-The request is one JSON document on the worker's standard input; the answer is JSON lines on its
-standard output: any number of events, then one `result` or one `error`.
+A request is one JSON line on the worker's standard input; the answer is JSON lines on its standard output:
+any number of events, then one `result` or one `error`.
 """
 
 from __future__ import annotations
@@ -52,42 +52,80 @@ def call(
         SartorError: what the worker raised, with its class.
         BackendError: the worker crashed, was killed, or ran out of time; its last log lines are notes.
     """
-    memory = memory_limit_bytes or default_memory_limit(threads)
-    document = {
-        **request,
-        "time_limit_s": time_limit_s,
-        "memory_limit_bytes": memory,
-        "parent": os.getpid(),
-    }
-    command = [sys.executable, "-P", "-m", "sartor.backends.worker"]
-    with tempfile.TemporaryFile() as log:
-        process = subprocess.Popen(
-            command,
+    with Worker(threads=threads, memory_limit_bytes=memory_limit_bytes) as worker:
+        return worker.ask(request, time_limit_s=time_limit_s, on_event=on_event)
+
+
+class Worker:
+    """A fresh subprocess that answers requests until it is closed, or does not survive one.
+
+    Args:
+        threads: as for `call`.
+        memory_limit_bytes: as for `call`.
+    """
+
+    def __init__(self, *, threads: int, memory_limit_bytes: int | None = None):
+        self._memory = memory_limit_bytes or default_memory_limit(threads)
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115  # it lives as long as the process
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "sartor.backends.worker"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=log,
+            stderr=self._log,
             env=_environment(threads),
             start_new_session=True,
         )
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the subprocess and its children."""
+        _kill(self._process)
+        self._process.wait()
+        for stream in (self._process.stdin, self._process.stdout, self._log):
+            with contextlib.suppress(BrokenPipeError):
+                stream.close()  # type: ignore[union-attr]
+
+    def ask(
+        self,
+        request: Mapping[str, Any],
+        *,
+        time_limit_s: float,
+        on_event: Callable[[dict[str, Any]], None] = lambda _: None,
+    ) -> dict[str, Any]:
+        """Send one request and wait for its answer. Arguments and errors are those of `call`."""
+        document = {
+            **request,
+            "time_limit_s": time_limit_s,
+            "memory_limit_bytes": self._memory,
+            "parent": os.getpid(),
+        }
         expired = threading.Event()
 
         def expire() -> None:
             expired.set()
-            _kill(process)
+            _kill(self._process)
 
         timer = threading.Timer(time_limit_s + _GRACE_S, expire)
         timer.daemon = True
         timer.start()
         try:
-            answer = _talk(process, document, on_event)
-            code = process.wait()
+            answer = _talk(self._process, document, on_event)
+        except (
+            BaseException
+        ):  # an interrupt, or the caller's own `on_event`: nobody reads the answer any more
+            self.close()
+            raise
         finally:
             timer.cancel()
-            _kill(process)
-            process.wait()
         if answer is not None:
             return _unwrap(answer)
-        raise _died(code, expired.is_set(), time_limit_s, memory, log)
+        _kill(self._process)
+        raise _died(self._process.wait(), expired.is_set(), time_limit_s, self._memory, self._log)
 
 
 def default_memory_limit(threads: int) -> int:
@@ -113,20 +151,17 @@ def _talk(
 ) -> dict[str, Any] | None:
     assert process.stdin is not None and process.stdout is not None
     with contextlib.suppress(BrokenPipeError):  # it died at start; the exit code tells
-        process.stdin.write(json.dumps(document).encode())
-        process.stdin.close()
-    answer = None
+        process.stdin.write(json.dumps(document).encode() + b"\n")
+        process.stdin.flush()
     for line in process.stdout:
         try:
             message = json.loads(line)
         except ValueError:  # the last line of a worker that was killed while writing
             continue
         if message["event"] in ("result", "error"):
-            answer = message
-        else:
-            on_event(message)
-    process.stdout.close()
-    return answer
+            return dict(message)
+        on_event(message)
+    return None
 
 
 def _unwrap(answer: dict[str, Any]) -> dict[str, Any]:

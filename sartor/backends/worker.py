@@ -26,6 +26,7 @@ import numpy as np
 
 from sartor import backends
 from sartor.backends import host
+from sartor.backends.arrays import load_arrays, save_arrays
 from sartor.backends.inputs import random_inputs
 from sartor.backends.protocol import Artifact, Backend, Session, TargetOptions
 from sartor.backends.rounds import Round, run_rounds
@@ -44,6 +45,7 @@ _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 def measure(request: Mapping[str, Any], send: Send) -> dict[str, Any]:
     """Interleaved rounds over artifacts. See `sartor.backends.measure.measure`."""
+    gc.disable()  # a collection inside a timed run would be an outlier of ours
     backend = backends.get(request["backend"])
     options = TargetOptions.from_dict(request["options"])
     artifacts = [Artifact.from_dict(a["artifact"], Path(a["folder"])) for a in request["artifacts"]]
@@ -144,6 +146,7 @@ class _Subjects:
 
 def time_models(request: Mapping[str, Any], send: Send) -> dict[str, Any]:
     """Minimum-like time of many small models. See `sartor.backends.measure.time_models`."""
+    gc.disable()
     backend = backends.get(request["backend"])
     options = TargetOptions.from_dict(request["options"])
     deadline = time.monotonic() + request["models_limit_s"]
@@ -192,6 +195,21 @@ def profile(request: Mapping[str, Any], send: Send) -> dict[str, Any]:
     return {"kernels": [kernel.to_dict() for kernel in kernels]}
 
 
+_loaded: dict[str, Session] = {}
+"""Sessions of this process, by artifact folder."""
+
+
+def run(request: Mapping[str, Any], send: Send) -> dict[str, Any]:
+    """One inference of an artifact, which is loaded at the first. See `sartor.backends.isolation.Session`."""
+    folder = request["folder"]
+    if folder not in _loaded:
+        artifact = Artifact.from_dict(request["artifact"], Path(folder))
+        options = TargetOptions.from_dict(request["options"])
+        _loaded[folder] = backends.get(request["backend"]).load(artifact, options)
+    save_arrays(Path(request["outputs"]), _loaded[folder].run(load_arrays(Path(request["inputs"]))))
+    return {}
+
+
 def lower(request: Mapping[str, Any], send: Send) -> dict[str, Any]:
     """One program to an artifact. See `sartor.backends.isolation.lower`."""
     from sartor.ir import transport
@@ -204,6 +222,7 @@ def lower(request: Mapping[str, Any], send: Send) -> dict[str, Any]:
 
 COMMANDS: Mapping[str, Callable[[Mapping[str, Any], Send], dict[str, Any]]] = {
     "lower": lower,
+    "run": run,
     "measure": measure,
     "time_models": time_models,
     "profile": profile,
@@ -214,8 +233,7 @@ def _inputs(
     session: Session, shapes: Mapping[str, tuple[int, ...]], request: Mapping[str, Any]
 ) -> dict[str, np.ndarray]:
     if request.get("inputs"):
-        with np.load(request["inputs"], allow_pickle=False) as archive:
-            return {name: archive[name] for name in archive.files}
+        return load_arrays(Path(request["inputs"]))
     return random_inputs(session.inputs, shapes, request["seed"])
 
 
@@ -279,7 +297,7 @@ def _limit(request: Mapping[str, Any]) -> None:
 
 
 def main(arguments: Sequence[str] = ()) -> int:
-    """Read one request, answer it, exit."""
+    """Answer requests until there are no more."""
     # Vendors print to standard output; the answer has a channel of its own, and prints go to the log.
     channel = os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1)
     os.dup2(2, 1)
@@ -287,23 +305,21 @@ def main(arguments: Sequence[str] = ()) -> int:
     def send(message: dict[str, Any]) -> None:
         channel.write(json.dumps(message, allow_nan=False) + "\n")
 
-    request = json.load(sys.stdin)
-    _end_with(request["parent"])
-    _limit(request)
-    gc.disable()  # a collection inside a timed run would be an outlier of ours
-    try:
-        value = COMMANDS[request["command"]](request, send)
-    except SartorError as error:
-        notes = list(getattr(error, "__notes__", ()))
-        send({"event": "error", "kind": type(error).__name__, "message": str(error), "notes": notes})
-        return 1
-    except Exception as error:
-        message = f"The backend '{request.get('backend')}' failed: {type(error).__name__}: {error}."
-        notes = ["".join(traceback.format_exception(error))]
-        send({"event": "error", "kind": "BackendError", "message": message, "notes": notes})
-        return 1
-    send({"event": "result", "value": value})
-    channel.flush()
+    for line in sys.stdin:
+        request = json.loads(line)
+        _end_with(request["parent"])
+        _limit(request)
+        try:
+            answer = {"event": "result", "value": COMMANDS[request["command"]](request, send)}
+        except SartorError as error:
+            notes = list(getattr(error, "__notes__", ()))
+            answer = {"event": "error", "kind": type(error).__name__, "message": str(error), "notes": notes}
+        except Exception as error:
+            message = f"The backend '{request.get('backend')}' failed: {type(error).__name__}: {error}."
+            notes = ["".join(traceback.format_exception(error))]
+            answer = {"event": "error", "kind": "BackendError", "message": message, "notes": notes}
+        faulthandler.cancel_dump_traceback_later()
+        send(answer)
     return 0
 
 

@@ -1,0 +1,33 @@
+"""Arrays in a file between our own processes: any names, any element type of numpy or `ml_dtypes`, no pickle."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+
+def save_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Write arrays to an `.npz` file."""
+    names = np.array(list(arrays), dtype=np.str_)
+    types = np.array([array.dtype.name for array in arrays.values()], dtype=np.str_)
+    np.savez(path, names, types, *arrays.values())
+
+
+def load_arrays(path: Path) -> dict[str, np.ndarray]:
+    """The arrays that `save_arrays` wrote."""
+    with np.load(path, allow_pickle=False) as archive:
+        names, types, *arrays = (archive[f"arr_{index}"] for index in range(len(archive.files)))
+    return {
+        name: _typed(array, kind)
+        for name, kind, array in zip(names.tolist(), types.tolist(), arrays, strict=True)
+    }
+
+
+def _typed(array: np.ndarray, kind: str) -> np.ndarray:
+    if array.dtype.name == kind:
+        return array
+    import ml_dtypes  # numpy stores its types as plain bytes
+
+    return array.view(getattr(ml_dtypes, kind))
