@@ -20,6 +20,7 @@ REGISTRY = Registry(
     {
         "onnxruntime": "sartor.backends.onnxruntime:OnnxRuntimeBackend",
         "openvino": "sartor.backends.openvino:OpenVinoBackend",
+        "reference": "sartor.backends.reference:ReferenceBackend",
     },
 )
 
