@@ -31,7 +31,6 @@ from sartor.ir.channels import channel_groups
 from sartor.ir.plan import Plan
 from sartor.ir.program import Program
 from sartor.journal import Journal
-from sartor.oracle import lowered_tolerance
 from sartor.passes.base import Context
 from sartor.passes.remove_blocks import kept_by
 from sartor.selection import Selection
@@ -42,6 +41,7 @@ if TYPE_CHECKING:
     from sartor.backends.measure import Measurement
     from sartor.backends.protocol import Artifact
     from sartor.data import Data
+    from sartor.lowered import Lowered
 
 __all__ = ["FitOptions", "FitResult", "fit"]
 
@@ -166,13 +166,16 @@ class _Fit:
                 self.journal.clear()
             self.progress.stage("baseline")
             self.bench = Workbench(self.program, self.options, self.data, Path(work))
-            if self.data is not None:
-                if self.data.test_is_evaluate:
-                    self.decisions.append(
-                        "the score is on 'evaluate', which selection saw: there is no 'test'"
-                    )
-                self.bench.score(self.bench.baseline, "evaluate")  # refuses data before anything is measured
-            return self._deliver(*self._select())
+            with contextlib.closing(self.bench):
+                if self.data is not None:
+                    if self.data.test_is_evaluate:
+                        self.decisions.append(
+                            "the score is on 'evaluate', which selection saw: there is no 'test'"
+                        )
+                    self.bench.score(
+                        self.bench.baseline, "evaluate"
+                    )  # refuses data before anything is measured
+                return self._deliver(*self._select())
 
     # ---- stages ----------------------------------------------------------------------------
     def _select(self) -> tuple[Plan, float]:
@@ -215,10 +218,10 @@ class _Fit:
             result.save(bundle.folder / "model.onnx")
             (bundle.folder / "plan.json").write_text(plan.to_json(), encoding="utf-8")
             artifact = self.bench.lower(result, bundle.folder / "artifact")
-            lowered_error = self.bench.verify(result, artifact)
+            agreement = self.bench.verify(result, artifact)
             self.progress.stage("final measurement")
             final = self.bench.measure([self.bench.baseline, artifact], _FINAL_S, seed=self.options.seed + 1)
-            report = self._report(plan, predicted_s, verdict, artifact, result, final, lowered_error)
+            report = self._report(plan, predicted_s, verdict, artifact, result, final, agreement)
             write_report(report, bundle.folder)
             self.journal.append("delivered", status=report["status"], ratio=report["ratio"])
             shutil.copyfile(self.journal_path, bundle.folder / "journal.jsonl")
@@ -311,7 +314,7 @@ class _Fit:
         artifact: Artifact,
         result: Program,
         final: Measurement,
-        lowered_error: float,
+        agreement: Lowered,
     ) -> dict[str, Any]:
         baseline: dict[str, Any] = {"latency_s": dataclasses.asdict(final.latencies[0]), **self.before}
         after: dict[str, Any] = {"latency_s": dataclasses.asdict(final.latencies[1]), **static_costs(result)}
@@ -353,10 +356,7 @@ class _Fit:
             "ratio": {"latency": final.ratio.latency, "latency_ci95": [low, high]},
             "predicted": {"latency_s": predicted_s},
             "oracle": verdict.to_dict() if verdict is not None else passed,
-            "lowered": {
-                "max_rel_error": lowered_error,
-                "tolerance": lowered_tolerance(self.program, self.options.precision),
-            },
+            "lowered": agreement.to_dict(),
             "history": self.history,
             "widths": [
                 {

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sartor.budget import Limit
-from sartor.errors import VerificationError
 from sartor.ir.program import Program
 
 if TYPE_CHECKING:
     from sartor.backends.measure import Measurement
     from sartor.backends.protocol import Artifact
     from sartor.data import Data
+    from sartor.lowered import Lowered
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,13 +56,14 @@ class Workbench:
 
     def __init__(self, program: Program, options: FitOptions, data: Data | None, folder: Path):
         from sartor import backends
+        from sartor.backends import isolation
         from sartor.backends.protocol import TargetOptions
 
         self.program, self.options, self.data, self.folder = program, options, data, folder
         self.backend = backends.get(options.target)
         self.target = TargetOptions(threads=options.threads, precision=options.precision)
         self.baseline = self.lower(program, "baseline")
-        self.reference = self.backend.load(self.baseline, self.target)
+        self.reference = isolation.Session(self.baseline, self.target)
 
     def lower(self, program: Program, folder: str | Path) -> Artifact:
         """The artifact of a candidate, in a folder of the scratch folder or anywhere else."""
@@ -85,7 +86,10 @@ class Workbench:
 
     def score(self, artifact: Artifact, split: str) -> tuple[float, int]:
         """Score of an artifact as its target runs it, and the number of samples."""
-        return self.score_with(self.backend.load(artifact, self.target).run, split)
+        from sartor.backends import isolation
+
+        with isolation.Session(artifact, self.target) as session:
+            return self.score_with(session.run, split)
 
     def score_with(self, predict: Callable[..., Any], split: str) -> tuple[float, int]:
         """Score of any predictor on a split."""
@@ -100,34 +104,21 @@ class Workbench:
         known = {value.name for value in self.program.graph.outputs} & set(outputs)
         return {name: array for name, array in outputs.items() if name in known or not known}
 
-    def verify(self, program: Program, artifact: Artifact) -> float:
-        """Relative error of the artifact against the program in float64, on a calibration input if there is one.
-
-        The outputs of what is not understood cannot be compared; what enters it is compared on an artifact of
-        the rest.
+    def verify(self, program: Program, artifact: Artifact) -> Lowered:
+        """Compare an artifact with its program on calibration samples, or on random ones where there are no data.
 
         Raises:
             VerificationError: it is above the tolerance of the precision.
         """
-        from sartor.comparison import relative_error
-        from sartor.ir.batch import random_inputs
-        from sartor.ir.fx import run_twin
-        from sartor.oracle import lowered_tolerance
+        from sartor import lowered
 
-        inputs: Any = random_inputs(program, seed=self.options.seed)
-        if self.data is not None:
-            inputs = self.data.calibration.first()[0]
-        expected = run_twin(program, inputs)
-        if program.tail is not None:
-            artifact = self.lower(program.understood(), "understood")
-        error = relative_error(expected, self.backend.load(artifact, self.target).run(inputs))
-        tolerance = lowered_tolerance(self.program, self.options.precision)
-        if not error <= tolerance:
-            raise VerificationError(
-                f"The artifact for '{self.options.target}' differs from the float64 reference by {error:.3g}, above "
-                f"{tolerance:.0e} for {self.options.precision}."
-            )
-        return error
+        result = lowered.verify(program, artifact, self.target, data=self.data, seed=self.options.seed)
+        lowered.require(result)
+        return result
+
+    def close(self) -> None:
+        """End the subprocess that holds the baseline."""
+        self.reference.close()
 
 
 def static_costs(program: Program) -> dict[str, int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,6 +34,7 @@ def lower(
     *,
     time_limit_s: float = TIME_LIMIT_S,
     memory_limit_bytes: int | None = None,
+    check: Callable[[Artifact], None] = lambda _: None,
 ) -> Artifact:
     """Check legality here, then lower in a fresh subprocess with limits.
 
@@ -44,6 +45,7 @@ def lower(
         options: as for `Backend.lower`.
         time_limit_s: after it the subprocess is ended.
         memory_limit_bytes: limit of its address space; default: see `process.default_memory_limit`.
+        check: called with the artifact before it takes its place; where it raises, nothing is written.
 
     Raises:
         UsageError: precision, shapes or folder; the vendor's package is not installed.
@@ -71,6 +73,7 @@ def lower(
             memory_limit_bytes=memory_limit_bytes,
         )
         artifact = open_artifact(written)
+        check(artifact)
         for path in written.iterdir():
             path.rename(temporary / path.name)
         written.rmdir()

@@ -77,6 +77,7 @@ class Capabilities:
         control_flow: `If`, `Loop`, `Scan` run natively.
         max_rank: largest tensor rank.
         notes: what a reader of a measurement should know.
+        not_run_here: why this machine lowers for the target and cannot run it; empty where it can.
     """
 
     name: str
@@ -86,6 +87,7 @@ class Capabilities:
     control_flow: bool
     max_rank: int
     notes: tuple[str, ...] = ()
+    not_run_here: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready form; `channel_grid` becomes `{op_type: {precision: step}}`."""
@@ -100,6 +102,7 @@ class Capabilities:
             "control_flow": self.control_flow,
             "max_rank": self.max_rank,
             "notes": list(self.notes),
+            "not_run_here": self.not_run_here,
         }
 
 

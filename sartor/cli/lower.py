@@ -1,13 +1,21 @@
-"""Write the artifact of a target, for example OpenVINO IR, with its manifest."""
+"""Lower MODEL to the artifact of a target, for example OpenVINO IR, and compare it with MODEL there.
+
+The folder appears when the artifact, as its target runs it, agrees with MODEL in float64 within the tolerance of
+the precision; otherwise nothing is written, and the first node that differs is named.
+"""
 
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING, Any
 
 from sartor.cli import arguments
 from sartor.cli.output import Result, count
 
-EXAMPLE = "sartor lower model.onnx --target openvino -o artifact"
+if TYPE_CHECKING:
+    from sartor.backends.protocol import Artifact
+
+EXAMPLE = "sartor lower model.onnx --target openvino --data calibration.npz -o artifact"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -15,15 +23,49 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     arguments.add_model(parser)
     arguments.add_target(parser)
     parser.add_argument("-o", "--output", required=True, metavar="FOLDER", help="folder to write")
+    parser.add_argument(
+        "--data",
+        help="FILE.py:function or FILE.npz, to compare on its split 'calibration'; random samples without",
+    )
+    parser.add_argument(
+        "--samples", type=arguments.positive, default=4, metavar="N", help="samples to compare on (4)"
+    )
+    parser.add_argument(
+        "--seed", type=arguments.seed, default=0, help="of random samples and data splits (0)"
+    )
+    parser.add_argument("--no-verify", action="store_true", help="compare nothing, and say so")
 
 
 def run(options: argparse.Namespace) -> Result:
-    """Check legality and lower; the folder appears at once or not at all."""
+    """Check legality, lower and verify; the folder appears at once or not at all."""
+    from sartor import backends, lowered
     from sartor.backends import isolation
+    from sartor.data import load_data
 
+    backend = backends.get(options.target)
     folder = arguments.output_folder(options.output)
     program = arguments.open_program(options)
-    artifact = isolation.lower(options.target, program, folder, arguments.target_options(options, program))
+    target = arguments.target_options(options, program)
+    data = None
+    if options.data is not None:
+        data = load_data(options.data, list(program.input_shapes), options.seed, program=program)
+    unable = backend.capabilities().not_run_here
+    why = "--no-verify was given" if options.no_verify else unable
+    verification: dict[str, Any] = {"verified": False, "reason": why}
+
+    def check(artifact: Artifact) -> None:
+        if not why:
+            found = lowered.verify(
+                program, artifact, target, data=data, samples=options.samples, seed=options.seed
+            )
+            lowered.require(found)
+            verification.clear()
+            verification.update(verified=True, summary=found.summary(), **found.to_dict())
+
+    artifact = isolation.lower(options.target, program, folder, target, check=check)
     sizes = {name: (folder / name).stat().st_size for name in artifact.files}
-    text = "\n".join(f"wrote {folder / name} ({count(size, 'B')})" for name, size in sizes.items())
-    return Result(artifact.to_dict(), text)
+    lines = [f"wrote {folder / name} ({count(size, 'B')})" for name, size in sizes.items()]
+    lines.append(
+        f"verified: {verification['summary']}" if verification["verified"] else f"NOT verified: {why}"
+    )
+    return Result({**artifact.to_dict(), "verification": verification}, "\n".join(lines))
