@@ -1,0 +1,276 @@
+"""What the converter's flatbuffer lacks: our names, float inputs and outputs, and float16 weights.
+
+Tensors of a quantized signature are int8 at the border; QUANTIZE and DEQUANTIZE go in there, so that the
+file takes and gives what the program does.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from sartor.backends import telemetry
+from sartor.backends.tflite.convert import REQUIREMENT
+
+_IDENTIFIER = b"TFL3"
+_ALIGNMENT = 16  # force_align of Buffer.data in the schema; generated Python code does not keep it
+_FEWEST_HALVED = 64  # elements; a DEQUANTIZE for less costs more than it saves
+_MOVES = ("TRANSPOSE", "RESHAPE", "PAD", "PADV2", "QUANTIZE", "DEQUANTIZE")
+"""Operators that the converter puts in for others: they compute a node only when nothing else does."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Operator:
+    """One operator of the flatbuffer.
+
+    Attributes:
+        op_type: name in the schema, such as `CONV_2D`.
+        nodes: nodes of the program that it computes, as far as names tell.
+        outputs: names of the tensors that it writes.
+    """
+
+    op_type: str
+    nodes: tuple[str, ...]
+    outputs: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Parameters:
+    """Quantization of one tensor.
+
+    Attributes:
+        scales: one, or one per channel.
+        zero_points: as many.
+        dtype: `INT8` or `INT32`.
+        nodes: nodes of the program that its name tells of.
+        constant: it is a weight or a bias.
+    """
+
+    scales: tuple[float, ...]
+    zero_points: tuple[int, ...]
+    dtype: str
+    nodes: tuple[str, ...]
+    constant: bool
+
+
+class Flatbuffer:
+    """A model as objects, with what is done to it.
+
+    Args:
+        content: of the converter.
+        nodes_of: nodes that the converter's name of a tensor tells of.
+    """
+
+    def __init__(self, content: bytes, nodes_of: Callable[[str], tuple[str, ...]] = lambda name: ()):
+        self.schema: Any = telemetry.import_vendor("ai_edge_litert.schema_py_generated", REQUIREMENT)
+        self.model = self.schema.ModelT.InitFromPackedBuf(content, 0)
+        self.graph = self.model.subgraphs[0]
+        self.signature = self.model.signatureDefs[0]
+        self._op_types = {v: k for k, v in vars(self.schema.BuiltinOperator).items() if isinstance(v, int)}
+        self._types = {v: k for k, v in vars(self.schema.TensorType).items() if isinstance(v, int)}
+        self._told = [nodes_of(_text(tensor.name)) for tensor in self.graph.tensors]
+
+    # ---- reading ---------------------------------------------------------------------------
+    def operators(self) -> list[Operator]:
+        """Operators of the main subgraph in execution order, with the nodes that each computes."""
+        claimed: set[str] = set()
+        found = []
+        for item in self.graph.operators:
+            op_type = self.op_type(item)
+            told = dict.fromkeys(node for index in item.outputs for node in self._told[index])
+            first, *others = [*told] or [""]
+            # Shared functions carry the name of their first user: what an earlier operator computes is not ours.
+            nodes = [first, *(node for node in others if node not in claimed)] if first else []
+            if op_type not in _MOVES:
+                claimed.update(nodes)
+            names = tuple(_text(self.graph.tensors[index].name) for index in item.outputs)
+            found.append(Operator(op_type, tuple(nodes), names))
+        computed = {n for operator in found if operator.op_type not in _MOVES for n in operator.nodes}
+        return [
+            dataclasses.replace(o, nodes=tuple(n for n in o.nodes if n not in computed))
+            if o.op_type in _MOVES
+            else o
+            for o in found
+        ]
+
+    def op_type(self, item: Any) -> str:
+        """Schema name of an operator's type."""
+        code = self.model.operatorCodes[item.opcodeIndex]
+        builtin = max(code.builtinCode, code.deprecatedBuiltinCode)
+        return _text(code.customCode) if code.customCode else self._op_types[builtin]
+
+    def transposes(self) -> dict[str, int]:
+        """How many TRANSPOSE operators there are, and how many of them stand between an input or output and the rest.
+
+        Those at the border are what channel-last inputs and outputs save.
+        """
+        counts = {"total": 0, "at_inputs": 0, "at_outputs": 0}
+        casts = ("QUANTIZE", "DEQUANTIZE")
+        inputs, outputs = set(map(int, self.graph.inputs)), set(map(int, self.graph.outputs))
+        for item in self.graph.operators:
+            if self.op_type(item) in casts and int(item.inputs[0]) in inputs:
+                inputs.add(int(item.outputs[0]))
+        for item in reversed(self.graph.operators):
+            if self.op_type(item) in casts and int(item.outputs[0]) in outputs:
+                outputs.add(int(item.inputs[0]))
+        for item in self.graph.operators:
+            if self.op_type(item) == "TRANSPOSE":
+                counts["total"] += 1
+                counts["at_inputs"] += int(item.inputs[0]) in inputs
+                counts["at_outputs"] += int(item.outputs[0]) in outputs
+        return counts
+
+    def quantization(self) -> dict[str, Parameters]:
+        """Scales and zero points by tensor name, of every quantized tensor."""
+        found = {}
+        for tensor, nodes in zip(self.graph.tensors, self._told, strict=True):
+            parameters = tensor.quantization
+            if parameters is None or parameters.scale is None:
+                continue
+            found[_text(tensor.name)] = Parameters(
+                tuple(float(s) for s in parameters.scale),
+                tuple(int(z) for z in parameters.zeroPoint),
+                self._types[tensor.type],
+                nodes,
+                self.model.buffers[tensor.buffer].data is not None,
+            )
+        return found
+
+    # ---- writing ---------------------------------------------------------------------------
+    def name_tensors(self) -> None:
+        """Name tensors after the nodes that wrote them, and constants after the nodes that read them."""
+        taken: dict[str, int] = {}
+
+        def rename(index: int, name: str) -> None:
+            count = taken.get(name, 0)
+            taken[name] = count + 1
+            self.graph.tensors[index].name = f"{name}:{count}" if count else name
+
+        written = {int(index) for item in self.graph.operators for index in item.outputs}
+        for index, nodes in enumerate(self._told):
+            kind = "value" if index in written else "constant"
+            rename(index, f"{nodes[0] if nodes else 'unnamed'}/{kind}")
+        for entry in [*self.signature.inputs, *self.signature.outputs]:
+            self.graph.tensors[entry.tensorIndex].name = entry.name
+
+    def name_signature(self, inputs: Sequence[str], outputs: Sequence[str]) -> None:
+        """Give the signature the program's names, in place of the converter's numbered ones."""
+        for entries, names in ((self.signature.inputs, inputs), (self.signature.outputs, outputs)):
+            entries.sort(key=lambda entry: int(_text(entry.name).rpartition("_")[2]))
+            for entry, name in zip(entries, names, strict=True):
+                entry.name = name
+
+    def float_border(self, float_inputs: Iterable[str], float_outputs: Iterable[str]) -> None:
+        """QUANTIZE and DEQUANTIZE where a float input or output of the program is int8 in the signature."""
+        float_inputs, float_outputs = set(float_inputs), set(float_outputs)
+        int8 = self.schema.TensorType.INT8
+        for entry in self.signature.inputs:
+            old = entry.tensorIndex
+            if entry.name in float_inputs and self.graph.tensors[old].type == int8:
+                new = self._float_copy(old)
+                self.graph.operators.insert(0, self._operator("QUANTIZE", new, old))
+                self.graph.inputs = [new if index == old else index for index in self.graph.inputs]
+                entry.tensorIndex = new
+        for entry in self.signature.outputs:
+            old = entry.tensorIndex
+            if entry.name in float_outputs and self.graph.tensors[old].type == int8:
+                new = self._float_copy(old)
+                self.graph.operators.append(self._operator("DEQUANTIZE", old, new))
+                self.graph.outputs = [new if index == old else index for index in self.graph.outputs]
+                entry.tensorIndex = new
+
+    def halve_weights(self) -> int:
+        """Store float32 constants in float16, behind a DEQUANTIZE each; returns how many.
+
+        Raises:
+            InternalError: a constant is no float16 number.
+        """
+        types = self.schema.TensorType
+        halved = 0
+        for index in range(len(self.graph.tensors)):
+            tensor = self.graph.tensors[index]
+            data = self.model.buffers[tensor.buffer].data
+            if tensor.type != types.FLOAT32 or data is None or len(data) < 4 * _FEWEST_HALVED:
+                continue
+            wide = np.frombuffer(bytes(data), np.float32)
+            narrow = wide.astype(np.float16)
+            if not np.array_equal(narrow.astype(np.float32), wide, equal_nan=True):
+                continue  # made by the converter, by folding two constants: no number of the program
+            stored = self._float_copy(index)
+            copy = self.graph.tensors[stored]
+            copy.type, copy.buffer = types.FLOAT16, len(self.model.buffers)
+            self.model.buffers.append(self.schema.BufferT(narrow.view(np.uint8)))
+            tensor.buffer = 0
+            self.graph.operators.insert(halved, self._operator("DEQUANTIZE", stored, index))
+            halved += 1
+        return halved
+
+    def to_bytes(self) -> bytes:
+        """The file."""
+        import flatbuffers
+
+        self.model.buffers = [_aligned(self.schema, buffer) for buffer in self.model.buffers]
+        size = sum(len(b.data) for b in self.model.buffers if b.data is not None)
+        builder = flatbuffers.Builder(size + (1 << 16))
+        builder.Finish(self.model.Pack(builder), file_identifier=_IDENTIFIER)
+        return bytes(builder.Output())
+
+    def _float_copy(self, index: int) -> int:
+        """A further tensor of that shape in float32, without contents."""
+        old = self.graph.tensors[index]
+        new = self.schema.TensorT()
+        new.shape, new.shapeSignature, new.type = (
+            old.shape,
+            old.shapeSignature,
+            self.schema.TensorType.FLOAT32,
+        )
+        new.hasRank, new.buffer, new.name = old.hasRank, 0, old.name
+        self.graph.tensors.append(new)
+        self._told.append(self._told[index])
+        return len(self.graph.tensors) - 1
+
+    def _operator(self, op_type: str, source: int, result: int) -> Any:
+        item = self.schema.OperatorT()
+        item.opcodeIndex = self._opcode(op_type)
+        item.inputs, item.outputs = np.array([source], np.int32), np.array([result], np.int32)
+        return item
+
+    def _opcode(self, op_type: str) -> int:
+        builtin = getattr(self.schema.BuiltinOperator, op_type)
+        version = {"QUANTIZE": 1, "DEQUANTIZE": 3}[op_type]  # 3: of float16
+        for index, code in enumerate(self.model.operatorCodes):
+            if max(code.builtinCode, code.deprecatedBuiltinCode) == builtin and not code.customCode:
+                code.version = max(code.version, version)
+                return index
+        made = self.schema.OperatorCodeT()
+        made.builtinCode, made.deprecatedBuiltinCode, made.version = builtin, min(builtin, 127), version
+        self.model.operatorCodes.append(made)
+        return len(self.model.operatorCodes) - 1
+
+
+def _aligned(schema: Any, buffer: Any) -> Any:
+    class Aligned(schema.BufferT):  # type: ignore[misc,name-defined]
+        """A buffer whose data begins at a multiple of `_ALIGNMENT`."""
+
+        def Pack(self, builder: Any) -> Any:
+            if self.data is None or len(self.data) == 0:
+                return super().Pack(builder)
+            payload = bytes(self.data)
+            builder.StartVector(1, len(payload), _ALIGNMENT)
+            head = builder.Head() - len(payload)
+            builder.head = head
+            builder.Bytes[head : head + len(payload)] = payload
+            builder.vectorNumElems = len(payload)
+            data = builder.EndVector()
+            schema.BufferStart(builder)
+            schema.BufferAddData(builder, data)
+            return schema.BufferEnd(builder)
+
+    return Aligned(buffer.data, buffer.offset, buffer.size)
+
+
+def _text(name: bytes | str | None) -> str:
+    return name.decode() if isinstance(name, bytes) else name or ""

@@ -1,0 +1,48 @@
+"""What the conversion needs rewritten: functions of the `sartor` domain, and symbolic sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from sartor.ir.program import Program
+
+
+def legalize(program: Program) -> Program:
+    """Inline the dialect's functions; the result is the program itself when it has none."""
+    if not program.model.functions:
+        return program
+    from sartor.ir.dialect import inline_dialect
+
+    return inline_dialect(program)
+
+
+def at_shapes(program: Program, shapes: Mapping[str, tuple[int, ...]]) -> Program:
+    """A clone whose inputs and outputs have concrete shapes: a flatbuffer's kernels are planned for them.
+
+    Raises:
+        UsageError: a shape does not fit its input.
+    """
+    import onnx_ir as ir
+
+    from sartor.backends.artifact import concrete_shapes
+    from sartor.backends.protocol import TensorSpec
+
+    specs = [TensorSpec(v.name or "", "", _dims(v)) for v in program.graph.inputs]
+    concrete_shapes(specs, shapes)
+    fixed = program.clone()
+    fixed.input_shapes = {name: tuple(shape) for name, shape in shapes.items()}
+    fixed.invalidate()
+    for value in fixed.graph.inputs:
+        value.shape = ir.Shape(shapes[value.name or ""])
+    known = fixed.shapes()
+    for value in fixed.graph.outputs:
+        value.shape = ir.Shape(known[value.name or ""])
+    fixed.invalidate()
+    return fixed
+
+
+def _dims(value: object) -> tuple[int | str, ...]:
+    shape = getattr(value, "shape", None) or ()
+    return tuple(dim if isinstance(dim, int) else (dim.value or "") for dim in shape)

@@ -1,0 +1,142 @@
+"""Lowering to a flatbuffer, through the cache."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sartor.backends.artifact import write_artifact
+from sartor.backends.legality import require_legal
+from sartor.backends.protocol import Artifact, TargetOptions, TensorSpec
+from sartor.backends.tflite import cache, legality, legalize
+
+if TYPE_CHECKING:
+    from sartor.ir.program import Program
+
+FILE = "model.tflite"
+_IMAGE_RANK = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Lowered:
+    """A flatbuffer and what is known of it.
+
+    Attributes:
+        content: the file.
+        inputs: the program's input contract, concrete.
+        metadata: for `Artifact.metadata`.
+    """
+
+    content: bytes
+    inputs: tuple[TensorSpec, ...]
+    metadata: Mapping[str, Any]
+
+
+def lower(
+    program: Program, folder: Path, options: TargetOptions, *, target: str, channel_last: bool
+) -> Artifact:
+    """Write `model.tflite` at the reference shapes.
+
+    Raises:
+        UsageError: precision, shapes or folder; litert-torch is not installed.
+        BackendError: the program breaks a legality rule, or conversion fails.
+    """
+    fixed = _legal(program, options, target)
+
+    def write(temporary: Path) -> tuple[tuple[str, ...], Mapping[str, Any]]:
+        lowered = _lowered(fixed, options, channel_last)
+        (temporary / FILE).write_bytes(lowered.content)
+        return (FILE,), lowered.metadata
+
+    return write_artifact(fixed, folder, options, target=target, write=write)
+
+
+def compile_model(model: bytes, options: TargetOptions, *, target: str, channel_last: bool) -> Lowered:
+    """The flatbuffer of a serialized ONNX model. Raises as `lower`."""
+    from sartor.ir.load import load
+
+    with tempfile.TemporaryDirectory(prefix="sartor-tflite-") as folder:
+        path = Path(folder) / "model.onnx"
+        path.write_bytes(model)
+        program = load(path, shapes=options.shapes)
+        return _lowered(_legal(program, options, target), options, channel_last)
+
+
+def _legal(program: Program, options: TargetOptions, target: str) -> Program:
+    legal = legalize.legalize(program)
+    require_legal(target, legality.check(target, legal, options))
+    return legalize.at_shapes(legal, {**program.input_shapes, **options.shapes})
+
+
+def _lowered(program: Program, options: TargetOptions, channel_last: bool) -> Lowered:
+    """Convert a legal program of concrete shapes, or find its conversion."""
+    inputs = tuple(_spec(value) for value in program.graph.inputs)
+    outputs = tuple(_spec(value) for value in program.graph.outputs)
+    turned = tuple(_images(specs) if channel_last else () for specs in (inputs, outputs))
+    key = cache.key_of(program.sha256(), {"precision": options.precision, "channel_last": channel_last})
+    content, facts = cache.kept(
+        key, lambda: _convert(program, options, inputs, outputs, (turned[0], turned[1]))
+    )
+    metadata = {
+        "runtime": f"litert {importlib.metadata.version('ai-edge-litert')}",
+        "converter": f"litert-torch {importlib.metadata.version('litert-torch')}",
+        "channel_last": {
+            "inputs": [inputs[i].name for i in turned[0]],
+            "outputs": [outputs[i].name for i in turned[1]],
+        },
+        "outputs": {spec.name: spec.dtype for spec in outputs},
+        **facts,
+    }
+    return Lowered(content, inputs, metadata)
+
+
+def _convert(
+    program: Program,
+    options: TargetOptions,
+    inputs: tuple[TensorSpec, ...],
+    outputs: tuple[TensorSpec, ...],
+    turned: tuple[tuple[int, ...], tuple[int, ...]],
+) -> cache.Conversion:
+    import torch
+
+    from sartor.backends.tflite.convert import convert
+    from sartor.backends.tflite.flatbuffer import Flatbuffer
+    from sartor.backends.tflite.modules import traceable
+
+    made = traceable(program, channel_last=turned)
+    examples = []
+    for position, spec in enumerate(inputs):
+        shape = [int(d) for d in spec.shape]
+        if position in turned[0]:
+            shape.append(shape.pop(1))
+        examples.append(torch.zeros(shape, dtype=getattr(torch, spec.dtype)))
+    content = convert(made.module, tuple(examples), quantized=options.precision == "int8")
+    flatbuffer = Flatbuffer(content, made.nodes_of)
+    flatbuffer.name_signature([s.name for s in inputs], [s.name for s in outputs])
+    floats = [[s.name for s in specs if s.dtype == "float32"] for specs in (inputs, outputs)]
+    flatbuffer.float_border(*floats)
+    if options.precision == "f16":
+        flatbuffer.halve_weights()
+    flatbuffer.name_tensors()
+    facts = {
+        "transposes": flatbuffer.transposes(),
+        "operators": [
+            {"op_type": o.op_type, "nodes": list(o.nodes), "outputs": list(o.outputs)}
+            for o in flatbuffer.operators()
+        ],
+    }
+    return flatbuffer.to_bytes(), facts
+
+
+def _images(specs: tuple[TensorSpec, ...]) -> tuple[int, ...]:
+    return tuple(
+        i for i, s in enumerate(specs) if len(s.shape) == _IMAGE_RANK and s.dtype.startswith("float")
+    )
+
+
+def _spec(value: Any) -> TensorSpec:
+    return TensorSpec(value.name or "", value.dtype.numpy().name, tuple(int(d) for d in value.shape))

@@ -1,0 +1,204 @@
+"""The FX twin as the converter should see it: a module per node, and QDQ pairs as torch's own operators.
+
+The converter names tensors after the modules that computed them. With one module per ONNX node, a kernel
+can be traced back to the nodes that it computes, whatever was fused, split or transposed in between.
+
+QuantizeLinear and DequantizeLinear become `quantized_decomposed` operators, which the converter turns into
+quantized tensors with exactly these scales and zero points.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.ao.quantization.fx._decomposed  # registers the operators
+from torch import Tensor, fx, nn
+
+from sartor.errors import BackendError
+from sartor.ir.fx import to_fx
+from sartor.ir.program import Program
+from sartor.ir.torch_ops import OPERATORS
+
+_QUANTIZE = OPERATORS["QuantizeLinear"].function
+_DEQUANTIZE = OPERATORS["DequantizeLinear"].function
+_INT8 = (-128, 127, torch.int8)
+_STEP = re.compile(r"\.modules\.\w+?_n(\d+)\b")
+
+
+@dataclasses.dataclass(frozen=True)
+class Traceable:
+    """A module to convert.
+
+    Attributes:
+        module: takes and returns tensors in the program's order, and has been in eval mode throughout.
+        nodes: names of the program's nodes, by number of the module that computes them.
+    """
+
+    module: nn.Module
+    nodes: tuple[str, ...]
+
+    def nodes_of(self, tensor_name: str) -> tuple[str, ...]:
+        """Nodes that the converter's name of a tensor tells of, the one that gave the value first."""
+        found = (self.nodes[int(number)] for number in _STEP.findall(tensor_name))
+        return tuple(dict.fromkeys(found))
+
+
+def traceable(program: Program, *, channel_last: tuple[tuple[int, ...], tuple[int, ...]]) -> Traceable:
+    """The twin of a program, in float32 or its own integers.
+
+    Args:
+        program: legalized.
+        channel_last: positions of the inputs and of the outputs that are channel-last in the module.
+
+    Raises:
+        UnsupportedOperatorError: as `to_fx`.
+        BackendError: quantization parameters that are computed, not stored.
+    """
+    twin = to_fx(program, dtype="float32")
+    nodes: list[str] = []
+    for item in list(twin.graph.nodes):
+        name = item.meta.get("onnx_node")
+        if not name:
+            continue
+        _replace(twin, item, f"n{len(nodes)}")
+        nodes.append(name)
+    twin.graph.eliminate_dead_code()
+    twin.recompile()
+    return Traceable(_ChannelLast(twin, *channel_last) if any(channel_last) else twin, tuple(nodes))
+
+
+class Step(nn.Module):
+    """One node: a function or module of the twin with its attributes."""
+
+    def __init__(self, function: Callable[..., Any], attributes: dict[str, Any]):
+        super().__init__()
+        self.function = function
+        self.attributes = attributes
+
+    def forward(self, *operands: Any) -> Any:
+        """The node's results."""
+        return self.function(*operands, **self.attributes)
+
+
+class _ChannelLast(nn.Module):
+    """A module whose images are channel-last at the border; the permutations cancel with the converter's own."""
+
+    def __init__(self, inner: nn.Module, inputs: tuple[int, ...], outputs: tuple[int, ...]):
+        super().__init__()
+        self.inner = inner
+        self.inputs = inputs
+        self.outputs = outputs
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """Outputs of `inner`."""
+        given = [t.movedim(-1, 1) if i in self.inputs else t for i, t in enumerate(tensors)]
+        results = self.inner(*given)
+        return tuple(t.movedim(1, -1) if i in self.outputs else t for i, t in enumerate(results))
+
+
+def _replace(twin: fx.GraphModule, item: fx.Node, key: str) -> None:
+    """Turn the call of one node into a call of a module of its own."""
+    step: nn.Module
+    if item.target is _QUANTIZE:
+        scale, zero_point = _parameters(twin, item)
+        step = Step(_to_int8, {"scale": float(scale), "zero_point": int(zero_point)})
+        item.args = item.args[:1]
+    elif item.target is _DEQUANTIZE:
+        scale, zero_point = _parameters(twin, item)
+        stored = _stored(twin, item.args[0])
+        if stored is None:
+            step = Step(_from_int8, {"scale": float(scale), "zero_point": int(zero_point)})
+            item.args = item.args[:1]
+        elif stored.dtype is torch.int32:
+            # Biases get the product of both scales in the flatbuffer, which is what the program's are.
+            step = _Constant(_dequantized(stored, scale, zero_point, item.kwargs.get("axis", 1)))
+            item.args = ()
+        else:
+            step = _Int8Weight(stored, scale, zero_point, int(item.kwargs.get("axis", 1)))
+            item.args = ()
+    elif item.op == "call_module":
+        step = Step(twin.get_submodule(str(item.target)), {})
+    else:
+        step = Step(item.target, dict(item.kwargs))  # type: ignore[arg-type]
+    twin.add_module(key, step)
+    item.op, item.target, item.kwargs = "call_module", key, {}
+
+
+def _to_int8(x: Tensor, *, scale: float, zero_point: int) -> Tensor:
+    return torch.ops.quantized_decomposed.quantize_per_tensor.default(x, scale, zero_point, *_INT8)
+
+
+def _from_int8(x: Tensor, *, scale: float, zero_point: int) -> Tensor:
+    return torch.ops.quantized_decomposed.dequantize_per_tensor.default(x, scale, zero_point, *_INT8)
+
+
+class _Constant(nn.Module):
+    """A tensor that no operand changes."""
+
+    def __init__(self, value: Tensor):
+        super().__init__()
+        self.register_buffer("value", value)
+
+    def forward(self) -> Tensor:
+        """The tensor."""
+        value: Tensor = self.value
+        return value
+
+
+class _Int8Weight(nn.Module):
+    """A weight that is stored in int8.
+
+    The converter reads parameters off a quantize operator only, so the stored integers are brought to
+    float and quantized again: `round(q * s / s) = q` for 8 bits.
+    """
+
+    def __init__(self, stored: Tensor, scale: Tensor, zero_point: Tensor, axis: int):
+        super().__init__()
+        self.axis = axis
+        self.register_buffer("value", _dequantized(stored, scale, zero_point, axis))
+        self.register_buffer("scale", scale.reshape(-1))
+        self.register_buffer("zero_point", zero_point.reshape(-1).to(torch.int64))
+
+    def forward(self) -> Tensor:
+        """The dequantized weight."""
+        operators = torch.ops.quantized_decomposed
+        if self.scale.numel() == 1:
+            parameters = (float(self.scale), int(self.zero_point), *_INT8)
+            narrow = operators.quantize_per_tensor.default(self.value, *parameters)
+            return operators.dequantize_per_tensor.default(narrow, *parameters)
+        several = (self.scale, self.zero_point, self.axis, *_INT8)
+        narrow = operators.quantize_per_channel.default(self.value, *several)
+        return operators.dequantize_per_channel.default(narrow, *several)
+
+
+def _dequantized(stored: Tensor, scale: Tensor, zero_point: Tensor, axis: int) -> Tensor:
+    along = [-1 if i == axis % stored.dim() else 1 for i in range(stored.dim())]
+    wide_scale = scale.to(torch.float64).reshape(along if scale.numel() > 1 else ())
+    shift = zero_point.to(torch.float64).reshape(along if zero_point.numel() > 1 else ())
+    return ((stored.to(torch.float64) - shift) * wide_scale).to(torch.float32)
+
+
+def _parameters(twin: fx.GraphModule, item: fx.Node) -> tuple[Tensor, Tensor]:
+    """Scale and zero point of a QuantizeLinear or DequantizeLinear."""
+    scale = _stored(twin, item.args[1])
+    given = item.args[2] if len(item.args) > 2 else None
+    zero_point = _stored(twin, given) if given is not None else torch.zeros((), dtype=torch.int8)
+    if scale is None or zero_point is None:
+        raise BackendError(
+            f"Scale or zero point of node '{item.meta.get('onnx_node')}' is computed; a flatbuffer holds constants. "
+            "Quantize the model statically."
+        )
+    return scale.detach(), zero_point
+
+
+def _stored(twin: fx.GraphModule, operand: Any) -> Tensor | None:
+    """The tensor behind an operand, if it is one that the module holds."""
+    if not (isinstance(operand, fx.Node) and operand.op == "get_attr"):
+        return None
+    *path, name = str(operand.target).split(".")
+    tensor: Tensor = getattr(twin.get_submodule(".".join(path)), name)
+    return tensor
