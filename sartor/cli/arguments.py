@@ -253,7 +253,7 @@ def pass_context(options: argparse.Namespace, program: Program) -> Any:
     splits = {"calibration": data.calibration, "evaluate": data.evaluate, "test": data.test}
     if data.train is not None:
         splits["train"] = data.train
-    return dataclasses.replace(context, data=splits, loss=data.loss)
+    return dataclasses.replace(context, data=splits, loss=data.loss, metric=data.metric)
 
 
 def plain(value: Any) -> Any:

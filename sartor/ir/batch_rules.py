@@ -135,6 +135,18 @@ def _batch_norm(state: State, node: ir.Node) -> None:
     mark(state, node, label)
 
 
+def _quantize(state: State, node: ir.Node) -> None:
+    """QuantizeLinear and DequantizeLinear: a scale for all, or one per index of an axis."""
+    label = only(state, node)
+    scale = node.inputs[1]
+    if scale is None or scale in state.labels:
+        raise refuse(node, "its scale depends on the batch")
+    shape = state.shape(scale)
+    if np.prod(shape, dtype=np.int64) != 1 and axis_of(state, node, 1) == label.axis:
+        raise refuse(node, "has a scale per sample")
+    mark(state, node, label)
+
+
 def _layer_norm(state: State, node: ir.Node) -> None:
     label = only(state, node)
     if label.axis >= axis_of(state, node, -1):
@@ -233,7 +245,9 @@ RULES: dict[str, Rule] = {
     "Gather": movement.gather,
     "Gemm": _gemm,
     "MatMul": _matmul,
+    "DequantizeLinear": _quantize,
     "Pad": movement.pad,
+    "QuantizeLinear": _quantize,
     "Resize": movement.resize,
     "Slice": movement.slice_,
     "Split": movement.split,

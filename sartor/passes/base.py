@@ -60,6 +60,8 @@ class Context:
         data: the data splits by name (`train`, `calibration`, `evaluate`, `test`), each a re-iterable of
             `(inputs: dict[str, ndarray], labels | None)`.
         loss: differentiable loss `(outputs, labels) → scalar`, for criteria that need gradients.
+        metric: score `(outputs, labels) → number in [0, 1]` of a whole split; see `sartor.scoring` for those
+            that are taken without one.
         seed: seed of passes that have no `seed` option of their own.
         keep: globs of parameter and node names that must stay as they are.
         extras: anything else, by a name that the reading pass documents.
@@ -67,6 +69,7 @@ class Context:
 
     data: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     loss: Callable[..., Any] | None = None
+    metric: Callable[..., Any] | None = None
     seed: int = 0
     keep: tuple[str, ...] = ()
     extras: Mapping[str, Any] = dataclasses.field(default_factory=dict)

@@ -13,6 +13,7 @@ REGISTRY = Registry(
         "fold-batch-norm": "sartor.passes.fold_batch_norm:FoldBatchNorm",
         "fold-constants": "sartor.passes.fold_constants:FoldConstants",
         "prune-channels": "sartor.passes.prune_channels:PruneChannels",
+        "quantize": "sartor.passes.quantize:Quantize",
         "remove-blocks": "sartor.passes.remove_blocks:RemoveBlocks",
         "remove-dead": "sartor.passes.remove_dead:RemoveDead",
     },

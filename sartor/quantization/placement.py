@@ -1,0 +1,130 @@
+"""Which values and constants are quantized, and with which parameters, as ONNX Runtime's static quantizer decides.
+
+The quantizer writes a model of its own; only its decisions are taken from it, as the *scheme* that the pass
+`quantize` applies. A scheme is JSON:
+
+    {"schema": "sartor.quantization/1",
+     "nodes": [names of nodes that compute on quantized operands],
+     "activations": {value: {"scale": s, "zero_point": z}},
+     "weights": {initializer: {"scales": [...], "zero_point": z, "axis": a or null, "symmetric": bool}}}
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from sartor.backends.telemetry import import_vendor
+from sartor.ir.folding import names
+from sartor.quantization.calibration import quiet
+
+if TYPE_CHECKING:
+    from sartor.ir.program import Program
+
+SCHEMA = "sartor.quantization/1"
+LAYERS = names("Conv ConvTranspose Gemm MatMul")
+"""Operators that contract an input with weights: what quantization is for."""
+ELEMENTWISE = names("Add Mul LeakyRelu Sigmoid Softmax")
+ACTIVATIONS = names("Clip Relu")
+"""Between a layer and its quantization; they have none of their own."""
+MOVEMENT = names(
+    """AveragePool Concat Flatten GlobalAveragePool MaxPool Pad Reshape Resize Slice Split Squeeze Transpose
+    Unsqueeze"""
+)
+OPERATORS = LAYERS | ELEMENTWISE | ACTIVATIONS | MOVEMENT
+"""Operators with integer kernels. The quantizer would take more, norms for instance, without being faster for it."""
+
+
+def place(
+    program: Program, ranges: Any, *, per_channel: bool = True, exclude: Collection[str] = ()
+) -> dict[str, Any]:
+    """The scheme of a program.
+
+    Args:
+        program: in float32, with BatchNormalization folded.
+        ranges: as `calibration.find_ranges` gives them.
+        per_channel: one scale per output channel of a weight.
+        exclude: names of nodes that stay in float.
+    """
+    import_vendor("onnxruntime", "sartor")
+    from onnxruntime.quantization import QuantType
+    from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
+
+    candidates = [n.name or "" for n in program.nodes() if n.op_type in OPERATORS and not n.domain]
+    chosen = [name for name in candidates if name not in exclude]
+    if not chosen:
+        return scheme((), {}, {})
+    with quiet():
+        quantizer = QDQQuantizer(
+            program.understood().to_proto(),
+            per_channel,
+            False,  # range of weights: reduced on processors that saturate, which is the runtime's business
+            QuantType.QInt8,
+            QuantType.QInt8,
+            ranges,
+            chosen,
+            [],
+            sorted(OPERATORS),
+            # the default axis 1 is what a stack of matrices sums over
+            {"QDQOpTypePerChannelSupportToAxis": {"MatMul": -1}},
+        )
+        model = quantizer.quantize_model()
+    return _read(program, model, set(chosen))
+
+
+def scheme(nodes: Any, activations: dict[str, Any], weights: dict[str, Any]) -> dict[str, Any]:
+    """The document."""
+    return {"schema": SCHEMA, "nodes": list(nodes), "activations": activations, "weights": weights}
+
+
+def _read(program: Program, model: Any, chosen: set[str]) -> dict[str, Any]:
+    """What the quantizer decided, read from the model that it wrote."""
+    from onnx import numpy_helper
+    from onnxruntime.quantization.quant_utils import TENSOR_NAME_QUANT_SUFFIX, add_quant_input_suffix
+
+    constants = {tensor.name: tensor for tensor in model.graph.initializer}
+    outputs = {add_quant_input_suffix(v.name or ""): v.name or "" for v in program.graph.outputs}
+    activations: dict[str, Any] = {}
+    weights: dict[str, Any] = {}
+    for node in model.graph.node:
+        if node.op_type not in ("QuantizeLinear", "DequantizeLinear"):
+            continue
+        source = node.input[0]
+        scale, zero = (numpy_helper.to_array(constants[name]) for name in node.input[1:3])
+        if node.op_type == "QuantizeLinear":
+            name = outputs.get(source, source)
+            activations[name] = {"scale": float(scale.item()), "zero_point": int(zero.item())}
+        elif source in constants and zero.dtype == np.int8:
+            axis = next((a.i for a in node.attribute if a.name == "axis"), None) if scale.ndim else None
+            name = source.removesuffix(TENSOR_NAME_QUANT_SUFFIX)
+            rank = len(program.initializer_shape(name))
+            weights[name] = {
+                "scales": [float(s) for s in scale.reshape(-1)],
+                "zero_point": int(zero.reshape(-1)[0]),
+                "axis": None if axis is None else axis % rank,
+                "symmetric": _symmetric(program, name),
+            }
+    activations = {v: activations[v] for v in _order(program) if v in activations}
+    touched = [
+        node.name or ""
+        for node in program.nodes()
+        if node.name in chosen
+        and any(
+            value is not None and (value.name in activations or value.name in weights)
+            for value in (*node.inputs, *node.outputs)
+        )
+    ]
+    return scheme(touched, activations, dict(sorted(weights.items())))
+
+
+def _order(program: Program) -> list[str]:
+    """Names of all values of the main graph, in execution order."""
+    values = [*program.graph.inputs, *(output for node in program.nodes() for output in node.outputs)]
+    return [value.name or "" for value in values]
+
+
+def _symmetric(program: Program, name: str) -> bool:
+    """Whether a constant is some layer's weight; other operands are quantized as activations are."""
+    return any(node.op_type in LAYERS and index == 1 for node, index in program.initializers[name].uses())

@@ -1,0 +1,103 @@
+"""What the pass `quantize` asks for: a scheme, and what is left in float with the reasons."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from sartor.errors import UsageError
+from sartor.quantization.calibration import calibration_data, find_ranges, pieces, unusable
+from sartor.quantization.placement import LAYERS, OPERATORS, place
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from sartor.ir.program import Program
+    from sartor.passes.base import Context
+
+Left = dict[str, str]
+
+
+def quantization(
+    program: Program,
+    context: Context,
+    *,
+    per_channel: bool = True,
+    calibration: str = "minmax",
+    samples: int = 256,
+    max_drop: float | None = None,
+) -> tuple[dict[str, Any], list[tuple[str, str]]]:
+    """A scheme for `program`, and `(node, reason)` of what stays in float.
+
+    Args:
+        program: in float32, with BatchNormalization folded; not changed.
+        context: data, and what to keep.
+        per_channel: one scale per output channel of a weight.
+        calibration: `minmax`, `entropy` or `percentile`.
+        samples: most samples that ranges are taken on.
+        max_drop: largest loss of score in points, or None.
+
+    Raises:
+        UsageError: there are no data, or they do not fit; the score of the float program cannot be taken.
+        BackendError: the runtime fails on the data.
+    """
+    data = list(pieces(calibration_data(program, context), samples, program))
+    if max_drop is not None and context.data.get("evaluate") is None:
+        raise UsageError(
+            "'max-drop' compares scores, and there is no split 'evaluate' to take them on; give data with it."
+        )
+    left = _impossible(program, context)
+    ranges = find_ranges(program, data, calibration)
+    left |= {k: v for k, v in _out_of_range(program, unusable(ranges)).items() if k not in left}
+    scheme = place(program, ranges, per_channel=per_channel, exclude=left)
+    if max_drop is not None and scheme["nodes"]:
+        from sartor.quantization.costs import keep_costly
+
+        def without(more: Left) -> dict[str, Any]:
+            return place(program, ranges, per_channel=per_channel, exclude={*left, *more})
+
+        scheme, costly = keep_costly(program, context, data, scheme, without, max_drop)
+        left |= costly
+    return scheme, list(left.items())
+
+
+def _impossible(program: Program, context: Context) -> Left:
+    """Nodes that cannot be quantized, or must not be."""
+    left: Left = {}
+    main = set(program.nodes())
+    for node in program.graph.all_nodes():
+        name = node.name or ""
+        if node.domain or node.op_type not in OPERATORS:
+            continue
+        if node not in main:
+            if node.op_type in LAYERS:
+                left[name] = "it lies in a body of If, where nothing is quantized"
+        elif reason := _kept(node, context) or _scaled(node):
+            left[name] = reason
+    return left
+
+
+def _kept(node: ir.Node, context: Context) -> str:
+    for name in (node.name, *(value.name for value in node.inputs if value is not None)):
+        if name and context.is_kept(name):
+            return f"'keep' names '{name}'"
+    return ""
+
+
+def _scaled(node: ir.Node) -> str:
+    """Gemm with factors: the integer sums have no place for them."""
+    if node.op_type == "Gemm":
+        for name in ("alpha", "beta"):
+            attribute = node.attributes.get(name)
+            if attribute is not None and attribute.as_float() != 1.0:
+                return f"it has {name} = {attribute.as_float():g}, which integer sums have no place for"
+    return ""
+
+
+def _out_of_range(program: Program, values: Any) -> Left:
+    """Nodes that read or write a value whose range no scale can stand for."""
+    left: Left = {}
+    for node in program.nodes():
+        for value in (*node.inputs, *node.outputs):
+            if value is not None and value.name in values and node.op_type in OPERATORS:
+                left.setdefault(node.name or "", values[value.name])
+    return left
