@@ -62,13 +62,20 @@ class Worker:
     Args:
         threads: as for `call`.
         memory_limit_bytes: as for `call`.
+        module: what runs in it; answers as `worker.main` does.
     """
 
-    def __init__(self, *, threads: int, memory_limit_bytes: int | None = None):
+    def __init__(
+        self,
+        *,
+        threads: int,
+        memory_limit_bytes: int | None = None,
+        module: str = "sartor.backends.worker",
+    ):
         self._memory = memory_limit_bytes or default_memory_limit(threads)
         self._log = tempfile.TemporaryFile()  # noqa: SIM115  # it lives as long as the process
         self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "sartor.backends.worker"],
+            [sys.executable, "-P", "-m", module],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,

@@ -20,7 +20,7 @@ import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -33,6 +33,7 @@ from sartor.backends.rounds import Round, run_rounds
 from sartor.errors import SartorError
 
 Send = Callable[[dict[str, Any]], None]
+Command = Callable[[Mapping[str, Any], Send], dict[str, Any]]
 
 _WARM_UP_S = 0.2
 _FEWEST_INNER = 3
@@ -220,7 +221,7 @@ def lower(request: Mapping[str, Any], send: Send) -> dict[str, Any]:
     return {}
 
 
-COMMANDS: Mapping[str, Callable[[Mapping[str, Any], Send], dict[str, Any]]] = {
+COMMANDS: Mapping[str, Command] = {
     "lower": lower,
     "run": run,
     "measure": measure,
@@ -296,8 +297,12 @@ def _limit(request: Mapping[str, Any]) -> None:
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
 
-def main(arguments: Sequence[str] = ()) -> int:
-    """Answer requests until there are no more."""
+def main(commands: Mapping[str, Command] = COMMANDS) -> int:
+    """Answer requests until there are no more.
+
+    Args:
+        commands: what can be asked, by name.
+    """
     # Vendors print to standard output; the answer has a channel of its own, and prints go to the log.
     channel = os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1)
     os.dup2(2, 1)
@@ -310,7 +315,7 @@ def main(arguments: Sequence[str] = ()) -> int:
         _end_with(request["parent"])
         _limit(request)
         try:
-            answer = {"event": "result", "value": COMMANDS[request["command"]](request, send)}
+            answer = {"event": "result", "value": commands[request["command"]](request, send)}
         except SartorError as error:
             notes = list(getattr(error, "__notes__", ()))
             answer = {"event": "error", "kind": type(error).__name__, "message": str(error), "notes": notes}
@@ -323,8 +328,12 @@ def main(arguments: Sequence[str] = ()) -> int:
     return 0
 
 
-if __name__ == "__main__":
-    # Not `sys.exit`: vendors' threads and destructors have hung interpreters at shutdown.
-    code = main()
+def serve(commands: Mapping[str, Command] = COMMANDS) -> NoReturn:
+    """Answer requests, then end the process."""
+    code = main(commands)
     sys.stderr.flush()
-    os._exit(code)
+    os._exit(code)  # not `sys.exit`: vendors' threads and destructors have hung interpreters at shutdown
+
+
+if __name__ == "__main__":
+    serve()
