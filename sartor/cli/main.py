@@ -26,6 +26,8 @@ COMMANDS = {
     "measure": "measure latency on a target, alone or interleaved with another model",
     "verify": "compare the outputs of two ONNX files",
     "targets": "list the targets, or describe one",
+    "doctor": "what is installed, missing or broken here, and why",
+    "conformance": "put a backend through the conformance kit",
     "report": "write report.html again from report.json",
 }
 EXIT_INTERRUPTED = 128 + signal.SIGINT

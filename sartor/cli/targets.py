@@ -6,7 +6,6 @@ import argparse
 from typing import Any
 
 from sartor.cli.output import Result, table
-from sartor.errors import SartorError
 
 EXAMPLE = "sartor targets"
 
@@ -17,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> Result:
-    """Ask every backend; one that is not installed says so instead of ending the list."""
+    """Ask every backend; one that is not installed or broken says so instead of ending the list."""
     from sartor import backends
 
     if options.target is not None:
@@ -28,17 +27,18 @@ def run(options: argparse.Namespace) -> Result:
     for name in backends.available():
         try:
             entries.append({"available": True, **backends.get(name).capabilities().to_dict()})
-        except SartorError as error:
-            entries.append({"name": name, "available": False, "reason": str(error)})
+        except Exception as error:  # of any plugin, which must not hide the others
+            reason = " ".join(str(error).split()) or type(error).__name__
+            entries.append({"name": name, "available": False, "reason": reason})
     rows = [
-        (e["name"], e["version"], ", ".join(e["precisions"]))
+        (e["name"], "yes", e["version"], ", ".join(e["precisions"]))
         if e["available"]
-        else (e["name"], "-", e["reason"])
+        else (e["name"], "no", "-", "-")
         for e in entries
     ]
-    return Result(
-        {"schema": "sartor.targets/1", "targets": entries}, table(rows, ("target", "version", "precisions"))
-    )
+    lines = [table(rows, ("target", "installed", "version", "precisions"))]
+    lines += [f"{e['name']}: {e['reason']}" for e in entries if not e["available"]]
+    return Result({"schema": "sartor.targets/1", "targets": entries}, "\n".join(lines))
 
 
 def _show(value: Any) -> str:
