@@ -206,6 +206,7 @@ class _Fit:
         from sartor.passes.prune import apply_plan
         from sartor.report import write_report
         from sartor.report.bundle import Bundle
+        from sartor.runtime import Stage, write_bundle
 
         self.progress.stage("oracle")
         pruned = apply_plan(self.program, plan, self.analysis)
@@ -223,6 +224,12 @@ class _Fit:
             final = self.bench.measure([self.bench.baseline, artifact], _FINAL_S, seed=self.options.seed + 1)
             report = self._report(plan, predicted_s, verdict, artifact, result, final, agreement)
             write_report(report, bundle.folder)
+            write_bundle(
+                bundle.folder,
+                artifact.inputs,
+                artifact.outputs,
+                [Stage.of(artifact, "main", "artifact")],
+            )
             self.journal.append("delivered", status=report["status"], ratio=report["ratio"])
             shutil.copyfile(self.journal_path, bundle.folder / "journal.jsonl")
             bundle.commit(source={"sha256": self.program.source.sha256, "name": self.program.source.name})
