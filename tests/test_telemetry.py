@@ -62,13 +62,14 @@ from builders import random_inputs
 from sartor import backends
 from sartor.backends.protocol import TargetOptions
 program = small_cnn(16)
-for name in ('onnxruntime', 'openvino'):
+for name in ('onnxruntime', 'openvino', 'reference'):
     backend = backends.get(name)
     artifact = backend.lower(program, pathlib.Path(sys.argv[2]) / name, TargetOptions())
     options = TargetOptions(shapes=program.input_shapes)
     backend.load(artifact, options).run(random_inputs(program))
     backend.compile(program.to_bytes(), options)
     backend.profile(artifact, options, 2)
+backends.get('tensorrt').lower(program, pathlib.Path(sys.argv[2]) / 'tensorrt', TargetOptions())
 """
 
 REPORT = "\nprint('REPORT' + json.dumps(attempts))\n"
@@ -100,9 +101,9 @@ def execute(code: str, tmp_path: Path) -> tuple[int, list[str], list[str]]:
     return done.returncode, attempts, sorted(str(p.relative_to(home)) for p in home.rglob("*"))
 
 
-def test_the_built_in_backends_are_these_two():
+def test_the_built_in_backends_are_these():
     owners = {plugin.name for plugin in backends.REGISTRY.plugins() if plugin.owner.split()[0] == "sartor"}
-    assert owners == {"onnxruntime", "openvino"}  # a new one must join WORK
+    assert owners == {"onnxruntime", "openvino", "reference", "tensorrt"}  # a new one must join WORK
 
 
 def test_backends_neither_connect_nor_write_to_home(tmp_path):

@@ -21,6 +21,7 @@ REGISTRY = Registry(
         "onnxruntime": "sartor.backends.onnxruntime:OnnxRuntimeBackend",
         "openvino": "sartor.backends.openvino:OpenVinoBackend",
         "reference": "sartor.backends.reference:ReferenceBackend",
+        "tensorrt": "sartor.backends.tensorrt:TensorRTBackend",
     },
 )
 
