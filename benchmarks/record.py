@@ -8,7 +8,19 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("sartor", "torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "openvino", "torch-pruning")
+PACKAGES = (
+    "sartor",
+    "torch",
+    "onnx",
+    "onnx-ir",
+    "onnxscript",
+    "onnxruntime",
+    "openvino",
+    "ai-edge-litert",
+    "litert-torch",
+    "tensorrt-rtx",
+    "torch-pruning",
+)
 
 
 def conditions(**more: Any) -> dict[str, Any]:
