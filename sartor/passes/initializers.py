@@ -36,17 +36,18 @@ class InitializerRewriter:
             )
         return value
 
-    def set_initializer(self, target: str | ir.Value, array: np.ndarray) -> ir.Value:
+    def set_initializer(self, target: str | ir.Value, array: np.ndarray, *, retype: bool = False) -> ir.Value:
         """Replace the contents of an initializer; every reader sees the new ones.
 
-        The array is frozen, and copied when it is a view. Element type must stay; shape may change.
+        The array is frozen, and copied when it is a view. Element type must stay, unless `retype` says that every
+        reader takes the new one; shape may change.
 
         Raises:
             InternalError: no such initializer, another element type, or it is also a graph input.
         """
         value = self.initializer(target) if isinstance(target, str) else target
         old = self._contents(value)
-        if old.dtype != array.dtype:
+        if old.dtype != array.dtype and not retype:
             raise InternalError(
                 f"Pass '{self.pass_name}' sets initializer '{value.name}' of type {old.dtype} to an array of "
                 f"type {array.dtype}. Cast the array first."

@@ -10,6 +10,7 @@ REGISTRY = Registry(
     "sartor.passes",
     "pass",
     {
+        "cast": "sartor.passes.cast:Cast",
         "fold-batch-norm": "sartor.passes.fold_batch_norm:FoldBatchNorm",
         "fold-constants": "sartor.passes.fold_constants:FoldConstants",
         "prune-channels": "sartor.passes.prune_channels:PruneChannels",

@@ -52,7 +52,7 @@ class OnnxRuntimeBackend:
         return legality.check(self.legalize(program), options)
 
     def legalize(self, program: Program) -> Program:
-        """The program itself."""
+        """Activation functions that a following QuantizeLinear does as well are removed."""
         from sartor.backends.onnxruntime import legalize
 
         return legalize.legalize(program)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import statistics
 import tempfile
 from collections.abc import Mapping
@@ -13,9 +14,12 @@ from sartor.backends.artifact import verify_files
 from sartor.backends.inputs import random_inputs
 from sartor.backends.onnxruntime import run
 from sartor.backends.origin import Origin
+from sartor.backends.precision import require_lowered_for
 from sartor.backends.protocol import Artifact, KernelTime, TargetOptions
 
 _SUFFIX = "_kernel_time"
+_INSERTED = re.compile(r"_nchwc$|_token_\d+$")
+"""What a layout transformation adds to the name of the value or node that a kernel is named after."""
 _WARM_UP_RUNS = 3
 
 
@@ -29,6 +33,7 @@ def profile(artifact: Artifact, options: TargetOptions, runs: int) -> list[Kerne
     import onnx
 
     verify_files(artifact)
+    require_lowered_for(artifact, options)
     made, fixed, settings = run.session_options(artifact.inputs, options)
     with tempfile.TemporaryDirectory(prefix="sartor-profile-") as folder:
         made.enable_profiling = True
@@ -58,7 +63,7 @@ def _collect(events: list[Mapping[str, Any]], origin: Origin, runs: int) -> list
             name=key[0],
             op_type=types[key],
             # In the blocked layout a kernel is named after the value it writes.
-            nodes=origin.nodes([key[0].removesuffix("_nchwc")], [types[key].removeprefix("Fused")]),
+            nodes=origin.nodes([_INSERTED.sub("", key[0])], [types[key].removeprefix("Fused")]),
             median_s=statistics.median(samples[-runs:]),
             runs=min(runs, len(samples)),
             implementation="nchwc" if key[0].endswith("_nchwc") else "",

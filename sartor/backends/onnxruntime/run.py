@@ -11,6 +11,7 @@ import numpy as np
 from sartor.backends import telemetry
 from sartor.backends.artifact import check_inputs, concrete_shapes, verify_files
 from sartor.backends.onnxruntime import legality
+from sartor.backends.precision import require_lowered_for
 from sartor.backends.protocol import Artifact, Session, TargetOptions, TensorSpec, require_precision
 from sartor.errors import BackendError
 
@@ -55,6 +56,7 @@ def load(artifact: Artifact, options: TargetOptions) -> OnnxRuntimeSession:
         BackendError: the files were changed, or ONNX Runtime refuses the model.
     """
     verify_files(artifact)
+    require_lowered_for(artifact, options)
     options_of_session, fixed, settings = session_options(artifact.inputs, options)
     session = create(str(artifact.main_file), options_of_session)
     return OnnxRuntimeSession(session, artifact.inputs, fixed, settings)

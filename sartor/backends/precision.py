@@ -1,0 +1,67 @@
+"""Precision is a property of the program: a pass makes it, and an artifact of another one is refused.
+
+* `f32`: float32 throughout, nothing quantized.
+* `bf16`: the same program, which the runtime computes in bfloat16.
+* `f16`: weights and activations in float16, as the pass `cast` makes it.
+* `int8`: QuantizeLinear and DequantizeLinear, as the pass `quantize` makes it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from sartor.backends.legality import Check, ModelRule
+from sartor.errors import UsageError
+
+if TYPE_CHECKING:
+    from sartor.backends.protocol import Artifact, TargetOptions
+    from sartor.ir.program import Program
+
+_HOW = {
+    "int8": "quantize it first (passes fold-batch-norm,quantize), or use --precision f32",
+    "f16": "cast it first (pass cast), or use --precision f32",
+}
+
+
+def precision_of(program: Program) -> str:
+    """What the program is written in: `int8`, `f16` or `f32`. `bf16` is up to the runtime."""
+    return _form(program)[0]
+
+
+def _form(program: Program) -> tuple[str, str]:
+    from sartor.ir.canonicalize import QUANTIZED
+
+    for node in program.graph.all_nodes():
+        if node.op_type in QUANTIZED and not node.domain:
+            return "int8", f"node '{node.name}' is a {node.op_type}"
+    for value in (*program.graph.inputs, *program.initializers.values()):
+        if value.dtype is not None and value.dtype.name == "FLOAT16":
+            return "f16", f"'{value.name}' is float16"
+    return "f32", "nothing is quantized or in float16"
+
+
+def agreeing_precision() -> ModelRule:
+    """The program is written in the precision that is asked for."""
+
+    def check(program: Program, options: TargetOptions) -> Check:
+        found, why = _form(program)
+        wanted = "f32" if options.precision == "bf16" else options.precision
+        advice = f"use --precision {found}" if found != "f32" else _HOW.get(wanted, "")
+        return found == wanted, f"{found} ({why})" + ("" if found == wanted else f"; {advice}")
+
+    return ModelRule("precision", "The program is written in the precision that it is lowered for.", check)
+
+
+def require_lowered_for(artifact: Artifact, options: TargetOptions) -> None:
+    """Refuse to run an artifact in a precision that it was not lowered for.
+
+    Raises:
+        UsageError: names both; f32 and bf16 are one program.
+    """
+    same = {"bf16": "f32"}
+    made, wanted = artifact.precision, options.precision
+    if same.get(made, made) != same.get(wanted, wanted):
+        raise UsageError(
+            f"The artifact '{artifact.files[0]}' was lowered for precision '{made}' and cannot run in '{wanted}'. "
+            f"Use --precision {made}, or lower the program for '{wanted}'."
+        )
