@@ -49,6 +49,7 @@ def inspect_program(program: Program, keep: Sequence[str] = (), layers: Sequence
       number of nodes, the same by operator, and `reasons` `[{node, reason}]`. It counts in nothing above.
     - `blocks` `[{name, inputs, outputs, nodes, macs_share, removable, reason}]`, residual blocks.
     - `selected`, only with `layers`: the patterns.
+    - `target`, which `sartor inspect --target` adds: see `sartor.backends.coverage.Coverage.to_dict`.
 
     Args:
         program: canonical program; costs are taken at its reference shapes.

@@ -166,3 +166,16 @@ def fixed_shapes() -> ModelRule:
     return ModelRule(
         "reference-shape", "Every input has a reference shape (--shape NAME=1,3,224,224).", check
     )
+
+
+def boundary_types_without(*names: str) -> ModelRule:
+    """Inputs and outputs are of types that arrays can be handed over in."""
+
+    def check(program: Program, options: TargetOptions) -> Check:
+        values = [*program.graph.inputs, *program.outputs]
+        found = [v for v in values if v.dtype is not None and v.dtype.name in names]
+        told = ", ".join(f"'{v.name}' is {v.dtype.name.lower()}" for v in found if v.dtype is not None)
+        return not found, told or f"{len(values)} values"
+
+    spoken = " or ".join(name.lower() for name in names)
+    return ModelRule("boundary-types", f"No input or output of the model is of type {spoken}.", check)

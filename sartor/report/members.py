@@ -18,6 +18,13 @@ SAVING = (
 """The definition that stands over every list of savings."""
 LEFT = "left as it is: {}, whose work counts in no figure; what they read has to stay"
 """What is said of the part of a model that is not understood."""
+TARGET = {
+    "taken": "taken as they are",
+    "rewritten": "rewritten",
+    "stops": "stopping it",
+    "unknown": "left as they are, which its rules do not see",
+}
+"""What becomes of nodes on a target, after their number."""
 UNEVEN = "* Units differ in size: the figures are those of the half with the smallest units."
 ROLES = {"producer": "made by", "affine": "carried by", "consumer": "read by"}
 HEADINGS = ("saved", "MACs", "params", "share", "units", "group")
@@ -136,3 +143,32 @@ def found_at(reason: Document) -> str:
 def number(n: int, noun: str) -> str:
     """`1 group`, `2 groups`."""
     return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
+
+
+def target_line(target: Document) -> str:
+    """How many nodes a target takes, rewrites and refuses."""
+    counts = target["counts"]
+    parts = [f"{n} {TARGET[status]}" for status, n in counts.items() if n]
+    return f"{number(sum(counts.values()), 'node')}: {', '.join(parts)}"
+
+
+def target_title(target: Document) -> str:
+    """Target, precision, and whether anything stops the program there."""
+    fate = "can be lowered" if target["ok"] else "cannot be lowered"
+    return f"{fate} to {target['name']} in {target['precision']}"
+
+
+def refusals(target: Document) -> list[tuple[str, str, str]]:
+    """`(what, where, why)`: the whole model first, then nodes that stop it, then the others."""
+    found = [("the model", "", _rule(rule)) for rule in target["model"]]
+    # Those that are left as they are have a section of their own.
+    known = [node for node in target["nodes"] if node["status"] != "unknown"]
+    for node in sorted(known, key=lambda node: node["status"] != "stops"):
+        why = " ".join(_rule(rule) for rule in node["findings"]) or node["reason"]
+        place = " ".join(part for part in (node["module"], node["location"]) if part)
+        found.append((f"{node['status']}: {node['node']} ({node['op_type']})", place, why))
+    return found
+
+
+def _rule(rule: Document) -> str:
+    return f"{rule['text']} Observed: {rule['observed']}. [{rule['rule']}]"

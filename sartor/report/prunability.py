@@ -21,6 +21,9 @@ from sartor.report.members import (
     found_at,
     number,
     operators,
+    refusals,
+    target_line,
+    target_title,
 )
 from sartor.report.text import count, percent
 
@@ -42,6 +45,7 @@ def render(document: Document) -> str:
     sections = [
         _summary(document),
         _left(document),
+        _target(document),
         _groups(document, anchors),
         _blocked(document, anchors),
         _approximate(document, anchors),
@@ -85,6 +89,17 @@ def _left(document: Document) -> str:
     note = f"{LEFT.format(number(left['nodes'], 'node'))}: {operators(left['ops'])}"
     items = "".join(f"<li>{code(r['node'])}: {escape(r['reason'])}</li>" for r in left["reasons"])
     return section("Left as it is", note, f"<ul>{items}</ul>")
+
+
+def _target(document: Document) -> str:
+    target = document.get("target")
+    if not target:
+        return ""
+    title = target_title(target)
+    rows = [tuple(escape(text) for text in row) for row in refusals(target)]
+    body = marked_table(rows, ("", "In your code", "Why"), "<<<", "stack") if rows else ""
+    title = title[:1].upper() + title[1:]
+    return section(title, f"{target_line(target)}.", _folded(body, len(rows), "node") if rows else "")
 
 
 def _groups(document: Document, anchors: Anchors) -> str:

@@ -25,6 +25,9 @@ from sartor.report.members import (
     kind,
     number,
     operators,
+    refusals,
+    target_line,
+    target_title,
 )
 from sartor.report.text import columns, count, percent, visible
 
@@ -64,6 +67,7 @@ def describe(document: Document, width: int = 100, everything: bool = False) -> 
     sections = [
         _head(document, size),
         _left(document, size),
+        _target(document, size),
         _layers(document, size) if everything or selected else [],
         _groups(document, size),
         _blocked(document, size),
@@ -105,6 +109,21 @@ def _left(document: Document, size: Size) -> list[str]:
     branches = [f"{visible(r['node'])}: {visible(r['reason'])}" for r in left["reasons"][: size.values]]
     if len(left["reasons"]) > size.values:
         branches.append(f"… and {len(left['reasons']) - size.values} more {_MORE}")
+    return lines + _tree(branches, size)
+
+
+def _target(document: Document, size: Size) -> list[str]:
+    target = document.get("target")
+    if not target:
+        return []
+    lines = _wrapped(f"{visible(target_title(target))}: {target_line(target)}", size.width)
+    found = refusals(target)
+    branches = []
+    for what, place, why in found[: size.lines]:
+        at = f" at {visible(place)}" if place else ""
+        branches.append(f"{visible(what)}{at}\n  {visible(why)}")
+    if len(found) > size.lines:
+        branches.append(f"… and {len(found) - size.lines} more {_MORE}")
     return lines + _tree(branches, size)
 
 

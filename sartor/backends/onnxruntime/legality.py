@@ -24,6 +24,7 @@ from sartor.backends.legality import (
     Check,
     ModelRule,
     Rules,
+    boundary_types_without,
     check_rules,
     fixed_shapes,
     ir_version_at_most,
@@ -31,6 +32,7 @@ from sartor.backends.legality import (
     max_rank,
     opset_at_most,
 )
+from sartor.backends.onnxruntime.operators import OPERATORS
 from sartor.backends.protocol import Capabilities, LegalityReport, TargetOptions, require_precision
 
 if TYPE_CHECKING:
@@ -56,11 +58,13 @@ RULES = Rules(
         ir_version_at_most(MAX_IR_VERSION),
         fixed_shapes(),
         max_rank(MAX_RANK),
+        boundary_types_without("BFLOAT16"),
         ModelRule(
             "dialect-bodies", "Every function of the 'sartor' domain has its body.", _dialect_has_bodies
         ),
     ),
     nodes=(known_domains("", "ai.onnx.ml", "com.microsoft"),),
+    operators=OPERATORS,
 )
 
 

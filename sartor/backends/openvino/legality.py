@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 from sartor.backends import host, telemetry
 from sartor.backends.legality import (
     Rules,
+    boundary_types_without,
     check_rules,
     fixed_shapes,
     known_domains,
@@ -28,6 +29,7 @@ from sartor.backends.legality import (
     no_functions,
     opset_at_most,
 )
+from sartor.backends.openvino.operators import OPERATORS
 from sartor.backends.protocol import Capabilities, LegalityReport, TargetOptions, require_precision
 
 if TYPE_CHECKING:
@@ -41,8 +43,14 @@ MAX_RANK = 8
 _GRID_OPS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 
 RULES = Rules(
-    model=(opset_at_most(MAX_OPSET), fixed_shapes(), max_rank(MAX_RANK)),
+    model=(
+        opset_at_most(MAX_OPSET),
+        fixed_shapes(),
+        max_rank(MAX_RANK),
+        boundary_types_without("BFLOAT16"),
+    ),
     nodes=(no_functions(), known_domains("", "com.microsoft")),
+    operators=OPERATORS,
 )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,13 +17,19 @@ from sartor.errors import BackendError
 class OpenVinoSession(Session):
     """One infer request of one compiled model."""
 
-    def __init__(self, compiled: Any, inputs: tuple[TensorSpec, ...], fixed: Mapping[str, int]):
+    def __init__(
+        self,
+        compiled: Any,
+        inputs: tuple[TensorSpec, ...],
+        outputs: Sequence[str],
+        fixed: Mapping[str, int],
+    ):
         self.compiled = compiled
         self.inputs = inputs
         self.settings = _record(compiled)
         self._fixed = fixed
         self._request = compiled.create_infer_request()
-        self._outputs = [(port.get_any_name(), index) for index, port in enumerate(compiled.outputs)]
+        self._outputs = [(name, index) for index, name in enumerate(outputs)]
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Outputs by name. See `protocol.Session.run`."""
@@ -59,12 +65,13 @@ def load(artifact: Artifact, options: TargetOptions, **extra: Any) -> OpenVinoSe
         BackendError: the files were changed, or OpenVINO refuses the model.
     """
     verify_files(artifact)
-    return _compile(str(artifact.main_file), artifact.inputs, options, extra)
+    names = [spec.name for spec in artifact.outputs]
+    return _compile(str(artifact.main_file), artifact.inputs, names, options, extra)
 
 
 def compile_model(model: bytes, options: TargetOptions) -> OpenVinoSession:
     """A session on serialized ONNX. Raises as `load`."""
-    return _compile(model, None, options, {})
+    return _compile(model, None, None, options, {})
 
 
 def read_model(core: Any, model: str | bytes) -> Any:
@@ -91,6 +98,7 @@ def reshape(model: Any, shapes: Mapping[str, tuple[Any, ...]]) -> None:
 def _compile(
     source: str | bytes,
     inputs: tuple[TensorSpec, ...] | None,
+    outputs: Sequence[str] | None,
     options: TargetOptions,
     extra: Mapping[str, Any],
 ) -> OpenVinoSession:
@@ -119,7 +127,17 @@ def _compile(
         compiled = core.compile_model(model, "CPU", properties)
     except Exception as error:
         raise _failed("compile the model", error) from error
-    return OpenVinoSession(compiled, specs, fixed)
+    names = outputs if outputs is not None else _output_names(compiled, source)
+    return OpenVinoSession(compiled, specs, names, fixed)
+
+
+def _output_names(compiled: Any, source: str | bytes) -> list[str]:
+    """Names of a model that was given as ONNX; what only passes a value on leaves both names on one port."""
+    if isinstance(source, bytes) and any(len(port.get_names()) > 1 for port in compiled.outputs):
+        import onnx
+
+        return [value.name for value in onnx.load_from_string(source).graph.output]
+    return [port.get_any_name() for port in compiled.outputs]
 
 
 def _dynamic(shape: tuple[Any, ...]) -> list[int]:
