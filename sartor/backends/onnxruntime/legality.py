@@ -33,13 +33,14 @@ from sartor.backends.legality import (
     opset_at_most,
 )
 from sartor.backends.onnxruntime.operators import OPERATORS
+from sartor.backends.precision import agreeing_precision
 from sartor.backends.protocol import Capabilities, LegalityReport, TargetOptions, require_precision
 
 if TYPE_CHECKING:
     from sartor.ir.program import Program
 
 NAME = "onnxruntime"
-PRECISIONS = ("f32",)
+PRECISIONS = ("f32", "f16", "int8")
 MAX_OPSET = 26  # ONNX Runtime 1.31.1 rejects newer ones
 MAX_IR_VERSION = 13
 MAX_RANK = 8
@@ -56,6 +57,7 @@ RULES = Rules(
     model=(
         opset_at_most(MAX_OPSET),
         ir_version_at_most(MAX_IR_VERSION),
+        agreeing_precision(),
         fixed_shapes(),
         max_rank(MAX_RANK),
         boundary_types_without("BFLOAT16"),
@@ -92,5 +94,6 @@ def capabilities() -> Capabilities:
         notes=(
             "CPU execution provider, sequential execution, all graph optimisations.",
             "Convolution widths that are no multiple of 4 leave the blocked layout and run slower.",
+            "f16 halves the file; the CPU provider has few kernels for it and computes the rest in f32.",
         ),
     )

@@ -30,6 +30,7 @@ from sartor.backends.legality import (
     opset_at_most,
 )
 from sartor.backends.openvino.operators import OPERATORS
+from sartor.backends.precision import agreeing_precision
 from sartor.backends.protocol import Capabilities, LegalityReport, TargetOptions, require_precision
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
 
 NAME = "openvino"
 REQUIREMENT = "sartor[openvino]"
-PRECISIONS = ("f32", "bf16")
+PRECISIONS = ("f32", "bf16", "f16", "int8")
 MAX_OPSET = 25
 MAX_RANK = 8
 _GRID_OPS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
@@ -55,10 +56,24 @@ RULES = Rules(
 
 
 def supported_precisions() -> tuple[str, ...]:
-    """Precisions that this CPU computes in: bf16 only where it has the instructions."""
+    """Precisions on this CPU: bf16 only where it has the instructions; the others run everywhere."""
+    has = _cpu_computes_in()
+    return tuple(p for p in PRECISIONS if p != "bf16" or "BF16" in has)
+
+
+def computed_in(precision: str) -> str:
+    """The hint for what is not quantized: the runtime's own default may be bf16.
+
+    A program in f16 is computed in f32 by a CPU without such instructions.
+    """
+    if precision == "f16":
+        return "f16" if "FP16" in _cpu_computes_in() else "f32"
+    return "bf16" if precision == "bf16" else "f32"
+
+
+def _cpu_computes_in() -> list[str]:
     openvino = telemetry.import_vendor("openvino", REQUIREMENT)
-    has = openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-    return tuple(p for p in PRECISIONS if p == "f32" or p.upper() in has)
+    return list(openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"))
 
 
 def check(program: Program, options: TargetOptions) -> LegalityReport:
@@ -83,5 +98,9 @@ def capabilities() -> Capabilities:
         channel_grid={(op, p): channel_grid(op, p) for op in _GRID_OPS for p in precisions},
         control_flow=True,
         max_rank=MAX_RANK,
-        notes=("CPU device, one stream, precision hint always explicit, threads not pinned.",),
+        notes=(
+            "CPU device, one stream, precision hint always explicit, threads not pinned.",
+            "int8: what is not quantized is computed in f32. f16: computed in "
+            f"{computed_in('f16')} on this CPU.",
+        ),
     )

@@ -10,6 +10,7 @@ import numpy as np
 from sartor.backends import telemetry
 from sartor.backends.artifact import check_inputs, concrete_shapes, verify_files
 from sartor.backends.openvino import legality
+from sartor.backends.precision import require_lowered_for
 from sartor.backends.protocol import Artifact, Session, TargetOptions, TensorSpec, require_precision
 from sartor.errors import BackendError
 
@@ -114,7 +115,7 @@ def _compile(
     ):
         reshape(model, wanted)
     properties = {
-        "INFERENCE_PRECISION_HINT": options.precision,
+        "INFERENCE_PRECISION_HINT": legality.computed_in(options.precision),
         "INFERENCE_NUM_THREADS": options.threads,
         "NUM_STREAMS": "1",
         "PERFORMANCE_HINT": "LATENCY",
@@ -150,7 +151,7 @@ def _record(compiled: Any) -> dict[str, Any]:
 
     return {
         "device": "CPU",
-        "precision": compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name(),
+        "precision_hint": compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name(),
         "threads": int(compiled.get_property("INFERENCE_NUM_THREADS")),
         "streams": read("NUM_STREAMS"),
         "pinning": read("ENABLE_CPU_PINNING"),
