@@ -46,6 +46,7 @@ _GRID_OPS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 RULES = Rules(
     model=(
         opset_at_most(MAX_OPSET),
+        agreeing_precision(),
         fixed_shapes(),
         max_rank(MAX_RANK),
         boundary_types_without("BFLOAT16"),

@@ -24,10 +24,11 @@ class OpenVinoSession(Session):
         inputs: tuple[TensorSpec, ...],
         outputs: Sequence[str],
         fixed: Mapping[str, int],
+        precision: str,
     ):
         self.compiled = compiled
         self.inputs = inputs
-        self.settings = _record(compiled)
+        self.settings = {"precision": precision, **_record(compiled)}
         self._fixed = fixed
         self._request = compiled.create_infer_request()
         self._outputs = [(name, index) for index, name in enumerate(outputs)]
@@ -66,6 +67,7 @@ def load(artifact: Artifact, options: TargetOptions, **extra: Any) -> OpenVinoSe
         BackendError: the files were changed, or OpenVINO refuses the model.
     """
     verify_files(artifact)
+    require_lowered_for(artifact, options)
     names = [spec.name for spec in artifact.outputs]
     return _compile(str(artifact.main_file), artifact.inputs, names, options, extra)
 
@@ -129,7 +131,7 @@ def _compile(
     except Exception as error:
         raise _failed("compile the model", error) from error
     names = outputs if outputs is not None else _output_names(compiled, source)
-    return OpenVinoSession(compiled, specs, names, fixed)
+    return OpenVinoSession(compiled, specs, names, fixed, options.precision)
 
 
 def _output_names(compiled: Any, source: str | bytes) -> list[str]:
