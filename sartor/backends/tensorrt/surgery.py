@@ -2,7 +2,8 @@
 
 * int64 indices and bounds become int32 where ONNX has both types and the values fit; bounds of Slice beyond
   int32 are clamped first, which changes nothing on axes shorter than 2^31.
-* `DequantizeLinear` of an int32 constant (a bias) is computed: the parser takes 8-bit types and smaller ones only.
+* `DequantizeLinear` of a constant is computed where the parser does not take it: an int32 one (a bias), or one with
+  a zero point. What else has a zero point is in `symmetric`.
 * Resize: `half_pixel_symmetric` is `half_pixel` where the output size is the scale times the input size exactly;
   `tf_crop_and_resize` of the whole image is `align_corners`; antialiasing does nothing where no axis shrinks; an
   aspect-ratio policy is the scale that follows from it, where rounding down gives the same size.
@@ -17,6 +18,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from sartor.backends.tensorrt.symmetric import constants, dequantized, make_symmetric
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -42,9 +45,8 @@ def concerns(node: ir.Node) -> bool:
         return False
     if node.op_type in (*_ONE_OUTPUT, "Resize", "RNN"):
         return node.op_type not in _ONE_OUTPUT or len(node.outputs) > 1
-    if node.op_type == "DequantizeLinear":
-        tensor = node.inputs[0].const_value if node.inputs[0] is not None else None
-        return tensor is not None and tensor.dtype.name == "INT32"
+    if node.op_type in ("DequantizeLinear", "QuantizeLinear"):
+        return True
     return any(
         value is not None and value.const_value is not None and value.const_value.dtype.name == "INT64"
         for value in (node.inputs[i] for i in _INDEX_INPUTS.get(node.op_type, ()) if i < len(node.inputs))
@@ -66,18 +68,7 @@ def rewrite(graph: Any, shapes: Shapes) -> None:
         step = _STEPS.get(node.op)
         if step is not None:
             step(graph, node, shapes)
-
-
-def _constants(node: Any, positions: Sequence[int]) -> dict[int, Any] | None:
-    """The operands at these positions that are there, by position; None if one is computed."""
-    found = {}
-    for position in positions:
-        if position >= len(node.inputs) or node.inputs[position].is_empty():
-            continue
-        if not hasattr(node.inputs[position], "values"):
-            return None
-        found[position] = node.inputs[position]
-    return found
+    make_symmetric(graph)  # afterwards: biases are constants now
 
 
 def _replaced(node: Any, position: int, array: np.ndarray) -> None:
@@ -88,7 +79,7 @@ def _replaced(node: Any, position: int, array: np.ndarray) -> None:
 
 
 def _narrow(node: Any) -> None:
-    operands = _constants(node, _INDEX_INPUTS[node.op])
+    operands = constants(node, _INDEX_INPUTS[node.op])
     if not operands or any(operand.values.dtype != np.int64 for operand in operands.values()):
         return
     arrays = {position: operand.values for position, operand in operands.items()}
@@ -105,27 +96,20 @@ def _narrow(node: Any) -> None:
 
 
 def _dequantize(graph: Any, node: Any, shapes: Shapes) -> None:
-    operands = _constants(node, (0, 1, 2))
-    if operands is None or operands[0].values.dtype != np.int32 or node.outputs[0] in graph.outputs:
-        return
-    numbers, scale = operands[0].values, operands[1].values
-    zero = operands[2].values if 2 in operands else np.zeros_like(scale, np.int32)
-    if scale.ndim:  # along `axis`, or one per block of it
-        axis = node.attrs.get("axis", 1) % numbers.ndim
-        if scale.ndim == 1:
-            along = [1] * numbers.ndim
-            along[axis] = -1
-            scale, zero = scale.reshape(along), zero.reshape(along)
-        else:
-            times = node.attrs["block_size"]
-            scale, zero = (np.repeat(a, times, axis) for a in (scale, zero))
-    # The difference is exact in float64; ONNX rounds the product once, to the type of the scale.
-    value = ((numbers.astype(np.float64) - zero) * scale.astype(np.float64)).astype(scale.dtype)
+    value = dequantized(node)
     output = node.outputs[0]
-    constant = type(operands[0])(output.name, value)
-    for reader in list(output.outputs):
+    if value is None or output in graph.outputs or not _not_taken(node):
+        return
+    constant = type(node.inputs[1])(output.name, value.astype(node.inputs[1].values.dtype))
+    for reader in {id(reader): reader for reader in output.outputs}.values():
         reader.inputs = [constant if operand is output else operand for operand in reader.inputs]
-    output.name = f"{output.name}.dequantized"  # the name has gone to the constant
+    output.name = f"{output.name}/computed"  # the name has gone to the constant
+
+
+def _not_taken(node: Any) -> bool:
+    """A constant in 32 bits, or with a zero point."""
+    zero = node.inputs[2].values if len(node.inputs) > 2 and not node.inputs[2].is_empty() else np.zeros(1)
+    return bool(node.inputs[0].values.dtype == np.int32 or zero.any())
 
 
 def _activations(graph: Any, node: Any, shapes: Shapes) -> None:
@@ -142,7 +126,7 @@ def _first_output(graph: Any, node: Any, shapes: Shapes) -> None:
 
 def _resize(graph: Any, node: Any, shapes: Shapes) -> None:
     before, after = shapes.get(node.inputs[0].name), shapes.get(node.outputs[0].name)
-    operands = _constants(node, (1, 2, 3))
+    operands = constants(node, (1, 2, 3))
     if before is None or after is None or operands is None:
         return
     attributes = node.attrs
