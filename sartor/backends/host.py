@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import os
 import platform
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+_ASSUMED: contextvars.ContextVar[int | None] = contextvars.ContextVar("vector_floats", default=None)
 _CPUINFO = Path("/proc/cpuinfo")
 _GOVERNOR = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
 
@@ -34,8 +38,21 @@ def vector_floats() -> int:
     16 is measured (AVX-512). On other architectures it is unmeasured and chosen because it is a
     multiple of every smaller block.
     """
+    assumed = _ASSUMED.get()
+    if assumed is not None:
+        return assumed
     flags = _cpuinfo().get("flags", "").split()
     return 8 if "avx2" in flags and "avx512f" not in flags else 16
+
+
+@contextlib.contextmanager
+def assuming(vector_floats: int) -> Iterator[None]:
+    """Another vector unit than this machine's, for documents that are the same on every machine."""
+    token = _ASSUMED.set(vector_floats)
+    try:
+        yield
+    finally:
+        _ASSUMED.reset(token)
 
 
 def load_average() -> tuple[float, ...]:

@@ -77,6 +77,8 @@ class Capabilities:
         control_flow: `If`, `Loop`, `Scan` run natively.
         max_rank: largest tensor rank.
         notes: what a reader of a measurement should know.
+        fuses: operator type → what runs inside its kernel when it follows: operator types, `Bias` for an Add of
+            one number per channel, `Add` for one of two activations, `Silu` for x * sigmoid(x).
         not_run_here: why this machine lowers for the target and cannot run it; empty where it can.
     """
 
@@ -88,6 +90,7 @@ class Capabilities:
     max_rank: int
     notes: tuple[str, ...] = ()
     not_run_here: str = ""
+    fuses: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready form; `channel_grid` becomes `{op_type: {precision: step}}`."""
@@ -103,6 +106,7 @@ class Capabilities:
             "max_rank": self.max_rank,
             "notes": list(self.notes),
             "not_run_here": self.not_run_here,
+            "fuses": {op_type: list(names) for op_type, names in sorted(self.fuses.items())},
         }
 
 

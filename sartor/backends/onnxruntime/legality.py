@@ -45,6 +45,18 @@ MAX_OPSET = 26  # ONNX Runtime 1.31.1 rejects newer ones
 MAX_IR_VERSION = 13
 MAX_RANK = 8
 _GRID_OPS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+FUSES = {
+    "Conv": (
+        *("BatchNormalization", "Bias", "Add", "Relu", "Clip", "LeakyRelu", "Sigmoid", "Tanh", "HardSigmoid"),
+    ),
+    "ConvTranspose": ("BatchNormalization",),
+    "Gemm": (
+        *("Relu", "LeakyRelu", "Elu", "Selu", "Sigmoid", "Tanh", "HardSigmoid", "Softplus", "Softsign"),
+        "ThresholdedRelu",
+    ),
+    "MatMul": ("Bias",),
+}
+"""As its profiler shows it: the pair is one kernel."""
 
 
 def _dialect_has_bodies(program: Program, options: TargetOptions) -> Check:
@@ -91,6 +103,7 @@ def capabilities() -> Capabilities:
         channel_grid={(op, "f32"): channel_grid(op, "f32") for op in _GRID_OPS},
         control_flow=True,
         max_rank=MAX_RANK,
+        fuses=FUSES,
         notes=(
             "CPU execution provider, sequential execution, all graph optimisations.",
             "Convolution widths that are no multiple of 4 leave the blocked layout and run slower.",

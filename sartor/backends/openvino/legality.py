@@ -42,6 +42,16 @@ PRECISIONS = ("f32", "bf16", "f16", "int8")
 MAX_OPSET = 25
 MAX_RANK = 8
 _GRID_OPS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+_ACTIVATIONS = (
+    *("Relu", "Clip", "LeakyRelu", "Elu", "Gelu", "HardSwish", "Mish", "Sigmoid", "Silu", "Softplus", "Tanh"),
+)
+FUSES = {
+    "Conv": ("BatchNormalization", "Bias", "Add", *_ACTIVATIONS),
+    "ConvTranspose": ("BatchNormalization", "Bias"),
+    "Gemm": ("Bias", *_ACTIVATIONS),
+    "MatMul": ("Bias", *_ACTIVATIONS),
+}
+"""As its profiler shows it: the pair is one kernel."""
 
 RULES = Rules(
     model=(
@@ -99,6 +109,7 @@ def capabilities() -> Capabilities:
         channel_grid={(op, p): channel_grid(op, p) for op in _GRID_OPS for p in precisions},
         control_flow=True,
         max_rank=MAX_RANK,
+        fuses=FUSES,
         notes=(
             "CPU device, one stream, precision hint always explicit, threads not pinned.",
             "int8: what is not quantized is computed in f32. f16: computed in "
