@@ -81,7 +81,8 @@ def _text(report: Report, everything: bool) -> str:
     for outcome in report.outcomes:
         if everything or outcome.result == "failed":
             lines += _entry(outcome)
-    skipped = Counter(o.observed for o in report.outcomes if o.result == "skipped")
+    # Reasons up to their colon: which rule refuses which model is what --all is for.
+    skipped = Counter(o.observed.partition(":")[0] for o in report.outcomes if o.result == "skipped")
     if skipped and not everything:
         lines.append("skipped, with the reason:")
         lines += [f"  {number} x {reason}" for reason, number in skipped.most_common()]

@@ -29,15 +29,15 @@ def checks() -> Iterator[Check]:
     yield Check("contract.rules", "Every rule has an id and a sentence, and no two have the same.", _rules)
     yield Check(
         "contract.channel-grid",
-        "channel_grid gives a step of at least 1 and agrees with the capabilities.",
+        "Method channel_grid gives a step of at least 1 and agrees with the capabilities.",
         _channel_grid,
     )
     yield Check(
         "contract.legalize",
-        "legalize leaves its argument alone, and what it returns computes the same.",
+        "Method legalize leaves its argument alone, and what it returns computes the same.",
         _legalize,
     )
-    yield Check("contract.lower", "lower leaves the program alone and returns what it wrote.", _lower)
+    yield Check("contract.lower", "Method lower leaves the program alone and returns what it wrote.", _lower)
     yield Check(
         "contract.interface",
         "The artifact has the program's inputs and outputs, by name, type and rank.",
@@ -51,7 +51,7 @@ def checks() -> Iterator[Check]:
     yield Check("contract.no-paths", "The manifest names no folder of the machine that wrote it.", _no_paths)
     yield Check("contract.settings", "A session's settings are plain data that a report can hold.", _settings)
     yield Check(
-        "contract.compile", "compile of a legal model computes what lower and load compute.", _compile
+        "contract.compile", "Method compile of a legal model computes what lower and load compute.", _compile
     )
     yield Check("contract.prepare", "What prepare returns can be called again and again.", _prepare)
 

@@ -21,6 +21,7 @@ _SIMPLE = ("conv", "gemm", "activation-relu")
 _TOO_SHORT_S = 0.05
 _TOO_SMALL_BYTES = 64 << 20
 _REPEATABLE = 1.3
+_LONGER = 1.2  # at least; on a device that starts kernels slowly, sixteen layers still start sixteen kernels
 _HEAVY = ("Conv", "Gemm", "MatMul")
 
 
@@ -129,7 +130,7 @@ def _more_work(subject: Subject) -> str:
     text = f"{op_type} layers 1, 4, 16: {found.baseline.median * 1e3:.3g} ms, " + ", ".join(
         f"{ratio:.2f} times [{low:.2f}, {high:.2f}]" for ratio, (low, high) in ratios
     )
-    require(ratios[1][1][0] > 1.0 and ratios[1][0] > ratios[0][0], text)
+    require(ratios[1][1][0] > _LONGER and ratios[1][0] > ratios[0][0], text)
     return text
 
 
