@@ -145,8 +145,10 @@ class _Fit:
         from sartor import backends
         from sartor.backends.legality import require_legal
         from sartor.backends.protocol import TargetOptions
+        from sartor.precision import own_precision
 
-        target = TargetOptions(threads=self.options.threads, precision=self.options.precision)
+        own = own_precision(self.program, self.options.precision)
+        target = TargetOptions(threads=self.options.threads, precision=own)
         require_legal(self.options.target, backends.get(self.options.target).legality(self.program, target))
         self.analysis = channel_groups(self.program, self.options.keep)
         kept = Context(keep=self.options.keep)
@@ -172,9 +174,12 @@ class _Fit:
                         self.decisions.append(
                             "the score is on 'evaluate', which selection saw: there is no 'test'"
                         )
-                    self.bench.score(
-                        self.bench.baseline, "evaluate"
-                    )  # refuses data before anything is measured
+                    self.bench.score(self.bench.exact, "evaluate")  # refuses data before anything is measured
+                if self.bench.exact is not self.bench.baseline:
+                    self.decisions.append(
+                        f"latencies compare with the original in {self.options.precision}, scores with the original "
+                        f"in {self.bench.exact.precision}"
+                    )
                 return self._deliver(*self._select())
 
     # ---- stages ----------------------------------------------------------------------------
@@ -212,7 +217,8 @@ class _Fit:
         pruned = apply_plan(self.program, plan, self.analysis)
         mask, _ = masked(self.program, plan, self.analysis)
         verdict = self._prove(plan) if plan.groups or plan.blocks else None
-        result = self._recover(pruned)
+        recovered = self._recover(pruned)
+        result = self.bench.written(recovered)
         with Bundle(self.folder) as bundle:
             pruned.save(bundle.folder / "pruned.onnx")
             mask.save(bundle.folder / "masked.onnx")
@@ -222,7 +228,8 @@ class _Fit:
             agreement = self.bench.verify(result, artifact)
             self.progress.stage("final measurement")
             final = self.bench.measure([self.bench.baseline, artifact], _FINAL_S, seed=self.options.seed + 1)
-            report = self._report(plan, predicted_s, verdict, artifact, result, final, agreement)
+            costs = {**static_costs(recovered), "weight_bytes": static_costs(result)["weight_bytes"]}
+            report = self._report(plan, predicted_s, verdict, artifact, costs, final, agreement)
             write_report(report, bundle.folder)
             write_bundle(
                 bundle.folder,
@@ -319,16 +326,16 @@ class _Fit:
         predicted_s: float,
         verdict: Any,
         artifact: Artifact,
-        result: Program,
+        costs: dict[str, int],
         final: Measurement,
         agreement: Lowered,
     ) -> dict[str, Any]:
         baseline: dict[str, Any] = {"latency_s": dataclasses.asdict(final.latencies[0]), **self.before}
-        after: dict[str, Any] = {"latency_s": dataclasses.asdict(final.latencies[1]), **static_costs(result)}
+        after: dict[str, Any] = {"latency_s": dataclasses.asdict(final.latencies[1]), **costs}
         quality, score_split = "unmeasured", {}
         if self.data is not None:
             score_split = {"score_split": "evaluate" if self.data.test_is_evaluate else "test"}
-            baseline["score"], baseline["score_n"] = self.bench.score(self.bench.baseline, "test")
+            baseline["score"], baseline["score_n"] = self.bench.score(self.bench.exact, "test")
             after["score"], after["score_n"] = self.bench.score(artifact, "test")
             lost = baseline["score"] - after["score"]
             quality = "kept" if lost <= self.options.max_drop / 100.0 + 1e-12 else "missed"

@@ -209,7 +209,10 @@ class Selection:
         known = self.journal.find("table")
         if known is not None:
             return MeasuredTable.from_json(known["table"])
-        options = dataclasses.replace(self.bench.target, flush_denormals=True)
+        # One-kernel models are in float32: those of a precision that a pass makes need data. What a step of
+        # pruning saves of each kernel carries over, and the baseline's own latency sets the scale.
+        precision = {"int8": "f32", "f16": "f32"}.get(self.options.precision, self.options.precision)
+        options = dataclasses.replace(self.bench.target, flush_denormals=True, precision=precision)
 
         def timer(models: list[bytes]) -> Any:
             return time_models(self.options.target, models, options, repeats=3)

@@ -12,7 +12,7 @@ from sartor.ir.program import Program
 
 if TYPE_CHECKING:
     from sartor.backends.measure import Measurement
-    from sartor.backends.protocol import Artifact
+    from sartor.backends.protocol import Artifact, TargetOptions
     from sartor.data import Data
     from sartor.lowered import Lowered
 
@@ -47,6 +47,9 @@ class FitOptions:
 class Workbench:
     """Target, data and baseline of one fit.
 
+    Latencies compare with `baseline`, the original in the target's precision; scores with `exact`, the original in
+    its own precision, which is another artifact where the target's is int8 or f16.
+
     Args:
         program: the original.
         options: target, threads, precision, seed.
@@ -58,18 +61,32 @@ class Workbench:
         from sartor import backends
         from sartor.backends import isolation
         from sartor.backends.protocol import TargetOptions
+        from sartor.precision import own_precision
 
         self.program, self.options, self.data, self.folder = program, options, data, folder
         self.backend = backends.get(options.target)
         self.target = TargetOptions(threads=options.threads, precision=options.precision)
-        self.baseline = self.lower(program, "baseline")
-        self.reference = isolation.Session(self.baseline, self.target)
+        self.baseline = self.exact = self.lower(program, "baseline")
+        own = own_precision(program, options.precision)
+        if own != options.precision and own in self.backend.capabilities().precisions:
+            exact = dataclasses.replace(self.target, precision=own)
+            self.exact = isolation.lower(options.target, program, folder / "exact", exact)
+        self.reference = isolation.Session(self.exact, self._run_as(self.exact))
+
+    def _run_as(self, artifact: Artifact) -> TargetOptions:
+        return dataclasses.replace(self.target, precision=artifact.precision)
+
+    def written(self, program: Program) -> Program:
+        """A candidate in the precision of the target: what is lowered, verified and delivered."""
+        from sartor.precision import in_precision
+
+        return in_precision(program, self.options.precision, self.data, seed=self.options.seed)[0]
 
     def lower(self, program: Program, folder: str | Path) -> Artifact:
         """The artifact of a candidate, in a folder of the scratch folder or anywhere else."""
         from sartor.backends import isolation
 
-        return isolation.lower(self.options.target, program, self.folder / folder, self.target)
+        return isolation.lower(self.options.target, self.written(program), self.folder / folder, self.target)
 
     def measure(self, artifacts: list[Artifact], seconds: float, seed: int | None = None) -> Measurement:
         """Interleaved measurement of `artifacts`, the baseline first."""
@@ -88,7 +105,7 @@ class Workbench:
         """Score of an artifact as its target runs it, and the number of samples."""
         from sartor.backends import isolation
 
-        with isolation.Session(artifact, self.target) as session:
+        with isolation.Session(artifact, self._run_as(artifact)) as session:
             return self.score_with(session.run, split)
 
     def score_with(self, predict: Callable[..., Any], split: str) -> tuple[float, int]:

@@ -51,14 +51,14 @@ def add_conditions(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--precision", choices=PRECISIONS, default="f32", help="compute precision (f32)")
 
 
-def add_keep(parser: argparse.ArgumentParser) -> None:
-    """`--keep GLOB`."""
+def add_keep(parser: argparse.ArgumentParser, what: str = "are not pruned") -> None:
+    """`--keep GLOB`, with what it keeps them from."""
     parser.add_argument(
         "--keep",
         action="append",
         default=[],
         metavar="GLOB",
-        help="parameters or nodes that are not pruned; repeatable",
+        help=f"parameters or nodes that {what}; repeatable",
     )
 
 

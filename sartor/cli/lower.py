@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from sartor.cli import arguments
 from sartor.cli.output import Result, count
+from sartor.errors import UsageError
 
 if TYPE_CHECKING:
     from sartor.backends.protocol import Artifact
@@ -25,8 +26,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-o", "--output", required=True, metavar="FOLDER", help="folder to write")
     parser.add_argument(
         "--data",
-        help="FILE.py:function or FILE.npz, to compare on its split 'calibration'; random samples without",
+        help="FILE.py:function or FILE.npz, to compare on its split 'calibration'; random samples without. "
+        "--precision int8 needs it, to find ranges on",
     )
+    parser.add_argument(
+        "--max-drop",
+        type=arguments.not_negative,
+        metavar="POINTS",
+        help="with --precision int8: largest loss of score on split 'evaluate', 1 point = 0.01; layers that cost "
+        "more stay in float",
+    )
+    arguments.add_keep(parser, "stay in float32 when the program is quantized or cast")
     parser.add_argument(
         "--samples", type=arguments.positive, default=4, metavar="N", help="samples to compare on (4)"
     )
@@ -41,7 +51,13 @@ def run(options: argparse.Namespace) -> Result:
     from sartor import backends, lowered
     from sartor.backends import isolation
     from sartor.data import load_data
+    from sartor.precision import in_precision
 
+    if options.max_drop is not None and options.precision != "int8":
+        raise UsageError(
+            f"--max-drop says what quantization may cost, and --precision is '{options.precision}'; use "
+            "--precision int8, or leave it away."
+        )
     backend = backends.get(options.target)
     folder = arguments.output_folder(options.output)
     program = arguments.open_program(options)
@@ -49,6 +65,14 @@ def run(options: argparse.Namespace) -> Result:
     data = None
     if options.data is not None:
         data = load_data(options.data, list(program.input_shapes), options.seed, program=program)
+    written, left = in_precision(
+        program,
+        options.precision,
+        data,
+        keep=tuple(options.keep),
+        seed=options.seed,
+        max_drop=options.max_drop,
+    )
     unable = backend.capabilities().not_run_here
     why = "--no-verify was given" if options.no_verify else unable
     verification: dict[str, Any] = {"verified": False, "reason": why}
@@ -56,16 +80,22 @@ def run(options: argparse.Namespace) -> Result:
     def check(artifact: Artifact) -> None:
         if not why:
             found = lowered.verify(
-                program, artifact, target, data=data, samples=options.samples, seed=options.seed
+                written, artifact, target, data=data, samples=options.samples, seed=options.seed
             )
             lowered.require(found)
             verification.clear()
             verification.update(verified=True, summary=found.summary(), **found.to_dict())
 
-    artifact = isolation.lower(options.target, program, folder, target, check=check)
+    artifact = isolation.lower(options.target, written, folder, target, check=check)
     sizes = {name: (folder / name).stat().st_size for name in artifact.files}
     lines = [f"wrote {folder / name} ({count(size, 'B')})" for name, size in sizes.items()]
+    lines += [f"in float32: '{r.node}': {r.reason}" for r in left]
     lines.append(
         f"verified: {verification['summary']}" if verification["verified"] else f"NOT verified: {why}"
     )
-    return Result({**artifact.to_dict(), "verification": verification}, "\n".join(lines))
+    document = {
+        **artifact.to_dict(),
+        "verification": verification,
+        "in_float32": [{"node": r.node, "reason": r.reason} for r in left],
+    }
+    return Result(document, "\n".join(lines))

@@ -182,13 +182,12 @@ def _quantize_constant(node: ir.Node, index: int, name: str, scales: _Scales, re
     old = node.inputs[index]
     assert old is not None and old.const_value is not None
     array = old.const_value.numpy()
-    integers = rewriter.add_initializer(f"{name}/quantized", scales.integers(array))
+    stored = scales.integers(array)
+    integers = rewriter.add_initializer(f"{name}/quantized", stored)
     scale = scales.values if scales.axis is not None else scales.values.reshape(())
     parameters = [
         rewriter.add_initializer(f"{name}/scale", np.array(scale)),
-        rewriter.add_initializer(
-            f"{name}/zero_point", np.full(scale.shape, scales.zero_point, integers.dtype.numpy())
-        ),
+        rewriter.add_initializer(f"{name}/zero_point", np.full(scale.shape, scales.zero_point, stored.dtype)),
     ]
     dequantize = rewriter.insert_before(
         node,

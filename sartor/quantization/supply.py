@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from sartor.errors import UsageError
@@ -52,7 +53,7 @@ def quantization(
     if max_drop is not None and scheme["nodes"]:
         from sartor.quantization.costs import keep_costly
 
-        def without(more: Left) -> dict[str, Any]:
+        def without(more: Mapping[str, str]) -> dict[str, Any]:
             return place(program, ranges, per_channel=per_channel, exclude={*left, *more})
 
         scheme, costly = keep_costly(program, context, data, scheme, without, max_drop)
