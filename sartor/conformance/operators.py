@@ -68,7 +68,7 @@ def prelu(draft: Draft) -> None:
 
 @declare(MODELS, "activation")
 def silu(draft: Draft) -> None:
-    """x times sigmoid(x)."""
+    """Product of x and sigmoid(x)."""
     x = draft.conv(draft.input("x", "N", 3, 5, 6), 3, 4, pads=[1, 1, 1, 1])
     draft.output(draft.node("Mul", x, draft.node("Sigmoid", x)), "y")
 
