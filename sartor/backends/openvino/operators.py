@@ -121,7 +121,7 @@ OPERATORS = merged(
         "MaxUnpool": (not_converted("OpenVINO's ONNX reader has no MaxUnpool."),),
         "Mod": (sign_of_dividend(),),
         "Pad": (
-            constant(2, "constant_value", "'constant_value' is a constant; a computed one is taken for 0."),
+            constant(2, "value", "'constant_value' is a constant; a computed one is taken for 0."),
             attribute("mode", ("constant", "reflect", "edge"), "constant", "'mode' is not 'wrap'."),
         ),
         "QuantizeLinear": (

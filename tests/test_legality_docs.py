@@ -1,0 +1,219 @@
+"""docs/backends is generated and must not drift; what capabilities declare, the runtimes and the cost model show."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from builders import node, program_from_nodes
+
+from sartor import backends
+from sartor.backends import docs, host, legality
+from sartor.backends.legality import NodeRule, Rules, opset_at_most
+from sartor.backends.protocol import Capabilities, TargetOptions
+from sartor.errors import UsageError
+from sartor.ir.canonicalize import CANONICAL_OPS
+from sartor.ir.fusion import partition
+
+FOLDER = Path(__file__).parents[1] / "docs" / "backends"
+COMMAND = "run: python -m sartor.backends.docs docs/backends"
+
+
+def document(name):
+    try:
+        return docs.markdown(name)
+    except UsageError as error:
+        pytest.skip(str(error))
+
+
+@pytest.mark.parametrize("name", docs.builtin())
+def test_no_drift(name):
+    assert (FOLDER / f"{name}.md").read_text(encoding="utf-8") == document(name), COMMAND
+
+
+def test_the_index_names_every_target_and_generic_rule():
+    text = (FOLDER / "README.md").read_text(encoding="utf-8")
+    assert text == docs.index(docs.builtin()), COMMAND
+    assert all(f"[`{name}`]({name}.md)" in text for name in docs.builtin())
+    assert "`opset_at_most`" in text and "`missing_types`" in text and "`merged`" not in text
+    assert {p.name for p in FOLDER.iterdir()} == {"README.md", *(f"{name}.md" for name in docs.builtin())}
+
+
+@pytest.mark.parametrize("name", docs.builtin())
+def test_every_operator_is_in_the_table_once(name):
+    text = document(name)
+    rules = backends.get(name).rules().operators
+    plain = text.split("have no rule of their own: ")[1].split("\n")[0]
+    told = {part.strip("`. ") for part in plain.split(",")}
+    assert told.isdisjoint(rules) and told | set(rules) >= CANONICAL_OPS
+
+
+def test_documents_do_not_depend_on_the_machine(monkeypatch):
+    before = {name: docs.markdown(name) for name in ("onnxruntime", "openvino", "reference")}
+    monkeypatch.setattr(host, "vector_floats", lambda: host._ASSUMED.get() or 4)
+    capabilities = backends.get("openvino").capabilities()
+    assert capabilities.channel_grid[("Conv", "f32")] == 4
+    assert {name: docs.markdown(name) for name in before} == before
+    with host.assuming(8):
+        assert backends.get("openvino").channel_grid("Conv") == 8
+
+
+class Tiny:
+    """Describes itself."""
+
+    name = "tiny"
+
+    def capabilities(self):
+        grid = {("Conv", "f32"): 4}
+        return Capabilities("tiny", "1", ("f32",), grid, False, 5, fuses={"Conv": ("Relu", "Bias")})
+
+    def channel_grid(self, op_type, precision="f32", attributes=None):
+        return 4 if op_type == "Conv" else host.vector_floats()
+
+    def rules(self):
+        rule = NodeRule("never", "There is | no Tanh.", lambda program, n: (False, ""))
+        return Rules((opset_at_most(7),), (legality.no_functions(),), {"Tanh": (rule,)})
+
+
+def test_everything_that_is_declared_is_told():
+    text = docs.markdown("tiny", Tiny())
+    assert text.startswith("# tiny\n") and "- Precisions: `f32`." in text and "at most 5 axes" in text
+    assert "(`If`, `Loop`, `Scan`): none." in text
+    assert "| `opset-version` | The opset is between 1 and 7. |" in text and "| `no-functions` |" in text
+    assert "| `Tanh` | `never` | There is \\| no Tanh. |" in text and "`Tanh`," not in text
+    assert "| `Conv` | 4 |" in text and "| `Gemm` | 16 (8 with AVX2 alone) |" in text
+    assert "| `Conv` | `Relu`, `Bias` |" in text
+
+
+def test_main_writes_the_files(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(docs, "builtin", lambda: ("reference",))
+    assert docs.main([str(tmp_path)]) == 0
+    assert (tmp_path / "reference.md").read_text(encoding="utf-8") == docs.markdown("reference")
+    assert docs.main([]) == 0 and "# reference\n" in capsys.readouterr().out
+
+
+# ---- channel grids -------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", docs.builtin())
+def test_grids_agree_with_capabilities(name):
+    backend = backends.get(name)
+    try:
+        capabilities = backend.capabilities()
+    except UsageError as error:
+        pytest.skip(str(error))
+    for op in ("Conv", "ConvTranspose", "Gemm", "MatMul", "Relu", "Softmax"):
+        for precision in capabilities.precisions:
+            step = backend.channel_grid(op, precision)
+            assert step == capabilities.channel_grid.get((op, precision), 1), (op, precision)
+            assert step > 0 and step & (step - 1) == 0, "a power of two: steps of two readers have a multiple"
+
+
+# ---- fusion --------------------------------------------------------------------------------------
+RNG = np.random.default_rng(0)
+
+
+def drawn(*shape):
+    return (RNG.standard_normal(shape) * 0.1).astype(np.float32)
+
+
+def lead(op):
+    """One contraction of 32 channels from `x` to `h`."""
+    if op in ("Conv", "ConvTranspose"):
+        nodes = [node(op, ["x", "w", "b"], ["h"], "lead", pads=[1, 1, 1, 1])]
+        return nodes, {"w": drawn(32, 32, 3, 3), "b": drawn(32)}, [1, 32, 48, 48]
+    if op == "Gemm":
+        return [node(op, ["x", "w", "b"], ["h"], "lead")], {"w": drawn(32, 32), "b": drawn(32)}, [2048, 32]
+    return [node(op, ["x", "w"], ["h"], "lead")], {"w": drawn(32, 32)}, [2, 1024, 32]
+
+
+def follower(name, shape):
+    """Nodes from `h` to `y`, and their constants."""
+    if name == "BatchNormalization":
+        names = ["gamma", "beta", "mean", "var"]
+        return [node(name, ["h", *names], ["y"], "f")], {n: np.abs(drawn(32)) + 0.5 for n in names}
+    if name == "Bias":
+        return [node("Add", ["h", "bias"], ["y"], "f")], {
+            "bias": drawn(1, 32, 1, 1) if len(shape) == 4 else drawn(32)
+        }
+    if name == "Silu":
+        return [node("Sigmoid", ["h"], ["g"], "g"), node("Mul", ["h", "g"], ["y"], "f")], {}
+    if name == "Clip":
+        scalars = [
+            onnx.helper.make_node("Constant", [], [bound], name=bound, value_float=value)
+            for bound, value in (("low", 0.0), ("high", 6.0))
+        ]
+        return [*scalars, node(name, ["h", "low", "high"], ["y"], "f")], {}
+    return [node(name, ["h"], ["y"], "f")], {}
+
+
+def residual(other):
+    """Convolution, Relu, convolution, Add of an earlier activation, Relu."""
+    pads = {"pads": [1, 1, 1, 1]}
+    nodes = [
+        node("Conv", ["x", "w"], ["c"], "first", **pads),
+        node("Relu", ["c"], ["r"], "act"),
+        node("Conv", ["r", "v"], ["h"], "lead", **pads),
+        node("Add", ["h", other], ["s"], "sum"),
+        node("Relu", ["s"], ["y"], "f"),
+    ]
+    return program_from_nodes(
+        nodes, {"x": [1, 32, 48, 48]}, ["y"], {"w": drawn(32, 32, 3, 3), "v": drawn(32, 32, 3, 3)}
+    )
+
+
+def declared():
+    for name in ("onnxruntime", "openvino"):
+        for op, followers in backends.get(name).capabilities().fuses.items():
+            yield from ((name, op, follower) for follower in followers if follower != "Add")
+
+
+def chained(op, name):
+    nodes, constants, shape = lead(op)
+    more, others = follower(name, shape)
+    return program_from_nodes([*nodes, *more], {"x": shape}, ["y"], constants | others)
+
+
+def kernels(name, program, folder):
+    """Executed kernels, without the copies to and from a runtime's own layout.
+
+    The shapes are so large that no kernel takes less than the microsecond below which OpenVINO does not list it.
+    """
+    backend = backends.get(name)
+    found = backend.profile(backend.lower(program, folder / "a", TargetOptions()), TargetOptions(), 3)
+    copies = ("Reorder", "Parameter", "Result", "Input", "Output", "Const", "Transpose", "Reshape")
+    return [k.op_type for k in found if not k.op_type.startswith(copies)]
+
+
+@pytest.mark.parametrize("name", ["onnxruntime", "openvino"])
+def test_what_is_declared_to_fuse_is_one_kernel(name, tmp_path):
+    pairs = [(op, f) for target, op, f in declared() if target == name]
+    seen = {pair: kernels(name, chained(*pair), tmp_path / "-".join(pair)) for pair in pairs}
+    assert {pair: found for pair, found in seen.items() if len(found) != 1} == {}
+    assert len(pairs) > 15
+
+
+@pytest.mark.parametrize("name", ["onnxruntime", "openvino"])
+def test_what_is_not_declared_is_not_one_kernel(name, tmp_path):
+    """The check above can fail."""
+    assert len(kernels(name, chained("ConvTranspose", "Relu"), tmp_path)) == 2
+    assert "Relu" not in backends.get(name).capabilities().fuses["ConvTranspose"]
+
+
+@pytest.mark.parametrize(("name", "other"), [("onnxruntime", "r"), ("openvino", "x")])
+def test_residual_sums_run_inside_the_convolution(name, other, tmp_path):
+    """ONNX Runtime wants the other operand in its own layout, OpenVINO one that nobody reads afterwards."""
+    assert "Add" in backends.get(name).capabilities().fuses["Conv"]
+    found = kernels(name, residual(other), tmp_path)
+    assert not {"Add", "Sum", "Eltwise"} & set(found), found
+
+
+def test_the_cost_model_groups_at_least_what_the_runtimes_fuse():
+    """A kernel that is priced is never a part of one that runs."""
+    for _, op, name in declared():
+        if name == "Bias" and op != "MatMul":  # a second bias: nobody writes that
+            continue
+        if name == "Clip":  # its bounds are nodes here
+            continue
+        assert len(partition(chained(op, name))) == 1, (op, name)
+    assert len(partition(residual("r"))) == 2
