@@ -22,6 +22,7 @@ from sartor.backends.legality import (
     fixed_shapes,
     no_functions,
 )
+from sartor.backends.precision import agreeing_precision
 from sartor.backends.protocol import Capabilities, LegalityReport, TargetOptions, require_precision
 from sartor.backends.tensorrt import operators
 from sartor.backends.tensorrt.settings import Settings
@@ -61,19 +62,6 @@ def _integers_fit(program: Program, options: TargetOptions) -> Check:
         if numbers.size and (numbers.max() >= 2**31 or numbers.min() < -(2**31)):
             return False, f"'{name}' holds values from {numbers.min()} to {numbers.max()}"
     return True, "all of them"
-
-
-def _form(program: Program, options: TargetOptions) -> Check:
-    quantized = [n.name for n in program.graph.all_nodes() if n.op_type == "QuantizeLinear" and not n.domain]
-    _, types = operators.inferred(program)
-    half = [name for name, dtype in types.items() if dtype.name == "FLOAT16"]
-    borders = {v.name for v in (*program.graph.inputs, *program.graph.outputs)} & set(half)
-    observed = f"{len(quantized)} QuantizeLinear nodes, {len(half)} float16 values"
-    if borders:
-        return False, f"{observed}, at the border: '{min(n for n in borders if n)}'"
-    if options.precision == "int8":
-        return bool(quantized) and not half, observed
-    return not quantized and bool(half) == (options.precision == "f16"), observed
 
 
 def _types(program: Program, node: ir.Node) -> Check:
@@ -139,18 +127,13 @@ def rules_for(settings: Settings) -> Rules:
     return Rules(
         model=(
             ModelRule("opset-version", f"The opset is between {OPSETS[0]} and {OPSETS[1]}.", _opset),
+            agreeing_precision(),
             fixed_shapes(),
             ModelRule("tensor-rank", f"Tensors have at most {MAX_RANK} axes.", _ranks),
             ModelRule(
                 "int64-range",
                 "Constants of type int64 fit into int32; bounds of Slice are clamped.",
                 _integers_fit,
-            ),
-            ModelRule(
-                "precision-form",
-                "int8 is a program with QuantizeLinear, f16 one with float16 values inside, f32 has neither; "
-                "inputs and outputs are not float16.",
-                _form,
             ),
         ),
         nodes=(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import onnx
+
 from sartor.backends import telemetry
 from sartor.backends.tensorrt import surgery
 from sartor.backends.tensorrt.settings import RTX, Settings
@@ -39,16 +41,15 @@ def legalize(program: Program, settings: Settings) -> Program:
         graph = _applied(gs, graph, name, hook)
     proto = gs.export_onnx(graph)
     proto.ir_version = core.model.ir_version
+    _keep_types_of_plugins(proto)
     result = program.clone()
     result.model = ir.from_proto(proto)
     result.invalidate()
     return result
 
 
-def _with_types(program: Program) -> Any:
+def _with_types(program: Program) -> onnx.ModelProto:
     """The protobuf with shape and type of every value, at the reference shapes, for those who write surgery."""
-    import onnx
-
     proto = program.to_proto()
     shapes, types = program.shapes(), program.types()
     declared = {value.name for value in proto.graph.output}
@@ -58,6 +59,14 @@ def _with_types(program: Program) -> Any:
                 onnx.helper.make_tensor_value_info(name, int(types[name]), shapes[name])
             )
     return proto
+
+
+def _keep_types_of_plugins(proto: onnx.ModelProto) -> None:
+    """Drop all other declarations: inference finds the types anew, and surgery may have changed them."""
+    plugins = {name for node in proto.graph.node if node.domain for name in node.output}
+    kept = [info for info in proto.graph.value_info if info.name in plugins]
+    del proto.graph.value_info[:]
+    proto.graph.value_info.extend(kept)
 
 
 def _applied(gs: Any, graph: Any, name: str, hook: Any) -> Any:
