@@ -101,15 +101,13 @@ def coverage(program: Program, backend: Backend, options: TargetOptions | None =
     """
     options = options or TargetOptions(shapes=program.input_shapes)
     rules = backend.rules()
+    refused: tuple[Finding, ...] = ()
     try:
         legal = backend.legalize(program)
     except SartorError as error:  # what it cannot rewrite stops it; the rules say what else does
         legal = program
-        refused = (
-            Finding("", "legalisation", str(error), "The target's legalisation takes the program.", False),
-        )
-    else:
-        refused = ()
+        text = "The target's legalisation takes the program."
+        refused = (Finding("", "legalisation", str(error), text, False),)
     before = _broken(check_rules(program, options, rules).violations)
     after = before if legal is program else _broken(check_rules(legal, options, rules).violations)
     nodes = list(_nodes(program, legal, before, after))
