@@ -5,13 +5,17 @@ BIN := $(VENV)/bin
 MINUTES ?= 1
 PYTEST_ARGS ?= -q
 ZOO_ARGS ?=
+BACKENDS ?= onnxruntime openvino reference tape
+PLUGIN := out/backend_plugin
 
-.PHONY: help demo test check lint format bench zoo clean
+.PHONY: help demo test check lint format conformance bench zoo clean
 
 help:
 	@echo "make demo    install, train a small network on real digits, fit it to half its latency, write out/digits"
 	@echo "make test    install, run the tests"
 	@echo "make check   ruff, mypy and the tests"
+	@echo "make conformance  install, put every fast backend and the sample plugin through the conformance kit"
+	@echo "             BACKENDS='tflite' names others"
 	@echo "make bench   install, run the benchmarks (minutes; wants an otherwise idle machine)"
 	@echo "make zoo     install, prune every architecture of timm and torchvision, write out/zoo.json (an hour)"
 	@echo "             ZOO_ARGS='--compare torch-pruning' runs Torch-Pruning beside it"
@@ -45,6 +49,13 @@ check: lint test
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+# The sample plugin goes to a folder of its own: installed into VENV, every test would find one backend more.
+conformance: $(VENV)/.installed-test
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps --no-build-isolation --no-index \
+	  --upgrade --target $(PLUGIN) ./examples/backend_plugin
+	@set -e; for name in $(BACKENDS); do \
+	  PYTHONPATH=$(PLUGIN) $(BIN)/python -m sartor conformance $$name; done
 
 bench: $(VENV)/.installed-bench
 	@mkdir -p out

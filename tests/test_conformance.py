@@ -16,6 +16,7 @@ import pytest
 
 from sartor import backends
 from sartor.cli import main
+from sartor.conformance import docs
 from sartor.conformance.check import Check, Failed, Skipped, perform, require_error
 from sartor.conformance.compare import TOLERANCES, compare
 from sartor.conformance.models import models, sample_inputs
@@ -145,6 +146,12 @@ def test_ids_are_unique_and_every_sentence_is_one():
     for check in suite():
         assert re.fullmatch(r"[a-z]+(\.[a-z0-9-]+)+", check.id), check.id
         assert not check.sentence[0].islower() and check.sentence.endswith("."), check.sentence
+
+
+def test_the_published_list_does_not_drift():
+    assert (ROOT / "docs" / "conformance.md").read_text(encoding="utf-8") == docs.markdown(), (
+        "docs/conformance.md differs from the suite; run: python -m sartor.conformance.docs docs/conformance.md"
+    )
 
 
 def test_every_family_that_is_promised_has_a_model():

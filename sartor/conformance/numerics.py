@@ -34,7 +34,7 @@ def checks() -> Iterator[Check]:
         )
         yield Check(
             f"precision.artifact.{precision}",
-            f"If {precision} is claimed, the artifact and its session say that they compute in it.",
+            f"If {precision} is claimed, the artifact says that it computes in it.",
             functools.partial(_says_its_precision, precision),
         )
     yield Check(
