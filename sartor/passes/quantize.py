@@ -175,10 +175,11 @@ def _quantize_weights(
                     made = _quantize_constant(node, index, name, scales, rewriter)
                 elif operand is value:
                     rewriter.set_input(node, index, made)
+        _remove_unread(value, rewriter)
 
 
 def _quantize_constant(node: ir.Node, index: int, name: str, scales: _Scales, rewriter: Rewriter) -> ir.Value:
-    """Let one input of a node read a dequantized constant; the float one goes when nothing reads it."""
+    """Let one input of a node read a dequantized constant; the float one goes once nothing reads it."""
     old = node.inputs[index]
     assert old is not None and old.const_value is not None
     array = old.const_value.numpy()
@@ -198,10 +199,15 @@ def _quantize_constant(node: ir.Node, index: int, name: str, scales: _Scales, re
         name=f"{name}/{_DEQUANTIZE}",
     )
     rewriter.set_input(node, index, dequantize.outputs[0])
-    if not old.uses() and not old.is_graph_output() and not old.is_graph_input():
-        rewriter.remove_initializer(old)
+    _remove_unread(old, rewriter)
     rewriter.count("biases_quantized" if scales.bits == 32 else "weights_quantized")
     return dequantize.outputs[0]
+
+
+def _remove_unread(value: ir.Value, rewriter: Rewriter) -> None:
+    present = value.is_initializer() and not value.is_graph_output() and not value.is_graph_input()
+    if present and not value.uses():
+        rewriter.remove_initializer(value)
 
 
 # ---- biases --------------------------------------------------------------------------------------
@@ -230,12 +236,11 @@ def _bias_scales(
     """The scales of a bias, or why it cannot have them."""
     product = (np.float64(np.float32(activation["scale"])) * weight.values.astype(np.float64)).reshape(-1)
     channels = bias.shape[-1] if bias.ndim else 1
-    if weight.axis is not None and bias.size != channels:
-        return f"its shape is {list(bias.shape)}, expected one number per channel"
-    if weight.axis is not None and product.size != channels:
-        if node.op_type != "ConvTranspose" or channels % product.size:
-            return f"it has {channels} channels, and its weight {product.size} scales"
-        product = np.tile(product, channels // product.size)  # a weight has the channels of one group
+    if weight.axis is not None:
+        if node.op_type == "ConvTranspose" and channels % product.size == 0:
+            product = np.tile(product, channels // product.size)  # a weight has the channels of one group
+        if not bias.size == channels == product.size:
+            return f"its shape is {list(bias.shape)}, expected one number per channel ({product.size})"
     values = product.astype(np.float32)
     axis = bias.ndim - 1 if weight.axis is not None else None
     scales = _Scales(values if axis is not None else values[:1], 0, axis, bits=32)

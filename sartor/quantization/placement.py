@@ -21,6 +21,8 @@ from sartor.ir.folding import names
 from sartor.quantization.calibration import quiet
 
 if TYPE_CHECKING:
+    import onnx_ir as ir
+
     from sartor.ir.program import Program
 
 SCHEMA = "sartor.quantization/1"
@@ -52,8 +54,8 @@ def place(
     from onnxruntime.quantization import QuantType
     from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
 
-    candidates = [n.name or "" for n in program.nodes() if n.op_type in OPERATORS and not n.domain]
-    chosen = [name for name in candidates if name not in exclude]
+    candidates = [n for n in program.nodes() if n.op_type in OPERATORS and not n.domain and _alone(n)]
+    chosen = [n.name or "" for n in candidates if n.name not in exclude]
     if not chosen:
         return scheme((), {}, {})
     with quiet():
@@ -67,11 +69,27 @@ def place(
             chosen,
             [],
             sorted(OPERATORS),
-            # the default axis 1 is what a stack of matrices sums over
-            {"QDQOpTypePerChannelSupportToAxis": {"MatMul": -1}},
+            {
+                # the default axis 1 is what a stack of matrices sums over
+                "QDQOpTypePerChannelSupportToAxis": {"MatMul": -1},
+                # the pass does it, those of grouped transposed convolutions included
+                "QuantizeBias": False,
+            },
         )
         model = quantizer.quantize_model()
     return _read(program, model, set(chosen))
+
+
+def _alone(node: ir.Node) -> bool:
+    """Whether the quantizer may take a node; an activation function only as the one reader of its layer.
+
+    It gives the layer the range of the function's result, and sees neither that the layer is an output of the graph
+    nor that a body reads it.
+    """
+    source = node.inputs[0]
+    return node.op_type not in ACTIVATIONS or (
+        source is not None and not source.is_graph_output() and len(source.uses()) == 1
+    )
 
 
 def scheme(nodes: Any, activations: dict[str, Any], weights: dict[str, Any]) -> dict[str, Any]:
