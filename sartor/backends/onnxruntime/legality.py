@@ -10,6 +10,14 @@ of 100 interleaved runs of four chained convolutions:
     depthwise 3x3, 28 px C = 100..112: 0.071 ms 116..128: 0.081  132..144: 0.090; 126: 0.408
     MatMul [197,256]x[256,C]: +4 % where C passes 224, 240, 256, 272; +1 % per further 4.
 
+int8 (QDQ) and f16, the same chains, p10 of 60 interleaved runs beside other work:
+
+    int8 3x3, 28 px      C = 40..48: 0.35-0.39 ms   52..64: 0.49-0.56   68..80: 0.69-0.77;  46: 0.51, 62: 0.70
+    int8 1x1, 28 px      C = 104..112: 0.18-0.19 ms 116..128: 0.21-0.22 132..144: 0.25-0.26; 126: 0.29
+    int8 depthwise       C = 112: 0.18 ms           128: 0.20           144: 0.22;  100..126 between: 0.29-0.47
+    int8 MatMul, as above: +6 % where C passes 224, 240 and 256; flat within 3 % between
+    f16  3x3, 28 px      C = 40..48: 1.33 ms        52..64: 2.05        68..80: 3.0;  46: 1.62, 62: 2.47
+
 So the step is the vector register, 16 floats: MLAS rounds output channels up to its NCHWc block. A
 width that is no multiple of 4 leaves the blocked layout altogether (ReorderInput requires it), up to
 5x slower for depthwise. Multiples of 16 are always safe.
@@ -90,7 +98,7 @@ def check(program: Program, options: TargetOptions) -> LegalityReport:
 
 def channel_grid(op_type: str, precision: str) -> int:
     """Channel step of `op_type`; see the module docstring."""
-    return host.vector_floats() if op_type in _GRID_OPS and precision == "f32" else 1
+    return host.vector_floats() if op_type in _GRID_OPS and precision in PRECISIONS else 1
 
 
 def capabilities() -> Capabilities:
@@ -100,7 +108,7 @@ def capabilities() -> Capabilities:
         name=NAME,
         version=runtime.__version__,
         precisions=PRECISIONS,
-        channel_grid={(op, "f32"): channel_grid(op, "f32") for op in _GRID_OPS},
+        channel_grid={(op, p): channel_grid(op, p) for op in _GRID_OPS for p in PRECISIONS},
         control_flow=True,
         max_rank=MAX_RANK,
         fuses=FUSES,

@@ -10,6 +10,13 @@ interleaved runs of four chained convolutions:
 
 bf16, the same first convolution: C = 40..48: 0.79-0.84 ms, 50..64: 0.98-1.08, 66..80: 1.23-1.34.
 
+int8 (QDQ), p10 of 60 interleaved runs beside other work:
+
+    3x3, 64 x C, 28 px   C = 40..48: 0.38-0.42 ms   50..64: 0.54-0.60   66..80: 0.77-0.86
+    1x1, 64 x C, 28 px   C = 104..112: 0.21-0.22 ms 114..128: 0.24-0.25 130..144: 0.28-0.29
+    depthwise 3x3, 28 px C = 100..112: 0.17-0.18 ms 116..128: 0.19-0.21 132..144: 0.22-0.23
+    MatMul [197,256]x[256,C]: C = 224, 240, 256: 0.22, 0.24, 0.27 ms; widths between them: +4 to +11 %
+
 So the step is the vector register, 16 floats; inside a step the time is flat within 5 % (f32) or
 10 % (bf16), and widths that are no multiple of 4 cost nothing extra.
 """
