@@ -42,7 +42,7 @@ HEAVY = (
 # Modules that exist to hold torch code, and are themselves imported inside functions only.
 HEAVY_AT_TOP = (
     *("sartor.ir.fx*", "sartor.ir.capture*", "sartor.ir.torch_ops*", "sartor.recovery*"),
-    "sartor.writeback*",
+    *("sartor.writeback*", "sartor.backends.tflite.modules"),
 )
 NEVER_TORCH = ("sartor.runtime*",)  # ships to the target
 

@@ -22,6 +22,8 @@ REGISTRY = Registry(
         "openvino": "sartor.backends.openvino:OpenVinoBackend",
         "reference": "sartor.backends.reference:ReferenceBackend",
         "tensorrt": "sartor.backends.tensorrt:TensorRTBackend",
+        "tflite": "sartor.backends.tflite:TfliteBackend",
+        "tflite-channel-last": "sartor.backends.tflite:ChannelLastTfliteBackend",
     },
 )
 

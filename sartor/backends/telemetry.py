@@ -6,6 +6,8 @@
 * `import openvino` looks up an analytics host and writes an identifier into the home folder unless its
   telemetry package cannot be imported, in which case it uses its own stub. nncf shares that package.
 
+* litert-torch imports transformers and with it huggingface_hub, whose requests carry usage data unless told not to.
+
 Reference: ONNX Runtime pull requests 27379 and 29843; `openvino/tools/ovc/telemetry_stub.py`.
 """
 
@@ -20,7 +22,10 @@ from sartor.errors import UsageError
 
 _STUBBED = ("openvino_telemetry",)
 # The released library reads the first name; its development branch has also used the second.
-_OPT_OUTS = ("ORT_DISABLE_TELEMETRY", "ORT_TELEMETRY_DISABLED")
+_OPT_OUTS = (
+    *("ORT_DISABLE_TELEMETRY", "ORT_TELEMETRY_DISABLED"),
+    *("HF_HUB_DISABLE_TELEMETRY", "DO_NOT_TRACK"),
+)
 
 
 def disable() -> None:

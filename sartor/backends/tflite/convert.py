@@ -19,6 +19,7 @@ REQUIREMENT = "sartor[tflite]"
 _QUIET = {
     "LITERT_TORCH_SHOW_PROGRESS": "n",
     "TF_CPP_MIN_LOG_LEVEL": "3",
+    "TF_ENABLE_ONEDNN_OPTS": "0",  # its announcement is printed at import, whatever the level
     # Kernels of other accelerators, whose failure to load is logged as a warning.
     "TORCHAO_FORCE_SKIP_LOADING_SO_FILES": "1",
 }

@@ -7,7 +7,8 @@ file takes and gives what the program does.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -46,14 +47,16 @@ class Parameters:
         zero_points: as many.
         dtype: `INT8` or `INT32`.
         nodes: nodes of the program that its name tells of.
-        constant: it is a weight or a bias.
+        readers: nodes that the operators compute which read it.
+        integers: what a weight or a bias holds.
     """
 
     scales: tuple[float, ...]
     zero_points: tuple[int, ...]
     dtype: str
     nodes: tuple[str, ...]
-    constant: bool
+    readers: tuple[str, ...]
+    integers: np.ndarray | None
 
 
 class Flatbuffer:
@@ -72,6 +75,8 @@ class Flatbuffer:
         self._op_types = {v: k for k, v in vars(self.schema.BuiltinOperator).items() if isinstance(v, int)}
         self._types = {v: k for k, v in vars(self.schema.TensorType).items() if isinstance(v, int)}
         self._told = [nodes_of(_text(tensor.name)) for tensor in self.graph.tensors]
+        self._chains: dict[int, Sequence[str]] = {}
+        self._names: dict[int, str] = {}
 
     # ---- reading ---------------------------------------------------------------------------
     def operators(self) -> list[Operator]:
@@ -84,6 +89,9 @@ class Flatbuffer:
             first, *others = [*told] or [""]
             # Shared functions carry the name of their first user: what an earlier operator computes is not ours.
             nodes = [first, *(node for node in others if node not in claimed)] if first else []
+            for index in item.outputs:
+                chain = self._chains.get(int(index), ())
+                nodes.extend(itertools.takewhile(lambda node: node not in claimed, chain))
             if op_type not in _MOVES:
                 claimed.update(nodes)
             names = tuple(_text(self.graph.tensors[index].name) for index in item.outputs)
@@ -126,35 +134,50 @@ class Flatbuffer:
     def quantization(self) -> dict[str, Parameters]:
         """Scales and zero points by tensor name, of every quantized tensor."""
         found = {}
-        for tensor, nodes in zip(self.graph.tensors, self._told, strict=True):
+        readers: dict[int, dict[str, None]] = {}
+        for item, operator in zip(self.graph.operators, self.operators(), strict=True):
+            for index in item.inputs:
+                readers.setdefault(int(index), {}).update(dict.fromkeys(operator.nodes))
+        for index, (tensor, nodes) in enumerate(zip(self.graph.tensors, self._told, strict=True)):
             parameters = tensor.quantization
             if parameters is None or parameters.scale is None:
                 continue
+            data = self.model.buffers[tensor.buffer].data
+            kind = self._types[tensor.type]
             found[_text(tensor.name)] = Parameters(
                 tuple(float(s) for s in parameters.scale),
                 tuple(int(z) for z in parameters.zeroPoint),
-                self._types[tensor.type],
+                kind,
                 nodes,
-                self.model.buffers[tensor.buffer].data is not None,
+                tuple(readers.get(index, ())),
+                np.frombuffer(bytes(data), kind.lower()) if data is not None else None,
             )
         return found
 
     # ---- writing ---------------------------------------------------------------------------
+    def tell_outputs(self, chains: Mapping[str, Sequence[str]]) -> None:
+        """Say which nodes lie before each output: the converter names those tensors after the output alone.
+
+        Args:
+            chains: nodes by output name, the one that gives it first; the operator that writes it computes those
+                that no earlier operator does.
+        """
+        for entry in self.signature.outputs:
+            if not self._told[entry.tensorIndex]:
+                self._chains[int(entry.tensorIndex)] = chains[entry.name]
+
     def name_tensors(self) -> None:
-        """Name tensors after the nodes that wrote them, and constants after the nodes that read them."""
+        """Name tensors after the nodes that wrote them, and constants after the nodes that they belong to."""
         taken: dict[str, int] = {}
-
-        def rename(index: int, name: str) -> None:
-            count = taken.get(name, 0)
-            taken[name] = count + 1
-            self.graph.tensors[index].name = f"{name}:{count}" if count else name
-
         written = {int(index) for item in self.graph.operators for index in item.outputs}
+        border = {e.tensorIndex: e.name for e in [*self.signature.inputs, *self.signature.outputs]}
         for index, nodes in enumerate(self._told):
             kind = "value" if index in written else "constant"
-            rename(index, f"{nodes[0] if nodes else 'unnamed'}/{kind}")
-        for entry in [*self.signature.inputs, *self.signature.outputs]:
-            self.graph.tensors[entry.tensorIndex].name = entry.name
+            name = self._names.get(index, f"{nodes[0] if nodes else 'converter'}/{kind}")
+            name = border.get(index, name)
+            count = taken.get(name, 0)
+            taken[name] = count + 1
+            self.graph.tensors[index].name = f"{name}:{count}" if count and index not in border else name
 
     def name_signature(self, inputs: Sequence[str], outputs: Sequence[str]) -> None:
         """Give the signature the program's names, in place of the converter's numbered ones."""
@@ -171,6 +194,7 @@ class Flatbuffer:
             old = entry.tensorIndex
             if entry.name in float_inputs and self.graph.tensors[old].type == int8:
                 new = self._float_copy(old)
+                self._names[old] = f"{entry.name}/int8"
                 self.graph.operators.insert(0, self._operator("QUANTIZE", new, old))
                 self.graph.inputs = [new if index == old else index for index in self.graph.inputs]
                 entry.tensorIndex = new
@@ -178,15 +202,42 @@ class Flatbuffer:
             old = entry.tensorIndex
             if entry.name in float_outputs and self.graph.tensors[old].type == int8:
                 new = self._float_copy(old)
+                self._names[old] = f"{entry.name}/int8"
                 self.graph.operators.append(self._operator("DEQUANTIZE", old, new))
                 self.graph.outputs = [new if index == old else index for index in self.graph.outputs]
                 entry.tensorIndex = new
 
+    def float_where_fixed(self, fixed: Mapping[str, tuple[float, int]]) -> int:
+        """Compute operators in float32 whose int8 kernels take one output scale only; returns how many.
+
+        The values before and after keep the program's scales: DEQUANTIZE and QUANTIZE stand around the operator.
+
+        Args:
+            fixed: scale and zero point that the kernel of an operator type demands.
+        """
+        made, changed = [], 0
+        for item in self.graph.operators:
+            needed = fixed.get(self.op_type(item))
+            output = self.graph.tensors[item.outputs[0]]
+            parameters = output.quantization
+            if needed is None or output.type != self.schema.TensorType.INT8 or _is(parameters, needed):
+                made.append(item)
+                continue
+            changed += 1
+            source, result = int(item.inputs[0]), int(item.outputs[0])
+            wide_source, wide_result = self._float_copy(source), self._float_copy(result)
+            item.inputs = np.array([wide_source, *item.inputs[1:]], np.int32)
+            item.outputs = np.array([wide_result], np.int32)
+            before = self._operator("DEQUANTIZE", source, wide_source)
+            made += [before, item, self._operator("QUANTIZE", wide_result, result)]
+        self.graph.operators = made
+        return changed
+
     def halve_weights(self) -> int:
         """Store float32 constants in float16, behind a DEQUANTIZE each; returns how many.
 
-        Raises:
-            InternalError: a constant is no float16 number.
+        Those of the program are float16 numbers already. What the converter folds (a normalization into a
+        convolution) is rounded; a constant that float16 does not hold stays.
         """
         types = self.schema.TensorType
         halved = 0
@@ -196,9 +247,10 @@ class Flatbuffer:
             if tensor.type != types.FLOAT32 or data is None or len(data) < 4 * _FEWEST_HALVED:
                 continue
             wide = np.frombuffer(bytes(data), np.float32)
-            narrow = wide.astype(np.float16)
-            if not np.array_equal(narrow.astype(np.float32), wide, equal_nan=True):
-                continue  # made by the converter, by folding two constants: no number of the program
+            with np.errstate(over="ignore"):
+                narrow = wide.astype(np.float16)
+            if not np.isfinite(narrow).all():
+                continue
             stored = self._float_copy(index)
             copy = self.graph.tensors[stored]
             copy.type, copy.buffer = types.FLOAT16, len(self.model.buffers)
@@ -270,6 +322,10 @@ def _aligned(schema: Any, buffer: Any) -> Any:
             return schema.BufferEnd(builder)
 
     return Aligned(buffer.data, buffer.offset, buffer.size)
+
+
+def _is(parameters: Any, needed: tuple[float, int]) -> bool:
+    return float(parameters.scale[0]) == np.float32(needed[0]) and int(parameters.zeroPoint[0]) == needed[1]
 
 
 def _text(name: bytes | str | None) -> str:

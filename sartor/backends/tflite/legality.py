@@ -17,6 +17,7 @@ from sartor.backends.legality import (
     no_functions,
     opset_at_most,
 )
+from sartor.backends.precision import agreeing_precision
 from sartor.backends.protocol import Capabilities, LegalityReport, TargetOptions, require_precision
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ def _no_tail(program: Program, options: TargetOptions) -> Check:
 RULES = Rules(
     model=(
         opset_at_most(MAX_OPSET),
+        agreeing_precision(),
         fixed_shapes(),
         max_rank(MAX_RANK),
         ModelRule("no-tail", "Every node is understood; none is left as it is.", _no_tail),

@@ -18,7 +18,10 @@ if TYPE_CHECKING:
     from sartor.ir.program import Program
 
 FILE = "model.tflite"
+FIXED_SCALES = {"SOFTMAX": (1 / 256, -128), "LOG_SOFTMAX": (16 / 256, 127)}
+"""Scale and zero point that int8 kernels demand of their output (tflite/kernels/activations.cc)."""
 _IMAGE_RANK = 4
+_LONGEST_CHAIN = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,6 +109,7 @@ def _convert(
     from sartor.backends.tflite.convert import convert
     from sartor.backends.tflite.flatbuffer import Flatbuffer
     from sartor.backends.tflite.modules import traceable
+    from sartor.backends.tflite.parity import require_same
 
     made = traceable(program, channel_last=turned)
     examples = []
@@ -117,12 +121,15 @@ def _convert(
     content = convert(made.module, tuple(examples), quantized=options.precision == "int8")
     flatbuffer = Flatbuffer(content, made.nodes_of)
     flatbuffer.name_signature([s.name for s in inputs], [s.name for s in outputs])
+    flatbuffer.tell_outputs({v.name or "": _chain(v) for v in program.graph.outputs})
     floats = [[s.name for s in specs if s.dtype == "float32"] for specs in (inputs, outputs)]
     flatbuffer.float_border(*floats)
+    flatbuffer.float_where_fixed(FIXED_SCALES)
     if options.precision == "f16":
         flatbuffer.halve_weights()
     flatbuffer.name_tensors()
     facts = {
+        "quantized_tensors": require_same(program, flatbuffer) if options.precision == "int8" else 0,
         "transposes": flatbuffer.transposes(),
         "operators": [
             {"op_type": o.op_type, "nodes": list(o.nodes), "outputs": list(o.outputs)}
@@ -130,6 +137,18 @@ def _convert(
         ],
     }
     return flatbuffer.to_bytes(), facts
+
+
+def _chain(value: Any) -> list[str]:
+    """Nodes behind an output along first inputs, the nearest first, without those that only change precision."""
+    found: list[str] = []
+    node = value.producer()
+    while node is not None and len(found) < _LONGEST_CHAIN:
+        if node.op_type not in ("QuantizeLinear", "DequantizeLinear"):
+            found.append(node.name)
+        source = node.inputs[0] if node.inputs else None
+        node = source.producer() if source is not None else None
+    return found
 
 
 def _images(specs: tuple[TensorSpec, ...]) -> tuple[int, ...]:

@@ -43,8 +43,8 @@ class Traceable:
 
     def nodes_of(self, tensor_name: str) -> tuple[str, ...]:
         """Nodes that the converter's name of a tensor tells of, the one that gave the value first."""
-        found = (self.nodes[int(number)] for number in _STEP.findall(tensor_name))
-        return tuple(dict.fromkeys(found))
+        found = dict.fromkeys(int(number) for number in _STEP.findall(tensor_name))
+        return tuple(self.nodes[number] for number in found)
 
 
 def traceable(program: Program, *, channel_last: tuple[tuple[int, ...], tuple[int, ...]]) -> Traceable:
@@ -110,15 +110,16 @@ def _replace(twin: fx.GraphModule, item: fx.Node, key: str) -> None:
     elif item.target is _DEQUANTIZE:
         scale, zero_point = _parameters(twin, item)
         stored = _stored(twin, item.args[0])
+        axis = int(item.kwargs.get("axis", 1))  # type: ignore[arg-type]
         if stored is None:
             step = Step(_from_int8, {"scale": float(scale), "zero_point": int(zero_point)})
             item.args = item.args[:1]
         elif stored.dtype is torch.int32:
             # Biases get the product of both scales in the flatbuffer, which is what the program's are.
-            step = _Constant(_dequantized(stored, scale, zero_point, item.kwargs.get("axis", 1)))
+            step = _Constant(_dequantized(stored, scale, zero_point, axis))
             item.args = ()
         else:
-            step = _Int8Weight(stored, scale, zero_point, int(item.kwargs.get("axis", 1)))
+            step = _Int8Weight(stored, scale, zero_point, axis)
             item.args = ()
     elif item.op == "call_module":
         step = Step(twin.get_submodule(str(item.target)), {})
@@ -139,14 +140,15 @@ def _from_int8(x: Tensor, *, scale: float, zero_point: int) -> Tensor:
 class _Constant(nn.Module):
     """A tensor that no operand changes."""
 
+    value: Tensor
+
     def __init__(self, value: Tensor):
         super().__init__()
         self.register_buffer("value", value)
 
     def forward(self) -> Tensor:
         """The tensor."""
-        value: Tensor = self.value
-        return value
+        return self.value
 
 
 class _Int8Weight(nn.Module):
@@ -158,18 +160,18 @@ class _Int8Weight(nn.Module):
 
     def __init__(self, stored: Tensor, scale: Tensor, zero_point: Tensor, axis: int):
         super().__init__()
-        self.axis = axis
         self.register_buffer("value", _dequantized(stored, scale, zero_point, axis))
+        self.single = (float(scale), int(zero_point), *_INT8) if scale.numel() == 1 else ()
+        self.axis = axis % max(stored.dim(), 1)
         self.register_buffer("scale", scale.reshape(-1))
         self.register_buffer("zero_point", zero_point.reshape(-1).to(torch.int64))
 
     def forward(self) -> Tensor:
         """The dequantized weight."""
         operators = torch.ops.quantized_decomposed
-        if self.scale.numel() == 1:
-            parameters = (float(self.scale), int(self.zero_point), *_INT8)
-            narrow = operators.quantize_per_tensor.default(self.value, *parameters)
-            return operators.dequantize_per_tensor.default(narrow, *parameters)
+        if self.single:
+            narrow = operators.quantize_per_tensor.default(self.value, *self.single)
+            return operators.dequantize_per_tensor.default(narrow, *self.single)
         several = (self.scale, self.zero_point, self.axis, *_INT8)
         narrow = operators.quantize_per_channel.default(self.value, *several)
         return operators.dequantize_per_channel.default(narrow, *several)

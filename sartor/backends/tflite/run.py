@@ -10,6 +10,7 @@ import numpy as np
 
 from sartor.backends import telemetry
 from sartor.backends.artifact import check_inputs, concrete_shapes, verify_files
+from sartor.backends.precision import require_lowered_for
 from sartor.backends.protocol import Artifact, Session, TargetOptions, TensorSpec, require_precision
 from sartor.backends.tflite import legality
 from sartor.errors import BackendError, UsageError
@@ -100,27 +101,14 @@ def load(artifact: Artifact, options: TargetOptions) -> TfliteSession:
         BackendError: the files were changed, or LiteRT refuses the model.
     """
     verify_files(artifact)
-    require_same_precision(artifact, options)
+    require_precision(artifact.target, legality.PRECISIONS, options)
+    require_lowered_for(artifact, options)
     return _session(artifact.main_file, artifact.inputs, artifact.metadata, options)
 
 
 def from_content(lowered: Lowered, options: TargetOptions) -> TfliteSession:
     """A session on a conversion that is no file. Raises as `load`."""
     return _session(lowered.content, lowered.inputs, lowered.metadata, options)
-
-
-def require_same_precision(artifact: Artifact, options: TargetOptions) -> None:
-    """The precision is in the file: another one needs another lowering.
-
-    Raises:
-        UsageError: names both.
-    """
-    require_precision(artifact.target, legality.PRECISIONS, options)
-    if options.precision != artifact.precision:
-        raise UsageError(
-            f"The artifact was lowered for precision '{artifact.precision}', and '{options.precision}' is asked for; "
-            "a flatbuffer has one. Lower the model for that precision."
-        )
 
 
 def _session(
