@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import itertools
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 
 from sartor.errors import UsageError
 from sartor.ir.channels import ChannelAnalysis
+from sartor.ir.fusion import CONTRACTIONS, json_attributes
 from sartor.ir.plan import Plan
 from sartor.ir.workload import build_workload
 from sartor.journal import Journal
@@ -259,13 +261,17 @@ class Selection:
         return priced
 
     def _grid(self, group: Any) -> int:
+        """The channel step that suits every operator which makes or reads the group's channels."""
         readers = {
-            node.op_type
+            node
             for member in group.members
             for node, _ in self.program.initializers[member.initializer].uses()
-            if node.op_type in ("Conv", "ConvTranspose", "Gemm", "MatMul")
+            if node.op_type in CONTRACTIONS
         }
-        return max((self.backend.channel_grid(op, self.options.precision) for op in readers), default=1)
+        precision = self.options.precision
+        return math.lcm(
+            *(self.backend.channel_grid(n.op_type, precision, json_attributes(n)) for n in readers)
+        )
 
     def _check_floor(self, limits: Mapping[str, float], baseline: Mapping[str, float], price: Price) -> None:
         least = floor(self.analysis.groups, self.blocks, self._grid, price)

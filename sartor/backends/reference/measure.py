@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import statistics
 import time
-from typing import Any
-
-from torch import fx
+from typing import TYPE_CHECKING, Any
 
 from sartor.backends.inputs import random_inputs
 from sartor.backends.protocol import Artifact, KernelTime, TargetOptions
 from sartor.backends.reference import run
 from sartor.ir.fx_run import Runner
+
+if TYPE_CHECKING:
+    from torch import fx
 
 _WARM_UP_RUNS = 1
 
