@@ -28,6 +28,7 @@ COMMANDS = {
     "targets": "list the targets, or describe one",
     "doctor": "what is installed, missing or broken here, and why",
     "conformance": "put a backend through the conformance kit",
+    "bench": "benchmark models on targets, and each target's practical roofline",
     "report": "write report.html again from report.json",
 }
 EXIT_INTERRUPTED = 128 + signal.SIGINT

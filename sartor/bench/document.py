@@ -1,0 +1,134 @@
+"""The report of a benchmark: schema `sartor.bench-report/1`.
+
+    models      what was measured: name, SHA-256, shapes, costs of one sample
+    rows        one per model, target and precision; `state` is `measured`, `imported`, `not-taken` (legality),
+                `not-run-here`, `not-available` or `failed`, with a `reason`; a metric that is missing from a row is
+                in its `absent`, with the reason
+    rooflines   one per target and precision: points of the parameterized models, envelope, fit
+    protocol    what each metric means; parameters, conditions
+    imports     results from elsewhere, with their conditions
+
+Every quantity has its unit in its name.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from sartor.bench.roofline import Roofline, envelope, fit
+from sartor.errors import InternalError, UsageError
+
+SCHEMA = "sartor.bench-report/1"
+REPORT, PAGE = "bench.json", "bench.html"
+_SECTIONS = {
+    "models": list,
+    "rows": list,
+    "rooflines": list,
+    "imports": list,
+    "protocol": dict,
+    "conditions": dict,
+}
+
+
+def finish(document: dict[str, Any]) -> dict[str, Any]:
+    """Add what follows from the measurements: F, E, rooflines, and the place of each row on them. Idempotent."""
+    models = {model["name"]: model for model in document["models"]}
+    lines: dict[tuple[str, str], Roofline] = {}
+    for roofline in document["rooflines"]:
+        points = [p for p in roofline["points"] if "latency" in p]
+        for point in points:
+            point["achieved_flop_per_s"] = point["operations_flop"] / point["latency"]["median_s"]
+        if points:
+            line = envelope([(p["operations_flop"], p["latency"]["median_s"]) for p in points])
+            lines[roofline["target"], roofline["precision"]] = line
+            roofline["envelope"] = [{"operations_flop": f, "latency_s": s} for f, s in line.vertices]
+            roofline["best_flop_per_s"] = line.best_flop_per_s
+            law, reason = fit(line)
+            roofline["fit"] = law.to_dict() if law is not None else None
+            roofline["fit_reason"] = reason
+    for row in document["rows"]:
+        _derive(row, models[row["model"]], lines.get((row["target"], row["precision"])))
+    return document
+
+
+def _derive(row: dict[str, Any], model: Mapping[str, Any], line: Roofline | None) -> None:
+    flop = model["operations_flop"]
+    if "throughput" in row:
+        rate = row["throughput"]["samples_per_s"]
+        if flop:
+            row["achieved_flop_per_s"] = rate * flop
+        if "power" in row and row["power"]["highest_w"] > 0:
+            row["efficiency_samples_per_s_per_w"] = rate / row["power"]["highest_w"]
+    if "latency" in row and flop:
+        latency = row["latency"].get("median_s", row["latency"]["mean_s"])
+        work = flop * row["latency"]["batch_samples"]
+        row["latency"]["achieved_flop_per_s"] = work / latency
+        if line is not None:
+            largest = line.vertices[-1][0]
+            if work > largest:
+                row["absent"]["roofline"] = (
+                    f"the largest generated model that was measured in its time has {largest:.3g} FLOP, and "
+                    f"'{row['model']}' has {work:.3g}"
+                )
+                return
+            reference = line.latency_s(work)
+            row["roofline"] = {"share_fraction": reference / latency, "envelope_latency_s": reference}
+
+
+def write_report(document: Mapping[str, Any], folder: str | os.PathLike[str]) -> tuple[Path, Path]:
+    """Write `bench.json` and `bench.html` to `folder`: both, each whole, or none.
+
+    Raises:
+        InternalError: a number is not finite.
+        UsageError: the file system refuses.
+    """
+    from sartor.ir.files import write_all
+    from sartor.report.bench_page import render
+
+    try:
+        text = json.dumps(document, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
+    except (TypeError, ValueError) as error:
+        raise InternalError(f"The report cannot be written as JSON: {error}.") from error
+    page = render(document)
+    written = write_all({Path(folder) / PAGE: page.encode(), Path(folder) / REPORT: text.encode()})
+    return written[1], written[0]
+
+
+def read_report(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """The report in `folder`.
+
+    Raises:
+        UsageError: there is none, or it is not of this schema.
+    """
+    path = Path(folder) / REPORT
+    document = read_json(path)
+    if not isinstance(document, dict) or document.get("schema") != SCHEMA:
+        raise UsageError(f"'{path}' is not a report of schema '{SCHEMA}'; write one with 'sartor bench'.")
+    wrong = [name for name, kind in _SECTIONS.items() if not isinstance(document.get(name), kind)]
+    if wrong:
+        raise UsageError(
+            f"'{path}' lacks its sections {', '.join(wrong)}; write it again with 'sartor bench'."
+        )
+    return document
+
+
+def read_json(path: Path) -> Any:
+    """A JSON file.
+
+    Raises:
+        UsageError: it cannot be read, or is not JSON; NaN and infinity are not.
+    """
+
+    def refuse(name: str) -> Any:
+        raise ValueError(f"{name} is not a number of JSON")
+
+    try:
+        return json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
+    except OSError as error:
+        raise UsageError(f"'{path}' cannot be read: {error.strerror}.") from error
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"'{path}' is not valid JSON: {error}.") from error
