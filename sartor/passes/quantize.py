@@ -47,8 +47,8 @@ class Quantize(Pass):
 
     Every Q and DQ pair has a scale and a zero point as initializers; a target computes what lies between pairs in
     integers. An activation function that follows a layer stays between the layer and the pair. A bias becomes
-    int32 with the scale of input times weight. Ranges come from the data's split `calibration`, by ONNX Runtime's
-    own calibrators, which also choose what is quantized.
+    int32 with the scale of input times weight. A layer that stays in float reads its operands as they are. Ranges
+    come from the data's split `calibration`, by ONNX Runtime's own calibrators, which also choose what is quantized.
 
     With `max-drop`, layers stay in float as long as the score of the split `evaluate` is further below that of the
     float program; those that cost most come first.
@@ -103,7 +103,8 @@ class Quantize(Pass):
         for node, name, scales in _biases(program, plan, quantized, rewriter):
             _quantize_constant(node, 2, name, scales, rewriter)
         _quantize_weights(plan["weights"], quantized, rewriter)
-        _quantize_activations(program, plan["activations"], rewriter)
+        kept = {rewriter.node(name) for name in plan["kept"]}
+        _quantize_activations(program, plan["activations"], kept, rewriter)
 
 
 def is_quantized(program: Program) -> bool:
@@ -259,24 +260,25 @@ def _constant(value: ir.Value | None) -> np.ndarray | None:
 
 # ---- activations ---------------------------------------------------------------------------------
 def _quantize_activations(
-    program: Program, activations: Mapping[str, Mapping[str, Any]], rewriter: Rewriter
+    program: Program, activations: Mapping[str, Mapping[str, Any]], kept: set[ir.Node], rewriter: Rewriter
 ) -> None:
     values = [*program.graph.inputs, *(output for node in program.nodes() for output in node.outputs)]
     for value in values:
         entry = activations.get(value.name or "")
         if entry is not None:
-            _quantize_activation(program, value, entry, rewriter)
+            _quantize_activation(program, value, entry, kept, rewriter)
 
 
 def _quantize_activation(
-    program: Program, value: ir.Value, entry: Mapping[str, Any], rewriter: Rewriter
+    program: Program, value: ir.Value, entry: Mapping[str, Any], kept: set[ir.Node], rewriter: Rewriter
 ) -> None:
-    """Let everything that reads `value`, the graph's outputs included, read it quantized and dequantized."""
+    """Let what reads `value`, the graph's outputs included, read it quantized and dequantized, but for `kept`."""
     name = value.name or ""
     parameters = [
         rewriter.add_initializer(f"{name}/scale", np.array(entry["scale"], np.float32)),
         rewriter.add_initializer(f"{name}/zero_point", np.array(entry["zero_point"], np.int8)),
     ]
+    as_it_is = [(user, index) for user, index in value.uses() if user in kept]
     producer = value.producer()
     insert = rewriter.insert_after if producer is not None else rewriter.insert_before
     anchor = producer if producer is not None else program.graph[0]
@@ -295,5 +297,6 @@ def _quantize_activation(
         name=f"{name}/{_DEQUANTIZE}",
     )
     rewriter.replace_value(value, dequantize.outputs[0])
-    rewriter.set_input(quantize, 0, value)  # the pair itself reads the value as it is
+    for user, index in [(quantize, 0), *as_it_is]:
+        rewriter.set_input(user, index, value)
     rewriter.count("activations_quantized")

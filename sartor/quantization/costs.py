@@ -1,9 +1,10 @@
 """What each layer costs when it is quantized, and which ones to keep in float for a score.
 
-The cost of a layer is measured by keeping it alone in float while everything else is quantized: what is gained is
-what somebody gets who keeps it. Quantizing one layer alone would say how sensitive it is, but count the error of its
-input for it, which stays when the layer before it is quantized. Errors of many layers are nearly uncorrelated, so
-that their squares add up, and the squared error of the outputs shows what no score of few samples does.
+The cost of a layer is measured by keeping it alone in float, operands and all, while everything else is quantized:
+what is gained is what somebody gets who keeps it. Quantizing one layer alone would say how sensitive it is, but count
+for it the rounding of an operand that other layers read, too, and that would stay. Errors of many layers are nearly
+uncorrelated, so that their squares add up, and the squared error of the outputs shows what no score of few samples
+does.
 """
 
 from __future__ import annotations

@@ -5,13 +5,14 @@ The quantizer writes a model of its own; only its decisions are taken from it, a
 
     {"schema": "sartor.quantization/1",
      "nodes": [names of nodes that compute on quantized operands],
+     "kept": [names of nodes that read what they read as it is],
      "activations": {value: {"scale": s, "zero_point": z}},
      "weights": {initializer: {"scales": [...], "zero_point": z, "axis": a or null, "symmetric": bool}}}
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -48,16 +49,18 @@ def place(
         program: in float32, with BatchNormalization folded.
         ranges: as `calibration.find_ranges` gives them.
         per_channel: one scale per output channel of a weight.
-        exclude: names of nodes that stay in float.
+        exclude: names of nodes that stay in float, and read their operands in float: a layer whose operand is
+            rounded is not kept.
     """
     import_vendor("onnxruntime", "sartor")
     from onnxruntime.quantization import QuantType
     from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
 
+    kept = _with_movement(program, exclude)
     candidates = [n for n in program.nodes() if n.op_type in OPERATORS and not n.domain and _alone(n)]
-    chosen = [n.name or "" for n in candidates if n.name not in exclude]
+    chosen = [n.name or "" for n in candidates if n.name not in kept]
     if not chosen:
-        return scheme((), {}, {})
+        return scheme((), kept, {}, {})
     with quiet():
         quantizer = QDQQuantizer(
             program.understood().to_proto(),
@@ -77,7 +80,7 @@ def place(
             },
         )
         model = quantizer.quantize_model()
-    return _read(program, model, set(chosen))
+    return _read(program, model, set(chosen), kept)
 
 
 def _alone(node: ir.Node) -> bool:
@@ -92,12 +95,31 @@ def _alone(node: ir.Node) -> bool:
     )
 
 
-def scheme(nodes: Any, activations: dict[str, Any], weights: dict[str, Any]) -> dict[str, Any]:
+def _with_movement(program: Program, exclude: Collection[str]) -> set[str]:
+    """`exclude`, and what only moves numbers to nodes of it."""
+    kept = set(exclude)
+    for node in reversed(list(program.nodes())):
+        readers = [user.name for output in node.outputs for user, _ in output.uses()]
+        shown = any(output.is_graph_output() for output in node.outputs)
+        if node.op_type in MOVEMENT and readers and not shown and kept.issuperset(readers):
+            kept.add(node.name or "")
+    return kept
+
+
+def scheme(
+    nodes: Iterable[str], kept: Iterable[str], activations: dict[str, Any], weights: dict[str, Any]
+) -> dict[str, Any]:
     """The document."""
-    return {"schema": SCHEMA, "nodes": list(nodes), "activations": activations, "weights": weights}
+    return {
+        "schema": SCHEMA,
+        "nodes": list(nodes),
+        "kept": sorted(kept),
+        "activations": activations,
+        "weights": weights,
+    }
 
 
-def _read(program: Program, model: Any, chosen: set[str]) -> dict[str, Any]:
+def _read(program: Program, model: Any, chosen: set[str], kept: set[str]) -> dict[str, Any]:
     """What the quantizer decided, read from the model that it wrote."""
     from onnx import numpy_helper
     from onnxruntime.quantization.quant_utils import TENSOR_NAME_QUANT_SUFFIX, add_quant_input_suffix
@@ -124,7 +146,12 @@ def _read(program: Program, model: Any, chosen: set[str]) -> dict[str, Any]:
                 "axis": None if axis is None else axis % rank,
                 "symmetric": _symmetric(program, name),
             }
-    activations = {v: activations[v] for v in _order(program) if v in activations}
+    activations = {
+        name: activations[name]
+        for value in _values(program)
+        if (name := value.name or "") in activations
+        and (value.is_graph_output() or any(user.name not in kept for user, _ in value.uses()))
+    }
     touched = [
         node.name or ""
         for node in program.nodes()
@@ -134,13 +161,13 @@ def _read(program: Program, model: Any, chosen: set[str]) -> dict[str, Any]:
             for value in (*node.inputs, *node.outputs)
         )
     ]
-    return scheme(touched, activations, dict(sorted(weights.items())))
+    present = {node.name for node in program.nodes()}
+    return scheme(touched, kept & present, activations, dict(sorted(weights.items())))
 
 
-def _order(program: Program) -> list[str]:
-    """Names of all values of the main graph, in execution order."""
-    values = [*program.graph.inputs, *(output for node in program.nodes() for output in node.outputs)]
-    return [value.name or "" for value in values]
+def _values(program: Program) -> list[ir.Value]:
+    """All values of the main graph but constants, in execution order."""
+    return [*program.graph.inputs, *(output for node in program.nodes() for output in node.outputs)]
 
 
 def _symmetric(program: Program, name: str) -> bool:
