@@ -65,6 +65,8 @@ def _summary(entry: dict[str, Any]) -> str:
         return "see below"
     if "precisions" in entry:
         flow = "control flow" if entry["control_flow"] else "no control flow"
-        return f"{entry['version']}; {', '.join(entry['precisions'])}; rank up to {entry['max_rank']}; {flow}"
+        runs = "" if not entry["not_run_here"] else "; does not run here"
+        able = ", ".join(entry["precisions"])
+        return f"{entry['version']}; {able}; rank up to {entry['max_rank']}; {flow}{runs}"
     names = ", ".join(entry["options"])
     return f"{entry['semantics']}{{{names}}}" if names else str(entry["semantics"])

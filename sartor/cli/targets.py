@@ -38,6 +38,8 @@ def run(options: argparse.Namespace) -> Result:
     ]
     lines = [table(rows, ("target", "installed", "version", "precisions"))]
     lines += [f"{e['name']}: {e['reason']}" for e in entries if not e["available"]]
+    unable = [e for e in entries if e["available"] and e["not_run_here"]]
+    lines += [f"{e['name']} lowers here and does not run here: {e['not_run_here']}" for e in unable]
     return Result({"schema": "sartor.targets/1", "targets": entries}, "\n".join(lines))
 
 

@@ -10,10 +10,11 @@ import numpy as np
 from sartor.backends.artifact import MANIFEST, open_artifact
 from sartor.backends.legality import ModelRule, NodeRule, Rules
 from sartor.backends.protocol import PRECISIONS, Capabilities, TargetOptions
-from sartor.conformance.check import Check, require
+from sartor.conformance.check import Check, Skipped, describe, require, require_error
 from sartor.conformance.compare import compare
 from sartor.conformance.models import models, sample_inputs
 from sartor.conformance.subject import Subject
+from sartor.errors import SartorError
 
 _SIMPLE = ("conv", "gemm", "activation-relu")
 _REWRITTEN = ("batch-norm", "residual-block", "group-norm", "resnet")
@@ -49,6 +50,11 @@ def checks() -> Iterator[Check]:
         _outputs,
     )
     yield Check("contract.no-paths", "The manifest names no folder of the machine that wrote it.", _no_paths)
+    yield Check(
+        "contract.not-run-here",
+        "A backend that says that this machine cannot run its artifacts refuses to load one, and says why.",
+        _not_run_here,
+    )
     yield Check("contract.settings", "A session's settings are plain data that a report can hold.", _settings)
     yield Check(
         "contract.compile", "Method compile of a legal model computes what lower and load compute.", _compile
@@ -189,6 +195,18 @@ def _no_paths(subject: Subject) -> str:
     return f"{len(text)} characters without a path of this machine"
 
 
+def _not_run_here(subject: Subject) -> str:
+    if not subject.capabilities.not_run_here:
+        raise Skipped("The backend does not say that.")
+    model, program = subject.any_program(*_SIMPLE)
+    artifact = subject.artifact(model.name)
+    return describe(
+        require_error(
+            SartorError, "Loading", lambda: subject.backend.load(artifact, subject.options(program))
+        )
+    )
+
+
 def _settings(subject: Subject) -> str:
     model, _ = subject.any_program(*_SIMPLE)
     settings = dict(subject.session(model.name).settings)
@@ -198,7 +216,7 @@ def _settings(subject: Subject) -> str:
 
 def _compile(subject: Subject) -> str:
     model, program = subject.any_program("conv", "batch-norm", "gemm")
-    subject.require_executed(subject.artifact(model.name))
+    subject.require_runs_here()
     legal = subject.backend.legalize(program)
     session = subject.backend.compile(legal.to_bytes(), subject.options(program))
     return compare(subject.reference(model.name), session.run(subject.inputs(model.name)), "f32")
@@ -207,7 +225,7 @@ def _compile(subject: Subject) -> str:
 def _prepare(subject: Subject) -> str:
     model, program = subject.any_program(*_SIMPLE)
     artifact = subject.artifact(model.name)
-    subject.require_executed(artifact)
+    subject.require_runs_here()
     session = subject.backend.load(artifact, TargetOptions(shapes=program.input_shapes))
     inputs = sample_inputs(program, 0)
     once = session.prepare({name: np.asfortranarray(array) for name, array in inputs.items()})

@@ -96,7 +96,7 @@ def _fresh(subject: Subject) -> tuple[Artifact, TargetOptions]:
 
 def _damaged(subject: Subject) -> str:
     artifact, options = _fresh(subject)
-    subject.require_executed(artifact)
+    subject.require_runs_here()
     seen = []
     for file in artifact.files:
         path = artifact.folder / file
@@ -119,7 +119,7 @@ def _damaged(subject: Subject) -> str:
 
 def _missing(subject: Subject) -> str:
     artifact, options = _fresh(subject)
-    subject.require_executed(artifact)
+    subject.require_runs_here()
     for file in artifact.files:
         path = artifact.folder / file
         original = path.read_bytes()
@@ -155,7 +155,7 @@ def _precision(subject: Subject) -> str:
 def _shape(subject: Subject) -> str:
     model, program = subject.any_program(*_SIMPLE)
     artifact = subject.artifact(model.name)
-    subject.require_executed(artifact)
+    subject.require_runs_here()
     name, shape = next(iter(program.input_shapes.items()))
     wrong = {
         "another rank": {name: shape[1:]},

@@ -118,6 +118,11 @@ class Report:
         """Nothing failed."""
         return not self.failed
 
+    @property
+    def compared(self) -> int:
+        """Models whose outputs were compared with the reference, and agree."""
+        return sum(o.id.startswith("numerics.") and o.result == "passed" for o in self.outcomes)
+
     def counts(self) -> dict[str, int]:
         """Number of checks per result."""
         found = Counter(outcome.result for outcome in self.outcomes)
@@ -134,6 +139,7 @@ class Report:
             "selected": list(self.selected),
             "conforms": self.conforms,
             "counts": self.counts(),
+            "models_compared": self.compared,
             "seconds": round(self.seconds, 1),
             "checks": [outcome.to_dict() for outcome in self.outcomes],
         }

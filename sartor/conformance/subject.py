@@ -17,9 +17,6 @@ from sartor.errors import SartorError
 if TYPE_CHECKING:
     from sartor.ir.program import Program
 
-NOT_EXECUTED = "executed"
-"""Key of an artifact's metadata; False says that this machine can make such artifacts but not run them."""
-
 
 class Subject:
     """One registered backend.
@@ -104,15 +101,15 @@ class Subject:
         key = (model, precision)
         if key not in self._sessions:
             artifact = self.artifact(model, precision)
-            self.require_executed(artifact)
+            self.require_runs_here()
             program = models()[model].program(precision)
             self._sessions[key] = self.backend.load(artifact, self.options(program, precision))
         return self._sessions[key]
 
-    def require_executed(self, artifact: Artifact) -> None:
-        """Skip a check that runs an artifact which says that this machine cannot."""
-        if artifact.metadata.get(NOT_EXECUTED) is False:
-            raise Skipped("The artifact says 'executed: false': this machine cannot run it.")
+    def require_runs_here(self) -> None:
+        """Skip a check that runs an artifact where the backend says that this machine cannot."""
+        if self.capabilities.not_run_here:
+            raise Skipped(f"The backend lowers here and does not run here: {self.capabilities.not_run_here}")
 
     def inputs(self, model: str, precision: str = "f32", seed: int = 0) -> dict[str, np.ndarray]:
         """Inputs of the model at its reference shapes."""

@@ -35,8 +35,8 @@ def lower(program: Program, folder: Path, options: TargetOptions) -> Artifact:
         instructions, block = tape.assemble(program.to_proto())
         (temporary / TAPE).write_text(tape.text(instructions), encoding="utf-8")
         (temporary / WEIGHTS).write_bytes(block)
-        # Metadata is yours: versions and settings. Two keys have a meaning for Sartor: 'executed: false' says that
-        # this machine can make but not run the artifact, 'reproducible: false' that bytes differ every time.
+        # Metadata is yours: versions and settings. One key has a meaning for Sartor: 'reproducible: False' says
+        # that the bytes differ every time.
         return (TAPE, WEIGHTS), {"format": tape.FORMAT}
 
     return write_artifact(program, folder, options, target=legality.NAME, write=write)
