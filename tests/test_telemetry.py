@@ -63,7 +63,7 @@ from sartor import backends
 from sartor.backends.protocol import TargetOptions
 program = small_cnn(16)
 os.environ['SARTOR_CACHE'] = sys.argv[2] + '/cache'
-for name in ('onnxruntime', 'openvino', 'reference', 'tflite', 'tflite-channel-last'):
+for name in ('onnxruntime', 'openvino', 'reference', 'tflite', 'tflite-channel-last', 'tflite-micro'):
     backend = backends.get(name)
     artifact = backend.lower(program, pathlib.Path(sys.argv[2]) / name, TargetOptions())
     options = TargetOptions(shapes=program.input_shapes)
@@ -105,7 +105,8 @@ def execute(code: str, tmp_path: Path) -> tuple[int, list[str], list[str]]:
 def test_the_built_in_backends_are_these():
     owners = {plugin.name for plugin in backends.REGISTRY.plugins() if plugin.owner.split()[0] == "sartor"}
     # A new one must join WORK.
-    assert owners == {"onnxruntime", "openvino", "reference", "tensorrt", "tflite", "tflite-channel-last"}
+    tflite = {"tflite", "tflite-channel-last", "tflite-micro"}
+    assert owners == {"onnxruntime", "openvino", "reference", "tensorrt"} | tflite
 
 
 def test_backends_neither_connect_nor_write_to_home(tmp_path):

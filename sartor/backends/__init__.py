@@ -24,6 +24,7 @@ REGISTRY = Registry(
         "tensorrt": "sartor.backends.tensorrt:TensorRTBackend",
         "tflite": "sartor.backends.tflite:TfliteBackend",
         "tflite-channel-last": "sartor.backends.tflite:ChannelLastTfliteBackend",
+        "tflite-micro": "sartor.backends.tflite_micro:TfliteMicroBackend",
     },
 )
 

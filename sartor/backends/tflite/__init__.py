@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -17,6 +18,7 @@ from sartor.backends.protocol import (
 
 if TYPE_CHECKING:
     from sartor.backends.legality import Rules
+    from sartor.backends.tflite.lower import Recipe
     from sartor.ir.program import Program
 
 
@@ -63,7 +65,7 @@ class TfliteBackend:
         """Write `model.tflite` at the reference shapes; an equal conversion is taken from the cache."""
         from sartor.backends.tflite import lower
 
-        return lower.lower(program, folder, options, target=self.name, channel_last=self.channel_last_io)
+        return lower.write(program, folder, options, self._recipe())
 
     def load(self, artifact: Artifact, options: TargetOptions) -> Session:
         """An interpreter on the artifact's flatbuffer."""
@@ -75,15 +77,19 @@ class TfliteBackend:
         """A session on a serialized ONNX model: loaded, converted and run in this process."""
         from sartor.backends.tflite import lower, run
 
-        return run.from_content(
-            lower.compile_model(model, options, target=self.name, channel_last=self.channel_last_io), options
-        )
+        return run.from_content(lower.convert_bytes(model, options, self._recipe()), options)
 
     def profile(self, artifact: Artifact, options: TargetOptions, runs: int = 20) -> list[KernelTime]:
         """Kernel times from LiteRT's profiler."""
         from sartor.backends.tflite import measure
 
         return measure.profile(artifact, options, runs)
+
+    def _recipe(self) -> Recipe:
+        from sartor.backends.tflite import legality, lower
+
+        check = functools.partial(legality.check, self.name)
+        return lower.Recipe(self.name, check, channel_last=self.channel_last_io)
 
 
 class ChannelLastTfliteBackend(TfliteBackend):

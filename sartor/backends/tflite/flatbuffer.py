@@ -131,6 +131,16 @@ class Flatbuffer:
                 counts["at_outputs"] += int(item.outputs[0]) in outputs
         return counts
 
+    def order(self) -> dict[str, list[str]]:
+        """Names of inputs and outputs in the order of the subgraph's own lists."""
+        found = {}
+        for kind, entries in (("inputs", self.signature.inputs), ("outputs", self.signature.outputs)):
+            names: dict[int, list[str]] = {}  # two outputs may be one tensor
+            for entry in entries:
+                names.setdefault(int(entry.tensorIndex), []).append(_text(entry.name))
+            found[kind] = [names[int(index)].pop(0) for index in getattr(self.graph, kind)]
+        return found
+
     def quantization(self) -> dict[str, Parameters]:
         """Scales and zero points by tensor name, of every quantized tensor."""
         found = {}

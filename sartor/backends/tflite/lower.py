@@ -5,14 +5,15 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sartor.backends.artifact import write_artifact
 from sartor.backends.legality import require_legal
-from sartor.backends.protocol import Artifact, TargetOptions, TensorSpec
-from sartor.backends.tflite import cache, legality, legalize
+from sartor.backends.protocol import Artifact, LegalityReport, TargetOptions, TensorSpec
+from sartor.backends.tflite import cache, legalize
+from sartor.errors import BackendError, ModelError
 
 if TYPE_CHECKING:
     from sartor.ir.program import Program
@@ -22,6 +23,23 @@ FIXED_SCALES = {"SOFTMAX": (1 / 256, -128), "LOG_SOFTMAX": (16 / 256, 127)}
 """Scale and zero point that int8 kernels demand of their output (tflite/kernels/activations.cc)."""
 _IMAGE_RANK = 4
 _LONGEST_CHAIN = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """How a target wants its flatbuffer.
+
+    Attributes:
+        target: backend name.
+        check: its legality, of a legalized program.
+        channel_last: images are channel-last at the border of the file.
+        fixed_scales: see `FIXED_SCALES`.
+    """
+
+    target: str
+    check: Callable[[Program, TargetOptions], LegalityReport]
+    channel_last: bool = False
+    fixed_scales: Mapping[str, tuple[float, int]] = dataclasses.field(default_factory=lambda: FIXED_SCALES)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,50 +57,62 @@ class Lowered:
     metadata: Mapping[str, Any]
 
 
-def lower(
-    program: Program, folder: Path, options: TargetOptions, *, target: str, channel_last: bool
+def write(
+    program: Program,
+    folder: Path,
+    options: TargetOptions,
+    recipe: Recipe,
+    finish: Callable[[Lowered], Lowered] = lambda lowered: lowered,
 ) -> Artifact:
-    """Write `model.tflite` at the reference shapes.
+    """Write `model.tflite` at the reference shapes; `finish` may add to its metadata.
 
     Raises:
         UsageError: precision, shapes or folder; litert-torch is not installed.
         BackendError: the program breaks a legality rule, or conversion fails.
     """
-    fixed = _legal(program, options, target)
+    fixed = _legal(program, options, recipe)
 
-    def write(temporary: Path) -> tuple[tuple[str, ...], Mapping[str, Any]]:
-        lowered = _lowered(fixed, options, channel_last)
+    def into(temporary: Path) -> tuple[tuple[str, ...], Mapping[str, Any]]:
+        lowered = finish(_lowered(fixed, options, recipe))
         (temporary / FILE).write_bytes(lowered.content)
         return (FILE,), lowered.metadata
 
-    return write_artifact(fixed, folder, options, target=target, write=write)
+    return write_artifact(fixed, folder, options, target=recipe.target, write=into)
 
 
-def compile_model(model: bytes, options: TargetOptions, *, target: str, channel_last: bool) -> Lowered:
-    """The flatbuffer of a serialized ONNX model. Raises as `lower`."""
+def convert_bytes(model: bytes, options: TargetOptions, recipe: Recipe) -> Lowered:
+    """The flatbuffer of a serialized ONNX model. Raises as `write`."""
     from sartor.ir.load import load
 
     with tempfile.TemporaryDirectory(prefix="sartor-tflite-") as folder:
         path = Path(folder) / "model.onnx"
         path.write_bytes(model)
-        program = load(path, shapes=options.shapes)
-        return _lowered(_legal(program, options, target), options, channel_last)
+        try:
+            program = load(path, shapes=options.shapes)
+        except ModelError as error:
+            raise BackendError(f"The model cannot be converted: {error}") from error
+        return _lowered(_legal(program, options, recipe), options, recipe)
 
 
-def _legal(program: Program, options: TargetOptions, target: str) -> Program:
+def _legal(program: Program, options: TargetOptions, recipe: Recipe) -> Program:
     legal = legalize.legalize(program)
-    require_legal(target, legality.check(target, legal, options))
+    require_legal(recipe.target, recipe.check(legal, options))
     return legalize.at_shapes(legal, {**program.input_shapes, **options.shapes})
 
 
-def _lowered(program: Program, options: TargetOptions, channel_last: bool) -> Lowered:
+def _lowered(program: Program, options: TargetOptions, recipe: Recipe) -> Lowered:
     """Convert a legal program of concrete shapes, or find its conversion."""
     inputs = tuple(_spec(value) for value in program.graph.inputs)
     outputs = tuple(_spec(value) for value in program.graph.outputs)
-    turned = tuple(_images(specs) if channel_last else () for specs in (inputs, outputs))
-    key = cache.key_of(program.sha256(), {"precision": options.precision, "channel_last": channel_last})
+    turned = tuple(_images(specs) if recipe.channel_last else () for specs in (inputs, outputs))
+    settings = {
+        "precision": options.precision,
+        "channel_last": recipe.channel_last,
+        "fixed_scales": {name: list(pair) for name, pair in recipe.fixed_scales.items()},
+    }
     content, facts = cache.kept(
-        key, lambda: _convert(program, options, inputs, outputs, (turned[0], turned[1]))
+        cache.key_of(program.sha256(), settings),
+        lambda: _convert(program, options, recipe, (inputs, outputs), (turned[0], turned[1])),
     )
     metadata = {
         "runtime": f"litert {importlib.metadata.version('ai-edge-litert')}",
@@ -100,8 +130,8 @@ def _lowered(program: Program, options: TargetOptions, channel_last: bool) -> Lo
 def _convert(
     program: Program,
     options: TargetOptions,
-    inputs: tuple[TensorSpec, ...],
-    outputs: tuple[TensorSpec, ...],
+    recipe: Recipe,
+    border: tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]],
     turned: tuple[tuple[int, ...], tuple[int, ...]],
 ) -> cache.Conversion:
     import torch
@@ -111,6 +141,7 @@ def _convert(
     from sartor.backends.tflite.modules import traceable
     from sartor.backends.tflite.parity import require_same
 
+    inputs, outputs = border
     made = traceable(program, channel_last=turned)
     examples = []
     for position, spec in enumerate(inputs):
@@ -122,14 +153,15 @@ def _convert(
     flatbuffer = Flatbuffer(content, made.nodes_of)
     flatbuffer.name_signature([s.name for s in inputs], [s.name for s in outputs])
     flatbuffer.tell_outputs({v.name or "": _chain(v) for v in program.graph.outputs})
-    floats = [[s.name for s in specs if s.dtype == "float32"] for specs in (inputs, outputs)]
+    floats = [[s.name for s in specs if s.dtype == "float32"] for specs in border]
     flatbuffer.float_border(*floats)
-    flatbuffer.float_where_fixed(FIXED_SCALES)
+    flatbuffer.float_where_fixed(recipe.fixed_scales)
     if options.precision == "f16":
         flatbuffer.halve_weights()
     flatbuffer.name_tensors()
     facts = {
         "quantized_tensors": require_same(program, flatbuffer) if options.precision == "int8" else 0,
+        "order": flatbuffer.order(),
         "transposes": flatbuffer.transposes(),
         "operators": [
             {"op_type": o.op_type, "nodes": list(o.nodes), "outputs": list(o.outputs)}

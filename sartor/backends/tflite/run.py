@@ -46,7 +46,8 @@ class Border:
                     "have 32 bits. Pass numbers between -2147483648 and 2147483647."
                 )
             array = narrow
-        return np.ascontiguousarray(np.moveaxis(array, 1, -1) if name in self._turned_inputs else array)
+        turned = np.moveaxis(array, 1, -1) if name in self._turned_inputs else array
+        return np.asarray(turned, order="C")
 
     def taken(self, name: str, array: np.ndarray) -> np.ndarray:
         """A copy of an output, as the program declares it."""
