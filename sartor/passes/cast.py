@@ -128,8 +128,9 @@ def _largest(program: Program, context: Context) -> dict[str, float]:
 
     split = next((context.data[k] for k in ("calibration", "train", "evaluate") if context.data.get(k)), None)
     given = next(iter(split), None) if split is not None else None
-    inputs = given[0] if given is not None else random_inputs(program, seed=context.seed)
     free = program.batch.inputs if program.batch.symbolic else ()
+    size = _SAMPLES if free else None
+    inputs = given[0] if given is not None else random_inputs(program, size=size, seed=context.seed)
     inputs = {name: array[:_SAMPLES] if name in free else array for name, array in inputs.items()}
     by_node = largest_magnitudes(program, inputs)
     found = {
