@@ -15,7 +15,7 @@ from builders import node, program_from_nodes
 import sartor
 from sartor import backends
 from sartor.backends.coverage import STATUSES, coverage
-from sartor.backends.legality import NodeRule, Rules, check_rules
+from sartor.backends.legality import NodeRule, Rules, check_rules, no_control_flow
 from sartor.backends.protocol import TargetOptions
 from sartor.cli import main
 from sartor.errors import BackendError
@@ -113,7 +113,7 @@ def test_rules_about_the_model_are_no_nodes():
     assert "opset-version" in {f.rule for f in found.model}
 
 
-def test_branches_count():
+def branching():
     then, other = (
         onnx.helper.make_graph(
             [onnx.helper.make_node(op, ["x"], [op], name=op)],
@@ -123,13 +123,24 @@ def test_branches_count():
         )
         for op in ("Tanh", "Sigmoid")
     )
-    program = program_from_nodes(
+    return program_from_nodes(
         [onnx.helper.make_node("If", ["c"], ["y"], name="choice", then_branch=then, else_branch=other)],
         {"x": ["N", 4]},
         ["y"],
         {"c": np.asarray(True)},
     )
-    assert statuses(coverage(program, Picky())) == {"choice": "taken", "Tanh": "stops", "Sigmoid": "taken"}
+
+
+def test_branches_count():
+    found = statuses(coverage(branching(), Picky()))
+    assert found == {"choice": "taken", "Tanh": "stops", "Sigmoid": "taken"}
+
+
+def test_control_flow_can_be_refused():
+    program, rules = branching(), Rules(nodes=(no_control_flow(),))
+    (found,) = check_rules(program, TargetOptions(), rules).violations
+    assert (found.node, found.observed) == ("choice", "If with else_branch, then_branch")
+    assert check_rules(simple("Tanh"), TargetOptions(), rules).ok
 
 
 def test_coverage_agrees_with_legality():

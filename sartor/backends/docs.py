@@ -60,7 +60,8 @@ def markdown(name: str, backend: Backend | None = None) -> str:
     own = importlib.import_module(type(backend).__module__)
     laws = _legality(backend)
     precisions = getattr(laws, "PRECISIONS", capabilities.precisions)
-    plain = sorted((CANONICAL_OPS | STRUCTURAL_OPS) - set(rules.operators))
+    known = CANONICAL_OPS | (STRUCTURAL_OPS if capabilities.control_flow else frozenset())
+    plain = sorted(known - set(rules.operators))
     lines = [f"# {name}", "", _MARK, "", *_text(inspect.getdoc(own)), ""]
     lines += [
         f"- Precisions: {_codes(precisions)}.",

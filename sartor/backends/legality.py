@@ -141,6 +141,16 @@ def no_functions() -> NodeRule:
     return NodeRule("no-functions", "Model functions are inlined before lowering.", check)
 
 
+def no_control_flow() -> NodeRule:
+    """There are no bodies that run by choice or again; for runtimes without them."""
+
+    def check(program: Program, node: ir.Node) -> Check:
+        bodies = sorted(n for n, a in node.attributes.items() if a.type.name in ("GRAPH", "GRAPHS"))
+        return not bodies, f"{node.op_type} with {', '.join(bodies)}" if bodies else node.op_type
+
+    return NodeRule("control-flow", "No node has a body of its own (If, Loop, Scan).", check)
+
+
 def max_rank(limit: int) -> ModelRule:
     """No tensor has more axes than the runtime's kernels take."""
 
