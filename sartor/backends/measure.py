@@ -153,7 +153,8 @@ def measure(
     Args:
         backend_name: registered backend.
         artifacts: lowered by that backend; the first is the baseline.
-        options: threads, precision, and shapes instead of the artifacts' reference shapes.
+        options: threads, precision, and shapes instead of the artifacts' reference shapes. An artifact that was
+            lowered for another precision runs in its own.
         min_rounds: never fewer, unless the time is over.
         max_rounds: never more.
         time_limit_s: for the rounds together; at least `rounds.FEWEST_ROUNDS` are always made.

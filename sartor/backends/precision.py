@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING
 
 from sartor.backends.legality import Check, ModelRule
@@ -45,11 +46,17 @@ def agreeing_precision() -> ModelRule:
 
     def check(program: Program, options: TargetOptions) -> Check:
         found, why = _form(program)
-        wanted = "f32" if options.precision == "bf16" else options.precision
+        wanted = _written(options.precision)
         advice = f"use --precision {found}" if found != "f32" else _HOW.get(wanted, "")
         return found == wanted, f"{found} ({why})" + ("" if found == wanted else f"; {advice}")
 
     return ModelRule("precision", "The program is written in the precision that it is lowered for.", check)
+
+
+def as_lowered(artifact: Artifact, options: TargetOptions) -> TargetOptions:
+    """Options in the precision of the artifact, so that artifacts of several can be measured against each other."""
+    same = _written(artifact.precision) == _written(options.precision)
+    return options if same else dataclasses.replace(options, precision=artifact.precision)
 
 
 def require_lowered_for(artifact: Artifact, options: TargetOptions) -> None:
@@ -58,10 +65,14 @@ def require_lowered_for(artifact: Artifact, options: TargetOptions) -> None:
     Raises:
         UsageError: names both; f32 and bf16 are one program.
     """
-    same = {"bf16": "f32"}
     made, wanted = artifact.precision, options.precision
-    if same.get(made, made) != same.get(wanted, wanted):
+    if _written(made) != _written(wanted):
         raise UsageError(
             f"The artifact '{artifact.files[0]}' was lowered for precision '{made}' and cannot run in '{wanted}'. "
             f"Use --precision {made}, or lower the program for '{wanted}'."
         )
+
+
+def _written(precision: str) -> str:
+    """The precision that a program is written in, which bf16 is none of."""
+    return "f32" if precision == "bf16" else precision

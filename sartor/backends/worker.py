@@ -28,6 +28,7 @@ from sartor import backends
 from sartor.backends import host
 from sartor.backends.arrays import load_arrays, save_arrays
 from sartor.backends.inputs import random_inputs
+from sartor.backends.precision import as_lowered
 from sartor.backends.protocol import Artifact, Backend, Session, TargetOptions
 from sartor.backends.rounds import Round, run_rounds
 from sartor.errors import SartorError
@@ -135,7 +136,8 @@ class _Subjects:
             self._padding.extend(bytearray(self._generator.randrange(1, 1 << 16)) for _ in range(8))
             artifact = self._artifacts[index]
             shapes = {**artifact.shapes, **self._options.shapes}
-            session = self._backend.load(artifact, dataclasses.replace(self._options, shapes=shapes))
+            options = as_lowered(artifact, dataclasses.replace(self._options, shapes=shapes))
+            session = self._backend.load(artifact, options)
             self.sessions[index] = session
             self.runners[index] = _prepare(session, _inputs(session, shapes, self._request))
         for run in self.runners if self.loads else ():
