@@ -141,6 +141,46 @@ def test_a_tail_is_illegal(tmp_path):
     assert "'where'" in report.violations[0].observed
 
 
+def quantized():
+    """x, quantized, times a quantized matrix."""
+    rng = np.random.default_rng(0)
+    nodes = [
+        node("QuantizeLinear", ["x", "s", "z"], ["xq"]),
+        node("DequantizeLinear", ["xq", "s", "z"], ["xf"]),
+        node("DequantizeLinear", ["w", "ws"], ["wf"], axis=1),
+        node("MatMul", ["xf", "wf"], ["y"]),
+    ]
+    constants = {
+        "s": np.float32([0.02]),
+        "z": np.int8([5]),
+        "w": rng.integers(-127, 128, (16, 4)).astype(np.int8),
+        "ws": rng.uniform(0.01, 0.02, 4).astype(np.float32),
+    }
+    return program_from_nodes(nodes, {"x": ["N", 16]}, ["y"], constants)
+
+
+def test_quantized_programs_are_computed_exactly(tmp_path):
+    program, backend = quantized(), backends.get("reference")
+    options = TargetOptions(precision="int8")
+    feeds = random_inputs(program)
+    session = backend.load(backend.lower(program, tmp_path / "out", options), options)
+    found = session.run(feeds)["y"]
+    np.testing.assert_array_equal(found, run_twin(program, feeds)["y"].astype(np.float32))
+    c = {name: program.initializer_array(name) for name in ("s", "z", "w", "ws")}
+    steps = np.clip(np.round(feeds["x"].astype(np.float64) / c["s"].astype(np.float64)) + 5, -128, 127) - 5
+    by_hand = (steps * np.float64(c["s"])) @ (c["w"] * c["ws"].astype(np.float64))
+    np.testing.assert_allclose(found, by_hand, rtol=1e-6)
+
+
+def test_the_form_of_the_program_and_the_precision_agree(program, artifact, tmp_path):
+    backend = backends.get("reference")
+    for wrong, precision in ((quantized(), "f32"), (program, "int8"), (program, "f16")):
+        with pytest.raises(BackendError, match=r"\[precision\]"):
+            backend.lower(wrong, tmp_path / "out", TargetOptions(precision=precision))
+    with pytest.raises(UsageError, match="was lowered for precision 'f32'"):
+        load(artifact, TargetOptions(precision="int8"))
+
+
 def test_capabilities_are_plain_data():
     capabilities = backends.get("reference").capabilities()
     assert capabilities.control_flow and capabilities.version.startswith("torch ")

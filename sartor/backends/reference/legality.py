@@ -13,6 +13,7 @@ from sartor.backends.legality import (
     fixed_shapes,
     opset_at_most,
 )
+from sartor.backends.precision import agreeing_precision
 from sartor.backends.protocol import Capabilities, LegalityReport, TargetOptions, require_precision
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ def _known(program: Program, node: ir.Node) -> Check:
 RULES = Rules(
     model=(
         opset_at_most(MAX_OPSET),
+        agreeing_precision(),
         fixed_shapes(),
         ModelRule("understood", "Every node of the model is understood; none is left as it is.", _understood),
     ),

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from sartor.backends.artifact import check_inputs, concrete_shapes, verify_files
+from sartor.backends.precision import require_lowered_for
 from sartor.backends.protocol import Artifact, Session, TargetOptions, TensorSpec, require_precision
 from sartor.backends.reference import legality
 from sartor.errors import BackendError, ModelError
@@ -96,6 +97,7 @@ def session(artifact: Artifact, options: TargetOptions, runner: Callable[..., An
     """As `load`, with `runner(program, dtype)` in place of the twin's own."""
     require_precision(legality.NAME, legality.PRECISIONS, options)
     verify_files(artifact)
+    require_lowered_for(artifact, options)
     return _session(artifact.main_file, {**artifact.shapes}, artifact.inputs, options, runner)
 
 
