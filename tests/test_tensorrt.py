@@ -77,6 +77,8 @@ def test_every_node_has_its_layers(artifact, program):
     assert list(layers) == [n.name for n in program.nodes()]
     assert layers["conv1"] == ["conv1"] and all(layers.values())
     assert ["w2", "CONSTANT"] in record["inserted"]
+    (whole,) = record["fused"].values()  # this compiler makes one layer of it all
+    assert set(whole) == set(layers)
 
 
 def test_building_again_gives_the_same_bytes_in_this_process_and_in_another(artifact, program, tmp_path):

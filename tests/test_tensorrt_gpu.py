@@ -168,7 +168,7 @@ def artifact(folder, capabilities=(CAPABILITY,), runtime="stand-in 1", content=b
     nodes = [node("Identity", ["x"], ["h"], "half"), node("Add", ["h", "h"], ["y"], "double")]
     program = program_from_nodes(nodes, {"x": (2, 3)}, ["y"])
     record = '{"nodes": [{"node": "half", "op_type": "Identity", "layers": ["half"]}, '
-    record += '{"node": "double", "op_type": "Add", "layers": ["double"]}]}'
+    record += '{"node": "double", "op_type": "Add", "layers": ["double"]}], "fused": {}}'
 
     def write(temporary):
         engines = [{"compute_capability": c, "file": f"{c}.engine"} for c in capabilities]
@@ -261,10 +261,13 @@ def test_a_profile_names_the_nodes(driver, tmp_path):
 
 def test_nodes_behind_fused_layers():
     names = ["conv0", "relu0", "conv1", "add"]
-    layers = Layers({"nodes": [{"node": n, "op_type": n[:-1], "layers": [n, f"{n}_1"]} for n in names]})
+    entries = [{"node": n, "op_type": n[:-1], "layers": [n, f"{n}_1"]} for n in names]
+    whole = {"{ForeignNode[relu0...tmp]}": ["conv1", "relu0", "gone"]}
+    layers = Layers({"nodes": entries, "fused": whole})
     assert layers.nodes("conv0 + relu0") == ("conv0", "relu0")
     assert layers.nodes("relu0_1 + conv0") == ("conv0", "relu0")
-    assert layers.nodes("{ForeignNode[relu0...add]}") == ("relu0", "conv1", "add")
+    assert layers.nodes("{ForeignNode[relu0...tmp]} + add") == ("relu0", "conv1", "add")
+    assert layers.op_type("conv0 + relu0") == "conv+relu"
     assert layers.nodes("Reformatting CopyNode for Input Tensor 0") == ()
 
 

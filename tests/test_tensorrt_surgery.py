@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 from backend_programs import small_cnn
 from builders import node, program_from_nodes, random_inputs, relative_error, run_reference
@@ -56,6 +57,16 @@ def test_indices_are_narrowed_where_onnx_allows_it(tmp_path):
     assert relative_error(run_reference(program, feeds), run_reference(legal, feeds)) == 0
     assert BACKEND.legality(program, TargetOptions()).ok and not parsed(program, tmp_path).rejected
     assert program.initializer_array("i").dtype == np.int64  # the program itself is as it was
+
+
+def test_a_scalar_index_stays_a_scalar():
+    nodes = [node("Gather", ["x", "i"], ["g"], axis=1), node("Flatten", ["g"], ["y"])]
+    program = program_from_nodes(nodes, {"x": (2, 3, 4)}, ["y"], {"i": np.array(-1)})
+    program.initializers["i"].const_value = ir.Tensor(np.array(-1), name="i")  # the builder made it [1]
+    program.initializers["i"].shape = ir.Shape(())
+    program.invalidate()
+    legal = BACKEND.legalize(program)
+    assert legal.initializer_shape("i") == () and legal.initializer_array("i").dtype == np.int32
 
 
 def test_a_constant_with_another_reader_keeps_its_type():

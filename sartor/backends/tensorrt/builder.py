@@ -22,6 +22,7 @@ from sartor.ir import protos
 SCHEMA = "sartor.tensorrt.layers/1"
 _LOG_LINES = 20
 _LAYER = "[ONNX Layer: "
+_WHOLE = "ForeignNode "  # how the log calls a part of the network that is compiled as one layer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,6 +141,15 @@ class Parsed:
         for line in lines[1:]:
             error.add_note(line)
         return error
+
+    def fused(self) -> dict[str, tuple[str, ...]]:
+        """Nodes by layer of the engine that was built last, of layers that are a whole part of the network."""
+        found = {}
+        for _, text in self.vendor.log:
+            name, divider, metadata = text.partition(" metadata: ")
+            if divider and name.startswith(_WHOLE):
+                found[name.removeprefix(_WHOLE)] = tuple(dict.fromkeys(_origins(metadata)))
+        return found
 
     def build(self, compute_capability: str | None, timing_cache: bytes | None = None) -> tuple[bytes, bytes]:
         """One engine, and the timing cache after it (empty where the flavour has none).

@@ -50,15 +50,16 @@ def lower(program: Program, folder: Path, options: TargetOptions, settings: Sett
 
     def write(temporary: Path) -> tuple[tuple[str, ...], Mapping[str, Any]]:
         beside = [path.name for path in write_all(fixed.files(temporary / ONNX)) if path.name != ONNX]
-        engines, cache = [], b""
+        engines, cache, fused = [], b"", {}
         for capability in capabilities:
             # Parsed anew for each: what a build leaves in the network is not documented.
             parsed = builder.Parsed(vendor, temporary / ONNX)
             engine, cache = parsed.build(capability if flavour.ahead_of_time else None, pinned)
             engines.append({"compute_capability": capability, "file": engine_name(str(capability))})
+            fused.update(parsed.fused())
             (temporary / engine_name(str(capability))).write_bytes(engine)
             record = parsed.record
-        text = json.dumps(record.to_dict(), indent=1, sort_keys=True) + "\n"
+        text = json.dumps({**record.to_dict(), "fused": fused}, indent=1, sort_keys=True) + "\n"
         (temporary / LAYERS).write_text(text, encoding="utf-8")
         metadata: dict[str, Any] = {
             "runtime": vendor.version,

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import re
 import statistics
+from collections.abc import Mapping
 from typing import Any
 
 from sartor.backends.inputs import random_inputs
@@ -13,7 +13,6 @@ from sartor.backends.tensorrt import run
 from sartor.backends.tensorrt.lower import LAYERS
 
 _WARM_UP_RUNS = 3
-_RANGE = re.compile(r"\{ForeignNode\[(?P<first>.*?)\.\.\.(?P<last>.*?)\]\}")
 
 
 def profile(artifact: Artifact, options: TargetOptions, runs: int) -> list[KernelTime]:
@@ -46,38 +45,28 @@ def profile(artifact: Artifact, options: TargetOptions, runs: int) -> list[Kerne
 
 
 class Layers:
-    """Nodes behind the layers of an engine, from the names that fusion leaves.
+    """Nodes behind the layers of an engine.
 
     A fused layer is called `conv0 + relu0` after the layers that it is made of, or, where the compiler took a whole
-    part of the network, `{ForeignNode[first...last]}`.
+    part of the network, `{ForeignNode[first...last]}`, of which the builder's log has told the nodes.
     """
 
-    def __init__(self, record: dict[str, Any]):
-        self._order = [entry["node"] for entry in record["nodes"]]
+    def __init__(self, record: Mapping[str, Any]):
+        self._order = {entry["node"]: index for index, entry in enumerate(record["nodes"])}
         self._types = {entry["node"]: entry["op_type"] for entry in record["nodes"]}
         self._of = {layer: entry["node"] for entry in record["nodes"] for layer in entry["layers"]}
+        self._fused = record["fused"]
 
     def nodes(self, name: str) -> tuple[str, ...]:
         """Nodes that a layer computes, in execution order; empty where its name says nothing."""
-        found: set[int] = set()
-        for match in _RANGE.finditer(name):
-            ends = [self._position(match[end]) for end in ("first", "last")]
-            if None not in ends:
-                known = [end for end in ends if end is not None]
-                found.update(range(min(known), max(known) + 1))
-        for part in _RANGE.sub("", name).split(" + "):
-            position = self._position(part.strip())
-            if position is not None:
-                found.add(position)
-        return tuple(self._order[position] for position in sorted(found))
+        found: set[str] = set()
+        for part in name.split(" + "):
+            found.update(self._fused.get(part, (self._of.get(part, part),)))
+        return tuple(sorted(found & set(self._order), key=self._order.__getitem__))
 
     def op_type(self, name: str) -> str:
         """Operators that a layer computes, joined."""
         return "+".join(dict.fromkeys(self._types[node] for node in self.nodes(name)))
-
-    def _position(self, layer: str) -> int | None:
-        node = self._of.get(layer, layer if layer in self._types else None)
-        return self._order.index(node) if node is not None else None
 
 
 def _profiler(session: run.TensorRTSession, durations: dict[str, list[float]]) -> Any:

@@ -75,7 +75,7 @@ def _replaced(node: Any, position: int, array: np.ndarray) -> None:
     """Give `node` a constant of its own; it takes over the name where nobody else reads the old one."""
     old = node.inputs[position]
     name = old.name if len(old.outputs) == 1 else f"{old.name}.{node.name}.{position}"
-    node.inputs[position] = type(old)(name, np.ascontiguousarray(array))
+    node.inputs[position] = type(old)(name, np.asarray(array, order="C"))
 
 
 def _narrow(node: Any) -> None:
