@@ -265,7 +265,9 @@ class Flatbuffer:
             copy = self.graph.tensors[stored]
             copy.type, copy.buffer = types.FLOAT16, len(self.model.buffers)
             self.model.buffers.append(self.schema.BufferT(narrow.view(np.uint8)))
-            tensor.buffer = 0
+            old, tensor.buffer = tensor.buffer, 0
+            if not any(other.buffer == old for other in self.graph.tensors):
+                self.model.buffers[old].data = None
             self.graph.operators.insert(halved, self._operator("DEQUANTIZE", stored, index))
             halved += 1
         return halved

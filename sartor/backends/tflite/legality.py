@@ -9,6 +9,7 @@ from sartor.backends import telemetry
 from sartor.backends.legality import (
     Check,
     ModelRule,
+    NodeRule,
     Rules,
     check_rules,
     fixed_shapes,
@@ -19,19 +20,54 @@ from sartor.backends.legality import (
 )
 from sartor.backends.precision import agreeing_precision
 from sartor.backends.protocol import Capabilities, LegalityReport, TargetOptions, require_precision
+from sartor.backends.tflite.operators import OPERATORS, QDQ
+from sartor.errors import ModelError
 
 if TYPE_CHECKING:
+    import onnx_ir as ir
+
     from sartor.ir.program import Program
 
 REQUIREMENT = "sartor[tflite]"
 PRECISIONS = ("f32", "f16", "int8")
 MAX_OPSET = 21
 MAX_RANK = 6
+MAX_BYTES = 1 << 31
+_TYPES = frozenset({"FLOAT", "FLOAT16", "INT32", "INT64", "BOOL"})
 _GRID_OPS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 
 
 def _no_tail(program: Program, options: TargetOptions) -> Check:
     return program.tail is None, "a tail that is left as it is" if program.tail is not None else "none"
+
+
+def _element_types(program: Program, options: TargetOptions) -> Check:
+    try:
+        types = program.types()
+    except ModelError as error:
+        return False, f"types are not known: {error}"
+    integers = {name for node in program.nodes() if node.op_type in QDQ for name in _names(node)}
+    wrong = [
+        f"'{name}' is {kind.name.lower()}"
+        for name, kind in types.items()
+        if kind.name not in _TYPES and not (kind.name == "INT8" and name in integers)
+    ]
+    return not wrong, ", ".join(wrong[:5]) or f"{len(types)} values"
+
+
+def _names(node: ir.Node) -> list[str]:
+    return [value.name or "" for value in (*node.inputs, *node.outputs) if value is not None]
+
+
+def _size(program: Program, options: TargetOptions) -> Check:
+    size = sum(v.const_value.nbytes for v in program.initializers.values() if v.const_value is not None)
+    return size < MAX_BYTES, f"{size} bytes"
+
+
+def _canonical(program: Program, node: ir.Node) -> Check:
+    from sartor.ir.canonicalize import CANONICAL_OPS
+
+    return node.op_type in CANONICAL_OPS, node.op_type
 
 
 RULES = Rules(
@@ -41,8 +77,20 @@ RULES = Rules(
         fixed_shapes(),
         max_rank(MAX_RANK),
         ModelRule("no-tail", "Every node is understood; none is left as it is.", _no_tail),
+        ModelRule(
+            "element-types",
+            "Values are float32, int32, int64 or bool; float16 in a program of that precision, int8 between "
+            "QuantizeLinear and DequantizeLinear.",
+            _element_types,
+        ),
+        ModelRule("file-size", "Weights have less than 2 GiB: a flatbuffer's offsets are 32 bits.", _size),
     ),
-    nodes=(no_functions(), known_domains("")),
+    nodes=(
+        no_functions(),
+        known_domains(""),
+        NodeRule("canonical-operator", "Operators are of the canonical table.", _canonical),
+    ),
+    operators=OPERATORS,
 )
 
 
