@@ -24,6 +24,7 @@ TIME_LIMIT_S = 600.0
 PROCESS = "sartor.conformance.process"
 """Module of the subprocess that checks run in."""
 _DIAGNOSIS_LIMIT_S = 120.0
+_START_S = 30.0  # more for the first check of a process, which imports everything
 
 
 class Runner:
@@ -66,15 +67,17 @@ class Runner:
 
     def perform(self, check: Check) -> Outcome:
         """The outcome of one check; a crash or a hang is a failed check."""
+        limit = self._time_limit_s
         if self._worker is None:
             self._worker = Worker(threads=1, module=PROCESS)
             self._processes += 1
+            limit += _START_S
         scratch = Path(self._folder.name) / str(self._processes)  # a dead process leaves half of its own
         scratch.mkdir(exist_ok=True)
         request = {"command": "check", "id": check.id, "backend": self._backend, "scratch": str(scratch)}
         started = time.monotonic()
         try:
-            return Outcome(**self._worker.ask(request, time_limit_s=self._time_limit_s))
+            return Outcome(**self._worker.ask(request, time_limit_s=limit))
         except SartorError as error:
             self._end()
             return Outcome(
