@@ -43,11 +43,12 @@ def finish(document: dict[str, Any]) -> dict[str, Any]:
         for point in points:
             point["achieved_flop_per_s"] = point["operations_flop"] / point["latency"]["median_s"]
         if points:
-            line = envelope([(p["operations_flop"], p["latency"]["median_s"]) for p in points])
+            pairs = [(p["operations_flop"], p["latency"]["median_s"]) for p in points]
+            line = envelope(pairs)
             lines[roofline["target"], roofline["precision"]] = line
             roofline["envelope"] = [{"operations_flop": f, "latency_s": s} for f, s in line.vertices]
             roofline["best_flop_per_s"] = line.best_flop_per_s
-            law, reason = fit(line)
+            law, reason = fit(pairs)
             roofline["fit"] = law.to_dict() if law is not None else None
             roofline["fit_reason"] = reason
     for row in document["rows"]:

@@ -36,7 +36,8 @@ PROTOCOL = {
     "conversion": "seconds from the program to the artifact: legality, the target's compiler in a subprocess of its "
     "own, its start included; capture and quantization are apart (preparation)",
     "roofline": "median latency at batch 1 of generated convolutional networks over depth, width, resolution and "
-    "kernel size; the envelope joins those that no other beats in both work and time",
+    "kernel size; the envelope joins those that no other beats in both work and time, and a model's share is the "
+    "envelope's time at its work over its own; above 100 % it is faster than the generated ones between which it lies",
 }
 """What each number is, by metric."""
 

@@ -1,8 +1,8 @@
 """A target's practical roofline: the envelope of what it gave networks of every size, and a law fitted to it.
 
 With work W and time L of each measured network, the envelope joins those that no other beats in both, by straight
-lines in log W and log L. It rises, and lies on or below every measured network. Two laws are fitted, by least squares
-of log L, and the closer one is kept:
+lines in log W and log L. It rises, and lies on or below every measured network. Two laws are fitted to it where
+networks were measured, by least squares of log L, and the closer one is kept:
 
     sum:  L = floor + W / rate          max:  L = max(floor, W / rate)
 
@@ -19,9 +19,9 @@ from typing import Any
 
 import numpy as np
 
-FEWEST_VERTICES = 4
+FEWEST_SIZES = 4
 SPAN = 10.0
-"""Between the smallest and the largest work of the envelope, at least, for a law to mean anything."""
+"""Between the smallest and the largest work, at least, for a law to mean anything."""
 _STEPS, _ROUNDS = 41, 6
 
 
@@ -68,9 +68,9 @@ class Fit:
         law: `sum` or `max`; see the module docstring.
         floor_s: launch floor.
         rate_flop_per_s: peak rate.
-        rms_residual_fraction: root mean square over the vertices.
+        rms_residual_fraction: root mean square over the sizes that were measured.
         worst_residual_fraction: largest absolute one.
-        vertices: number of them.
+        sizes: number of them.
     """
 
     law: str
@@ -78,7 +78,7 @@ class Fit:
     rate_flop_per_s: float
     rms_residual_fraction: float
     worst_residual_fraction: float
-    vertices: int
+    sizes: int
 
     @property
     def saturation_flop(self) -> float:
@@ -94,14 +94,17 @@ class Fit:
         return dataclasses.asdict(self) | {"saturation_flop": self.saturation_flop}
 
 
-def fit(roofline: Roofline) -> tuple[Fit | None, str]:
-    """The closer of both laws, or why there is none."""
-    works, times = np.array(roofline.vertices).T
-    if len(works) < FEWEST_VERTICES or works[-1] < SPAN * works[0]:
+def fit(points: Sequence[tuple[float, float]]) -> tuple[Fit | None, str]:
+    """The closer of both laws of the envelope of `(flop, seconds)`, or why there is none."""
+    line = envelope(points)
+    # Every size counts, not the vertices alone: all that is flat has only one of them.
+    works = np.unique([flop for flop, _ in points])
+    if len(works) < FEWEST_SIZES or works[-1] < SPAN * works[0]:
         return None, (
-            f"the envelope has {len(works)} vertices over a factor of {works[-1] / works[0]:.3g} in work; a law needs "
-            f"{FEWEST_VERTICES} over a factor of {SPAN:g}"
+            f"{len(works)} sizes over a factor of {works[-1] / works[0]:.3g} in work were measured; a law needs "
+            f"{FEWEST_SIZES} over a factor of {SPAN:g}"
         )
+    times = np.array([line.latency_s(work) for work in works])
     fits = [_fit(law, works, times) for law in ("sum", "max")]
     return min(fits, key=lambda f: f.rms_residual_fraction), ""
 

@@ -55,16 +55,22 @@ def _results(report: Report) -> str:
         for departure in row.get("departures", ()):
             first += f"<small>departs from the protocol: {escape(departure)}</small>"
         values = [found.get(key, (NONE, row["absent"].get(key, ""))) for key, _ in shown]
+        first = f'<div style="min-width: 130px">{first}</div>'
         rows.append((first, *(f"{escape(value)}<small>{escape(note)}</small>" for value, note in values)))
     if not rows:
         return section("Results", "No model gave a number on any target; the reasons are below.", "")
     titles = ("Model", *(title for _, title in shown))
-    body = markup.marked_table(rows, titles, "<" * len(titles), "stack")
+    body = _wide(markup.marked_table(rows, titles, "<" * len(titles)), 860)
     note = (
         "Every number has its own protocol, which is below; times under different protocols cannot be compared. "
         "Models on one target are timed in turn."
     )
     return section("Results", note, body)
+
+
+def _wide(body: str, pixels: int) -> str:
+    """Markup that a small window scrolls sideways instead of squeezing it."""
+    return f'<div class="scroll"><div style="min-width: {pixels}px">{body}</div></div>'
 
 
 def _refused(report: Report) -> str:
@@ -169,7 +175,7 @@ def _rate_chart(
     if law is not None:
         lines.insert(0, ("path", [_log(w, w / t) for w, t in _law(law, measured)]))
         limits = [Limit("y", math.log10(law["rate_flop_per_s"]), "peak of the law")]
-    return _scatter(points, "FLOPS at batch 1", _rate, lines, limits)
+    return _scatter(points, "FLOPS at batch 1", _round, lines, limits)
 
 
 def _law(law: Mapping[str, Any], measured: Sequence[Any]) -> list[tuple[float, float]]:
@@ -189,16 +195,17 @@ def _scatter(
     limits: Sequence[Limit],
 ) -> str:
     """On two logarithmic axes: the chart gets logarithms, and its ticks are turned back."""
-    return charts.scatter(
+    chart = charts.scatter(
         points,
         x_title="FLOP of one inference",
         y_title=y_title,
-        x_format=lambda v: count(float(f"{10**v:.3g}")),
+        x_format=lambda v: _round(10**v),
         y_format=lambda v: y_format(10**v),
         lines=lines,
         limits=limits,
         size=_CHART,
     )
+    return _wide(chart, 520)
 
 
 def _point(flop: float, value: float, name: str, text: charts.Format = seconds) -> Point:
@@ -216,7 +223,11 @@ def _log(x: float, y: float) -> tuple[float, float]:
 
 
 def _rate(value: float) -> str:
-    return f"{count(float(f'{value:.3g}'))}FLOPS"
+    return f"{_round(value)}FLOPS"
+
+
+def _round(value: float) -> str:
+    return count(float(f"{value:.3g}"))
 
 
 def _legend(models: bool, law: bool) -> str:
@@ -257,10 +268,8 @@ def _bars(rows: Sequence[Mapping[str, Any]]) -> str:
             f'<text class="tick" x="{left + long + 8:.1f}" y="{y + bar - 2}">{text}</text>'
         )
     height = row_height * len(rows) + 6
-    return (
-        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="Throughput per target">'
-        f"{''.join(parts)}</svg>"
-    )
+    svg = f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="Throughput per target">'
+    return _wide(f"{svg}{''.join(parts)}</svg>", 520)
 
 
 def _shortened(text: str) -> str:
