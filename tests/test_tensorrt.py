@@ -9,6 +9,7 @@ import sys
 
 import null_backend
 import numpy as np
+import onnx_ir as ir
 import onnx_node_cases as suite
 import pytest
 from backend_programs import small_cnn
@@ -208,6 +209,13 @@ def test_model_rules():
     big = {"w": np.array([2**40])}
     assert broken(one("Add", (2,), big, TensorProto.INT64)) == ["int64-range"]
     assert not broken(one("Add", (2,), {"w": np.array([2**31 - 1])}, TensorProto.INT64))
+
+
+def test_an_operator_of_nobody_is_found_by_its_node():
+    program = resize(mode="linear", antialias=1)
+    program.graph.append(ir.Node("com.example", "Strange", [program.graph.inputs[0]], name="strange"))
+    found = TensorRTBackend(ONE).legality(program, TargetOptions()).violations
+    assert ("strange", "operator-domain") in [(f.node, f.rule) for f in found]
 
 
 def test_turing_has_no_float32_products(program, tmp_path):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import onnx
 
 from sartor.backends import telemetry
-from sartor.backends.tensorrt import surgery
+from sartor.backends.tensorrt import operators, surgery
 from sartor.backends.tensorrt.settings import RTX, Settings
 from sartor.errors import BackendError
 
@@ -35,7 +35,7 @@ def legalize(program: Program, settings: Settings) -> Program:
     core = program.understood()
     graph = gs.import_onnx(_with_types(core))
     for part in (graph, *graph.subgraphs(recursive=True)):
-        surgery.rewrite(part, core.shapes())
+        surgery.rewrite(part, operators.inferred(core)[0])
     graph.cleanup()
     for name, hook in hooks:
         graph = _applied(gs, graph, name, hook)
@@ -51,7 +51,7 @@ def legalize(program: Program, settings: Settings) -> Program:
 def _with_types(program: Program) -> onnx.ModelProto:
     """The protobuf with shape and type of every value, at the reference shapes, for those who write surgery."""
     proto = program.to_proto()
-    shapes, types = program.shapes(), program.types()
+    shapes, types = operators.inferred(program)
     declared = {value.name for value in proto.graph.output}
     for name in (name for node in proto.graph.node for name in node.output):
         if name in shapes and name in types and name not in declared:

@@ -7,6 +7,7 @@ one is not, but for types (float64, int8 arithmetic), which the parser takes for
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -39,13 +40,14 @@ def attribute(node: ir.Node, name: str, default: Any) -> Any:
 
 
 def inferred(program: Program) -> tuple[Mapping[str, tuple[int, ...]], Mapping[str, ir.DataType]]:
-    """Shapes and types by value name; results of plugins, which ONNX does not know, are absent."""
+    """Shapes and types by value name; those that ONNX cannot infer, results of plugins among them, are absent."""
 
     def compute(program: Program) -> tuple[Mapping[str, tuple[int, ...]], Mapping[str, ir.DataType]]:
-        try:
+        with contextlib.suppress(ModelError):
             return program.shapes(), program.types()
-        except ModelError:
+        with contextlib.suppress(ModelError):
             return infer_shapes(flattened(program.model), program.input_shapes)
+        return {}, {}
 
     return program.analysis("tensorrt.inferred", compute)
 
