@@ -9,7 +9,6 @@ import sys
 
 import null_backend
 import numpy as np
-import onnx_ir as ir
 import onnx_node_cases as suite
 import pytest
 from backend_programs import small_cnn
@@ -212,8 +211,15 @@ def test_model_rules():
 
 
 def test_an_operator_of_nobody_is_found_by_its_node():
-    program = resize(mode="linear", antialias=1)
-    program.graph.append(ir.Node("com.example", "Strange", [program.graph.inputs[0]], name="strange"))
+    nodes = [
+        node("Relu", ["x"], ["r"], "strange"),
+        node(
+            "Resize", ["r", "", "s"], ["y"], "here", mode="linear", antialias=1
+        ),  # one that surgery looks at
+    ]
+    weights = {"s": np.float32([1, 1, 2, 2])}
+    program = program_from_nodes(nodes, {"x": (1, 2, 4, 4)}, ["y"], weights)
+    next(program.nodes()).domain = "com.example"
     found = TensorRTBackend(ONE).legality(program, TargetOptions()).violations
     assert ("strange", "operator-domain") in [(f.node, f.rule) for f in found]
 
