@@ -15,6 +15,7 @@ from sartor.backends.legality import NodeRule, Rules, opset_at_most
 from sartor.backends.protocol import Capabilities, TargetOptions
 from sartor.errors import UsageError
 from sartor.ir.canonicalize import CANONICAL_OPS
+from sartor.ir.cleanup import constants_to_initializers
 from sartor.ir.fusion import partition
 
 FOLDER = Path(__file__).parents[1] / "docs" / "backends"
@@ -206,6 +207,37 @@ def test_residual_sums_run_inside_the_convolution(name, other, tmp_path):
     assert "Add" in backends.get(name).capabilities().fuses["Conv"]
     found = kernels(name, residual(other), tmp_path)
     assert not {"Add", "Sum", "Eltwise"} & set(found), found
+
+
+@pytest.mark.slow  # one conversion
+def test_what_tflite_fuses_is_one_operator_of_the_flatbuffer(tmp_path):
+    """One conversion for all: a convolution of the same input for every follower, and one that is not declared."""
+    backend = backends.get("tflite")
+    try:
+        fuses = backend.capabilities().fuses["Conv"]
+    except UsageError as error:
+        pytest.skip(str(error))
+    nodes, constants, outputs = [], {}, []
+    for name in (*fuses, "LeakyRelu"):
+        first, weights, shape = lead("Conv")
+        more, others = follower(name, shape)
+        mine = {value: f"{name}.{value}" for part in (*first, *more) for value in (*part.input, *part.output)}
+        mine["x"] = "x"
+        for part in (*first, *more):
+            part.name = f"{name}.{part.name}"
+            part.input[:] = [mine[value] for value in part.input]
+            part.output[:] = [mine[value] for value in part.output]
+            nodes.append(part)
+        constants |= {mine[value]: array for value, array in (weights | others).items()}
+        outputs.append(mine["y"])
+    program = program_from_nodes(nodes, {"x": shape}, outputs, constants)
+    constants_to_initializers(program.graph)
+    program.invalidate()
+    artifact = backend.lower(program, tmp_path / "a", TargetOptions())
+    found = [entry["op_type"] for entry in artifact.metadata["operators"]]
+    assert "LeakyRelu" not in fuses
+    assert sorted(set(found)) == ["CONV_2D", "LEAKY_RELU", "TRANSPOSE"]
+    assert found.count("CONV_2D") == len(fuses) + 1 and found.count("LEAKY_RELU") == 1
 
 
 def test_the_cost_model_groups_at_least_what_the_runtimes_fuse():
