@@ -48,4 +48,4 @@ def _show(value: Any) -> str:
         return ", ".join(f"{key} {_show(item)}" for key, item in value.items()) or "-"
     if isinstance(value, list):
         return ", ".join(map(str, value)) or "-"
-    return str(value)
+    return str(value) or "-"
