@@ -57,12 +57,11 @@ def markdown(name: str, backend: Backend | None = None) -> str:
     backend = backend or backends.get(name)
     capabilities = backend.capabilities()
     rules = backend.rules()
-    own = importlib.import_module(type(backend).__module__)
     laws = _legality(backend)
     precisions = getattr(laws, "PRECISIONS", capabilities.precisions)
     known = CANONICAL_OPS | (STRUCTURAL_OPS if capabilities.control_flow else frozenset())
     plain = sorted(known - set(rules.operators))
-    lines = [f"# {name}", "", _MARK, "", *_text(inspect.getdoc(own)), ""]
+    lines = [f"# {name}", "", _MARK, "", *_about(backend), ""]
     lines += [
         f"- Precisions: {_codes(precisions)}.",
         f"- Control flow (`If`, `Loop`, `Scan`): {'native' if capabilities.control_flow else 'none'}.",
@@ -99,10 +98,8 @@ def index(names: Iterable[str]) -> str:
     lines = [_INDEX_HEAD, "| target | precisions | what it is |", "|---|---|---|"]
     for name in listed:
         backend = backends.get(name)
-        own = importlib.import_module(type(backend).__module__)
-        first = " ".join(_text(inspect.getdoc(own))[:1])
         precisions = getattr(_legality(backend), "PRECISIONS", ())
-        lines.append(f"| [`{name}`]({name}.md) | {_codes(precisions)} | {_cell(first)} |")
+        lines.append(f"| [`{name}`]({name}.md) | {_codes(precisions)} | {_cell(_about(backend)[0])} |")
     lines += ["", _GENERIC, "| rule of | what it says |", "|---|---|"]
     for function in _generic():
         lines.append(f"| `{function.__name__}` | {_cell(' '.join(_text(inspect.getdoc(function))[:1]))} |")
@@ -127,6 +124,13 @@ def _generic() -> list[Callable[..., Any]]:
         f for f in found if not f.__name__.startswith("_") and f not in (node_rules.merged, node_rules.when)
     ]
     return sorted(public, key=lambda f: (f.__module__ == node_rules.__name__, inspect.getsourcelines(f)[1]))
+
+
+def _about(backend: Backend) -> list[str]:
+    """The docstring of its package; before it what the class says, where a package has several."""
+    found = _text(inspect.getdoc(importlib.import_module(type(backend).__module__)))
+    own = re.match(r"Backend `[^`]+`: (.)(.*)", inspect.getdoc(type(backend)) or "")
+    return [own[1].upper() + own[2], "", *found] if own else found or [""]
 
 
 def _legality(backend: Backend) -> Any:
