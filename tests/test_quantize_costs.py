@@ -251,3 +251,34 @@ def test_a_pipeline_quantizes_with_data(digits, tmp_path, capsys, monkeypatch):
         *("run", "model.onnx", "--passes", passes, "--data", "data.py:digits", "-o", tmp_path / "q.onnx"),
     )
     assert code == 0 and "activations_quantized" in out, err
+
+
+def test_layers_are_listed_by_what_they_cost(digits, capsys, monkeypatch):
+    monkeypatch.chdir(digits)
+    code, out, err = run(capsys, "layers", "model.onnx", "--data", "data.py:digits", "--json")
+    assert code == 0, err
+    document = json.loads(out)
+    assert document["schema"] == "sartor.quantization-costs/1" and document["samples"] == 64
+    assert {entry["node"] for entry in document["layers"]} == {"conv0", "conv1", "linear"}
+    code, out, _ = run(capsys, "layers", "model.onnx", "--data", "data.py:digits", "--keep", "conv1")
+    assert code == 0 and "conv0" in out and "conv1" not in out
+    assert run(capsys, "layers", "model.onnx")[0] == 2
+
+
+def test_artifacts_of_two_precisions_are_measured_against_each_other(digits, tmp_path):
+    from sartor import backends
+    from sartor.backends.measure import measure
+    from sartor.backends.protocol import TargetOptions
+    from sartor.data import load_data
+    from sartor.ir.load import load
+    from sartor.precision import in_precision
+
+    program = load(digits / "model.onnx")
+    data = load_data(f"{digits / 'data.py'}:digits", list(program.input_shapes), program=program)
+    artifacts = []
+    for precision in ("f32", "int8"):
+        written, _ = in_precision(program, precision, data)
+        options = TargetOptions(precision=precision)
+        artifacts.append(backends.get("onnxruntime").lower(written, tmp_path / precision, options))
+    found = measure("onnxruntime", artifacts, TargetOptions(), min_rounds=2, max_rounds=2, time_limit_s=2.0)
+    assert len(found.latencies) == 2 and found.ratio.latency > 0

@@ -23,6 +23,7 @@ COMMANDS = {
     "run": "run a pipeline of passes",
     "apply": "replay a plan, byte-identically",
     "lower": "write the artifact of a target",
+    "layers": "what quantizing each layer costs, and which to keep in float",
     "measure": "measure latency on a target, alone or interleaved with another model",
     "verify": "compare the outputs of two ONNX files",
     "targets": "list the targets, or describe one",

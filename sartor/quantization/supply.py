@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from sartor.errors import UsageError
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from sartor.ir.program import Program
     from sartor.passes.base import Context
+    from sartor.quantization.costs import Costs
 
 Left = dict[str, str]
 
@@ -41,24 +42,61 @@ def quantization(
         UsageError: there are no data, or they do not fit; the score of the float program cannot be taken.
         BackendError: the runtime fails on the data.
     """
-    data = list(pieces(calibration_data(program, context), samples, program))
     if max_drop is not None and context.data.get("evaluate") is None:
         raise UsageError(
             "'max-drop' compares scores, and there is no split 'evaluate' to take them on; give data with it."
         )
-    left = _impossible(program, context)
-    ranges = find_ranges(program, data, calibration)
-    left |= {k: v for k, v in _out_of_range(program, unusable(ranges)).items() if k not in left}
-    scheme = place(program, ranges, per_channel=per_channel, exclude=left)
+    data, left, without = _calibrated(program, context, per_channel, calibration, samples)
+    scheme = without({})
     if max_drop is not None and scheme["nodes"]:
         from sartor.quantization.costs import keep_costly
-
-        def without(more: Mapping[str, str]) -> dict[str, Any]:
-            return place(program, ranges, per_channel=per_channel, exclude={*left, *more})
 
         scheme, costly = keep_costly(program, context, data, scheme, without, max_drop)
         left |= costly
     return scheme, list(left.items())
+
+
+def layer_costs(
+    program: Program,
+    context: Context,
+    *,
+    per_channel: bool = True,
+    calibration: str = "minmax",
+    samples: int = 256,
+) -> Costs:
+    """What quantizing each layer costs, on calibration data; see `sartor.quantization.costs`.
+
+    Args:
+        program: as for `quantization`, and so are the others.
+        context: data, and what to keep.
+        per_channel: one scale per output channel of a weight.
+        calibration: `minmax`, `entropy` or `percentile`.
+        samples: most samples that ranges and errors are taken on.
+
+    Raises:
+        UsageError: there are no data, or they do not fit.
+        BackendError: the runtime fails on the data.
+    """
+    from sartor.quantization.costs import costs
+
+    data, _, without = _calibrated(program, context, per_channel, calibration, samples)
+    return costs(program, data, without({}), without)
+
+
+def _calibrated(
+    program: Program, context: Context, per_channel: bool, calibration: str, samples: int
+) -> tuple[list[dict[str, Any]], Left, Callable[[Mapping[str, str]], dict[str, Any]]]:
+    """The data, what must stay in float, and what makes schemes that leave more of it."""
+    data = list(pieces(calibration_data(program, context), samples, program))
+    left = _impossible(program, context)
+    ranges = find_ranges(program, data, calibration)
+    left |= {k: v for k, v in _out_of_range(program, unusable(ranges)).items() if k not in left}
+    always = frozenset(left)
+
+    def without(more: Mapping[str, str]) -> dict[str, Any]:
+        return place(program, ranges, per_channel=per_channel, exclude={*always, *more})
+
+    return data, left, without
 
 
 def _impossible(program: Program, context: Context) -> Left:
