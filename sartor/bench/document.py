@@ -32,6 +32,13 @@ _SECTIONS = {
     "protocol": dict,
     "conditions": dict,
 }
+_ENTRIES = {
+    "models": ("name", "sha256", "operations_flop"),
+    "rows": ("model", "target", "precision", "state", "absent"),
+    "rooflines": ("target", "precision", "points"),
+    "imports": ("target", "conditions"),
+}
+"""What every entry of a section has."""
 
 
 def finish(document: dict[str, Any]) -> dict[str, Any]:
@@ -114,6 +121,14 @@ def read_report(folder: str | os.PathLike[str]) -> dict[str, Any]:
         raise UsageError(
             f"'{path}' lacks its sections {', '.join(wrong)}; write it again with 'sartor bench'."
         )
+    for section, keys in _ENTRIES.items():
+        for index, entry in enumerate(document[section]):
+            missing = [key for key in keys if not isinstance(entry, dict) or key not in entry]
+            if missing:
+                raise UsageError(
+                    f"'{path}' is damaged: {section}[{index}] lacks {', '.join(missing)}; write it again with "
+                    "'sartor bench'."
+                )
     return document
 
 

@@ -44,6 +44,8 @@ class Subject:
         row: its row of the report, filled step by step.
         written: in the precision of the row; None where that failed.
         artifact: None where there is none to run.
+        samples_s: timed runs at one sample.
+        warm_up_runs: before them.
     """
 
     program: Program
@@ -52,6 +54,7 @@ class Subject:
     written: Prepared | None = None
     artifact: Artifact | None = None
     samples_s: list[float] = dataclasses.field(default_factory=list)
+    warm_up_runs: int = 0
 
 
 class Target:
@@ -106,13 +109,12 @@ class Target:
             row["preparation_s"] = subject.written.seconds
             if subject.written.calibration:
                 row["calibration"] = subject.written.calibration
-        if subject.written is None:
-            return
-        report = self.backend.legality(subject.written.program, self.options)
-        if not report.ok:
-            broken = report.violations
-            more = f" (and {len(broken) - 1} more)" if len(broken) > 1 else ""
-            row |= {"state": "not-taken", "reason": f"{broken[0]}{more}"}
+            report = self.backend.legality(subject.written.program, self.options)
+            if not report.ok:
+                broken = report.violations
+                more = f" (and {len(broken) - 1} more)" if len(broken) > 1 else ""
+                row |= {"state": "not-taken", "reason": f"{broken[0]}{more}"}
+        if row["state"] != "measured" or subject.written is None:
             return
         with _blame(row):
             begun = time.perf_counter()
@@ -153,7 +155,11 @@ class Target:
         for subject in subjects:
             if subject.row["state"] == "measured":
                 samples = samples_per_run(subject.program)
-                subject.row["latency"] |= _quantiles(subject.samples_s) | {"batch_samples": samples}
+                subject.row["latency"] = {
+                    **_quantiles(subject.samples_s),
+                    "warm_up_runs": subject.warm_up_runs,
+                    "batch_samples": samples,
+                }
         return family.points
 
     def _visit(self, subject: Subject, device: Device, *, first: bool) -> None:
@@ -166,7 +172,7 @@ class Target:
             )
             subject.samples_s += done.samples_s
             if first:
-                subject.row["latency"] = {"warm_up_runs": done.warm_up_runs}
+                subject.warm_up_runs = done.warm_up_runs
 
     # ---- throughput, accuracy --------------------------------------------------------------------
     def throughput(self, subject: Subject) -> None:

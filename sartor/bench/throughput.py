@@ -61,7 +61,7 @@ def throughput(
     while not ended_by:
         batch = sizes.current
         try:
-            shapes = _load(device, artifact, program, batch, settings, folder)
+            _load(device, artifact, program, batch, settings, folder)
             with contextlib.ExitStack() as stack:
                 sampler = stack.enter_context(Sampler(sensor)) if sensor is not None else None
                 limit = _BATCH_SHARE * settings.time_limit_s
@@ -84,7 +84,6 @@ def throughput(
         batches.append(entry)
         draws.append(_draw(sampler, sensor))
         ended_by, reason = sizes.grow(time.perf_counter() - begun, stale)
-        del shapes
     if not batches:
         return None, None, reason
     at = max(range(len(batches)), key=lambda i: batches[i]["samples_per_s"])
@@ -129,16 +128,16 @@ class _Sizes:
 
 def _load(
     device: Device, artifact: Artifact, program: Program, batch: int, settings: Settings, folder: Path
-) -> dict[str, tuple[int, ...]]:
+) -> None:
     """Load the artifact for a batch, or one of its own if it was lowered for another only."""
     if batch == samples_per_run(program):
         device.load("model", artifact)
-        return {}
+        return
     shapes = {name: (batch, *program.input_shapes[name][1:]) for name in program.batch.inputs}
     free = {spec.name for spec in artifact.inputs if spec.shape and isinstance(spec.shape[0], str)}
     if set(shapes) <= free:
         device.load("model", artifact, shapes)
-        return shapes
+        return
     own = isolation.lower(
         artifact.target,
         at_batch(program, batch),
@@ -148,7 +147,6 @@ def _load(
         memory_limit_bytes=settings.memory_limit_bytes,
     )
     device.load("model", own)
-    return shapes
 
 
 def _failure(error: SartorError, batch: int) -> tuple[str, str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from sartor.report.text import count, percent, seconds, table
+from sartor.report.text import count, percent, seconds, table, visible
 
 NONE = "–"
 COLUMNS = (
@@ -106,24 +106,24 @@ def summary(document: Mapping[str, Any]) -> str:
     shown = shown_columns(document)
     rows = [
         (
-            row["model"],
-            label(row),
-            row["precision"],
+            visible(row["model"]),
+            visible(label(row)),
+            visible(row["precision"]),
             *(cells(row).get(key, (NONE, ""))[0] for key, _ in shown),
         )
         for row in document["rows"]
         if has_numbers(row)
     ]
-    lines = []
+    parts = []
     if rows:
         titles = ("Model", "Target", "Precision", *(title for _, title in shown))
-        lines += [table(rows, titles, "<<<" + ">" * len(shown)), ""]
-    lines += [f"{state}: {who}: {reason}" for (state, reason), who in _refused(document).items()]
-    lines += [f"roofline of {roofline_sentence(roofline)}" for roofline in document["rooflines"]]
+        parts = [table(rows, titles, "<<<" + ">" * len(shown)), ""]
+    said = [f"{state}: {who}: {reason}" for (state, reason), who in _refused(document).items()]
+    said += [f"roofline of {roofline_sentence(roofline)}" for roofline in document["rooflines"]]
     absent = {(metric, reason): None for row in document["rows"] for metric, reason in row["absent"].items()}
-    lines += [f"no {metric}: {reason}" for metric, reason in absent]
-    lines += [f"{title.lower()}: {document['protocol'][key]}" for key, title in shown]
-    return "\n".join(lines)
+    said += [f"no {metric}: {reason}" for metric, reason in absent]
+    said += [f"{title.lower()}: {document['protocol'][key]}" for key, title in shown]
+    return "\n".join([*parts, *map(visible, said)])
 
 
 def _refused(document: Mapping[str, Any]) -> dict[tuple[str, str], str]:
