@@ -11,6 +11,7 @@ import onnx_ir as ir
 import pytest
 from backend_programs import small_cnn
 
+import sartor
 from sartor import lowered
 from sartor.backends import isolation
 from sartor.backends.protocol import TargetOptions
@@ -18,6 +19,7 @@ from sartor.cli.main import main
 from sartor.errors import UsageError, VerificationError
 from sartor.ir.load import load
 from sartor.ir.verify import verify_program
+from sartor.passes.base import Context
 
 
 def lower(program, folder, target="onnxruntime"):
@@ -143,3 +145,48 @@ def test_lower_writes_nothing_that_differs(tmp_path, monkeypatch, capsys):
     assert {p.name: p.read_bytes() for p in (tmp_path / "a").iterdir()} == before
     assert main([*command, "--no-verify"]) == 0
     assert "NOT verified" in capsys.readouterr().out
+
+
+# ---- quantized programs ----------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def quantized():
+    program = small_cnn(8)
+    draw = np.random.default_rng(3).standard_normal
+    calibration = [({"x": draw((1, 3, 16, 16)).astype(np.float32)}, None) for _ in range(4)]
+    pipeline = sartor.Pipeline.parse("fold-batch-norm,quantize")
+    return pipeline.run(program, Context(data={"calibration": calibration})).program
+
+
+INT8 = TargetOptions(precision="int8")
+
+
+@pytest.mark.parametrize("target", ["onnxruntime", "openvino"])
+def test_quantized_values_are_compared_step_by_step(quantized, target, tmp_path):
+    artifact = isolation.lower(target, quantized, tmp_path / "a", INT8)
+    result = lowered.verify(quantized, artifact, INT8)
+    assert result.passed and result.quantized_steps <= 1 and "within" in result.summary()
+
+
+def test_a_quantized_value_that_is_off_is_named(quantized, tmp_path, monkeypatch):
+    """A runtime with another zero point for one value: three steps of 255, which the outputs hardly show."""
+    name = next(
+        n.inputs[2].name for n in quantized.nodes() if n.op_type == "QuantizeLinear" and "add1" not in n.name
+    )
+
+    def change(program):
+        wrong = program.clone()
+        for n in list(wrong.nodes()):  # of the QuantizeLinear alone: not a mere change of scale
+            if n.op_type == "QuantizeLinear" and n.inputs[2].name == name:
+                array = wrong.initializer_array(name) + 3
+                value = ir.Value(name="off", const_value=ir.tensor(array.astype(np.int8), name="off"))
+                wrong.graph.register_initializer(value)
+                n.replace_input_with(2, value)
+        wrong.invalidate()
+        return wrong
+
+    original = isolation.lower
+    artifact = original("onnxruntime", change(quantized), tmp_path / "a", INT8)
+    monkeypatch.setattr(isolation, "lower", lambda t, p, f, o: original(t, change(p), f, o))
+    result = lowered.verify(quantized, artifact, INT8)
+    assert not result.passed and result.quantized_steps >= 3
+    assert "QuantizeLinear" in result.first_divergent_node
