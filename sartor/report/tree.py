@@ -116,7 +116,7 @@ def _target(document: Document, size: Size) -> list[str]:
     target = document.get("target")
     if not target:
         return []
-    lines = _wrapped(f"{visible(target_title(target))}: {target_line(target)}", size.width)
+    lines = _wrapped(f"{visible(target_title(target))}; {target_line(target)}", size.width)
     found = refusals(target)
     branches = []
     for what, place, why in found[: size.lines]:
