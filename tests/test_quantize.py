@@ -313,6 +313,27 @@ def test_the_bias_of_a_grouped_transposed_convolution():
     assert relative_error(run_twin(program, inputs), run_twin(result.program, inputs)) < 0.05
 
 
+def test_a_mean_before_a_reshape_is_quantized():
+    nodes = [
+        node("Conv", ["x", "w"], ["h"], "conv"),
+        node("ReduceMean", ["h", "axes"], ["m"], "mean"),
+        node("Reshape", ["m", "shape"], ["f"], "reshape"),
+        node("Gemm", ["f", "v"], ["y"], "linear"),
+    ]
+    constants = {
+        "w": draw(6, 3, 3, 3),
+        "v": draw(6, 4, seed=1),
+        "axes": np.int64([2, 3]),
+        "shape": np.int64([0, 6]),
+    }
+    program = program_from_nodes(nodes, {"x": ("N", 3, 6, 6)}, ["y"], constants)
+    result = Quantize().run(program, context_of(program))
+    assert result.plan["activations"]["m"] == result.plan["activations"]["f"]
+    assert integer_only(result.program) == []
+    inputs = {"x": draw(3, 3, 6, 6, seed=4)}
+    assert relative_error(run_twin(program, inputs), run_twin(result.program, inputs)) < 0.05
+
+
 def test_layers_in_branches_are_left(folded):
     then = helper.make_graph(
         [helper.make_node("MatMul", ["h", "v"], ["t"], "inner")],

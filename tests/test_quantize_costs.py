@@ -282,3 +282,32 @@ def test_artifacts_of_two_precisions_are_measured_against_each_other(digits, tmp
         artifacts.append(backends.get("onnxruntime").lower(written, tmp_path / precision, options))
     found = measure("onnxruntime", artifacts, TargetOptions(), min_rounds=2, max_rounds=2, time_limit_s=2.0)
     assert len(found.latencies) == 2 and found.ratio.latency > 0
+
+
+def test_a_fit_in_int8_compares_scores_with_the_original_in_float(digits, tmp_path):
+    from sartor.budget import parse_budget
+    from sartor.data import load_data
+    from sartor.ir.load import load
+    from sartor.passes.quantize import is_quantized
+    from sartor.workbench import FitOptions, Workbench
+
+    program = load(digits / "model.onnx")
+    data = load_data(f"{digits / 'data.py'}:digits", list(program.input_shapes), program=program)
+    options = FitOptions("onnxruntime", parse_budget("latency=0.5x"), precision="int8", keep=("linear",))
+    bench = Workbench(program, options, data, tmp_path)
+    try:
+        assert (bench.baseline.precision, bench.exact.precision) == ("int8", "f32")
+        inputs = data.test.first()[0]
+        np.testing.assert_allclose(bench.original(inputs)["y"], predictor(program)(inputs)["y"], atol=1e-4)
+        assert bench.score(bench.exact, "test")[0] == score(predictor(program), data.test)[0]
+        written = bench.written(program)
+        assert is_quantized(written) and bench.written(written) is written
+        # what is kept from pruning is quantized all the same
+        assert not any(node.name == "linear" and node.inputs[1].is_initializer() for node in written.nodes())
+        artifact = bench.lower(written, "candidate")
+        assert artifact.precision == "int8" and bench.verify(written, artifact).passed
+    finally:
+        bench.close()
+    without = FitOptions("onnxruntime", parse_budget("latency=0.5x"), precision="int8")
+    with pytest.raises(UsageError, match="There is no calibration data"):
+        Workbench(program, without, None, tmp_path / "none")

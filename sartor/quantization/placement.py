@@ -36,6 +36,8 @@ MOVEMENT = names(
     """AveragePool Concat Flatten GlobalAveragePool MaxPool Pad Reshape Resize Slice Split Squeeze Transpose
     Unsqueeze"""
 )
+_RESHAPES = names("Flatten Reshape Squeeze Transpose Unsqueeze")
+"""They change no number, so that one scale serves on both sides."""
 OPERATORS = LAYERS | ELEMENTWISE | ACTIVATIONS | MOVEMENT
 """Operators with integer kernels. The quantizer would take more, norms for instance, without being faster for it."""
 
@@ -146,6 +148,7 @@ def _read(program: Program, model: Any, chosen: set[str], kept: set[str]) -> dic
                 "axis": None if axis is None else axis % rank,
                 "symmetric": _symmetric(program, name),
             }
+    _extend_over_reshapes(program, activations, chosen)
     activations = {
         name: activations[name]
         for value in _values(program)
@@ -163,6 +166,18 @@ def _read(program: Program, model: Any, chosen: set[str], kept: set[str]) -> dic
     ]
     present = {node.name for node in program.nodes()}
     return scheme(touched, kept & present, activations, dict(sorted(weights.items())))
+
+
+def _extend_over_reshapes(program: Program, activations: dict[str, Any], chosen: set[str]) -> None:
+    """Quantize what a node that only reshapes reads as what it writes.
+
+    The quantizer leaves it in float unless its operand is quantized already, and with it the node that computes that.
+    """
+    for node in reversed(list(program.nodes())):
+        source, result = node.inputs[0] if node.inputs else None, node.outputs[0]
+        moves = node.op_type in _RESHAPES and node.name in chosen and result.name in activations
+        if moves and source is not None and not source.is_initializer():
+            activations.setdefault(source.name or "", activations[result.name])
 
 
 def _values(program: Program) -> list[ir.Value]:
