@@ -261,7 +261,7 @@ def test_rules_say_what_the_parser_says(vendor, tmp_path):
     backend = TensorRTBackend(ONE)
     counts = {True: 0, False: 0}
     for op_type in SAMPLE:
-        for case in suite.node_cases([op_type])[::4]:
+        for case in suite.node_cases([op_type])[::6]:
             program = _loaded(case, tmp_path)
             if program is None:
                 continue
@@ -276,7 +276,7 @@ def test_rules_say_what_the_parser_says(vendor, tmp_path):
             assert taken or not report.ok, f"{case.name} is legal and refused"
             assert not (taken and rules), f"{case.name} breaks {rules} and is taken"
             counts[taken] += 1
-    assert counts[True] > 25 and counts[False] > 12, counts
+    assert counts[True] > 15 and counts[False] > 8, counts
 
 
 def _loaded(case, folder):
