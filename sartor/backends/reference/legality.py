@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 from typing import TYPE_CHECKING
 
 from sartor.backends.legality import (
@@ -69,11 +70,9 @@ def channel_grid(op_type: str, precision: str) -> int:
 
 def capabilities() -> Capabilities:
     """Capabilities; nothing of them depends on the machine."""
-    import torch
-
     return Capabilities(
         name=NAME,
-        version=f"torch {torch.__version__}",
+        version=f"torch {importlib.metadata.version('torch')}",
         precisions=PRECISIONS,
         channel_grid={},
         control_flow=True,
