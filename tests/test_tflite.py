@@ -235,12 +235,28 @@ def test_f16_halves_the_file(tmp_path):
     half = program_from_nodes([cast[0], *middle, cast[1]], {"x": (1, 3, 16, 16)}, ["y"], constants)
     backend = backends.get("tflite")
     artifact = backend.lower(half, tmp_path / "f16", F16)
-    full = backend.lower(wide, tmp_path / "f32", F32)
-    assert artifact.main_file.stat().st_size < 0.56 * full.main_file.stat().st_size
+    assert artifact.main_file.stat().st_size < 0.56 * sum(a.nbytes for a in arrays.values())
     feeds = random_inputs(wide)
     found = backend.load(artifact, F16).run(feeds)
     assert found["y"].dtype == np.float32
     assert relative_error(run_twin(half, feeds), found) < 2e-3
+
+
+def test_pixels_that_are_repeated_are_one_operator(tmp_path):
+    """By the rule of PyTorch's upsampling; another rounding of the positions takes the twin's own way."""
+    floor = {"mode": "nearest", "coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}
+    nodes = [
+        node("Resize", ["x", "", "two"], ["a"], "twice", **floor),
+        node("Resize", ["x", "", "", "sizes"], ["b"], "ceiled", **{**floor, "nearest_mode": "ceil"}),
+    ]
+    constants = {"two": np.array([1, 1, 2, 3], np.float32), "sizes": np.array([1, 3, 8, 10], np.int64)}
+    program = program_from_nodes(nodes, {"x": (1, 3, 4, 5)}, ["a", "b"], constants)
+    backend = backends.get("tflite")
+    artifact = backend.lower(program, tmp_path / "out", F32)
+    kinds = [o["op_type"] for o in artifact.metadata["operators"] if o["nodes"] == ["twice"]]
+    assert "RESIZE_NEAREST_NEIGHBOR" in kinds and not any(k.startswith("GATHER") for k in kinds)
+    feeds = {"x": draw(1, 3, 4, 5, seed=4)}
+    assert relative_error(run_twin(program, feeds), backend.load(artifact, F32).run(feeds)) < 1e-6
 
 
 # ---- border --------------------------------------------------------------------------------------
@@ -330,6 +346,22 @@ def test_operators_know_their_nodes(lowered):
     ]
     names = {t.name.decode() for t in Flatbuffer(lowered.main_file.read_bytes()).graph.tensors}
     assert {"x", "y", "relu0/value", "conv1/constant"} <= names and not any("torch" in n for n in names)
+
+
+def test_nodes_that_lost_their_names_go_with_what_they_read(program):
+    from sartor.backends.tflite.flatbuffer import Operator
+
+    told = [
+        Operator("TRANSPOSE", (), ("t",)),
+        Operator("CONV_2D", ("conv0",), ("a",)),
+        Operator("ADD", ("add1",), ("b",)),
+    ]
+    found = lower._completed(told, program)
+    assert [o.nodes for o in found] == [
+        (),
+        ("conv0", "norm0", "relu0", "conv1"),
+        ("add1", "relu1", "pool", "flatten", "linear"),
+    ]
 
 
 def test_profile_names_the_nodes(lowered):

@@ -41,7 +41,7 @@ class TfliteBackend:
         """Step of the channel count that costs time."""
         from sartor.backends.tflite import legality
 
-        return legality.channel_grid(op_type, precision)
+        return legality.channel_grid(op_type, precision, attributes)
 
     def rules(self) -> Rules:
         """Tables of `legality.RULES`."""

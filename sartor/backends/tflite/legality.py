@@ -11,7 +11,8 @@ So the step of int8 convolutions is 16. What was measured of float32 does not re
 from __future__ import annotations
 
 import importlib.metadata
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from sartor.backends import host, telemetry
 from sartor.backends.legality import (
@@ -42,7 +43,7 @@ MAX_OPSET = 21
 MAX_RANK = 6
 MAX_BYTES = 1 << 31
 _TYPES = frozenset({"FLOAT", "FLOAT16", "INT32", "INT64", "BOOL"})
-_GRID_OPS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+_GRID_OPS = ("Conv", "Gemm", "MatMul")
 _FUSED = ("Bias", "Relu", "Clip")  # of Clip the bounds 0 and 6, the flatbuffer's RELU6
 FUSES = {
     "Conv": ("BatchNormalization", *_FUSED),
@@ -116,9 +117,13 @@ def check(target: str, program: Program, options: TargetOptions) -> LegalityRepo
     return check_rules(program, options, RULES)
 
 
-def channel_grid(op_type: str, precision: str) -> int:
-    """Channel step of `op_type`; see the module docstring."""
-    return host.vector_floats() if (op_type, precision) == ("Conv", "int8") else 1
+def channel_grid(op_type: str, precision: str, attributes: Mapping[str, Any] | None = None) -> int:
+    """Channel step of `op_type`; see the module docstring. Convolutions of 1x1 are matrix products."""
+    if op_type not in _GRID_OPS or precision not in PRECISIONS:
+        return 1
+    kernel = (attributes or {}).get("kernel_shape") or (3,)
+    wide = op_type == "Conv" and precision != "int8" and any(size != 1 for size in kernel)
+    return host.vector_floats() * (2 if wide else 1)
 
 
 def capabilities(target: str) -> Capabilities:

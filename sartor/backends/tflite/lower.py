@@ -16,6 +16,7 @@ from sartor.backends.tflite import cache, legalize
 from sartor.errors import BackendError, ModelError
 
 if TYPE_CHECKING:
+    from sartor.backends.tflite.flatbuffer import Operator
     from sartor.ir.program import Program
 
 FILE = "model.tflite"
@@ -165,7 +166,7 @@ def _convert(
         "transposes": flatbuffer.transposes(),
         "operators": [
             {"op_type": o.op_type, "nodes": list(o.nodes), "outputs": list(o.outputs)}
-            for o in flatbuffer.operators()
+            for o in _completed(flatbuffer.operators(), program)
         ],
     }
     return flatbuffer.to_bytes(), facts
@@ -181,6 +182,29 @@ def _chain(value: Any) -> list[str]:
         source = node.inputs[0] if node.inputs else None
         node = source.producer() if source is not None else None
     return found
+
+
+def _completed(operators: list[Operator], program: Program) -> list[Operator]:
+    """Operators with the nodes that no name tells of, which went into the operator of what they read.
+
+    Normalizations and activations that were fused into a layer lose their names. Nodes stand in the program's order.
+    """
+    owner = {name: index for index, operator in enumerate(operators) for name in operator.nodes}
+    order: dict[str, int] = {}
+    for position, node in enumerate(program.nodes()):
+        name = node.name or ""
+        order[name] = position
+        source = node.inputs[0].producer() if node.inputs and node.inputs[0] is not None else None
+        if source is not None and (source.name or "") in owner:
+            owner.setdefault(name, owner[source.name or ""])
+    gathered: list[list[str]] = [[] for _ in operators]
+    for name in sorted(owner, key=order.__getitem__):
+        gathered[owner[name]].append(name)
+    unseen = {n.name for n in program.nodes() if n.op_type in ("QuantizeLinear", "DequantizeLinear")}
+    return [
+        dataclasses.replace(o, nodes=tuple(sorted({*o.nodes, *more} - unseen, key=order.__getitem__)))
+        for o, more in zip(operators, gathered, strict=True)
+    ]
 
 
 def _images(specs: tuple[TensorSpec, ...]) -> tuple[int, ...]:

@@ -14,17 +14,21 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 import torch.ao.quantization.fx._decomposed  # registers the operators
 from torch import Tensor, fx, nn
+from torch.nn import functional
 
 from sartor.errors import BackendError
 from sartor.ir.fx import to_fx
 from sartor.ir.program import Program
 from sartor.ir.torch_ops import OPERATORS
+from sartor.ir.torch_ops.resize import axis_taps
 
 _QUANTIZE = OPERATORS["QuantizeLinear"].function
 _DEQUANTIZE = OPERATORS["DequantizeLinear"].function
+_RESIZE = OPERATORS["Resize"].function
 _INT8 = (-128, 127, torch.int8)
 _STEP = re.compile(r"\.modules\.\w+?_n(\d+)\b")
 
@@ -121,6 +125,8 @@ def _replace(twin: fx.GraphModule, item: fx.Node, key: str) -> None:
         else:
             step = _Int8Weight(stored, scale, zero_point, axis)
             item.args = ()
+    elif item.target is _RESIZE:
+        step = Step(_resize, dict(item.kwargs))
     elif item.op == "call_module":
         step = Step(twin.get_submodule(str(item.target)), {})
     else:
@@ -135,6 +141,56 @@ def _to_int8(x: Tensor, *, scale: float, zero_point: int) -> Tensor:
 
 def _from_int8(x: Tensor, *, scale: float, zero_point: int) -> Tensor:
     return torch.ops.quantized_decomposed.dequantize_per_tensor.default(x, scale, zero_point, *_INT8)
+
+
+def _resize(x: Tensor, *operands: Any, mode: str = "nearest", **attributes: Any) -> Tensor:
+    """The twin's Resize; images whose pixels are repeated by whole factors take the operator that says so.
+
+    The twin gathers pixels axis by axis, which the converter keeps as GATHER_ND between TRANSPOSE operators.
+    """
+    roi, scales, sizes = (*operands, None, None, None)[:3]
+    size = _repeated(x, roi, scales, sizes, attributes) if mode == "nearest" else None
+    if size is not None:
+        return functional.interpolate(x, size=size, mode="nearest")
+    result: Tensor = _RESIZE(x, *operands, mode=mode, **attributes)
+    return result
+
+
+def _repeated(x: Tensor, roi: Any, scales: Any, sizes: Any, attributes: dict[str, Any]) -> list[int] | None:
+    """Height and width, if an image's pixels are repeated by whole factors."""
+    if (
+        x.dim() != 4
+        or not x.is_floating_point()
+        or roi
+        or attributes.get("antialias")
+        or not (scales or sizes)
+    ):
+        return None
+    lengths = [int(n) for n in x.shape]
+    axes = [a % 4 for a in attributes.get("axes") or range(4)]
+    wanted = sizes or [s * lengths[a] for s, a in zip(scales, axes, strict=True)]
+    targets = dict(enumerate(lengths)) | dict(zip(axes, wanted, strict=True))
+    if any(targets[a] % lengths[a] for a in (2, 3)) or any(targets[a] != lengths[a] for a in (0, 1)):
+        return None
+    size = [int(targets[a]) for a in (2, 3)]
+    return size if all(_repeats(n, m, attributes) for n, m in zip(lengths[2:], size, strict=True)) else None
+
+
+def _repeats(length: int, target: int, attributes: dict[str, Any]) -> bool:
+    """Whether every pixel of an axis is repeated, and in place."""
+    indices, _, _ = axis_taps(
+        length,
+        target,
+        target / length,
+        mode="nearest",
+        antialias=False,
+        coordinates=attributes.get("coordinate_transformation_mode", "half_pixel"),
+        cubic=-0.75,
+        exclude_outside=False,
+        nearest=attributes.get("nearest_mode", "round_prefer_floor"),
+        region=None,
+    )
+    return bool((indices[:, 0] == np.repeat(np.arange(length), target // length)).all())
 
 
 class _Constant(nn.Module):

@@ -36,6 +36,7 @@ _MISSING = {
     "MatMulInteger": "Integers are quantized by QuantizeLinear and DequantizeLinear only.",
     "QLinearConv": "Integers are quantized by QuantizeLinear and DequantizeLinear only.",
     "QLinearMatMul": "Integers are quantized by QuantizeLinear and DequantizeLinear only.",
+    "RoiAlign": "Its sampling points depend on data in a way that the converter cannot express.",
 }
 
 
