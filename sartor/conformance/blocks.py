@@ -54,11 +54,13 @@ def self_attention(draft: Draft, x: str, tokens: int, width: int, heads: int) ->
     """Multi-head attention on `[N, tokens, width]`, written as matrix products."""
     size = width // heads
 
-    def heads_of(perm: list[int]) -> str:
-        y = draft.node("Reshape", draft.linear(x, width, width), draft.ints(0, tokens, heads, size))
+    def heads_of(perm: list[int], bias: bool = True) -> str:
+        y = draft.linear(x, width, width, bias)
+        y = draft.node("Reshape", y, draft.ints(0, tokens, heads, size))
         return draft.node("Transpose", y, perm=perm)
 
-    queries, keys, values = heads_of([0, 2, 1, 3]), heads_of([0, 2, 3, 1]), heads_of([0, 2, 1, 3])
+    queries, values = heads_of([0, 2, 1, 3]), heads_of([0, 2, 1, 3])
+    keys = heads_of([0, 2, 3, 1], bias=False)  # a bias of keys adds the same to every score: Softmax drops it
     scores = draft.node("Mul", draft.node("MatMul", queries, keys), draft.constant(1 / math.sqrt(size)))
     mixed = draft.node("MatMul", draft.node("Softmax", scores, axis=-1), values)
     mixed = draft.node("Transpose", mixed, perm=[0, 2, 1, 3])
@@ -90,8 +92,8 @@ def mobilenet_block(draft: Draft) -> None:
 def squeeze_excite(draft: Draft) -> None:
     """Channels weighted by a gate that sees their means."""
     x = draft.conv(draft.input("x", "N", 3, 6, 7), 3, 8, pads=[1, 1, 1, 1])
-    gate = draft.node("Relu", draft.conv(draft.node("GlobalAveragePool", x), 8, 3, (1, 1)))
-    draft.output(draft.node("Mul", x, draft.node("Sigmoid", draft.conv(gate, 3, 8, (1, 1)))), "y")
+    gate = draft.node("Relu", draft.conv(draft.node("GlobalAveragePool", x), 8, 6, (1, 1)))
+    draft.output(draft.node("Mul", x, draft.node("Sigmoid", draft.conv(gate, 6, 8, (1, 1)))), "y")
 
 
 @declare(MODELS, "block", HALF)

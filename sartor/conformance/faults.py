@@ -137,6 +137,7 @@ def _precision(subject: Subject) -> str:
     unclaimed = [p for p in PRECISIONS if p not in subject.capabilities.precisions]
     if not unclaimed:
         raise Skipped("The backend claims every precision that there is.")
+    require_error(UsageError, "A precision called 'f33'", lambda: TargetOptions(precision="f33"), names="f33")
     for precision in unclaimed:
         options = dataclasses.replace(subject.options(program), precision=precision)
         folder = subject.folder()

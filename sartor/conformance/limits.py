@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from sartor.backends import isolation
-from sartor.backends.artifact import open_artifact
+from sartor.backends.artifact import open_artifact, verify_files
 from sartor.backends.measure import measure, profile
 from sartor.backends.protocol import Artifact
 from sartor.conformance.check import Check, Skipped, describe, require, require_error
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 _SIMPLE = ("conv", "gemm", "activation-relu")
 _TOO_SHORT_S = 0.05
 _TOO_SMALL_BYTES = 64 << 20
+_SHARES = (0.5, 0.8)  # of the time that lowering takes: the import of the vendor, and the compiler itself
 _REPEATABLE = 1.3
 _LONGER = 1.2  # at least; on a device that starts kernels slowly, sixteen layers still start sixteen kernels
 _HEAVY = ("Conv", "Gemm", "MatMul")
@@ -36,6 +38,11 @@ def checks() -> Iterator[Check]:
         "isolation.time-limit",
         f"Lowering that may take {_TOO_SHORT_S} s ends as an error and leaves nothing; an earlier artifact stays.",
         _time_limit,
+    )
+    yield Check(
+        "isolation.interrupted",
+        "Lowering that is stopped half way leaves a whole artifact or none.",
+        _interrupted,
     )
     yield Check(
         "isolation.memory-limit",
@@ -92,6 +99,30 @@ def _limited(subject: Subject, **limits: float | int) -> str:
 
 def _time_limit(subject: Subject) -> str:
     return _limited(subject, time_limit_s=_TOO_SHORT_S)
+
+
+def _interrupted(subject: Subject) -> str:
+    model, program = subject.any_program(*_SIMPLE)
+    options = subject.options(program)
+    started = time.monotonic()
+    isolation.lower(subject.name, program, subject.folder(), options)
+    whole_s = time.monotonic() - started
+    seen = []
+    for share in _SHARES:
+        folder = subject.folder()
+        try:
+            isolation.lower(subject.name, program, folder, options, time_limit_s=share * whole_s)
+        except SartorError as error:
+            left = sorted(p.name for p in folder.parent.iterdir())
+            require(
+                not left,
+                f"stopped after {share:.0%} of {whole_s:.1f} s ({describe(error)[:120]}), it left {left}",
+            )
+            seen.append(f"stopped after {share:.0%}")
+        else:
+            verify_files(open_artifact(folder))
+            seen.append(f"done within {share:.0%}")
+    return f"'{model.name}' takes {whole_s:.1f} s: {', '.join(seen)}"
 
 
 def _memory_limit(subject: Subject) -> str:

@@ -23,8 +23,6 @@ _ACTIVATIONS: Mapping[str, Mapping[str, Any]] = {
     "Elu": {"alpha": 0.7},
     "Softplus": {},
     "Gelu": {"approximate": "none"},
-    "Softmax": {"axis": -1},
-    "LogSoftmax": {"axis": -1},
     "Erf": {},
     "Exp": {},
     "Abs": {},
@@ -57,6 +55,18 @@ def relu6(draft: Draft) -> None:
     x = draft.conv(draft.input("x", "N", 3, 5, 6), 3, 4, pads=[1, 1, 1, 1])
     x = draft.node("Mul", x, draft.constant(4.0))
     draft.output(draft.node("Clip", x, draft.constant(0.0), draft.constant(6.0)), "y")
+
+
+@declare(MODELS, "activation")
+def softmax(draft: Draft) -> None:
+    """Softmax over the last axis of a linear layer."""
+    draft.output(draft.node("Softmax", draft.linear(draft.input("x", "N", 5, 6), 6, 7), axis=-1), "y")
+
+
+@declare(MODELS, "activation")
+def log_softmax(draft: Draft) -> None:
+    """LogSoftmax over the last axis of a linear layer."""
+    draft.output(draft.node("LogSoftmax", draft.linear(draft.input("x", "N", 5, 6), 6, 7), axis=-1), "y")
 
 
 @declare(MODELS, "activation")

@@ -23,6 +23,9 @@ def checks() -> Iterator[Check]:
     yield Check("determinism.runs", "The same inputs give the same bits in every run.", _runs)
     yield Check("determinism.sessions", "Two sessions on one artifact give the same bits.", _sessions)
     yield Check(
+        "determinism.threads", "Two threads compute what one computes, within the tolerance.", _threads
+    )
+    yield Check(
         "determinism.own-inputs",
         "Every run answers its own inputs: A, B, A gives the answers to A, B and A.",
         _own_inputs,
@@ -60,6 +63,15 @@ def _sessions(subject: Subject) -> str:
     _require_same(first, other.run(inputs), f"a second session on '{model.name}' differs from the first")
     _require_same(first, session.run(inputs), "the first session differs after the second has run")
     return f"'{model.name}': two sessions, used in turn, are equal bit by bit"
+
+
+def _threads(subject: Subject) -> str:
+    model, program = subject.any_program("resnet", *_SIMPLE)
+    artifact = subject.artifact(model.name)
+    subject.require_runs_here()
+    options = dataclasses.replace(subject.options(program), threads=2)
+    outputs = subject.backend.load(artifact, options).run(subject.inputs(model.name))
+    return f"'{model.name}': {compare(subject.reference(model.name), outputs, 'f32')}"
 
 
 def _own_inputs(subject: Subject) -> str:
