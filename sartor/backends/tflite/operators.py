@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from sartor.backends.legality import Check, NodeRule
 from sartor.backends.node_rules import (
     attribute,
+    constant,
     merged,
     not_converted,
     numbers,
@@ -37,6 +38,9 @@ _MISSING = {
     "QLinearConv": "Integers are quantized by QuantizeLinear and DequantizeLinear only.",
     "QLinearMatMul": "Integers are quantized by QuantizeLinear and DequantizeLinear only.",
     "RoiAlign": "Its sampling points depend on data in a way that the converter cannot express.",
+    "STFT": "Transforms go through complex numbers in float64.",
+    "TopK": "The converter's own sorting mixes integers of 32 and 64 bits.",
+    "Xor": "A flatbuffer has no operator for it.",
 }
 
 
@@ -88,6 +92,9 @@ OPERATORS = merged(
             attribute("padding_mode", ("zeros", "border"), "zeros", "'padding_mode' is 'zeros' or 'border'."),
         ),
         "LpPool": (rank_at_most(4, "The input has at most 4 axes."),),
+        "Pad": (constant(2, "value", "The value of the padding is a constant."),),
+        "ScatterElements": (attribute("reduction", ("none",), "none", "'reduction' is 'none'."),),
+        "ScatterND": (attribute("reduction", ("none",), "none", "'reduction' is 'none'."),),
         "MaxPool": (NodeRule("no-indices", "The second output, 'Indices', is not used.", _one_output),),
     },
 )
