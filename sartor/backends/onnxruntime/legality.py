@@ -25,6 +25,7 @@ width that is no multiple of 4 leaves the blocked layout altogether (ReorderInpu
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING
 
 from sartor.backends import host, telemetry
@@ -40,7 +41,6 @@ from sartor.backends.legality import (
     max_rank,
     opset_at_most,
 )
-from sartor.backends.onnxruntime.operators import OPERATORS
 from sartor.backends.precision import agreeing_precision
 from sartor.backends.protocol import Capabilities, LegalityReport, TargetOptions, require_precision
 
@@ -73,27 +73,32 @@ def _dialect_has_bodies(program: Program, options: TargetOptions) -> Check:
     return not missing, f"no body for {missing}" if missing else f"{len(called)} dialect functions"
 
 
-RULES = Rules(
-    model=(
-        opset_at_most(MAX_OPSET),
-        ir_version_at_most(MAX_IR_VERSION),
-        agreeing_precision(),
-        fixed_shapes(),
-        max_rank(MAX_RANK),
-        boundary_types_without("BFLOAT16"),
-        ModelRule(
-            "dialect-bodies", "Every function of the 'sartor' domain has its body.", _dialect_has_bodies
+@functools.cache
+def rules() -> Rules:
+    """Everything that the target asks of a program; made when asked for, because it reads ONNX's schemas."""
+    from sartor.backends.onnxruntime.operators import OPERATORS
+
+    return Rules(
+        model=(
+            opset_at_most(MAX_OPSET),
+            ir_version_at_most(MAX_IR_VERSION),
+            agreeing_precision(),
+            fixed_shapes(),
+            max_rank(MAX_RANK),
+            boundary_types_without("BFLOAT16"),
+            ModelRule(
+                "dialect-bodies", "Every function of the 'sartor' domain has its body.", _dialect_has_bodies
+            ),
         ),
-    ),
-    nodes=(known_domains("", "ai.onnx.ml", "com.microsoft"),),
-    operators=OPERATORS,
-)
+        nodes=(known_domains("", "ai.onnx.ml", "com.microsoft"),),
+        operators=OPERATORS,
+    )
 
 
 def check(program: Program, options: TargetOptions) -> LegalityReport:
     """Apply the rule tables."""
     require_precision(NAME, PRECISIONS, options)
-    return check_rules(program, options, RULES)
+    return check_rules(program, options, rules())
 
 
 def channel_grid(op_type: str, precision: str) -> int:

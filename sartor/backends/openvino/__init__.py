@@ -40,10 +40,10 @@ class OpenVinoBackend:
         return legality.channel_grid(op_type, precision)
 
     def rules(self) -> Rules:
-        """Tables of `legality.RULES`."""
+        """Tables of `legality.rules`."""
         from sartor.backends.openvino import legality
 
-        return legality.RULES
+        return legality.rules()
 
     def legality(self, program: Program, options: TargetOptions) -> LegalityReport:
         """The rules, applied to the legalized program."""

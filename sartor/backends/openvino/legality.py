@@ -23,6 +23,7 @@ So the step is the vector register, 16 floats; inside a step the time is flat wi
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING
 
 from sartor.backends import host, telemetry
@@ -36,7 +37,6 @@ from sartor.backends.legality import (
     no_functions,
     opset_at_most,
 )
-from sartor.backends.openvino.operators import OPERATORS
 from sartor.backends.precision import agreeing_precision
 from sartor.backends.protocol import Capabilities, LegalityReport, TargetOptions, require_precision
 
@@ -60,17 +60,23 @@ FUSES = {
 }
 """As its profiler shows it: the pair is one kernel."""
 
-RULES = Rules(
-    model=(
-        opset_at_most(MAX_OPSET),
-        agreeing_precision(),
-        fixed_shapes(),
-        max_rank(MAX_RANK),
-        boundary_types_without("BFLOAT16"),
-    ),
-    nodes=(no_functions(), known_domains("", "com.microsoft")),
-    operators=OPERATORS,
-)
+
+@functools.cache
+def rules() -> Rules:
+    """Everything that the target asks of a program; made when asked for, because it reads ONNX's schemas."""
+    from sartor.backends.openvino.operators import OPERATORS
+
+    return Rules(
+        model=(
+            opset_at_most(MAX_OPSET),
+            agreeing_precision(),
+            fixed_shapes(),
+            max_rank(MAX_RANK),
+            boundary_types_without("BFLOAT16"),
+        ),
+        nodes=(no_functions(), known_domains("", "com.microsoft")),
+        operators=OPERATORS,
+    )
 
 
 def supported_precisions() -> tuple[str, ...]:
@@ -97,7 +103,7 @@ def _cpu_computes_in() -> list[str]:
 def check(program: Program, options: TargetOptions) -> LegalityReport:
     """Apply the rule tables to a legalized program."""
     require_precision(NAME, supported_precisions(), options)
-    return check_rules(program, options, RULES)
+    return check_rules(program, options, rules())
 
 
 def channel_grid(op_type: str, precision: str) -> int:
