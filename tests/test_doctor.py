@@ -10,7 +10,7 @@ import pytest
 from sartor import backends
 from sartor.cli import main
 from sartor.conformance import doctor
-from sartor.conformance.diagnosis import diagnose
+from sartor.conformance.diagnosis import diagnose, registries
 from sartor.conformance.run import diagnose_apart
 from sartor.passes import registry as passes
 
@@ -116,6 +116,19 @@ def test_passes_are_examined_too():
     found = diagnose("sartor.passes", "fold-constants")
     assert found["state"] == "ok" and found["semantics"] == "exact" and "max_bytes" in found["options"]
     assert diagnose("sartor.passes", "no-such-pass")["state"] == "broken"
+
+
+def test_surgeries_for_tensorrt_are_plugins_too(plugins):
+    info = next(plugins.glob("*.dist-info"))
+    with (info / "entry_points.txt").open("a") as stream:
+        stream.write(
+            "\n[sartor.tensorrt_surgery]\ntheirs = null_backend:install\nlost = null_backend:nothing\n"
+        )
+    registries()["sartor.tensorrt_surgery"].refresh()
+    found = {name: diagnose("sartor.tensorrt_surgery", name) for name in ("theirs", "lost")}
+    registries()["sartor.tensorrt_surgery"].refresh()
+    assert found["theirs"] == {"name": "theirs", "state": "ok", "object": "null_backend.install"}
+    assert found["lost"]["state"] == "broken" and "AttributeError" in found["lost"]["problem"]
 
 
 @pytest.fixture

@@ -42,6 +42,8 @@ def _text(document: dict[str, Any]) -> str:
         ),
     ]
     for group, entries in document["plugins"].items():
+        if not entries:
+            continue
         rows = [(e["name"], e["owner"], e["state"], _summary(e)) for e in entries]
         lines += ["", group, table(rows, ("name", "owner", "state", ""))]
     for entry in (e for entries in document["plugins"].values() for e in entries):
@@ -68,5 +70,7 @@ def _summary(entry: dict[str, Any]) -> str:
         runs = "" if not entry["not_run_here"] else "; does not run here"
         able = ", ".join(entry["precisions"])
         return f"{entry['version']}; {able}; rank up to {entry['max_rank']}; {flow}{runs}"
+    if "object" in entry:
+        return str(entry["object"])
     names = ", ".join(entry["options"])
     return f"{entry['semantics']}{{{names}}}" if names else str(entry["semantics"])

@@ -14,19 +14,21 @@ from sartor.errors import SartorError
 from sartor.plugins import Registry
 
 _PIP = re.compile(r"pip install ('[^']+'|[^\s.]+)")
+_OWN = ("sartor.importance", "sartor.quantizers")  # read as well; how passes find parts of Sartor itself
 _ASKED = re.compile(r"The package '([^'.]+)")  # as `telemetry.import_vendor` begins
 
 
 def registries() -> Mapping[str, Registry]:
-    """Every group of plugins that Sartor reads, by name."""
+    """The groups of plugins that other packages extend, by name."""
+    from sartor.backends.tensorrt.settings import SURGERY
     from sartor.passes.registry import REGISTRY as PASSES
 
-    return {found.group: found for found in (backends.REGISTRY, PASSES)}
+    return {found.group: found for found in (backends.REGISTRY, PASSES, SURGERY)}
 
 
 def unread_groups() -> dict[str, list[str]]:
     """Entry-point groups of our name that nothing reads, most likely misspelt, with who declares them."""
-    read = {*registries(), "sartor.importance"}
+    read = {*registries(), *_OWN}
     found: dict[str, list[str]] = {}
     for distribution in importlib.metadata.distributions():
         for entry in distribution.entry_points:
@@ -44,7 +46,7 @@ def diagnose(group: str, name: str) -> dict[str, Any]:
     """
     entry: dict[str, Any] = {"name": name}
     try:
-        able = _capabilities(name) if group == backends.REGISTRY.group else _pass(name)
+        able = _able(group, name)
     except Exception as error:
         line = _PIP.search(str(error))
         if line is not None and _lacks_its_package(error):
@@ -54,8 +56,13 @@ def diagnose(group: str, name: str) -> dict[str, Any]:
     return {**entry, "state": "ok", **able}
 
 
-def _capabilities(name: str) -> dict[str, Any]:
-    return backends.get(name).capabilities().to_dict()
+def _able(group: str, name: str) -> dict[str, Any]:
+    if group == backends.REGISTRY.group:
+        return backends.get(name).capabilities().to_dict()
+    if group == "sartor.passes":
+        return _pass(name)
+    found = registries()[group].load(name)
+    return {"object": f"{found.__module__}.{found.__qualname__}"}
 
 
 def _pass(name: str) -> dict[str, Any]:
