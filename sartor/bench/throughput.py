@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sartor import backends
 from sartor.backends import isolation
 from sartor.bench.power import Sampler, Sensor
 from sartor.bench.preparation import at_batch, samples_per_run
@@ -61,7 +62,10 @@ def throughput(
     while not ended_by:
         batch = sizes.current
         try:
-            _load(device, artifact, program, batch, settings, folder)
+            refusal = _load(device, artifact, program, batch, settings, folder)
+            if refusal:
+                ended_by, reason = "not_taken", f"batch {batch}: {refusal}"
+                break
             with contextlib.ExitStack() as stack:
                 sampler = stack.enter_context(Sampler(sensor)) if sensor is not None else None
                 limit = _BATCH_SHARE * settings.time_limit_s
@@ -128,25 +132,30 @@ class _Sizes:
 
 def _load(
     device: Device, artifact: Artifact, program: Program, batch: int, settings: Settings, folder: Path
-) -> None:
-    """Load the artifact for a batch, or one of its own if it was lowered for another only."""
+) -> str:
+    """Load the artifact for a batch, or one of its own if it was lowered for another only; says why it cannot be."""
     if batch == samples_per_run(program):
         device.load("model", artifact)
-        return
+        return ""
     shapes = {name: (batch, *program.input_shapes[name][1:]) for name in program.batch.inputs}
     free = {spec.name for spec in artifact.inputs if spec.shape and isinstance(spec.shape[0], str)}
     if set(shapes) <= free:
         device.load("model", artifact, shapes)
-        return
+        return ""
+    batched = at_batch(program, batch)
+    report = backends.get(artifact.target).legality(batched, device.options)
+    if not report.ok:
+        return str(report.violations[0])
     own = isolation.lower(
         artifact.target,
-        at_batch(program, batch),
+        batched,
         folder,
         device.options,
         time_limit_s=settings.conversion_limit_s,
         memory_limit_bytes=settings.memory_limit_bytes,
     )
     device.load("model", own)
+    return ""
 
 
 def _failure(error: SartorError, batch: int) -> tuple[str, str]:
