@@ -177,7 +177,7 @@ def _extend_over_reshapes(program: Program, activations: dict[str, Any], chosen:
         source, result = node.inputs[0] if node.inputs else None, node.outputs[0]
         moves = node.op_type in _RESHAPES and node.name in chosen and result.name in activations
         if moves and source is not None and not source.is_initializer():
-            activations.setdefault(source.name or "", activations[result.name])
+            activations.setdefault(source.name or "", activations[result.name or ""])
 
 
 def _values(program: Program) -> list[ir.Value]:
