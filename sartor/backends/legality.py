@@ -90,11 +90,12 @@ def require_legal(name: str, report: LegalityReport) -> None:
     """Refuse an illegal program.
 
     Raises:
-        BackendError: the first violation is the message, the others are notes.
+        BackendError: the first violation is the message, the others are notes. Those of single nodes come first:
+            what is wrong with the model as a whole (shapes that are not known) often follows from them.
     """
     if report.ok:
         return
-    first, *others = report.violations
+    first, *others = sorted(report.violations, key=lambda finding: not finding.node)
     error = BackendError(f"Backend '{name}' cannot run this program. {first}")
     for finding in others[:20]:
         error.add_note(str(finding))

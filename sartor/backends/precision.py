@@ -35,10 +35,21 @@ def _form(program: Program) -> tuple[str, str]:
     for node in program.graph.all_nodes():
         if node.op_type in QUANTIZED and not node.domain:
             return "int8", f"node '{node.name}' is a {node.op_type}"
-    for value in (*program.graph.inputs, *program.initializers.values()):
-        if value.dtype is not None and value.dtype.name == "FLOAT16":
-            return "f16", f"'{value.name}' is float16"
+    for name, dtype in _types(program).items():
+        if dtype == "FLOAT16":
+            return "f16", f"'{name}' is float16"
     return "f32", "nothing is quantized or in float16"
+
+
+def _types(program: Program) -> dict[str, str]:
+    """Element types by value; those that are declared, where others are not known."""
+    from sartor.errors import ModelError
+
+    try:
+        return {name: dtype.name for name, dtype in program.types().items()}
+    except ModelError:  # of an operator that nothing is known of; another rule says so
+        declared = (*program.graph.inputs, *program.initializers.values())
+        return {value.name or "": value.dtype.name for value in declared if value.dtype is not None}
 
 
 def agreeing_precision() -> ModelRule:
