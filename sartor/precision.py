@@ -9,7 +9,7 @@ from sartor.backends.precision import precision_of
 if TYPE_CHECKING:
     from sartor.data import Data
     from sartor.ir.program import Program
-    from sartor.passes.base import Refusal
+    from sartor.passes.base import Context, Refusal
 
 _PASSES = {"int8": "fold-batch-norm,quantize", "f16": "cast"}
 
@@ -41,15 +41,23 @@ def in_precision(
     Raises:
         UsageError: int8 without data, or with data that do not fit.
     """
-    if precision not in _PASSES or precision_of(program) == precision:
-        return program, ()
     from sartor.passes.base import Context
-    from sartor.passes.pipeline import Pipeline
 
     context = Context(seed=seed, keep=keep)
     if data is not None:
         splits = {"calibration": data.calibration, "evaluate": data.evaluate}
         context = Context(data=splits, loss=data.loss, metric=data.metric, seed=seed, keep=keep)
+    return written_in(program, precision, context, max_drop=max_drop)
+
+
+def written_in(
+    program: Program, precision: str, context: Context, *, max_drop: float | None = None
+) -> tuple[Program, tuple[Refusal, ...]]:
+    """As `in_precision`, with what the passes look at."""
+    if own_precision(program, precision) == precision:
+        return program, ()
+    from sartor.passes.pipeline import Pipeline
+
     text = _PASSES[precision]
     if precision == "int8" and max_drop is not None:
         text += f"{{max-drop={max_drop!r}}}"

@@ -229,7 +229,7 @@ def test_a_link_out_of_the_bundle(artifacts, tmp_path):
     [
         ({}, "takes exactly"),
         ({"x": np.zeros((1, 3, 16, 16))}, "Cast it first"),
-        ({"x": np.zeros((1, 3, 16), np.float32)}, "has shape"),
+        ({"x": np.zeros((1, 3, 16), np.float32)}, "cannot have shape"),
         ({"x": np.zeros((0, 3, 16, 16), np.float32)}, "at least 1"),
     ],
 )

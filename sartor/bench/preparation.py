@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from sartor.backends.precision import precision_of
 from sartor.errors import UsageError
+from sartor.precision import own_precision, written_in
 
 if TYPE_CHECKING:
     from sartor.data import Data
     from sartor.ir.program import Program
 
 FLOP_PER_MAC = 2
-_PASSES = {"int8": "fold-batch-norm,quantize", "f16": "cast"}
 _CALIBRATION_SAMPLES = 8
 
 
@@ -82,17 +82,16 @@ def prepare(program: Program, precision: str, data: Data | None, seed: int) -> P
         SartorError: a pass refuses the program or the data.
     """
     single = at_batch(program, 1) if program.batch.symbolic else program
-    if precision not in _PASSES or precision_of(program) == precision:
+    if own_precision(single, precision) == precision:
         return Prepared(single)
     from sartor.passes.base import Context
-    from sartor.passes.pipeline import Pipeline
 
     begun = time.perf_counter()
     calibration: Any = data.calibration if data is not None else random_batches(single, seed)
     context = Context(data={"calibration": calibration}, seed=seed)
-    result = Pipeline.parse(_PASSES[precision]).run(single, context)
+    written, _ = written_in(single, precision, context)
     used = "data" if data is not None else "random inputs"
-    return Prepared(result.program, time.perf_counter() - begun, used)
+    return Prepared(written, time.perf_counter() - begun, used)
 
 
 def random_batches(program: Program, seed: int) -> list[tuple[dict[str, Any], None]]:

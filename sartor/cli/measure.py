@@ -41,11 +41,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> Result:
     """Lower what is to be measured into a temporary folder, then measure."""
-    from sartor import backends
+    from sartor.backends import isolation
     from sartor.backends.measure import measure
     from sartor.ir.capture import open_model
 
-    backend = backends.get(options.target)
     program = arguments.open_program(options)
     target = arguments.target_options(options, program)
     programs = [program]
@@ -58,7 +57,9 @@ def run(options: argparse.Namespace) -> Result:
         tempfile.TemporaryDirectory(prefix="sartor-") as folder,
         Progress.on_stderr() as progress,
     ):
-        artifacts = [backend.lower(p, Path(folder) / str(i), target) for i, p in enumerate(programs)]
+        artifacts = [
+            isolation.lower(options.target, p, Path(folder) / str(i), target) for i, p in enumerate(programs)
+        ]
         progress.stage("measuring")
         measurement = measure(
             options.target,

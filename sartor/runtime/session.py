@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from sartor.backends.artifact import check_inputs, concrete_shapes, open_artifact
 from sartor.backends.protocol import TensorSpec
-from sartor.errors import ModelError, UsageError
+from sartor.errors import UsageError
 from sartor.runtime.bundle import BundleDocument, Condition, Stage, read_bundle
 
 if TYPE_CHECKING:
@@ -27,24 +27,17 @@ def load(bundle: str | os.PathLike[str], *, threads: int = 1) -> BundleSession:
 
     Raises:
         ModelError: the bundle is damaged, or names files outside its folder.
-        UsageError: a target's runtime is not installed.
+        UsageError: an artifact has no manifest, or a target's runtime is not installed.
         BackendError: a runtime refuses an artifact.
     """
     from sartor import backends
-    from sartor.backends.protocol import Artifact, TargetOptions
+    from sartor.backends.protocol import TargetOptions
 
     folder = Path(bundle)
     document = read_bundle(folder)
     sessions: dict[str, Session] = {}
     for stage in document.stages:
-        place = folder / stage.artifact
-        manifest = place / "artifact.json"
-        try:
-            artifact = Artifact.from_dict(json.loads(manifest.read_text(encoding="utf-8")), place)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ModelError(
-                f"Stage '{stage.name}': '{manifest}' cannot be read ({type(error).__name__}: {error})."
-            ) from error
+        artifact = open_artifact(folder / stage.artifact)
         options = TargetOptions(threads=threads, precision=artifact.precision)
         sessions[stage.name] = backends.get(artifact.target).load(artifact, options)
     return BundleSession(document, sessions)
@@ -122,25 +115,13 @@ class BundleSession:
 
     def _check(self, inputs: Mapping[str, np.ndarray]) -> int:
         """The number of samples."""
-        expected = {tensor.name: tensor for tensor in self.inputs}
-        if set(inputs) != set(expected):
-            raise UsageError(f"Inputs are {sorted(inputs)}; the bundle takes exactly {sorted(expected)}.")
-        sizes: dict[str, int] = {}
-        for name, tensor in expected.items():
-            array = inputs[name]
-            if array.dtype.name != tensor.dtype:
-                raise UsageError(
-                    f"Input '{name}' has type {array.dtype.name}; the bundle takes {tensor.dtype}. Cast it first."
-                )
-            fits = array.ndim == len(tensor.shape) and all(
-                size == (dim if isinstance(dim, int) else sizes.setdefault(dim, size))
-                for size, dim in zip(array.shape, tensor.shape, strict=True)
+        sizes = concrete_shapes(self.inputs, {name: array.shape for name, array in inputs.items()})
+        check_inputs(self.inputs, sizes, inputs)
+        empty = next((name for name, array in inputs.items() if not array.size), None)
+        if empty is not None:
+            raise UsageError(
+                f"Input '{empty}' has shape {list(inputs[empty].shape)}; give at least 1 sample."
             )
-            if not fits or not array.size:
-                raise UsageError(
-                    f"Input '{name}' has shape {list(array.shape)}; the bundle takes {list(tensor.shape)}, and equal "
-                    "symbols need equal sizes of at least 1."
-                )
         first = next(iter(sorted(self._batched)), None)
         return len(inputs[first]) if first is not None else 1
 
