@@ -252,7 +252,7 @@ class _Fit:
             self.program,
             plan,
             analysis=self.analysis,
-            backend=self.bench.backend,
+            target=self.options.target,
             threads=self.options.threads,
             seed=self.options.seed,
         )

@@ -74,7 +74,7 @@ def check(
     plan: Plan,
     *,
     analysis: ChannelAnalysis | None = None,
-    backend: Any = None,
+    target: str | None = None,
     threads: int = 1,
     seed: int = 0,
     tolerance: float = TOLERANCE_F64,
@@ -85,7 +85,7 @@ def check(
         program: the canonical original.
         plan: what to remove.
         analysis: channel groups of `program`, if they are at hand.
-        backend: also compare both as this backend lowers them to float32.
+        target: also compare both as this backend lowers and runs them, in subprocesses.
         threads: of that backend.
         seed: of weights and inputs.
         tolerance: relative, in float64.
@@ -106,7 +106,7 @@ def check(
                 before_softmax(masked(original, plan, analysis)[0]),
                 plan,
                 analysis=analysis,
-                backend=backend if worst is None else None,
+                target=target if worst is None else None,
                 threads=threads,
                 seed=seed + attempt,
                 tolerance=tolerance,
@@ -142,7 +142,7 @@ def compare(
     plan: Plan,
     *,
     analysis: ChannelAnalysis,
-    backend: Any = None,
+    target: str | None = None,
     threads: int = 1,
     seed: int = 0,
     tolerance: float = TOLERANCE_F64,
@@ -170,7 +170,7 @@ def compare(
                     force(mask, case, shown),
                     dataclasses.replace(plan, groups={k: v for k, v in plan.groups.items() if k in here}),
                     analysis=analysis,
-                    backend=backend,
+                    target=target,
                     threads=threads,
                     seed=seed,
                     tolerance=tolerance,
@@ -181,8 +181,8 @@ def compare(
     large, gradients = with_gradients(mask, plan, analysis, inputs)
     error = relative_error(seen(large), small)
     lowered = None
-    if backend is not None:
-        at, small_at = (_run_lowered(p, inputs, backend, threads) for p in (mask, pruned))
+    if target is not None:
+        at, small_at = (_run_lowered(p, inputs, target, threads) for p in (mask, pruned))
         lowered = relative_error(seen(at), small_at)
     hidden = insensitive(original, mask, pruned, plan, analysis, gradients, inputs, large, tolerance)
     limit = lowered_tolerance(original)
@@ -276,15 +276,16 @@ def _cut(graph: ir.Graph, index: int) -> bool:
 
 
 def _run_lowered(
-    program: Program, inputs: Mapping[str, np.ndarray], backend: Any, threads: int
+    program: Program, inputs: Mapping[str, np.ndarray], target: str, threads: int
 ) -> dict[str, np.ndarray]:
+    from sartor.backends import isolation
     from sartor.backends.protocol import TargetOptions
 
     options = TargetOptions(threads=threads, precision=precision_of(program))
     with tempfile.TemporaryDirectory(prefix="sartor-oracle-") as folder:
-        artifact = backend.lower(program.understood(), Path(folder) / "lowered", options)
-        result: dict[str, np.ndarray] = backend.load(artifact, options).run(inputs)
-    return result
+        artifact = isolation.lower(target, program.understood(), Path(folder) / "lowered", options)
+        with isolation.Session(artifact, options) as session:
+            return session.run(inputs)
 
 
 __all__ = ["OracleResult", "check", "compare", "randomise", "relative_error", "require"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import shutil
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from sartor.backends.protocol import Artifact, TargetOptions, TensorSpec
 from sartor.errors import BackendError, UsageError
+from sartor.ir.files import file_sha256
 
 if TYPE_CHECKING:
     import numpy as np
@@ -52,7 +52,7 @@ def write_artifact(
             target=target,
             folder=folder,
             files=files,
-            sha256={name: _sha256(temporary / name) for name in files},
+            sha256={name: file_sha256(temporary / name) for name in files},
             precision=options.precision,
             inputs=tuple(_spec(value) for value in program.graph.inputs),
             outputs=tuple(_spec(value) for value in program.outputs),
@@ -88,7 +88,7 @@ def verify_files(artifact: Artifact) -> None:
     """
     for name in artifact.files:
         path = artifact.folder / name
-        observed = _sha256(path) if path.is_file() else "missing"
+        observed = file_sha256(path) if path.is_file() else "missing"
         if observed != artifact.sha256[name]:
             raise BackendError(
                 f"Artifact file '{name}' does not match its manifest: SHA-256 is {observed}, expected "
@@ -197,11 +197,6 @@ def _spec(value: ir.Value) -> TensorSpec:
     for dim in value.shape:
         dims.append(dim if isinstance(dim, int) else (dim.value or ""))
     return TensorSpec(value.name or "", value.dtype.numpy().name, tuple(dims))
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _quoted(names: Iterable[str]) -> str:

@@ -207,13 +207,13 @@ class Written:
 
     def to_list(self) -> list[dict[str, Any]]:
         """JSON form."""
-        import hashlib
+        from sartor.ir.files import file_sha256
 
         return [
             {
                 "file": path.name,
                 "bytes": path.stat().st_size,
-                "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+                "sha256": file_sha256(path),
             }
             for path in self.paths
         ]

@@ -105,10 +105,10 @@ def insert_channel_gate(program: Program, value_name: str, *, name: str | None =
 
 
 def inline_dialect(program: Program) -> Program:
-    """Return the program as plain ONNX: every dialect call replaced by its reference body."""
+    """The program as plain ONNX: every dialect call replaced by its reference body; itself if it has none."""
+    if not program.model.functions:
+        return program
     result = program.clone()
-    if not result.model.functions:
-        return result
     before = set(result.graph)
     InlinePass()(result.model)
     result.model.opset_imports.pop(DIALECT_DOMAIN, None)

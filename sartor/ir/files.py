@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import tempfile
 from collections.abc import Iterable, Mapping
@@ -10,6 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from sartor.errors import UsageError
+
+
+def file_sha256(path: Path) -> str:
+    """Hexadecimal digest of a file, read in parts."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def write_atomic(path: str | os.PathLike[str], data: bytes) -> Path:

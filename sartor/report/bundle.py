@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -104,13 +103,13 @@ def _listed(manifest: Path) -> set[str]:
 
 def write_manifest(folder: Path, **sections: Any) -> Path:
     """Write `manifest.json` for everything that is in `folder`."""
-    from sartor.ir.files import write_atomic
+    from sartor.ir.files import file_sha256, write_atomic
 
     files = [
         {
             "file": path.relative_to(folder).as_posix(),
             "bytes": path.stat().st_size,
-            "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+            "sha256": file_sha256(path),
         }
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path.name != MANIFEST

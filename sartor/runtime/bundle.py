@@ -9,7 +9,6 @@ condition. An output has the value of the last stage that computed it for a samp
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 
 from sartor.backends.protocol import Artifact, TensorSpec
 from sartor.errors import ModelError
+from sartor.ir.files import file_sha256
 
 SCHEMA = "sartor.bundle/1"
 FILE = "bundle.json"
@@ -102,7 +102,7 @@ def write_bundle(
         place = folder / stage.artifact
         for path in sorted(place.rglob("*")) if place != folder else _artifact_files(place):
             if path.is_file():
-                files[path.relative_to(folder).as_posix()] = _sha256(path)
+                files[path.relative_to(folder).as_posix()] = file_sha256(path)
     document = BundleDocument(tuple(inputs), tuple(outputs), tuple(stages), files)
     _check(document)
     text = json.dumps(document.to_dict(), indent=1, sort_keys=True) + "\n"
@@ -144,7 +144,7 @@ def read_bundle(folder: Path) -> BundleDocument:
             raise ModelError(
                 f"'{path}' names the file '{name}', which lies outside the bundle; it is refused."
             )
-        observed = _sha256(file) if file.is_file() else "missing"
+        observed = file_sha256(file) if file.is_file() else "missing"
         if observed != digest:
             raise ModelError(
                 f"Bundle file '{name}' does not match '{FILE}': SHA-256 is {observed}, expected {digest}. Copy "
@@ -211,8 +211,3 @@ def _check(document: BundleDocument) -> None:
 
 def _artifact_files(folder: Path) -> list[Path]:
     return [path for path in sorted(folder.iterdir()) if path.is_file() and path.name != FILE]
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

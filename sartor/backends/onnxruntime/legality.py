@@ -26,7 +26,8 @@ width that is no multiple of 4 leaves the blocked layout altogether (ReorderInpu
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from sartor.backends import host, telemetry
 from sartor.backends.legality import (
@@ -101,7 +102,7 @@ def check(program: Program, options: TargetOptions) -> LegalityReport:
     return check_rules(program, options, rules())
 
 
-def channel_grid(op_type: str, precision: str) -> int:
+def channel_grid(op_type: str, precision: str, attributes: Mapping[str, Any] | None = None) -> int:
     """Channel step of `op_type`; see the module docstring."""
     return host.vector_floats() if op_type in _GRID_OPS and precision in PRECISIONS else 1
 

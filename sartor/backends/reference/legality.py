@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib.metadata
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from sartor.backends.legality import (
     Check,
@@ -57,13 +58,18 @@ RULES = Rules(
 )
 
 
+def rules() -> Rules:
+    """Everything that the target asks of a program."""
+    return RULES
+
+
 def check(program: Program, options: TargetOptions) -> LegalityReport:
     """Apply the rule tables."""
     require_precision(NAME, PRECISIONS, options)
     return check_rules(program, options, RULES)
 
 
-def channel_grid(op_type: str, precision: str) -> int:
+def channel_grid(op_type: str, precision: str, attributes: Mapping[str, Any] | None = None) -> int:
     """Widths are free: nothing is optimised for the reference."""
     return 1
 

@@ -7,18 +7,11 @@ vendor's proprietary licence, which is why they are an extra. See docs/adr/0009.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from sartor.backends.protocol import (
-    Artifact,
-    Capabilities,
-    KernelTime,
-    LegalityReport,
-    Session,
-    TargetOptions,
-)
+from sartor.backends.folder import FolderBackend
+from sartor.backends.protocol import Artifact, Capabilities, LegalityReport, Session, TargetOptions
 from sartor.backends.tensorrt.settings import Settings
 
 if TYPE_CHECKING:
@@ -28,8 +21,8 @@ if TYPE_CHECKING:
 __all__ = ["Settings", "TensorRTBackend"]
 
 
-class TensorRTBackend:
-    """Backend `tensorrt`. See `protocol.Backend` for the methods.
+class TensorRTBackend(FolderBackend):
+    """Backend `tensorrt`. An artifact has `model.smNN.engine` per compute capability, `model.onnx` and `layers.json`.
 
     Other settings are another target: make an instance of your own and register it under the entry-point group
     `sartor.backends`, `board = "their_package:board"` with `board = TensorRTBackend(Settings(...), name="board")`.
@@ -38,6 +31,8 @@ class TensorRTBackend:
         settings: compute capabilities, flavour, surgery, timing cache.
         name: under which the instance is registered.
     """
+
+    package = __name__
 
     def __init__(self, settings: Settings | None = None, name: str = "tensorrt"):
         self.settings = settings or Settings()
@@ -49,16 +44,8 @@ class TensorRTBackend:
 
         return legality.capabilities(self.settings, self.name)
 
-    def channel_grid(
-        self, op_type: str, precision: str = "f32", attributes: Mapping[str, Any] | None = None
-    ) -> int:
-        """Step of the channel count that costs time."""
-        from sartor.backends.tensorrt import legality
-
-        return legality.channel_grid(op_type, precision)
-
     def rules(self) -> Rules:
-        """Tables of `legality.rules_for`."""
+        """The table of rules of these settings."""
         from sartor.backends.tensorrt import legality
 
         return legality.rules_for(self.settings)
@@ -76,25 +63,13 @@ class TensorRTBackend:
         return legalize.legalize(program, self.settings)
 
     def lower(self, program: Program, folder: Path, options: TargetOptions) -> Artifact:
-        """Write `model.smNN.engine` per compute capability, `model.onnx` and `layers.json`."""
+        """Write the engines, the ONNX file that they were built from, and the record of its layers."""
         from sartor.backends.tensorrt import lower
 
         return lower.lower(program, folder, options, self.settings, self.name)
-
-    def load(self, artifact: Artifact, options: TargetOptions) -> Session:
-        """An execution context of the engine for this machine's GPU."""
-        from sartor.backends.tensorrt import run
-
-        return run.load(artifact, options)
 
     def compile(self, model: bytes, options: TargetOptions) -> Session:
         """A session on a serialized ONNX model, built for this machine's GPU."""
         from sartor.backends.tensorrt import run
 
         return run.compile_model(model, options, self.settings)
-
-    def profile(self, artifact: Artifact, options: TargetOptions, runs: int = 20) -> list[KernelTime]:
-        """Layer times from TensorRT's profiler."""
-        from sartor.backends.tensorrt import measure
-
-        return measure.profile(artifact, options, runs)

@@ -10,7 +10,8 @@ type of inputs and outputs with it; it reads opsets newer than those it is docum
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from sartor.backends import telemetry
 from sartor.backends.legality import (
@@ -161,7 +162,7 @@ def check(program: Program, options: TargetOptions, settings: Settings) -> Legal
     return check_rules(program, options, rules_for(settings))
 
 
-def channel_grid(op_type: str, precision: str) -> int:
+def channel_grid(op_type: str, precision: str, attributes: Mapping[str, Any] | None = None) -> int:
     """Channel step of `op_type`; see the module docstring."""
     return _GRID.get(precision, 1) if op_type in _GRID_OPS else 1
 

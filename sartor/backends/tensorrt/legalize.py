@@ -10,6 +10,7 @@ from sartor.backends import telemetry
 from sartor.backends.tensorrt import operators, surgery
 from sartor.backends.tensorrt.settings import RTX, Settings
 from sartor.errors import BackendError
+from sartor.ir.dialect import inline_dialect
 
 if TYPE_CHECKING:
     from sartor.ir.program import Program
@@ -22,10 +23,7 @@ def legalize(program: Program, settings: Settings) -> Program:
         UsageError: onnx_graphsurgeon is not installed, or an installed surgery cannot be imported.
         BackendError: a user's surgery fails, or leaves no graph.
     """
-    if program.model.functions:
-        from sartor.ir.dialect import inline_dialect
-
-        program = inline_dialect(program)
+    program = inline_dialect(program)
     hooks = settings.hooks()
     if not hooks and not any(surgery.concerns(node) for node in program.graph.all_nodes()):
         return program

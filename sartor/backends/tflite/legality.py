@@ -111,6 +111,11 @@ RULES = Rules(
 )
 
 
+def rules() -> Rules:
+    """Everything that the target asks of a program."""
+    return RULES
+
+
 def check(target: str, program: Program, options: TargetOptions) -> LegalityReport:
     """Apply the rule tables to a legalized program; no vendor package is imported."""
     require_precision(target, PRECISIONS, options)

@@ -11,8 +11,6 @@ if TYPE_CHECKING:
 
 def legalize(program: Program) -> Program:
     """Inline the dialect's functions; the result is the program itself when it has none."""
-    if not program.model.functions:
-        return program
     from sartor.ir.dialect import inline_dialect
 
     return inline_dialect(program)

@@ -29,6 +29,7 @@ from sartor.ir.torch_ops.resize import axis_taps
 _QUANTIZE = OPERATORS["QuantizeLinear"].function
 _DEQUANTIZE = OPERATORS["DequantizeLinear"].function
 _RESIZE = OPERATORS["Resize"].function
+_CONV_TRANSPOSE = OPERATORS["ConvTranspose"].function
 _INT8 = (-128, 127, torch.int8)
 _STEP = re.compile(r"\.modules\.\w+?_n(\d+)\b")
 
@@ -125,6 +126,8 @@ def _replace(twin: fx.GraphModule, item: fx.Node, key: str) -> None:
         else:
             step = _Int8Weight(stored, scale, zero_point, axis)
             item.args = ()
+    elif item.target is _CONV_TRANSPOSE:
+        step = Step(_conv_transpose, dict(item.kwargs))
     elif item.target is _RESIZE:
         step = Step(_resize, dict(item.kwargs))
     elif item.op == "call_module":
@@ -141,6 +144,35 @@ def _to_int8(x: Tensor, *, scale: float, zero_point: int) -> Tensor:
 
 def _from_int8(x: Tensor, *, scale: float, zero_point: int) -> Tensor:
     return torch.ops.quantized_decomposed.dequantize_per_tensor.default(x, scale, zero_point, *_INT8)
+
+
+def _conv_transpose(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    pads: Any = (),
+    output_padding: Any = (),
+    **rest: Any,
+) -> Tensor:
+    """The twin's ConvTranspose; with output padding an unpadded one, cropped.
+
+    The converter appends zeros for output padding. They are right only where no weight reaches, and what follows is
+    refused when it does.
+    """
+    rank = x.dim() - 2
+    extra = list(output_padding) or [0] * rank
+    if not any(extra):
+        result: Tensor = _CONV_TRANSPOSE(x, weight, bias, pads=pads, **rest)
+        return result
+    sides = list(pads) or [0] * (2 * rank)
+    crops = [extra[axis] - sides[rank + axis] for axis in range(rank)]
+    # A bias goes with the convolution, into one kernel, unless positions are appended that it is to reach, too.
+    inside = bias if max(crops) <= 0 else None
+    y = _CONV_TRANSPOSE(x, weight, inside, pads=None, **rest)
+    around = [size for axis in reversed(range(rank)) for size in (-sides[axis], crops[axis])]
+    y = functional.pad(y, around)
+    return y if inside is bias else y + bias.reshape(1, -1, *[1] * rank)
 
 
 def _resize(x: Tensor, *operands: Any, mode: str = "nearest", **attributes: Any) -> Tensor:

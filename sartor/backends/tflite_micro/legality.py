@@ -6,10 +6,11 @@ Which operators it has kernels for is a question about the flatbuffer; lowering 
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from sartor.backends import telemetry
-from sartor.backends.legality import Check, ModelRule, check_rules
+from sartor.backends.legality import Check, ModelRule, Rules, check_rules
 from sartor.backends.protocol import Capabilities, LegalityReport, TargetOptions, require_precision
 from sartor.backends.tflite import legality as tflite
 
@@ -35,6 +36,16 @@ RULES = dataclasses.replace(
         ModelRule("one-sample", "The batch is 1: a microcontroller's arena holds one sample.", _one_sample),
     ),
 )
+
+
+def rules() -> Rules:
+    """Everything that the target asks of a program."""
+    return RULES
+
+
+def channel_grid(op_type: str, precision: str, attributes: Mapping[str, Any] | None = None) -> int:
+    """Always 1: the reference kernels know no vectors."""
+    return 1
 
 
 def check(program: Program, options: TargetOptions) -> LegalityReport:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -12,9 +12,6 @@ from sartor.backends.precision import require_lowered_for
 from sartor.backends.protocol import Artifact, Session, TargetOptions, TensorSpec, require_precision
 from sartor.backends.tflite.run import Border
 from sartor.backends.tflite_micro import arena, legality
-
-if TYPE_CHECKING:
-    from sartor.backends.tflite.lower import Lowered
 
 
 class TfliteMicroSession(Session):
@@ -74,8 +71,16 @@ def load(artifact: Artifact, options: TargetOptions) -> TfliteMicroSession:
     return _session(artifact.main_file.read_bytes(), artifact.inputs, artifact.metadata, options)
 
 
-def from_content(lowered: Lowered, options: TargetOptions) -> TfliteMicroSession:
-    """A session on a conversion that is no file. Raises as `load`."""
+def compile_model(model: bytes, options: TargetOptions) -> TfliteMicroSession:
+    """A session on a serialized ONNX model: loaded, converted and run in this process.
+
+    Raises:
+        UsageError: precision or shapes; a package is not installed.
+        BackendError: the program breaks a legality rule, conversion fails, or an operator has no kernel.
+    """
+    from sartor.backends.tflite_micro import lower
+
+    lowered = lower.compile_model(model, options)
     return _session(lowered.content, lowered.inputs, lowered.metadata, options)
 
 

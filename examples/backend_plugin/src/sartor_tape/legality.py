@@ -6,7 +6,8 @@ can act on, and never by a crash further down. Every program that passes must lo
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -100,6 +101,16 @@ RULES = Rules(
         "Gemm": (NodeRule("gemm-plain", "Gemm is x W + b, without factors.", _plain_gemm),),
     },
 )
+
+
+def rules() -> Rules:
+    """The table; `check` applies it, and support tables are generated from it."""
+    return RULES
+
+
+def channel_grid(op_type: str, precision: str, attributes: Mapping[str, Any] | None = None) -> int:
+    """numpy takes any width. A device with 32 lanes answers 32: pruning then cuts in steps of 32."""
+    return 1
 
 
 def check(program: Program, options: TargetOptions) -> LegalityReport:

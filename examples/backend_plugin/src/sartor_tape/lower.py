@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from sartor.backends.artifact import write_artifact
 from sartor.backends.legality import require_legal
 from sartor.backends.protocol import Artifact, TargetOptions
-from sartor_tape import legality, tape
+from sartor_tape import legality, legalize, tape
 
 if TYPE_CHECKING:
     from sartor.ir.program import Program
@@ -21,22 +21,23 @@ TAPE, WEIGHTS = "model.tape", "weights.bin"
 
 
 def lower(program: Program, folder: Path, options: TargetOptions) -> Artifact:
-    """Write the artifact of a legalized program.
+    """Legalize, check, and write the artifact.
 
     Raises:
         UsageError: precision or folder.
         BackendError: the program breaks a rule.
     """
-    require_legal(legality.NAME, legality.check(program, options))
+    legal = legalize.legalize(program)
+    require_legal(legality.NAME, legality.check(legal, options))
 
     def write(temporary: Path) -> tuple[tuple[str, ...], Mapping[str, Any]]:
         # Everything that is needed to run goes into this folder, main file first; `write_artifact` adds hashes
         # and the input contract, and moves the folder into place only when all of it is there.
-        instructions, block = tape.assemble(program.to_proto())
+        instructions, block = tape.assemble(legal.to_proto())
         (temporary / TAPE).write_text(tape.text(instructions), encoding="utf-8")
         (temporary / WEIGHTS).write_bytes(block)
         # Metadata is yours: versions and settings. One key has a meaning for Sartor: 'reproducible: False' says
         # that the bytes differ every time.
         return (TAPE, WEIGHTS), {"format": tape.FORMAT}
 
-    return write_artifact(program, folder, options, target=legality.NAME, write=write)
+    return write_artifact(legal, folder, options, target=legality.NAME, write=write)
