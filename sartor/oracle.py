@@ -21,6 +21,7 @@ import onnx_ir as ir
 from sartor.backends.precision import precision_of
 from sartor.comparison import relative_error, seen
 from sartor.conditions import cases, decisive, force, gates, groups_in
+from sartor.decisions import cast_to
 from sartor.errors import InternalError, ModelError, VerificationError
 from sartor.ir.branches import BRANCHES, branch, is_choice
 from sartor.ir.channels import ChannelAnalysis, channel_groups
@@ -35,6 +36,7 @@ from sartor.sensitivity import insensitive, with_gradients
 TOLERANCE_F64 = 1e-9
 LOWERED_TOLERANCE = {"f32": 1e-4, "f16": 1e-2, "bf16": 5e-2, "int8": 5e-2}
 """Relative error of an artifact against the float64 reference, by the coarsest type it computes in."""
+_PRECISION = ("Cast", "QuantizeLinear", "DequantizeLinear")
 KINDS = ("normal", "positive", "normal", "zeros")
 """Inputs of each attempt. One is enough, unless a narrow layer is dead behind its ReLU in this draw of weights, or the
 model makes no numbers of such inputs: the logarithm of a negative one, an index out of range."""
@@ -259,17 +261,30 @@ def before_softmax(program: Program) -> Program:
 
 
 def _cut(graph: ir.Graph, index: int) -> bool:
-    """Give the input of a final Softmax in its place; both branches of an `If` may end in one."""
+    """Give the input of a final Softmax in its place; both branches of an `If` may end in one.
+
+    Casts and quantization between it and the output go with it; the output keeps its element type.
+    """
     output = graph.outputs[index]
     node = output.producer()
+    between: set[str] = set()
+    while (
+        node is not None and node.graph is graph and node.op_type in _PRECISION and node.inputs[0] is not None
+    ):
+        between.add(node.op_type)
+        node = node.inputs[0].producer()
     if node is None or node.graph is not graph:
         return False
-    if is_choice(node) and not output.uses():
+    if is_choice(node) and not between and not output.uses():
         return any([_cut(branch(node, key), node.outputs.index(output)) for key in BRANCHES])
     source = node.inputs[0] if node.op_type in ("Softmax", "LogSoftmax") else None
     maker = source.producer() if source is not None else None
     if source is None or maker is None or maker.graph is not graph or source.is_graph_output():
         return False
+    if between and (output.dtype is None or not output.dtype.is_floating_point()):
+        return False
+    if "Cast" in between and output.dtype is not None:
+        source = cast_to(source, output.dtype)
     source.type, source.shape = output.type, output.shape
     graph.outputs[index] = source
     return True
