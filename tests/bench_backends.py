@@ -96,4 +96,26 @@ class Picky(Planted):
         return LegalityReport(tuple(found))
 
 
-ENTRIES = {c.name: f"bench_backends:{c.__name__}" for c in (Planted, NotHere, Picky)}
+class Cached(Planted):
+    """Keeps its conversions, as a target whose compiler is slow."""
+
+    name = "cached"
+
+    def lower(self, program, folder, options):
+        from sartor.backends.tflite.cache import kept
+
+        converted = []
+
+        def convert():
+            converted.append(True)
+            return b"", {}
+
+        def write(temporary: Path):
+            kept("0" * 64, convert)
+            (temporary / "converted.json").write_text(json.dumps(bool(converted)))
+            return ("converted.json",), {}
+
+        return write_artifact(program, folder, options, target=self.name, write=write)
+
+
+ENTRIES = {c.name: f"bench_backends:{c.__name__}" for c in (Planted, NotHere, Picky, Cached)}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
+import os
 import sys
 import time
 
@@ -20,7 +22,7 @@ from bench_fixtures import (  # noqa: F401
     vendor_fixture,
 )
 
-from sartor.bench import run_bench, target
+from sartor.bench import power, run_bench, target
 from sartor.bench.document import finish
 from sartor.bench.power import Rapl, Sampler, find_sensor
 from sartor.bench.protocol import RUNS, VISITS, WARM_UP_RUNS, Settings
@@ -133,6 +135,18 @@ def test_absent_precisions_and_unknown_targets(vendor):
         Settings(precisions=("f32", "f32"))
 
 
+def test_a_timed_conversion_finds_no_earlier_one(vendor, tmp_path, monkeypatch):
+    monkeypatch.setenv("SARTOR_CACHE", str(tmp_path / "cache"))
+    here = target.Target("cached", "f32", QUICK, tmp_path)
+    for number in range(2):
+        here.convert(subject := here.subject(named(), None), number)
+        assert json.loads(subject.artifact.main_file.read_text()) is True
+    assert os.environ["SARTOR_CACHE"] == str(tmp_path / "cache") and not (tmp_path / "cache").exists()
+    made = [here.backend.lower(named(), tmp_path / f"{i}", here.options) for i in range(2)]
+    found = [json.loads(artifact.main_file.read_text()) for artifact in made]
+    assert found == [True, False]  # the backend does keep them
+
+
 def test_accuracy_is_that_of_the_artifact_on_the_whole_test_split(tmp_path):
     from sartor.ir.fx import run_twin
 
@@ -162,10 +176,12 @@ def test_accuracy_is_that_of_the_artifact_on_the_whole_test_split(tmp_path):
     assert rows[1]["artifact_bytes"] < rows[0]["artifact_bytes"] and rows[1]["preparation_s"] > 0
 
 
-def rapl(root, energy="1000000", name="package-0"):
-    zone = root / "class/powercap/intel-rapl:0"
-    (zone / "intel-rapl:0:0").mkdir(parents=True)
-    for file, text in (("name", name), ("energy_uj", energy), ("max_energy_range_uj", "5000000")):
+def rapl(root, energy="1000000", number=0):
+    """A package of the processor, and a part of it; the counter wraps after 1000 J."""
+    zone = root / f"class/powercap/intel-rapl:{number}"
+    (zone / f"intel-rapl:{number}:0").mkdir(parents=True)
+    name, most = f"package-{number}", "1000000000"
+    for file, text in (("name", name), ("energy_uj", energy), ("max_energy_range_uj", most)):
         (zone / file).write_text(text + "\n")
     return zone
 
@@ -183,11 +199,49 @@ def test_rapl_gives_the_mean_since_the_last_reading_and_wraps(tmp_path, monkeypa
     now = iter([10.0, 12.0, 13.0])
     monkeypatch.setattr(time, "monotonic", lambda: next(now))
     sensor, _ = find_sensor(tmp_path)
-    assert isinstance(sensor, Rapl) and sensor.read() is None
+    assert isinstance(sensor, Rapl)
+    sensor.start()
     (zone / "energy_uj").write_text("4000000")
     assert sensor.read() == pytest.approx(1.5)
-    (zone / "energy_uj").write_text("1000000")  # 5 J at most: 2 J more, modulo that
-    assert sensor.read() == pytest.approx(2.0)
+    (zone / "energy_uj").write_text("1000000")  # 1000 J at most: 997 J more, modulo that
+    assert sensor.read() == pytest.approx(997.0)
+
+
+def test_what_was_drawn_between_two_blocks_is_in_neither(tmp_path, monkeypatch):
+    zones = [rapl(tmp_path), rapl(tmp_path, number=1)]
+    sensor, _ = find_sensor(tmp_path)
+
+    def draw(joule):
+        for zone in zones:
+            energy = int((zone / "energy_uj").read_text()) + int(joule * 1e6)
+            (zone / "energy_uj").write_text(str(energy % 1_000_000_000))
+
+    for _ in range(2):
+        with Sampler(sensor, interval_s=0.03) as sampler:
+            time.sleep(0.15)
+        assert sampler.watts and sampler.highest_w == 0.0
+        draw(500.0)  # compiling and loading
+    with Sampler(sensor, interval_s=60.0) as sampler:  # shorter than the interval: one reading, at the end
+        begun = time.monotonic()
+        draw(2.0)
+        time.sleep(0.1)
+        spent_s = time.monotonic() - begun
+    assert len(sampler.watts) == 1 and 0.5 * 4.0 / spent_s < sampler.highest_w <= 4.0 / spent_s
+    monkeypatch.setattr(power, "_SHORTEST_S", 10.0)
+    with Sampler(sensor, interval_s=60.0) as sampler:
+        draw(2.0)
+    assert sampler.highest_w is None  # a counter's step over a few microseconds is no power
+
+
+def test_several_packages_add_up_and_wrap_each_by_itself(tmp_path, monkeypatch):
+    zones = [rapl(tmp_path, energy="4000000"), rapl(tmp_path, energy="1000000", number=1)]
+    sensor, _ = find_sensor(tmp_path)
+    now = iter([0.0, 2.0])
+    monkeypatch.setattr(time, "monotonic", lambda: next(now))
+    sensor.start()
+    (zones[0] / "energy_uj").write_text("500000")  # of 1000 J: wrapped after 996 J, then half a joule
+    (zones[1] / "energy_uj").write_text("3000000")
+    assert sensor.read() == pytest.approx((996.5 + 2.0) / 2.0)
 
 
 def test_sensors_that_cannot_be_read_are_reasons(tmp_path):
@@ -202,7 +256,10 @@ def test_sensors_that_cannot_be_read_are_reasons(tmp_path):
 def test_the_sampler_keeps_the_highest_reading():
     class Ramp:
         name = "ramp"
-        values = iter([None, 3.0, 9.0, 5.0])
+        values = iter([3.0, 9.0, 5.0])
+
+        def start(self):
+            pass
 
         def read(self):
             return next(self.values, 1.0)

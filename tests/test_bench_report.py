@@ -1,14 +1,10 @@
-"""Reports of `sartor bench`: files, the command, results from elsewhere, and what a kill leaves."""
+"""Reports of `sartor bench`: files, the command, and results from elsewhere."""
 
 from __future__ import annotations
 
 import copy
 import hashlib
 import json
-import os
-import signal
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -23,7 +19,7 @@ from sartor.bench.vendor import CONDITIONS, emit_config, merge, read_results
 from sartor.cli import main
 from sartor.errors import InternalError, UsageError
 from sartor.report.bench_page import render
-from sartor.report.bench_table import summary
+from sartor.report.bench_table import cells, summary
 
 
 def test_results_from_elsewhere_are_merged_and_marked(report, tmp_path):
@@ -58,8 +54,14 @@ LATENCY = {"mean_s": 2e-3, "runs": 50, "warm_up_runs": 10, "batch_samples": 1}
         ({"result": {"latency": LATENCY | {"mean_s": "2 ms"}}}, "a finite number"),
         ({"result": {"latency": LATENCY | {"p10_s": 3.0, "p90_s": 1.0}}}, "do not rise"),
         ({"result": {"accuracy": {"score_fraction": 93.5, "samples": 10}}}, "from 0 to 1"),
-        ({"result": {"precision": "int4"}}, "'int4' is none of"),
+        ({"result": {"precision": "int4"}}, "'precision' is 'int4'; expected one of f32"),
+        ({"result": {"precision": ["f32"]}}, "'precision' is ['f32']"),
         ({"result": {"conversion_s": True}}, "greater than 0"),
+        ({"result": {"conversion_s": 10**400}}, "greater than 0"),
+        ({"result": {"latency": LATENCY | {"mean_s": 5e-324}}}, "greater than 0"),
+        ({"result": {"latency": LATENCY | {"batch_samples": 10**400}}}, "and at most 1e+15"),
+        ({"result": {"latency": [1]}}, "'latency' is [1]; expected an object"),
+        ({"results": ["x" * 1000]}, "expected an object"),
         ({"result": {"sha256": "0" * 64}}, "with SHA-256 0000"),
         ({"result": {"model": "other"}}, "'other', which the report does not have"),
         ({"target": "planted"}, "was measured here"),
@@ -72,6 +74,95 @@ def test_wrong_results_are_refused_in_one_sentence(report, tmp_path, changes, me
         merge(read_report(tmp_path), read_results(stored(tmp_path, filled(report, **changes))))
     assert message in str(caught.value) and len(str(caught.value)) < 500
     assert (tmp_path / "bench.json").read_bytes() == before
+
+
+DAMAGES = (None, "x", "", -1, 10**400, 1e-320, True, [], {}, ["x"], {"x": {}})
+
+
+def places(value, at=()):
+    """Every place in a document, from the root downwards."""
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, item in inner:
+        yield (*at, key)
+        yield from places(item, (*at, key))
+
+
+def damaged(document, place, damage):
+    """The document with the value at a place replaced, or gone."""
+    changed = copy.deepcopy(document)
+    *way, last = place
+    holder = changed
+    for key in way:
+        holder = holder[key]
+    if damage == "gone":
+        del holder[last]
+    else:
+        holder[last] = damage
+    return changed
+
+
+@pytest.fixture(scope="module", name="rich")
+def rich_fixture(report, tmp_path_factory):
+    """A report with everything that one can have."""
+    rich = copy.deepcopy(report)
+    points = [(10**k, 1e-5 + 10**k / 1e10) for k in range(5, 9)]
+    rich["rooflines"] = [
+        {
+            "target": "planted",
+            "precision": "f32",
+            "points": [
+                {"name": f"p{flop}", "operations_flop": flop, "latency": {"median_s": s}}
+                for flop, s in points
+            ],
+        }
+    ]
+    row = rows_of(rich, "planted")[0]
+    row["accuracy"] = {"score_fraction": 0.5, "samples": 9, "split": "test", "compared_with": "labels"}
+    row |= {"calibration": "data", "preparation_s": 1.0, "power": {"highest_w": 2.0, "sensor": "s"}}
+    rich["protocol"] = dict(list(rich["protocol"].items())[:2])
+    results = read_results(stored(tmp_path_factory.mktemp("results"), filled(report)))
+    merged = merge(rich, results)
+    assert "roofline" in rows_of(merged, "planted")[0]
+    return merged
+
+
+def test_a_damaged_report_is_refused_or_shown_and_never_a_bug(rich, report, tmp_path):
+    more = read_results(stored(tmp_path, filled(report, target="other")))
+    refused = shown = 0
+    path = tmp_path / "bench.json"
+    for index, place in enumerate(places(rich)):
+        for damage in ("gone", DAMAGES[index % len(DAMAGES)], DAMAGES[(5 * index + 3) % len(DAMAGES)]):
+            path.write_text(json.dumps(damaged(rich, place, damage)))
+            try:
+                merged = merge(read_report(tmp_path), more)
+            except UsageError as error:
+                assert len(str(error)) < 600, (place, damage)
+                refused += 1
+            else:
+                assert summary(merged) and render(merged) and json.dumps(merged, allow_nan=False)
+                shown += 1
+    assert refused > 100 and shown > 100
+
+
+def test_what_is_damaged_is_named(rich, tmp_path):
+    path = tmp_path / "bench.json"
+    for place, damage, message in (
+        (("rows", 0, "model"), "other", "rows[0] is of model 'other', which is not in 'models'"),
+        (("rows", 0, "latency", "batch_samples"), "gone", "rows[0]: 'latency' lacks 'batch_samples'"),
+        (("rows", 0, "conversion_s"), 10**400, "rows[0]: 'conversion_s' is 1000000"),
+        (("rooflines", 0, "points", 1, "latency"), {}, "points[1]: 'latency' lacks 'median_s'"),
+    ):
+        path.write_text(json.dumps(damaged(rich, place, damage)))
+        with pytest.raises(UsageError) as caught:
+            read_report(tmp_path)
+        assert message in str(caught.value)
+
+
+def test_what_departs_from_the_method_is_said(report):
+    for text in (summary(report), render(report)):
+        assert "the other two ends are departures" in text
+    row = rows_of(report, "planted")[0]
+    assert row["throughput"]["reason"] in cells(row)["throughput"][1]  # the note beside the number
 
 
 def test_not_a_number_and_not_json_are_refused(tmp_path):
@@ -190,30 +281,6 @@ def test_a_wrong_command_line_is_one_sentence(arguments, message, capsys, monkey
     assert main(["bench", *arguments]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
-
-
-def test_a_kill_leaves_nothing(vendor, model, tmp_path):
-    out = tmp_path / "out"
-    command = [sys.executable, "-m", "sartor", "bench", "--models", model, "--targets", "planted"]
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
-        "CI": "",
-        "TMPDIR": str(tmp_path),
-    }
-    with subprocess.Popen(
-        [*command, "--roofline-limit", "0", "--out", str(out)],
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment,
-    ) as process:
-        for line in process.stderr:
-            if "latency, visit" in line:
-                process.send_signal(signal.SIGKILL)
-                break
-        else:
-            pytest.fail("it ended before it measured")
-    assert process.returncode == -signal.SIGKILL and not out.exists()
 
 
 def test_options_travel_to_the_subprocess(vendor, tmp_path):

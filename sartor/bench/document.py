@@ -1,9 +1,10 @@
 """The report of a benchmark: schema `sartor.bench-report/1`.
 
-    models      what was measured: name, SHA-256, shapes, costs of one sample
-    rows        one per model, target and precision; `state` is `measured`, `imported`, `not-taken` (legality),
-                `not-run-here`, `not-available` or `failed`, with a `reason`; a metric that is missing from a row is
-                in its `absent`, with the reason
+    models      what was measured: name, SHA-256, shapes, costs of one sample where they can be counted
+    rows        one per model, target and precision; `state` is `measured`, `imported`, `not-taken` (legality, or a
+                model whose costs cannot be counted), `not-run-here`, `not-available`, `failed`, or `unfinished`
+                where the benchmark ended before, each with a `reason`; a metric that is missing from a row is in
+                its `absent`, with the reason
     rooflines   one per target and precision: points of the parameterized models, envelope, fit
     protocol    what each metric means; parameters, conditions
     imports     results from elsewhere, with their conditions
@@ -19,26 +20,60 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from sartor.bench.fields import METRICS, require_entry, require_metrics, shown
 from sartor.bench.roofline import Roofline, envelope, fit
 from sartor.errors import InternalError, UsageError
 
 SCHEMA = "sartor.bench-report/1"
 REPORT, PAGE = "bench.json", "bench.html"
-_SECTIONS = {
-    "models": list,
-    "rows": list,
-    "rooflines": list,
-    "imports": list,
-    "protocol": dict,
-    "conditions": dict,
+_HINT = "delete it, and write it again with 'sartor bench'"
+_DOCUMENT = {
+    "schema": "text",
+    "sartor_version": "text",
+    "models": "list",
+    "rows": "list",
+    "rooflines": "list",
+    "imports": "list",
+    "protocol": "texts",
+    "conditions": "object",
+    "parameters": "object",
 }
 _ENTRIES = {
-    "models": ("name", "sha256", "operations_flop"),
-    "rows": ("model", "target", "precision", "state", "absent"),
-    "rooflines": ("target", "precision", "points"),
-    "imports": ("target", "conditions"),
+    "models": {
+        "name": "text",
+        "sha256": "text",
+        "input_shapes": "object",
+        "operations_flop": "count0?",
+        "macs": "count0?",
+        "parameters": "count0?",
+        "weight_bytes": "count0?",
+    },
+    "rows": {
+        "model": "text",
+        "target": "text",
+        "precision": "precision",
+        "state": "text",
+        "absent": "texts",
+        "reason": "string?",
+        "log": "string?",
+        "departures": "sentences?",
+        "conversion_s": "positive?",
+        "artifact_bytes": "count0?",
+        "preparation_s": "number?",
+        "calibration": "string?",
+        **dict.fromkeys(METRICS, "object?"),
+    },
+    "rooflines": {"target": "text", "precision": "precision", "points": "list"},
+    "imports": {"target": "text", "conditions": "texts"},
 }
-"""What every entry of a section has."""
+"""What every entry of a section has; it may have more."""
+_MORE_OF_METRICS = {
+    "throughput": {"reason": "string?"},
+    "accuracy": {"split": "string?", "compared_with": "string?"},
+}
+_POINT = {"name": "text", "operations_flop": "count", "latency": "object?"}
+_DERIVED = ("achieved_flop_per_s", "efficiency_samples_per_s_per_w", "roofline")
+_DERIVED_OF_ROOFLINE = ("envelope", "best_flop_per_s", "fit", "fit_reason")
 
 
 def finish(document: dict[str, Any]) -> dict[str, Any]:
@@ -46,6 +81,8 @@ def finish(document: dict[str, Any]) -> dict[str, Any]:
     models = {model["name"]: model for model in document["models"]}
     lines: dict[tuple[str, str], Roofline] = {}
     for roofline in document["rooflines"]:
+        for key in _DERIVED_OF_ROOFLINE:
+            roofline.pop(key, None)
         points = [p for p in roofline["points"] if "latency" in p]
         for point in points:
             point["achieved_flop_per_s"] = point["operations_flop"] / point["latency"]["median_s"]
@@ -64,13 +101,16 @@ def finish(document: dict[str, Any]) -> dict[str, Any]:
 
 
 def _derive(row: dict[str, Any], model: Mapping[str, Any], line: Roofline | None) -> None:
-    flop = model["operations_flop"]
+    for key in _DERIVED:
+        row.pop(key, None)
+    flop = model.get("operations_flop", 0)
     if "throughput" in row:
         rate = row["throughput"]["samples_per_s"]
         if flop:
             row["achieved_flop_per_s"] = rate * flop
         if "power" in row and row["power"]["highest_w"] > 0:
             row["efficiency_samples_per_s_per_w"] = rate / row["power"]["highest_w"]
+    row.get("latency", {}).pop("achieved_flop_per_s", None)
     if "latency" in row and flop:
         latency = row["latency"].get("median_s", row["latency"]["mean_s"])
         work = flop * row["latency"]["batch_samples"]
@@ -110,26 +150,39 @@ def read_report(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """The report in `folder`.
 
     Raises:
-        UsageError: there is none, or it is not of this schema.
+        UsageError: there is none, it is not of this schema, or it is damaged; names the place.
     """
     path = Path(folder) / REPORT
     document = read_json(path)
     if not isinstance(document, dict) or document.get("schema") != SCHEMA:
-        raise UsageError(f"'{path}' is not a report of schema '{SCHEMA}'; write one with 'sartor bench'.")
-    wrong = [name for name, kind in _SECTIONS.items() if not isinstance(document.get(name), kind)]
-    if wrong:
         raise UsageError(
-            f"'{path}' lacks its sections {', '.join(wrong)}; write it again with 'sartor bench'."
+            f"'{path}' is not a report of schema '{SCHEMA}'; name a folder with one that 'sartor bench' wrote."
         )
-    for section, keys in _ENTRIES.items():
+    _require_sound(f"'{path}' is damaged", document)
+    return finish(document)
+
+
+def _require_sound(damaged: str, document: dict[str, Any]) -> None:
+    require_entry(damaged, document, _DOCUMENT, _HINT, more=True)
+    for section, kinds in _ENTRIES.items():
         for index, entry in enumerate(document[section]):
-            missing = [key for key in keys if not isinstance(entry, dict) or key not in entry]
-            if missing:
-                raise UsageError(
-                    f"'{path}' is damaged: {section}[{index}] lacks {', '.join(missing)}; write it again with "
-                    "'sartor bench'."
+            require_entry(f"{damaged}: {section}[{index}]", entry, kinds, _HINT, more=True)
+    models = {model["name"] for model in document["models"]}
+    for index, row in enumerate(document["rows"]):
+        place = f"{damaged}: rows[{index}]"
+        if row["model"] not in models:
+            raise UsageError(f"{place} is of model {shown(row['model'])}, which is not in 'models'; {_HINT}.")
+        require_metrics(place, row, _HINT, more=True)
+        for metric, kinds in _MORE_OF_METRICS.items():
+            require_entry(f"{place}: '{metric}'", row.get(metric, {}), kinds, _HINT, more=True)
+    for index, roofline in enumerate(document["rooflines"]):
+        for number, point in enumerate(roofline["points"]):
+            place = f"{damaged}: rooflines[{index}]: points[{number}]"
+            require_entry(place, point, _POINT, _HINT, more=True)
+            if "latency" in point:
+                require_entry(
+                    f"{place}: 'latency'", point["latency"], {"median_s": "positive"}, _HINT, more=True
                 )
-    return document
 
 
 def read_json(path: Path) -> Any:

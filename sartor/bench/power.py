@@ -5,6 +5,7 @@ Without a readable sensor there is no power: it is never derived from anything e
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import threading
 import time
@@ -14,7 +15,9 @@ from types import TracebackType
 from typing import Protocol
 
 INTERVAL_S = 0.1
-"""Between two readings. RAPL counts every millisecond; over less than this its steps show."""
+"""Between two readings."""
+_SHORTEST_S = 0.02
+"""Of a mean. RAPL counts every millisecond; over much less than this its steps would show as power."""
 _TOTAL_RAILS = ("VDD_IN", "POM_5V_IN", "VIN_SYS_5V0", "SYS_VIN_HV")
 """Rails of NVIDIA's boards that feed all the others; adding up rails would count some twice."""
 
@@ -24,14 +27,18 @@ class Sensor(Protocol):
 
     name: str
 
+    def start(self) -> None:
+        """Begin anew: what was drawn before is in no later reading."""
+        ...
+
     def read(self) -> float | None:
-        """Watts now, or since the last reading; None at a first reading that has nothing to go from."""
+        """Watts now, or the mean since the last reading or the start; None where that is too short ago."""
         ...
 
 
 @dataclasses.dataclass
 class Rapl:
-    """Sum over the processor packages, mean since the last reading.
+    """Sum over the processor packages, mean since the last reading or the start.
 
     Attributes:
         zones: folders with `energy_uj` (microjoules, wrapping at `max_energy_range_uj`).
@@ -42,18 +49,28 @@ class Rapl:
     name: str = "RAPL, processor packages: everything that runs on them"
     _last: tuple[float, list[int]] | None = None
 
+    def start(self) -> None:
+        """Count from now on."""
+        self._last = None  # also where the counters cannot be read now
+        self._last = self._counters()
+
     def read(self) -> float | None:
-        """Mean watts since the last reading."""
-        now, energies = time.monotonic(), [_integer(zone / "energy_uj") for zone in self.zones]
-        last, self._last = self._last, (now, energies)
-        if last is None or now <= last[0]:
+        """Mean watts since the last reading or the start."""
+        last, counters = self._last, self._counters()
+        if last is not None and counters[0] - last[0] < _SHORTEST_S:
+            return None
+        self._last = counters
+        if last is None:
             return None
         used = 0
-        for zone, before, after in zip(self.zones, last[1], energies, strict=True):
-            used += (
-                after - before if after >= before else after - before + _integer(zone / "max_energy_range_uj")
-            )
-        return used * 1e-6 / (now - last[0])
+        for zone, before, after in zip(self.zones, last[1], counters[1], strict=True):
+            used += after - before
+            if after < before:
+                used += _integer(zone / "max_energy_range_uj")
+        return used * 1e-6 / (counters[0] - last[0])
+
+    def _counters(self) -> tuple[float, list[int]]:
+        return time.monotonic(), [_integer(zone / "energy_uj") for zone in self.zones]
 
 
 @dataclasses.dataclass
@@ -69,6 +86,9 @@ class Jetson:
     voltage: Path
     current: Path
     name: str
+
+    def start(self) -> None:
+        """Nothing to do: a reading is of its moment."""
 
     def read(self) -> float | None:
         """Watts now."""
@@ -130,7 +150,7 @@ def _jetson(root: Path) -> tuple[Sensor | None, str]:
 
 
 class Sampler:
-    """Reads a sensor while the block runs.
+    """Reads a sensor while the block runs, and once more at its end; what was before is in no reading.
 
     Attributes:
         watts: readings so far.
@@ -143,7 +163,8 @@ class Sampler:
         self._thread = threading.Thread(target=self._sample, daemon=True)
 
     def __enter__(self) -> Sampler:
-        self._read()
+        with contextlib.suppress(OSError, ValueError):
+            self._sensor.start()
         self._thread.start()
         return self
 
@@ -152,8 +173,7 @@ class Sampler:
     ) -> None:
         self._done.set()
         self._thread.join()
-        if not self.watts:  # a block shorter than the interval still has its own mean
-            self._read()
+        self._read()
 
     @property
     def highest_w(self) -> float | None:

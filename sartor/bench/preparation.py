@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import os
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from sartor.backends.precision import precision_of
@@ -17,6 +20,7 @@ if TYPE_CHECKING:
 
 FLOP_PER_MAC = 2
 _CALIBRATION_SAMPLES = 8
+_CACHE = "SARTOR_CACHE"  # see sartor.backends.tflite.cache
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,16 +60,32 @@ def samples_per_run(program: Program) -> int:
     return leading.pop() if len(leading) == 1 else 1
 
 
+def identify(program: Program) -> dict[str, Any]:
+    """What a model is called, and which one it is."""
+    return {
+        "name": program.source.name,
+        "sha256": program.sha256(),
+        "input_shapes": _shapes(program),
+    }
+
+
+def _shapes(program: Program) -> dict[str, list[int]]:
+    return {name: list(shape) for name, shape in program.input_shapes.items()}
+
+
 def describe(program: Program) -> dict[str, Any]:
-    """The model's entry in a report: what identifies it, and its costs for one sample."""
+    """The model's entry in a report: what identifies it, and its costs for one sample.
+
+    Raises:
+        ModelError: a shape depends on data, so that they cannot be counted.
+    """
     from sartor.cost_models.static import static_cost
 
     single = at_batch(program, 1) if program.batch.symbolic else program
     cost, samples = static_cost(single), samples_per_run(program)
     return {
-        "name": program.source.name,
-        "sha256": program.sha256(),
-        "input_shapes": {name: list(shape) for name, shape in single.input_shapes.items()},
+        **identify(program),
+        "input_shapes": _shapes(single),
         "precision": precision_of(program),
         "macs": cost.macs // samples,
         "operations_flop": FLOP_PER_MAC * cost.macs // samples,
@@ -92,6 +112,21 @@ def prepare(program: Program, precision: str, data: Data | None, seed: int) -> P
     written, _ = written_in(single, precision, context)
     used = "data" if data is not None else "random inputs"
     return Prepared(written, time.perf_counter() - begun, used)
+
+
+@contextlib.contextmanager
+def empty_cache() -> Iterator[None]:
+    """Conversions in here find nothing that earlier ones kept: their time is that of a conversion."""
+    before = os.environ.get(_CACHE)
+    with tempfile.TemporaryDirectory(prefix="sartor-bench-") as folder:
+        os.environ[_CACHE] = folder
+        try:
+            yield
+        finally:
+            if before is None:
+                del os.environ[_CACHE]
+            else:
+                os.environ[_CACHE] = before
 
 
 def random_batches(program: Program, seed: int) -> list[tuple[dict[str, Any], None]]:

@@ -26,15 +26,17 @@ PROTOCOL = {
     "discarded; the mean (median, p10 and p90 beside it); inputs and outputs bound before the clock starts",
     "throughput": f"batch doubled from 1 until memory is used up, the time is over, a limit of the batch is reached, "
     f"or two doublings in a row give less than {GROWTH:g} times the best; each batch {WARM_UP_RUNS} runs to warm up "
-    f"and {RUNS} runs, or as many as its share of the time allows; samples over the mean time of a run; the best batch",
+    f"and {RUNS} runs, or as many as its share of the time allows; samples over the mean time of a run; the best "
+    "batch; EDLAB grows the batch until memory is used up or the time is over, the other two ends are departures; what "
+    "ended it stands beside each result",
     "accuracy": "the converted model on the whole test split, every sample once, batch 1; the score of sartor.scoring",
     "flops": "F = T x FLOPs, T the throughput and FLOPs = 2 x MACs of one sample (Conv, ConvTranspose, Gemm, MatMul "
     "and recurrent operators of the model as it was given; 1 MAC = 2 FLOP), in every precision",
-    "power": "highest draw that an on-board sensor showed during the runs of the best batch of the throughput; "
-    "absent without a sensor",
+    "power": "highest draw that an on-board sensor showed during the runs of the best batch of the throughput, warm-up "
+    "included and nothing before it; absent without a sensor",
     "efficiency": "E = T / P",
     "conversion": "seconds from the program to the artifact: legality, the target's compiler in a subprocess of its "
-    "own, its start included; capture and quantization are apart (preparation)",
+    "own, its start included, with no earlier conversion kept; capture and quantization are apart (preparation)",
     "roofline": "median latency at batch 1 of generated convolutional networks over depth, width, resolution and "
     "kernel size; the envelope joins those that no other beats in both work and time, and a model's share is the "
     "envelope's time at its work over its own; above 100 % it is faster than the generated ones between which it lies",

@@ -19,7 +19,7 @@ from sartor.backends.protocol import Artifact, TargetOptions
 from sartor.bench.device import Device
 from sartor.bench.family import Member
 from sartor.bench.power import Sensor
-from sartor.bench.preparation import Prepared, prepare, samples_per_run
+from sartor.bench.preparation import Prepared, empty_cache, prepare, samples_per_run
 from sartor.bench.protocol import RUNS, VISITS, WARM_UP_RUNS, Settings
 from sartor.bench.throughput import throughput
 from sartor.errors import InternalError, SartorError
@@ -116,7 +116,7 @@ class Target:
                 row |= {"state": "not-taken", "reason": f"{broken[0]}{more}"}
         if row["state"] != "measured" or subject.written is None:
             return
-        with _blame(row):
+        with _blame(row), empty_cache():
             begun = time.perf_counter()
             artifact = isolation.lower(
                 self.name,

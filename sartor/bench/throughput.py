@@ -165,7 +165,7 @@ def _failure(error: SartorError, batch: int) -> tuple[str, str]:
 
 
 def _draw(sampler: Sampler | None, sensor: Sensor | None) -> dict[str, Any] | None:
-    if sampler is None or sensor is None or sampler.highest_w is None:
+    if sampler is None or sensor is None or not sampler.highest_w:  # 0 W: a sensor that measures nothing
         return None
     return {"highest_w": sampler.highest_w, "sensor": sensor.name, "readings": len(sampler.watts)}
 

@@ -10,15 +10,14 @@ import copy
 import hashlib
 import itertools
 import json
-import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sartor import __version__
-from sartor.backends.protocol import PRECISIONS
 from sartor.bench.document import finish, read_json
+from sartor.bench.fields import METRICS, quoted, require_entry, require_metrics, require_value, shown
 from sartor.bench.preparation import describe, distinct
 from sartor.bench.protocol import PROTOCOL, RUNS, WARM_UP_RUNS, Settings
 from sartor.bench.vendor_texts import CALIBRATION_FORMAT, readme
@@ -31,33 +30,7 @@ CONFIG_SCHEMA = "sartor.bench-config/1"
 RESULTS_SCHEMA = "sartor.bench-results/1"
 CONDITIONS = ("device", "toolchain", "toolchain_version", "power_mode", "measured_on")
 """What the conditions of imported results must say, each as text."""
-_METRICS: dict[str, dict[str, str]] = {
-    "latency": {
-        "mean_s": "positive",
-        "runs": "count",
-        "warm_up_runs": "count0",
-        "batch_samples": "count",
-        "median_s": "positive?",
-        "p10_s": "positive?",
-        "p90_s": "positive?",
-    },
-    "throughput": {
-        "samples_per_s": "positive",
-        "batch_samples": "count",
-        "runs": "count",
-        "warm_up_runs": "count0",
-    },
-    "accuracy": {"score_fraction": "fraction", "samples": "count"},
-    "power": {"highest_w": "positive", "sensor": "text"},
-}
-"""Keys of each metric, and what their values are; a question mark: may be missing."""
-_KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "positive": (lambda v: _number(v) and v > 0, "a finite number greater than 0"),
-    "fraction": (lambda v: _number(v) and 0 <= v <= 1, "a number from 0 to 1"),
-    "count": (lambda v: _integer(v) and v >= 1, "an integer of at least 1"),
-    "count0": (lambda v: _integer(v) and v >= 0, "an integer of at least 0"),
-    "text": (lambda v: isinstance(v, str) and bool(v.strip()), "a text that is not empty"),
-}
+_HINT = "see the results template of the configuration"
 _SAMPLES = 64  # of calibration data; a test split goes out whole
 
 
@@ -152,7 +125,7 @@ def _splits(program: Program, data: str | None, seed: int) -> Iterable[tuple[str
 
 def _template(config: Mapping[str, Any]) -> dict[str, Any]:
     """A document to fill in: as it stands it is refused, because its numbers are missing."""
-    empty = {metric: dict.fromkeys(keys) for metric, keys in _METRICS.items()}
+    empty = {metric: dict.fromkeys(keys) for metric, keys in METRICS.items()}
     return {
         "schema": RESULTS_SCHEMA,
         "target": config["target"],
@@ -184,24 +157,23 @@ def read_results(path: Path) -> dict[str, Any]:
     document = read_json(path)
     where = f"'{path.name}'"
     if not isinstance(document, dict) or document.get("schema") != RESULTS_SCHEMA:
-        observed = document.get("schema") if isinstance(document, dict) else type(document).__name__
-        raise UsageError(f"{where} has the schema {observed!r}; results have '{RESULTS_SCHEMA}'.")
-    _keys(where, document, required=("schema", "target", "conditions", "results"))
-    _value(f"{where}: 'target'", document["target"], "text")
-    conditions = _object(f"{where}: 'conditions'", document["conditions"])
-    missing = [key for key in CONDITIONS if key not in conditions]
+        observed = document.get("schema") if isinstance(document, dict) else document
+        raise UsageError(f"{where} has the schema {shown(observed)}; results have '{RESULTS_SCHEMA}'.")
+    kinds = {"schema": "text", "target": "text", "conditions": "object", "results": "list"}
+    require_entry(where, document, kinds, _HINT)
+    missing = [key for key in CONDITIONS if key not in document["conditions"]]
     if missing:
         raise UsageError(
-            f"{where}: 'conditions' lacks {_quoted(missing)}; a number without its conditions is not taken."
+            f"{where}: 'conditions' lacks {quoted(missing)}; a number without its conditions is not taken."
         )
-    for key, value in conditions.items():
-        _value(f"{where}: conditions '{key}'", value, "text")
-    if not isinstance(document["results"], list) or not document["results"]:
+    for key, value in document["conditions"].items():
+        require_value(f"{where}: conditions '{key}'", value, "text")
+    if not document["results"]:
         raise UsageError(f"{where}: 'results' must be a list of at least one result.")
     seen = set()
     for index, result in enumerate(document["results"]):
         place = f"{where}: results[{index}]"
-        _result(place, _object(place, result))
+        _result(place, result)
         pair = (result["model"], result["precision"])
         if pair in seen:
             raise UsageError(f"{place} is a second result of model '{pair[0]}' in {pair[1]}; give one.")
@@ -211,31 +183,15 @@ def read_results(path: Path) -> dict[str, Any]:
 
 
 def _result(place: str, result: dict[str, Any]) -> None:
-    _keys(place, result, ("model", "sha256", "precision"), (*_METRICS, "conversion_s"))
-    for key in ("model", "sha256"):
-        _value(f"{place}: '{key}'", result[key], "text")
-    if result["precision"] not in PRECISIONS:
-        raise UsageError(f"{place}: precision '{result['precision']}' is none of {', '.join(PRECISIONS)}.")
+    kinds = {"model": "text", "sha256": "text", "precision": "precision", "conversion_s": "positive?"}
+    require_entry(place, result, kinds | dict.fromkeys(METRICS, "object?"), _HINT)
     if not any(key in result for key in ("latency", "throughput", "accuracy", "conversion_s")):
         raise UsageError(f"{place} has no metric; give one, or leave the result away.")
-    if "conversion_s" in result:
-        _value(f"{place}: 'conversion_s'", result["conversion_s"], "positive")
-    for metric, kinds in _METRICS.items():
-        if metric not in result:
-            continue
-        entry = _object(f"{place}: '{metric}'", result[metric])
-        required = [key for key, kind in kinds.items() if not kind.endswith("?")]
-        _keys(f"{place}: '{metric}'", entry, required, [key for key in kinds if key not in required])
-        for key, value in entry.items():
-            _value(f"{place}: {metric} '{key}'", value, kinds[key].removesuffix("?"))
+    require_metrics(place, result, _HINT)
     if "power" in result and "throughput" not in result:
         raise UsageError(
             f"{place} has a power and no throughput, in whose configuration it is drawn; give both."
         )
-    latency = result.get("latency", {})
-    order = [latency[key] for key in ("p10_s", "median_s", "p90_s") if key in latency]
-    if order != sorted(order):
-        raise UsageError(f"{place}: latency quantiles {order} do not rise from p10 to p90; correct them.")
 
 
 def merge(document: Mapping[str, Any], results: Mapping[str, Any]) -> dict[str, Any]:
@@ -257,7 +213,7 @@ def merge(document: Mapping[str, Any], results: Mapping[str, Any]) -> dict[str, 
         if model is None:
             raise UsageError(
                 f"Imported results[{index}] is of model '{result['model']}', which the report does not have; "
-                f"its models are {_quoted(models)}."
+                f"its models are {quoted(models)}."
             )
         if result["sha256"] != model["sha256"]:
             raise UsageError(
@@ -276,7 +232,7 @@ def merge(document: Mapping[str, Any], results: Mapping[str, Any]) -> dict[str, 
 def _row(result: Mapping[str, Any], target: str) -> dict[str, Any]:
     row = {k: copy.deepcopy(v) for k, v in result.items() if k not in ("sha256",)}
     row |= {"target": target, "state": "imported"}
-    row["absent"] = {metric: "not among the imported results" for metric in _METRICS if metric not in result}
+    row["absent"] = {metric: "not among the imported results" for metric in METRICS if metric not in result}
     departures = []
     for metric in ("latency", "throughput"):
         entry = result.get(metric, {})
@@ -288,42 +244,3 @@ def _row(result: Mapping[str, Any], target: str) -> dict[str, Any]:
     if departures:
         row["departures"] = departures
     return row
-
-
-# ---- checks --------------------------------------------------------------------------------------
-def _keys(
-    place: str, entry: Mapping[str, Any], required: Sequence[str], optional: Sequence[str] = ()
-) -> None:
-    missing = [key for key in required if key not in entry]
-    if missing:
-        raise UsageError(f"{place} lacks {_quoted(missing)}; see the results template of the configuration.")
-    unknown = [key for key in entry if key not in (*required, *optional)]
-    if unknown:
-        raise UsageError(
-            f"{place} has the key {_quoted(unknown[:1])}, which is not one of {_quoted((*required, *optional))}; "
-            "units are part of the keys."
-        )
-
-
-def _value(place: str, value: Any, kind: str) -> None:
-    holds, expected = _KINDS[kind]
-    if not holds(value):
-        raise UsageError(f"{place} is {value!r}; expected {expected}.")
-
-
-def _object(place: str, value: Any) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise UsageError(f"{place} is {type(value).__name__}; expected an object.")
-    return value
-
-
-def _number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _integer(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _quoted(names: Iterable[str]) -> str:
-    return ", ".join(f"'{name}'" for name in names)

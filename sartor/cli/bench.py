@@ -1,7 +1,8 @@
 """Benchmark MODELS on TARGETS: latency, throughput, accuracy, FLOPS, power, efficiency and conversion time.
 
 Each number has its own protocol, which stands beside it. Generated models of many sizes draw what each target can
-give, and the models are placed on that. Without --out nothing is written.
+give, and the models are placed on that. With --out the report is written after each step, so that Ctrl-C leaves what
+was measured until then; imported results in OUT stay. Without --out nothing is written.
 
 A target that only its vendor's tools reach: --emit-config NAME writes models, data and instructions to OUT/NAME;
 --import FILE checks the results that come back and adds them to the report in OUT.
@@ -10,6 +11,7 @@ A target that only its vendor's tools reach: --emit-config NAME writes models, d
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -83,43 +85,63 @@ def run(options: argparse.Namespace) -> Result:
         if targets or options.results:
             raise UsageError("--emit-config measures and imports nothing; leave --targets and --import away.")
         return _emit(options, models, out)
-    from sartor.bench.vendor import merge, read_results
+    from sartor.bench.vendor import read_results
 
     imported = [read_results(Path(path)) for path in options.results]
     if targets or models:
         if not targets or not models:
             raise UsageError("A benchmark needs --models and --targets; give both.")
-        document = _measure(options, models, targets)
-    elif imported and out is not None:
-        from sartor.bench.document import read_report
-
-        document = read_report(out)
-    else:
+        return _measure(options, models, targets, imported, out)
+    if not imported or out is None:
         raise UsageError(
             "There is nothing to do: give --models and --targets, or --import with --out of an earlier report."
         )
-    for results in imported:
-        document = merge(document, results)
-    return _result(document, out)
+    from sartor.bench.store import change
+
+    return _result(*change(out, lambda document: _merged(document, imported)))
 
 
-def _measure(options: argparse.Namespace, models: list[str], targets: list[str]) -> dict[str, Any]:
+def _measure(
+    options: argparse.Namespace,
+    models: list[str],
+    targets: list[str],
+    imported: Sequence[Mapping[str, Any]],
+    out: Path | None,
+) -> Result:
+    """Measure, and write what there is after each step."""
     from sartor.bench.run import run_bench
+    from sartor.bench.store import Store
 
     settings = _settings(options)
+    store = Store(out) if out is not None else None
+
+    def keep(document: dict[str, Any]) -> dict[str, Any]:
+        document = _merged(document, imported)
+        return document if store is None else store.write(document)
+
     with Progress.on_stderr() as progress:
         programs = _programs(options, models, progress)
-        return run_bench(programs, targets, settings, data=options.data, say=progress)
+        try:
+            document = run_bench(programs, targets, settings, data=options.data, say=progress, keep=keep)
+        except BaseException as error:
+            if store is not None and store.begun:
+                error.add_note(f"What was measured until then is in '{out}'.")
+            raise
+    return _result(keep(document), store.paths if store is not None else ())
 
 
-def _result(document: dict[str, Any], out: Path | None) -> Result:
-    from sartor.bench.document import write_report
+def _merged(document: dict[str, Any], imported: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    from sartor.bench.vendor import merge
+
+    for results in imported:
+        document = merge(document, results)
+    return document
+
+
+def _result(document: dict[str, Any], paths: Sequence[Path]) -> Result:
     from sartor.report.bench_table import summary
 
-    text = [summary(document)]
-    if out is not None:
-        text += [f"wrote {path}" for path in write_report(document, out)]
-    return Result(document, "\n".join(text))
+    return Result(document, "\n".join([summary(document), *(f"wrote {path}" for path in paths)]))
 
 
 def _emit(options: argparse.Namespace, models: list[str], out: Path | None) -> Result:

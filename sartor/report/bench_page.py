@@ -97,7 +97,7 @@ def _reason(row: Mapping[str, Any]) -> str:
 
 # ---- rooflines -----------------------------------------------------------------------------------
 def _rooflines(report: Report) -> Iterator[str]:
-    work = {model["name"]: model["operations_flop"] for model in report["models"]}
+    work = {model["name"]: model.get("operations_flop", 0) for model in report["models"]}
     for roofline in report["rooflines"]:
         measured = [p for p in roofline["points"] if "latency" in p]
         if not measured:
@@ -299,9 +299,10 @@ def _models(report: Report) -> str:
         (
             code(model["name"]),
             escape(", ".join(f"{n} {s}" for n, s in model["input_shapes"].items())),
-            escape(f"{count(model['macs'])}"),
-            escape(count(model["parameters"])),
-            escape(count(model["weight_bytes"], "B")),
+            *(
+                escape(count(model[key], unit)) if key in model else NONE
+                for key, unit in (("macs", ""), ("parameters", ""), ("weight_bytes", "B"))
+            ),
             code(model["sha256"][:16]),
         )
         for model in report["models"]

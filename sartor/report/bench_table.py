@@ -42,7 +42,7 @@ def cells(row: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
     if "accuracy" in row:
         entry = row["accuracy"]
         note = f"{entry['samples']} samples"
-        if "split" in entry:
+        if "split" in entry and "compared_with" in entry:
             note += f" of '{entry['split']}', against {entry['compared_with']}"
         found["accuracy"] = (percent(entry["score_fraction"]), note)
     if "achieved_flop_per_s" in row:
@@ -54,7 +54,8 @@ def cells(row: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
     if "conversion_s" in row:
         note = f"{count(row['artifact_bytes'], 'B')}" if "artifact_bytes" in row else ""
         if row.get("calibration"):
-            note += f"; calibrated with {row['calibration']} in {seconds(row['preparation_s'])}"
+            note += f"; calibrated with {row['calibration']}"
+            note += f" in {seconds(row['preparation_s'])}" if "preparation_s" in row else ""
         found["conversion"] = (seconds(row["conversion_s"]), note.removeprefix("; "))
     if "roofline" in row:
         entry = row["roofline"]
@@ -75,8 +76,9 @@ def shown_columns(document: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def label(row: Mapping[str, Any]) -> str:
-    """The target of a row, marked if its numbers come from elsewhere."""
-    return f"{row['target']} (imported)" if row["state"] == "imported" else str(row["target"])
+    """The target of a row, marked if its numbers come from elsewhere or are not all there."""
+    marked = row["state"] in ("imported", "unfinished")
+    return f"{row['target']} ({row['state']})" if marked else str(row["target"])
 
 
 def has_numbers(row: Mapping[str, Any]) -> bool:
@@ -122,7 +124,8 @@ def summary(document: Mapping[str, Any]) -> str:
     said += [f"roofline of {roofline_sentence(roofline)}" for roofline in document["rooflines"]]
     absent = {(metric, reason): None for row in document["rows"] for metric, reason in row["absent"].items()}
     said += [f"no {metric}: {reason}" for metric, reason in absent]
-    said += [f"{title.lower()}: {document['protocol'][key]}" for key, title in shown]
+    protocol = document["protocol"]
+    said += [f"{title.lower()}: {protocol[key]}" for key, title in shown if key in protocol]
     return "\n".join([*parts, *map(visible, said)])
 
 
