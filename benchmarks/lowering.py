@@ -3,9 +3,13 @@
 Every cell runs in a process of its own under a time limit: the network is captured, its weights are drawn at random
 with activations of order one, precisions are made by passes (`fold-batch-norm,cast` for f16,
 `fold-batch-norm,quantize` with random calibration data for int8), and the target's compiler, runtime and
-measurement run in subprocesses of that. *Filled* is a cell with an artifact that agrees with its program in float64
-(the QDQ program, for int8) within the tolerance of its precision, or, where the artifact cannot be run on this
-machine, an artifact. Times are those of this machine alone; nothing is said about a target that did not run.
+measurement run in subprocesses of that, with no earlier conversion kept.
+
+*Filled* is a cell with an artifact that agrees with its program in float64 (the QDQ program, for int8) within the
+tolerance of its precision, and whose latency was measured; where the artifact cannot be run on this machine
+(`executed` is false), an artifact. Every other cell has a reason. `worst_rel_error` is over all artifacts that were
+compared, also over those in `unverified`, which are beyond their tolerance. Times are those of this machine alone;
+nothing is said about a target that did not run.
 
 Needs timm and torchvision and the targets' packages (`pip install 'sartor[bench]'`).
 """
@@ -14,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import collections
-import itertools
 import json
 import os
 import resource
@@ -25,98 +28,24 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import record
-import zoo_models
+from lowered_networks import lower, random_program, written
 
 MODELS = ("resnet50", "mobilenet_v2", "efficientnet_b0", "vit_tiny_patch16_224", "unet")
 TARGETS = ("onnxruntime", "openvino", "tflite", "tensorrt")
 PRECISIONS = {"f32": "", "f16": "fold-batch-norm,cast", "int8": "fold-batch-norm,quantize"}
 RESULT = "RESULT "
-_CALIBRATION = 8
 _MEASURE_S = 4.0
-
-
-def build(name: str) -> tuple[Any, tuple[Any, ...]]:
-    """A network with random weights, in inference mode, and its example inputs."""
-    import torch
-
-    if name == "unet":
-        torch.manual_seed(0)
-        return unet(), (torch.randn(1, 3, 128, 128),)
-    if name.startswith("vit_"):
-        zoo_models.import_torchvision()  # timm imports it
-        import timm
-
-        torch.manual_seed(0)
-        return timm.create_model(name, pretrained=False).eval(), (torch.randn(1, 3, 224, 224),)
-    return zoo_models.build(f"torchvision/{name}")
-
-
-def unet() -> Any:
-    """Four levels, 16 to 128 channels, transposed convolutions upwards (Ronneberger et al., 2015)."""
-    import torch
-    from torch import nn
-
-    def double(inputs: int, outputs: int) -> nn.Sequential:
-        layers: list[nn.Module] = []
-        for width in (inputs, outputs):
-            layers += [
-                nn.Conv2d(width, outputs, 3, padding=1, bias=False),
-                nn.BatchNorm2d(outputs),
-                nn.ReLU(),
-            ]
-        return nn.Sequential(*layers)
-
-    class UNet(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            widths = (16, 32, 64, 128)
-            self.down = nn.ModuleList(double(i, o) for i, o in zip((3, *widths), widths, strict=False))
-            self.up = nn.ModuleList(
-                nn.ConvTranspose2d(o, i, 2, stride=2) for i, o in itertools.pairwise(widths)
-            )
-            self.join = nn.ModuleList(double(2 * i, i) for i in widths[:-1])
-            self.pool = nn.MaxPool2d(2)
-            self.head = nn.Conv2d(16, 4, 1)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            kept = []
-            for index, block in enumerate(self.down):
-                x = block(x if index == 0 else self.pool(x))
-                kept.append(x)
-            for up, join, beside in zip(
-                reversed(self.up), reversed(self.join), reversed(kept[:-1]), strict=True
-            ):
-                x = join(torch.cat([up(x), beside], dim=1))
-            return self.head(x)
-
-    return UNet().eval()
 
 
 def program_of(name: str, precision: str) -> Any:
     """The network with random weights of order one, in a precision."""
-    import sartor
-    from sartor.ir.channels import channel_groups
-    from sartor.passes.base import Context
-    from sartor.random_weights import randomise
-
-    module, examples = build(name)
-    program = sartor.capture(module, examples)
-    program = randomise(program, channel_groups(program), seed=0)
-    if not PRECISIONS[precision]:
-        return program
-    (key, shape) = next(iter(program.input_shapes.items()))
-    draw = np.random.default_rng(1).standard_normal
-    calibration = [({key: draw(shape).astype(np.float32)}, None) for _ in range(_CALIBRATION)]
-    pipeline = sartor.Pipeline.parse(PRECISIONS[precision])
-    return pipeline.run(program, Context(data={"calibration": calibration})).program
+    return written(random_program(name), PRECISIONS[precision])
 
 
 def examine(name: str, target: str, precision: str, threads: int) -> dict[str, Any]:
     """One cell, in this process."""
-    from sartor import backends, lowered
-    from sartor.backends import isolation
+    from sartor import backends
     from sartor.backends.measure import measure
     from sartor.backends.protocol import TargetOptions
 
@@ -125,32 +54,31 @@ def examine(name: str, target: str, precision: str, threads: int) -> dict[str, A
         capabilities = backends.get(target).capabilities()
         if precision not in capabilities.precisions:
             return {**row, "reason": f"the target has no {precision} here"}
+        row["version"] = capabilities.version
         start = time.perf_counter()
         program = program_of(name, precision)
         row["prepare_s"] = round(time.perf_counter() - start, 2)
-        options = TargetOptions(threads=threads, precision=precision)
         with tempfile.TemporaryDirectory(prefix="sartor-lowering-") as folder:
             start = time.perf_counter()
-            artifact = isolation.lower(target, program, Path(folder) / "artifact", options)
-            row["lower_s"] = round(time.perf_counter() - start, 2)
-            row["bytes"] = sum((artifact.folder / file).stat().st_size for file in artifact.files)
-            row["version"] = capabilities.version
-            if capabilities.not_run_here:
+            made = lower(program, target, precision, Path(folder) / "artifact", threads)
+            row |= {"lower_s": round(made.seconds, 2), "bytes": made.bytes}
+            row["verify_s"] = round(time.perf_counter() - start - made.seconds, 2)
+            if made.found is None:
                 return {**row, "filled": True, "executed": False, "not_run": capabilities.not_run_here}
-            found = lowered.verify(program, artifact, options, samples=2)
             row |= {
                 "executed": True,
-                "rel_error": found.max_rel_error,
-                "tolerance": found.tolerance,
-                "verified": found.passed,
+                "rel_error": made.found.max_rel_error,
+                "tolerance": made.found.tolerance,
+                "verified": made.found.passed,
             }
-            if not found.passed:
-                return {**row, "reason": f"not equal: {found.summary()}"[:300]}
-            row["filled"] = True
-            result = measure(target, [artifact], options, time_limit_s=_MEASURE_S)
+            if not made.found.passed:
+                return {**row, "reason": f"not equal: {made.found.summary()}"[:300]}
+            options = TargetOptions(threads=threads, precision=precision)
+            result = measure(target, [made.artifact], options, time_limit_s=_MEASURE_S)
             row["latency_s"] = {
                 key: round(getattr(result.baseline, key), 6) for key in ("median", "p10", "p90")
             }
+            row["filled"] = True
     except Exception as error:
         row["reason"] = f"{type(error).__name__}: {str(error)[:300]}"
     return row
@@ -160,18 +88,18 @@ def spawn(name: str, target: str, precision: str, options: argparse.Namespace) -
     """One cell in a process of its own; a hang or a crash becomes a row with the reason."""
     command = [sys.executable, __file__, "--worker", f"{name},{target},{precision}"]
     row: dict[str, Any] = {"model": name, "target": target, "precision": precision, "filled": False}
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
-    try:
-        done = subprocess.run(
-            [*command, "--threads", str(options.threads)],
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=options.limit,
-            env=environment,
-        )
-    except subprocess.TimeoutExpired:
-        return {**row, "reason": f"more than {options.limit:.0f} s"}
+    with tempfile.TemporaryDirectory(prefix="sartor-lowering-") as cache:  # a kept conversion takes no time
+        try:
+            done = subprocess.run(
+                [*command, "--threads", str(options.threads)],
+                capture_output=True,
+                text=True,
+                check=False,
+                timeout=options.limit,
+                env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "SARTOR_CACHE": cache},
+            )
+        except subprocess.TimeoutExpired:
+            return {**row, "reason": f"more than {options.limit:.0f} s"}
     lines = [line for line in done.stdout.splitlines() if line.startswith(RESULT)]
     if not lines:
         last = (done.stderr.strip().splitlines() or [""])[-1][:200]
@@ -197,26 +125,25 @@ def show(row: dict[str, Any]) -> str:
 
 
 def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    errors = [row["rel_error"] for row in rows if row["filled"] and row.get("rel_error") is not None]
-    by_precision = {
-        precision: max(
-            (
-                r["rel_error"]
-                for r in rows
-                if r["filled"] and r["precision"] == precision and "rel_error" in r
-            ),
-            default=None,
-        )
-        for precision in PRECISIONS
-    }
+    compared = [row for row in rows if "rel_error" in row]
+    by_precision = {p: worst([row for row in compared if row["precision"] == p]) for p in PRECISIONS}
+    cell = ("model", "target", "precision", "rel_error", "tolerance")
     return {
         "cells": len(rows),
         "filled": sum(row["filled"] for row in rows),
         "reasons": dict(collections.Counter(row["reason"][:120] for row in rows if not row["filled"])),
-        "worst_rel_error": max(errors, default=None),
+        "worst_rel_error": worst(compared),
         "worst_rel_error_by_precision": by_precision,
         "executed": sum(row.get("executed", False) for row in rows),
+        "measured": sum("latency_s" in row for row in rows),
+        "unverified": [{key: row[key] for key in cell} for row in compared if not row["verified"]],
     }
+
+
+def worst(compared: list[dict[str, Any]]) -> float | None:
+    """The largest error; None where nothing was compared, or one is not finite (it is in `unverified`)."""
+    errors = [row["rel_error"] for row in compared]
+    return None if None in errors else max(errors, default=None)
 
 
 def main() -> int:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 PACKAGES = (
@@ -52,6 +51,7 @@ def write(
         "summary": summary,
     }
     if path is not None:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        Path(path).write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        from sartor.ir.files import write_atomic
+
+        write_atomic(path, (json.dumps(document, indent=1, allow_nan=False) + "\n").encode())
     return document
