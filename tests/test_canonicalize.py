@@ -388,3 +388,55 @@ def test_the_table_is_of_the_canonical_opset() -> None:
     for name in CANONICAL_OPS:
         schema = onnx.defs.get_schema(name, 21, "")
         assert not schema.deprecated
+
+
+class TestZeroPoints:
+    """QuantizeLinear and DequantizeLinear without a zero point: zeros, which say the type of the integers."""
+
+    def nodes(self, **attributes: int) -> list[onnx.NodeProto]:
+        return [
+            node("Relu", ["x"], ["r"]),
+            node("QuantizeLinear", ["r", "s"], ["q"], name="quantize", **attributes),
+            node("Transpose", ["q"], ["t"], perm=[0, 2, 1]),
+            node("DequantizeLinear", ["t", "s"], ["d"], name="activation"),
+            node("DequantizeLinear", ["w", "ws"], ["v"], name="weight", axis=1),
+            node("MatMul", ["d", "v"], ["y"], name="linear"),
+        ]
+
+    @pytest.mark.parametrize(("output_dtype", "kind"), [(0, np.uint8), (TensorProto.INT8, np.int8)])
+    def test_become_explicit(self, tmp_path: Path, output_dtype: int, kind: type) -> None:
+        constants = [
+            tensor("s", np.float32(0.02)),
+            tensor("w", np.array([[3, -5], [7, 100], [-128, 4]], np.int8)),
+            tensor("ws", np.array([0.1, 0.2], np.float32)),
+        ]
+        attributes = {"output_dtype": int(output_dtype)} if output_dtype else {}
+        program = check(
+            tmp_path,
+            self.nodes(**attributes),
+            constants,
+            [2, 3, 4],
+            [2, 4, 2],
+            [
+                "%r = Relu(%x)",
+                "%q = QuantizeLinear(%r, %s, %quantize.y_zero_point)",
+                "%t = Transpose(%q)",
+                "%d = DequantizeLinear(%t, %s, %activation.x_zero_point)",
+                "%v = DequantizeLinear(%w, %ws, %weight.x_zero_point)",
+                "%y = MatMul(%d, %v)",
+            ],
+            opset=21,
+            ir_version=10,
+        )
+        found = {n: program.initializer_array(n) for n in program.initializers if n.endswith("zero_point")}
+        assert {n: (a.dtype, a.shape, a.any()) for n, a in found.items()} == {
+            "quantize.y_zero_point": (kind, (), False),
+            "activation.x_zero_point": (kind, (), False),
+            "weight.x_zero_point": (np.int8, (2,), False),
+        }
+        assert (
+            next(n for n in program.nodes() if n.op_type == "QuantizeLinear")
+            .attributes["output_dtype"]
+            .as_int()
+            == 0
+        )

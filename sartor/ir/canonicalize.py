@@ -136,20 +136,20 @@ def canonicalize(
     protected = frozenset(parameters) | static.materialise(graph, generated_elements)
     static.prepare(graph)
     folded: set[str] = {v.name for v in constants if v.name}
-    shapes = _reduce(model, input_shapes, protected, folded, generated_elements)
+    shapes, types = _reduce(model, input_shapes, protected, folded, generated_elements)
     if branches.has_choices(graph):  # those that no constant decides; before, a branch may make no sense
         moved = branches.flatten(graph)
         folded.update(v.name for v in cleanup.constants_to_initializers(graph) if v.name)
         protected |= {v.name or "" for v in moved if v.dtype is not None and v.dtype.is_floating_point()}
         protected |= static.materialise(graph, generated_elements)
         static.prepare(graph)
-        shapes = _reduce(model, input_shapes, protected, folded, generated_elements)
+        shapes, types = _reduce(model, input_shapes, protected, folded, generated_elements)
     plain = (node for node in graph if node.op_type not in STRUCTURAL_OPS)
     error = unknown_shapes(plain, shapes, provenance or {})
     if error is not None:
         check_operators(model, provenance)  # an operator outside the table is the better reason
         raise error
-    normalise.normalise(graph, shapes, protected)
+    normalise.normalise(graph, shapes, types, protected)
     cleanup.remove_dead(graph)
     cleanup.fix_names(model)
     graph.sort()
@@ -170,8 +170,8 @@ def _reduce(
     protected: Set[str],
     folded: set[str],
     generated_elements: int,
-) -> Mapping[str, tuple[int, ...]]:
-    """Fold and simplify the main graph until nothing changes; returns the shapes of its values."""
+) -> tuple[Mapping[str, tuple[int, ...]], Mapping[str, ir.DataType]]:
+    """Fold and simplify the main graph until nothing changes; returns the shapes and types of its values."""
     graph = model.graph
     for _ in range(_MAX_ROUNDS):
         shapes, types = infer_shapes(model, input_shapes)
@@ -183,7 +183,7 @@ def _reduce(
         changed += cleanup.remove_dead(graph)
         if not changed:
             break
-    return shapes
+    return shapes, types
 
 
 def check_operators(

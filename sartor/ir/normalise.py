@@ -19,16 +19,20 @@ _WINDOWED = names("AveragePool Conv ConvTranspose LpPool MaxPool")
 _PRIVATE_CONSTANTS = names(
     "Expand Gather Pad Reshape Resize Slice Split Squeeze Tile TopK Unsqueeze CumSum Trilu"
 )
+_QUANTIZED = names("DequantizeLinear QuantizeLinear")
+_INTEGERS = names("INT8 INT16 INT32 UINT8 UINT16")
 _REDUCTIONS_PREFIX = "Reduce"
 
 Shapes = Mapping[str, tuple[int, ...]]
+Types = Mapping[str, ir.DataType]
 
 
-def normalise(graph: ir.Graph, shapes: Shapes, protected: Set[str]) -> None:
+def normalise(graph: ir.Graph, shapes: Shapes, types: Types, protected: Set[str]) -> None:
     """Rewrite attributes and constant operands of every node of the main graph to one spelling.
 
     * windows: `kernel_shape strides pads dilations group` explicit, `auto_pad` and `output_shape` gone;
     * `axes`, `steps`, `split` and `pads` operands complete; Reshape and Expand targets explicit;
+    * QuantizeLinear and DequantizeLinear with a zero point, which says the type of the integers;
     * schema defaults filled in, attributes sorted by name;
     * integer operands of data-movement operators belong to one node each, so that a pass can edit them.
     """
@@ -39,6 +43,8 @@ def normalise(graph: ir.Graph, shapes: Shapes, protected: Set[str]) -> None:
             _window(node, shapes)
         elif node.op_type == "BatchNormalization":
             _inference_mode(node)
+        elif node.op_type in _QUANTIZED:
+            _zero_point(graph, node, shapes, types)
         _operands(graph, node, shapes)
         if node.op_type in _PRIVATE_CONSTANTS:
             _privatise(graph, node, protected)
@@ -138,6 +144,20 @@ def _inference_mode(node: ir.Node) -> None:
             f"Node '{node.name}' (BatchNormalization) runs in training mode; export the model in inference "
             "mode."
         )
+
+
+def _zero_point(graph: ir.Graph, node: ir.Node, shapes: Shapes, types: Types) -> None:
+    """Zeros where none is given, in the shape of the scale: an absent one stands for them."""
+    if len(node.inputs) < 3 or node.inputs[2] is None:
+        data, scale = node.inputs[:2]
+        assert data is not None and scale is not None and scale.name is not None
+        kind = types.get(data.name or "", data.dtype)
+        if node.op_type == "QuantizeLinear":
+            kind = ir.DataType(node.attributes.get_int("output_dtype", 0) or ir.DataType.UINT8)
+        if kind is None or kind.name not in _INTEGERS:
+            return  # floats of 8 bits have none
+        set_operand(graph, node, 2, np.zeros(shapes[scale.name], kind.numpy()))
+    node.attributes.pop("output_dtype", None)
 
 
 def _operands(graph: ir.Graph, node: ir.Node, shapes: Shapes) -> None:

@@ -63,7 +63,7 @@ def _make_unsigned(graph: ir.Graph, quantize: ir.Node) -> None:
     pair = [quantize, *readers]
     if not readers or any(node.op_type != "DequantizeLinear" for node in readers):
         return
-    zero_points = [_array(node.inputs[2]) if len(node.inputs) > 2 else None for node in pair]
+    zero_points = [_operand(node, 2) for node in pair]
     first = zero_points[0]
     if first is None or first.dtype != np.int8 or quantize.outputs[0].is_graph_output():
         return
@@ -78,8 +78,7 @@ def _make_unsigned(graph: ir.Graph, quantize: ir.Node) -> None:
 
 def _make_operand_unsigned(graph: ir.Graph, dequantize: ir.Node) -> None:
     """A constant operand of an elementwise operator, whose kernels want both operands alike."""
-    stored = _array(dequantize.inputs[0])
-    zero_point = _array(dequantize.inputs[2]) if len(dequantize.inputs) > 2 else None
+    stored, zero_point = _operand(dequantize, 0), _operand(dequantize, 2)
     readers = [user.op_type for user, _ in dequantize.outputs[0].uses()]
     if stored is None or stored.dtype != np.int8 or zero_point is None or not readers:
         return
@@ -122,7 +121,7 @@ def _redundant(node: ir.Node) -> bool:
 
 
 def _saturates(quantize: ir.Node, low: float, high: float) -> bool:
-    scale, zero_point = (_array(value) for value in quantize.inputs[1:3])
+    scale, zero_point = _operand(quantize, 1), _operand(quantize, 2)
     if scale is None or zero_point is None or scale.size != 1 or np.isnan(low) or np.isnan(high):
         return False
     bounds = np.iinfo(zero_point.dtype)
@@ -138,14 +137,15 @@ def _saturates(quantize: ir.Node, low: float, high: float) -> bool:
 
 def _bound(node: ir.Node, index: int, absent: float) -> float:
     """A bound of Clip; NaN where it is not constant."""
-    value = node.inputs[index] if index < len(node.inputs) else None
-    if value is None:
+    if index >= len(node.inputs) or node.inputs[index] is None:
         return absent
-    array = _array(value)
+    array = _operand(node, index)
     return float(array.reshape(())) if array is not None and array.size == 1 else np.nan
 
 
-def _array(value: ir.Value | None) -> np.ndarray | None:
+def _operand(node: ir.Node, index: int) -> np.ndarray | None:
+    """A constant operand; None where it is absent or computed."""
+    value = node.inputs[index] if index < len(node.inputs) else None
     if value is None or value.const_value is None or not value.is_initializer() or value.is_graph_input():
         return None
     return value.const_value.numpy()
