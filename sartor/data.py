@@ -7,8 +7,9 @@ A data source is either
 * `FILE.npz`, with one array per model input (or one array `inputs` for a model with one input) and an
   optional array `labels`, split 70/15/15 by seed. Files are never unpickled.
 
-A split is a re-iterable of `(inputs, labels)`: `inputs` maps every input name to an array whose first
-axis is the batch, `labels` is an array or None. Selection sees `evaluate`; the reported score is taken on
+A split is a re-iterable of `(inputs, labels)`: `inputs` maps every input name to an array, `labels` is an array or
+None. The first axis of the labels is the batch, and of every input that the model takes in any number of samples;
+those inputs come first in a batch. Selection sees `evaluate`; the reported score is taken on
 `test`. Where a split is missing, `calibration` falls back to `train` and then to `evaluate`, and `test` to
 `evaluate` (`Data.test_is_evaluate`, in a report `score_split`); a missing `train` stays None.
 
@@ -27,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sartor.data_sources import BATCH_SIZE, ArraySplit, authors_code, from_function, from_npz
+from sartor.data_sources import BATCH_SIZE, ArraySplit, authors_code, from_function, from_npz, sample_count
 from sartor.errors import UsageError
 from sartor.scoring import Metric, score
 
@@ -45,8 +46,8 @@ class Signature:
 
     Attributes:
         dtype: element type.
-        shape: the reference shape; axis 0 is the batch axis.
-        any_batch: whether any length of axis 0 is accepted.
+        shape: the reference shape.
+        any_batch: whether axis 0 is the batch axis, of any length.
     """
 
     dtype: np.dtype
@@ -96,8 +97,10 @@ class Split:
     ):
         self.name = name
         self._batches = batches
-        self._names = tuple(names)
         self._expected = dict(expected or {})
+        given = self._expected.get
+        self._carriers = [name for name in names if (known := given(name)) is None or known.any_batch]
+        self._names = (*self._carriers, *(name for name in names if name not in self._carriers))
         self._title = f"split '{name}' of '{source}'" if source else f"split '{name}'"
         self._file = source.partition(":")[0]
         self._finite_labels = finite_labels
@@ -184,15 +187,16 @@ class Split:
                 f"{sorted(self._names)}; the names must be the same."
             )
         checked = {name: self._array(f"{place}: input '{name}'", inputs[name], name) for name in self._names}
-        lengths = {name: len(array) for name, array in checked.items() if array.ndim}
+        lengths = {name: len(checked[name]) for name in self._carriers if checked[name].ndim}
         if len(set(lengths.values())) > 1:
             raise UsageError(f"{place} has inputs of different batch sizes {lengths}; they must be equal.")
-        length = next(iter(lengths.values()), 0)
+        length = sample_count(checked)
         if length == 0:
             raise UsageError(f"{place} has no samples; every batch must have at least one.")
         if labels is not None:
             labels = _as_array(f"{place}: labels", labels)
-            if labels.ndim == 0 or len(labels) != length:
+            # Which axis of an input of fixed shape holds the samples is not known.
+            if labels.ndim == 0 or (lengths and len(labels) != length):
                 raise UsageError(
                     f"{place} has {length} samples, but labels of shape {list(labels.shape)}; "
                     "the first axis of the labels must be the batch."
@@ -258,7 +262,7 @@ class InTime:
                 self.cut = True
                 break
             yield inputs, labels
-            count, samples = count + 1, samples + len(next(iter(inputs.values())))
+            count, samples = count + 1, samples + sample_count(inputs)
         self.batches, self.samples = count, samples
 
 
@@ -315,7 +319,8 @@ def load_data(
     splits: Mapping[str, Any]
     extra: dict[str, Any] = {}
     if spec.endswith(".npz"):
-        splits = from_npz(Path(spec), input_names, seed, _fixed_batch(expected))
+        fixed = {name: known.shape for name, known in expected.items() if not known.any_batch}
+        splits = from_npz(Path(spec), input_names, seed, fixed)
     else:
         splits, extra = from_function(spec)
     checked = {
@@ -340,11 +345,6 @@ def load_data(
         test_is_evaluate="test" not in checked,
         source=Path(spec).name,
     )
-
-
-def _fixed_batch(expected: Mapping[str, Signature]) -> int | None:
-    """The batch size the model insists on, or None."""
-    return next((s.shape[0] for s in expected.values() if not s.any_batch and s.shape), None)
 
 
 def _as_array(place: str, value: Any) -> np.ndarray:

@@ -21,6 +21,12 @@ FRACTIONS = (0.70, 0.15, 0.15)
 BATCH_SIZE = 64
 
 
+def sample_count(inputs: Mapping[str, np.ndarray], carriers: Sequence[str] = ()) -> int:
+    """Samples in one batch: the length of the first input of `carriers`, or of the first that has an axis."""
+    named = [inputs[name] for name in carriers if name in inputs]
+    return next((len(array) for array in (*named, *inputs.values()) if array.ndim), 1)
+
+
 @contextlib.contextmanager
 def authors_code(what: str, file: str = "") -> Iterator[None]:
     """Turn whatever the author's own code raises here into one sentence.
@@ -111,9 +117,21 @@ def _call(path: Path, function: str) -> Any:
 
 
 def from_npz(
-    path: Path, names: Sequence[str], seed: int, fixed_batch: int | None = None
+    path: Path, names: Sequence[str], seed: int, fixed: Mapping[str, tuple[int, ...]] | None = None
 ) -> dict[str, ArraySplit]:
-    """Splits cut from one archive, 70/15/15 by seed; batches of `fixed_batch` where the model needs it."""
+    """Splits cut from one archive, 70/15/15 by seed.
+
+    Args:
+        path: the archive.
+        names: of the model's inputs.
+        seed: of the order of samples.
+        fixed: shapes of those inputs that take no other. An array of such a shape is a constant, part of every
+            batch; where all inputs are fixed, batches have the length that the model wants.
+
+    Raises:
+        UsageError: missing, malformed, or not the arrays that the model takes.
+    """
+    fixed = fixed or {}
     arrays = _read_npz(path)
     labels = arrays.pop("labels", None) if "labels" not in names else None
     if set(arrays) == {"inputs"} and "inputs" not in names:
@@ -127,6 +145,13 @@ def from_npz(
         raise UsageError(
             f"'{path}' has the arrays {sorted(arrays)}, but the model's inputs are {sorted(names)}; "
             "name the arrays as the inputs, plus an optional 'labels'."
+        )
+    constants = {name: array for name, array in arrays.items() if array.shape == fixed.get(name)}
+    arrays = {name: array for name, array in arrays.items() if name not in constants}
+    if not arrays:
+        raise UsageError(
+            f"'{path}' has one batch of the model's fixed shapes; at least 3 are needed for train, evaluate and "
+            "test. Stack them along axis 0."
         )
     counts = {name: (len(array) if array.ndim else 0) for name, array in arrays.items()}
     if labels is not None:
@@ -143,9 +168,10 @@ def from_npz(
         "evaluate": order[count - evaluate - test : count - test],
         "test": order[count - test :],
     }
-    batch = fixed_batch or BATCH_SIZE
+    whole = len(fixed) == len(names)
+    batch = next((fixed[name][0] for name in arrays if fixed.get(name)), 1) if whole else BATCH_SIZE
     return {
-        name: ArraySplit(arrays, labels, indices, batch, whole_batches=fixed_batch is not None)
+        name: ArraySplit(arrays, labels, indices, batch, whole_batches=whole, constants=constants)
         for name, indices in bounds.items()
     }
 
@@ -157,7 +183,8 @@ def _read_npz(path: Path) -> dict[str, np.ndarray]:
         with np.load(path, allow_pickle=False) as archive:
             if not hasattr(archive, "files"):
                 raise UsageError(f"The data file '{path}' is not an .npz archive.")
-            return {name: np.ascontiguousarray(archive[name]) for name in archive.files}
+            # not ascontiguousarray, which gives a scalar an axis
+            return {name: np.asarray(archive[name], order="C") for name in archive.files}
     except UsageError:
         raise
     except Exception as error:  # zip, header and pickle errors have no common class
@@ -175,6 +202,7 @@ class ArraySplit:
         indices: which samples, in which order.
         batch: samples per batch.
         whole_batches: leave out a last, smaller batch (for models with a fixed batch).
+        constants: inputs without samples, part of every batch.
     """
 
     def __init__(
@@ -184,8 +212,10 @@ class ArraySplit:
         indices: np.ndarray,
         batch: int = BATCH_SIZE,
         whole_batches: bool = False,
+        constants: Mapping[str, np.ndarray] | None = None,
     ):
         self.arrays, self.labels, self.indices = dict(arrays), labels, np.asarray(indices)
+        self.constants = dict(constants or {})
         self.batch, self.whole_batches = batch, whole_batches
 
     def __len__(self) -> int:
@@ -196,7 +226,7 @@ class ArraySplit:
         for index in range(len(self)):
             rows = self.indices[index * self.batch : (index + 1) * self.batch]
             labels = None if self.labels is None else self.labels[rows]
-            yield {name: array[rows] for name, array in self.arrays.items()}, labels
+            yield {name: array[rows] for name, array in self.arrays.items()} | self.constants, labels
 
 
 def _one_line(error: BaseException) -> str:

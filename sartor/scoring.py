@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from sartor.data_sources import sample_count
 from sartor.errors import UsageError
 
 Outputs = Mapping[str, np.ndarray]
@@ -61,7 +62,7 @@ def score(
                 "The split has no labels and there is no original model to agree with; "
                 "give labels or a metric."
             )
-        count += _length(inputs)
+        count += sample_count(inputs)
     if not count:
         raise UsageError("The split is empty; a score needs at least one sample.")
     return _combine(parts), count
@@ -147,7 +148,7 @@ def _with_metric(
         for name, value in predict(inputs).items():
             gathered.setdefault(name, []).append(value)
         labels.append(batch_labels)
-        count += _length(inputs)
+        count += sample_count(inputs)
     if not count:
         raise UsageError("The split is empty; a score needs at least one sample.")
     outputs = {name: _joined(f"Output '{name}'", values) for name, values in gathered.items()}
@@ -182,7 +183,3 @@ def _refuse_non_finite(outputs: Outputs) -> None:
     for name, value in outputs.items():
         if value.dtype.kind == "f" and not np.isfinite(value).all():
             raise UsageError(f"Output '{name}' contains NaN or infinity; a score of it means nothing.")
-
-
-def _length(inputs: Mapping[str, np.ndarray]) -> int:
-    return len(next(iter(inputs.values())))

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from sartor.data_sources import sample_count
 from sartor.errors import UnsupportedOperatorError, UsageError
 from sartor.strategies.criteria import criterion
 from sartor.strategies.gates import gate_members
@@ -125,6 +126,6 @@ class _Limited:
         seen = 0
         for inputs, labels in self.split:
             yield inputs, labels
-            seen += len(next(iter(inputs.values())))
+            seen += sample_count(inputs)
             if seen >= self.count:
                 return

@@ -1,3 +1,6 @@
+from types import SimpleNamespace
+from typing import ClassVar
+
 import numpy as np
 import pytest
 
@@ -46,6 +49,42 @@ def test_npz_array_called_inputs_stands_for_the_only_input(tmp_path):
     assert set(inputs) == {"image"} and labels is None
     with pytest.raises(UsageError, match="name one array after each input"):
         load_data(str(tmp_path / "d.npz"), ["a", "b"])
+
+
+class Resizing:
+    """As much of a program as `load_data` looks at."""
+
+    input_shapes: ClassVar = {"factor": (), "sizes": (2,), "image": (1, 3)}
+
+    def __init__(self, carriers=("image",)):
+        self.batch = SimpleNamespace(symbolic=bool(carriers), inputs=carriers)
+
+    def types(self):
+        kinds = {"sizes": np.int64}
+        return {n: SimpleNamespace(numpy=lambda n=n: kinds.get(n, np.float32)) for n in self.input_shapes}
+
+
+def test_npz_arrays_of_the_models_own_shape_are_constants(tmp_path):
+    x, y = arrays(20)
+    path = tmp_path / "d.npz"
+    np.savez(path, factor=np.float32(2.0), sizes=np.int64([8, 9]), image=x, labels=y)
+    data = load_data(str(path), list(Resizing.input_shapes), program=Resizing())
+    inputs, labels = data.train.first()
+    assert inputs["image"].shape == (14, 3) and labels.shape == (14,)
+    assert inputs["factor"] == 2.0 and inputs["sizes"].tolist() == [8, 9]
+    np.savez(path, factor=np.float32(2.0), sizes=np.zeros((20, 2), np.int64), image=x)
+    with pytest.raises(UsageError, match=r"'sizes' has shape \[14, 2\], but the model takes \[2\]"):
+        load_data(str(path), list(Resizing.input_shapes), program=Resizing())
+
+
+def test_npz_of_one_fixed_batch_is_too_little(tmp_path):
+    path, fixed = tmp_path / "d.npz", Resizing(())
+    np.savez(path, factor=np.float32(2.0), sizes=np.int64([8, 9]), image=np.zeros((1, 3), "f4"))
+    with pytest.raises(UsageError, match="has one batch of the model's fixed shapes; at least 3 are needed"):
+        load_data(str(path), list(fixed.input_shapes), program=fixed)
+    np.savez(path, factor=np.float32(2.0), sizes=np.int64([8, 9]), image=np.zeros((9, 3), "f4"))
+    data = load_data(str(path), list(fixed.input_shapes), program=fixed)
+    assert data.train.first()[0]["image"].shape == (1, 3)
 
 
 def test_npz_is_never_unpickled(tmp_path):
@@ -160,6 +199,38 @@ def test_batches_are_checked_against_the_model(array, any_batch, message):
     expected = {"x": Signature(np.dtype("f4"), (1, 3), any_batch)}
     with pytest.raises(UsageError, match=message):
         Split("evaluate", [({"x": array}, None)], ["x"], expected)
+
+
+IMAGE, FACTOR = Signature(np.dtype("f4"), (1, 3)), Signature(np.dtype("f4"), (), any_batch=False)
+SIZES = Signature(np.dtype("i8"), (2,), any_batch=False)
+
+
+def test_inputs_that_carry_no_samples_have_any_length():
+    expected = {"factor": FACTOR, "sizes": SIZES, "image": IMAGE}
+    batch = {"factor": np.float32(2.0), "sizes": np.int64([8, 9]), "image": np.zeros((5, 3), "f4")}
+    split = Split("evaluate", [(batch, np.zeros(5, int))], list(expected), expected)
+    judged = InTime(split, 60.0)
+    assert len(list(judged)) == 1 and judged.samples == 5
+    assert score(lambda i: {"y": np.eye(4, dtype="f4")[np.zeros(len(i["image"]), int)]}, split) == (1.0, 5)
+    with pytest.raises(UsageError, match=r"has 5 samples, but labels of shape \[2\]"):
+        Split("evaluate", [(batch, np.zeros(2, int))], list(expected), expected)
+
+
+def test_inputs_that_carry_samples_have_one_length():
+    expected = {"sizes": SIZES, "a": IMAGE, "b": IMAGE}
+    batch = {"sizes": np.int64([8, 9]), "a": np.zeros((5, 3), "f4"), "b": np.zeros((4, 3), "f4")}
+    with pytest.raises(UsageError, match=r"different batch sizes \{'a': 5, 'b': 4\}"):
+        Split("evaluate", [(batch, None)], list(expected), expected)
+
+
+def test_a_sequence_first_model_takes_its_own_shapes():
+    shapes = {"x": (7, 2, 3), "h0": (1, 2, 4)}
+    expected = {n: Signature(np.dtype("f4"), s, any_batch=False) for n, s in shapes.items()}
+    batch = {n: np.zeros(s, "f4") for n, s in shapes.items()}
+    split = Split("evaluate", [(batch, np.zeros(2, int))], list(shapes), expected)
+    assert split.has_labels
+    with pytest.raises(UsageError, match=r"has shape \[1, 5, 4\], but the model takes \[1, 2, 4\]"):
+        Split("evaluate", [({**batch, "h0": np.zeros((1, 5, 4), "f4")}, None)], list(shapes), expected)
 
 
 def test_later_batches_are_checked_too():
