@@ -132,7 +132,7 @@ def test_calibration_data_decide():
 
 @pytest.mark.parametrize(
     ("constant", "message"),
-    [(1e-12, r"constant 'c' is 1e-12, which float16 rounds to 0"), (-1e9, r"constant 'c' holds 1e\+09")],
+    [(1e-12, r"constant 'c' reaches 1e-12, which float16 rounds to 0"), (-1e9, r"constant 'c' holds 1e\+09")],
 )
 def test_constants_that_do_not_fit(constant, message):
     program = chain(node("Max", ["h", "c"], ["z"], "limit"), constants={"c": np.float32(constant)})
@@ -149,6 +149,62 @@ def test_squares_that_do_not_fit():
     )
     found = reasons(Cast().run(program))
     assert set(found) == {"norm"} and "it squares 'g', which reaches" in found["norm"]
+
+
+@pytest.mark.parametrize(
+    ("pool", "scale", "reason"),
+    [
+        (node("LRN", ["g"], ["z"], "norm", size=3), 400.0, "squares 'g'"),
+        (node("LpPool", ["g"], ["z"], "norm", kernel_shape=[2, 2], p=3), 60.0, "takes power 3 of 'g'"),
+        (node("LpPool", ["g"], ["z"], "norm", kernel_shape=[4, 4], p=2), 100.0, "squares 'z'"),
+        (node("GlobalLpPool", ["g"], ["z"], "norm", p=2), 100.0, "squares 'z'"),
+        (node("LpPool", ["g"], ["z"], "norm", kernel_shape=[4, 4], p=1), 400.0, ""),
+    ],
+)
+def test_powers_that_are_added_up(pool, scale, reason):
+    nodes = [node("Mul", ["x", "c"], ["g"], "grow"), pool, node("Relu", ["z"], ["y"], "last")]
+    program = program_from_nodes(nodes, {"x": ("N", 4, 4, 4)}, ["y"], {"c": np.float32(scale)})
+    data = {"calibration": [({"x": np.sign(draw(4, 4, 4, 4)).clip(0.5)}, None)]}
+    found = reasons(Cast().run(program, Context(data=data)))
+    assert set(found) == ({"norm"} if reason else set()) and reason in found.get("norm", "")
+
+
+@pytest.mark.parametrize(("reached", "fits"), [(32000.0, True), (33000.0, False)])
+def test_a_margin_is_kept(reached, fits):
+    program = chain(node("Relu", ["h"], ["z"], "relu"), constants={"w": np.eye(4, dtype="f4")})
+    data = {"calibration": [({"x": np.full((2, 4), reached, np.float32)}, None)]}
+    found = reasons(Cast().run(program, Context(data=data)))
+    assert ("relu" not in found) is fits
+
+
+def test_all_samples_up_to_a_number_are_looked_at():
+    program = chain(node("Exp", ["h"], ["z"], "exp"), constants={"w": np.eye(4, dtype="f4")})
+    early, late = np.ones((40, 4), np.float32), np.ones((24, 4), np.float32)
+    late[-1] = 20.0
+    context = Context(data={"calibration": [({"x": early}, None), ({"x": late}, None)]})
+    assert set(reasons(Cast().run(program, context))) == {"exp", "last"}
+    assert set(reasons(Cast(samples=64).run(program, context))) == {"exp", "last"}
+    assert not reasons(Cast(samples=63).run(program, context))
+
+
+def test_a_batch_of_fixed_length_is_looked_at_whole():
+    program = chain(
+        node("Exp", ["h"], ["z"], "exp"), constants={"w": np.eye(4, dtype="f4")}, inputs={"x": (40, 4)}
+    )
+    x = np.ones((40, 4), np.float32)
+    x[-1] = 20.0
+    context = Context(data={"calibration": [({"x": x}, None)]})
+    assert set(reasons(Cast(samples=1).run(program, context))) == {"exp", "last"}
+
+
+def test_a_weight_that_would_become_zero_stays():
+    program = chain(node("Relu", ["h"], ["z"], "relu"), constants={"w": 1e-9 * draw(4, 4)})
+    result = Cast().run(program)
+    assert set(reasons(result)) == {"first"} and "'w' reaches" in reasons(result)["first"]
+    assert result.program.initializers["w"].dtype.name == "FLOAT"
+    part = 1e-9 * draw(4, 4)
+    part[0, 0] = 1.0
+    assert not Cast().run(chain(node("Relu", ["h"], ["z"], "relu"), constants={"w": part})).refusals
 
 
 def test_operands_that_are_float32_whatever_the_others_are():
@@ -241,6 +297,8 @@ def test_a_quantized_program_is_refused():
 def test_magnitudes_count_what_is_no_number_as_too_large():
     nodes = [node("Log", ["x"], ["l"], "log"), node("Tanh", ["x"], ["y"], "tanh")]
     program = program_from_nodes(nodes, {"x": ("N", 3)}, ["l", "y"])
-    found = largest_magnitudes(program, {"x": np.float32([[-1.0, 2.0, 3.0]])})
+    found = largest_magnitudes(
+        program, [{"x": np.float32([[1.0, 2.0, 3.0]])}, {"x": np.float32([[-1.0, 2.0, 1.0]])}]
+    )
     assert found["log"] == np.inf and found["tanh"] == pytest.approx(np.tanh(3.0))
     assert set(reasons(Cast().run(program))) == {"log"}

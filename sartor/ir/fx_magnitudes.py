@@ -1,8 +1,8 @@
-"""How large the numbers get that each node computes, for one set of inputs."""
+"""How large the numbers get that each node computes."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -32,7 +32,7 @@ class _Watching(Runner):
         return result
 
 
-def largest_magnitudes(program: Program, inputs: Mapping[str, np.ndarray]) -> dict[str, float]:
+def largest_magnitudes(program: Program, batches: Iterable[Mapping[str, np.ndarray]]) -> dict[str, float]:
     """max|y| over the results of every node of the main graph, by node name, in float32 on the FX twin.
 
     NaN counts as infinity. Nodes without floating results, and bodies of `If`, are absent.
@@ -42,5 +42,6 @@ def largest_magnitudes(program: Program, inputs: Mapping[str, np.ndarray]) -> di
     """
     runner = _Watching(program)
     with torch.no_grad():
-        runner([to_tensor(inputs[name], runner.info.dtype) for name in runner.info.inputs])
+        for inputs in batches:
+            runner([to_tensor(inputs[name], runner.info.dtype) for name in runner.info.inputs])
     return runner.largest

@@ -7,7 +7,7 @@ not fit stays in float32, with a Cast on either side.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 import numpy as np
@@ -25,12 +25,17 @@ from sartor.passes.rewriter import Rewriter
 _LARGEST = float(np.finfo(np.float16).max)
 _SMALLEST = float(np.finfo(np.float16).smallest_subnormal)
 _HALF, _SINGLE = ir.DataType.FLOAT16, ir.DataType.FLOAT
-_SQUARING = names(
-    """GroupNormalization InstanceNormalization LayerNormalization LpNormalization MeanVarianceNormalization
-    ReduceL2 ReduceSumSquare"""
+_MARGIN = 2.0
+"""Other data than those at hand reach somewhat further."""
+_ROOTS = names("GlobalLpPool LpPool ReduceL2")
+"""Their results are roots of the sums."""
+_SQUARING = _ROOTS | names(
+    """GroupNormalization InstanceNormalization LayerNormalization LpNormalization LRN MeanVarianceNormalization
+    ReduceSumSquare"""
 )
-"""They add up squares, which a kernel may do in the element type."""
-_SAMPLES = 16
+"""They add up squares, or powers, which a kernel may do in the element type."""
+_BATCH = 16
+"""Samples of one run, which holds every activation."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,8 +51,8 @@ class Cast(Pass):
     their names.
 
     Refuses when: the program is quantized. A node stays in float32, with the reason, when its operator has no
-    float16 form; it is an `If` or calls a function; what it reads, computes or adds up is beyond 65504 on
-    calibration data (on random inputs without data); a constant is beyond 65504, or a single one below 2⁻²⁴; `keep`
+    float16 form; it is an `If` or calls a function; twice what it reads, computes or adds up is beyond 65504 on
+    calibration data (on random inputs without data); a constant is beyond 65504, or all of it below 2⁻²⁴; `keep`
     names it or its weights.
     """
 
@@ -55,6 +60,7 @@ class Cast(Pass):
     semantics: ClassVar[Semantics] = Semantics.APPROXIMATE
 
     to: str = option("fp16", help="Element type of weights and activations.", choices=("fp16",))
+    samples: int = option(256, help="Most samples of `calibration` that are looked at.", minimum=1)
 
     def plan(self, program: Program, context: Context) -> Any:
         """The nodes that are cast; all others stay in float32."""
@@ -64,7 +70,7 @@ class Cast(Pass):
             )
         types = program.types()
         floating = [node for node in program.nodes() if _floats(node, types)]
-        largest = _largest(program, context)
+        largest = _largest(program, context, self.samples)
         refusals, half = [], []
         for node in floating:
             reason = _form_obstacle(node, types) or _kept(node, context) or _range_obstacle(node, largest)
@@ -80,6 +86,13 @@ class Cast(Pass):
 
 
 # ---- what may be cast ----------------------------------------------------------------------------
+def everywhere(program: Program) -> dict[str, Any]:
+    """A plan that casts every node with a float16 form, whatever its numbers: a form to ask rules about."""
+    types = program.types()
+    nodes = [n.name or "" for n in program.nodes() if _floats(n, types) and not _form_obstacle(n, types)]
+    return {"to": "fp16", "nodes": nodes}
+
+
 def _floats(node: ir.Node, types: Mapping[str, ir.DataType]) -> bool:
     return any(types.get(v.name or "") == _SINGLE for v in (*node.inputs, *node.outputs) if v is not None)
 
@@ -122,27 +135,44 @@ def _kept(node: ir.Node, context: Context) -> str:
     return ""
 
 
-def _largest(program: Program, context: Context) -> dict[str, float]:
+def _largest(program: Program, context: Context, samples: int) -> dict[str, float]:
     """The largest magnitude of every value that is computed or given."""
     from sartor.ir.fx_magnitudes import largest_magnitudes
 
-    split = next((context.data[k] for k in ("calibration", "train", "evaluate") if context.data.get(k)), None)
-    given = next(iter(split), None) if split is not None else None
-    free = program.batch.inputs if program.batch.symbolic else ()
-    size = _SAMPLES if free else None
-    inputs = given[0] if given is not None else random_inputs(program, size=size, seed=context.seed)
-    inputs = {name: array[:_SAMPLES] if name in free else array for name, array in inputs.items()}
-    by_node = largest_magnitudes(program, inputs)
-    found = {
-        output.name or "": by_node[node.name or ""]
-        for node in program.nodes()
-        for output in node.outputs
-        if node.name in by_node
-    }
-    for name, array in inputs.items():
-        if array.dtype.kind == "f" and array.size:
-            found[name] = float(np.abs(array).max())
+    found: dict[str, float] = {}
+
+    def noted() -> Iterator[Mapping[str, np.ndarray]]:
+        for inputs in _batches(program, context, samples):
+            for name, array in inputs.items():
+                if array.dtype.kind == "f" and array.size:
+                    found[name] = max(found.get(name, 0.0), float(np.abs(array).max()))
+            yield inputs
+
+    by_node = largest_magnitudes(program, noted())
+    for node in program.nodes():
+        if node.name in by_node:
+            found.update((output.name or "", by_node[node.name]) for output in node.outputs)
     return found
+
+
+def _batches(program: Program, context: Context, samples: int) -> Iterator[Mapping[str, np.ndarray]]:
+    """The first `samples` samples, a few at a time where the batch axis is free; random ones without data."""
+    carriers = program.batch.inputs
+    free = carriers if program.batch.symbolic else ()
+    split = next((context.data[k] for k in ("calibration", "train", "evaluate") if context.data.get(k)), None)
+    if split is None:
+        yield random_inputs(program, size=_BATCH if free else None, seed=context.seed)
+        return
+    left = samples
+    for inputs, _ in split:
+        length = len(inputs[carriers[0]]) if carriers else 1
+        most = min(length, left)
+        for start in range(0, most if free else 1, _BATCH):
+            part = slice(start, min(start + _BATCH, most))
+            yield {name: array[part] if name in free else array for name, array in inputs.items()}
+        left -= length
+        if left <= 0:
+            return
 
 
 def _range_obstacle(node: ir.Node, largest: Mapping[str, float]) -> str:
@@ -150,17 +180,20 @@ def _range_obstacle(node: ir.Node, largest: Mapping[str, float]) -> str:
         if value is None:
             continue
         found = largest.get(value.name or "", 0.0)
-        if found > _LARGEST:
-            return f"'{value.name}' reaches {found:.3g}, more than float16 holds ({_LARGEST:g})"
+        if _MARGIN * found > _LARGEST:
+            margin = f"float16 holds {_LARGEST:g}, and a margin of {_MARGIN:g} is kept"
+            return f"'{value.name}' reaches {found:.3g}; {margin}"
     for value in node.inputs:
         reason = _constant_obstacle(value)
         if reason:
             return reason
-    data = node.inputs[0] if node.inputs else None
-    if node.op_type in _SQUARING and data is not None:
-        found = largest.get(data.name or "", 0.0)
-        if found**2 > _LARGEST:
-            return f"it squares '{data.name}', which reaches {found:.3g}; float16 holds {_LARGEST:g}"
+    if node.op_type in _SQUARING:
+        power = node.attributes.get_int("p", 2)
+        for value in (node.inputs[0], *(node.outputs if node.op_type in _ROOTS else ())):
+            found = largest.get(value.name or "", 0.0) if value is not None else 0.0
+            if value is not None and found > (_LARGEST / _MARGIN) ** (1.0 / power):
+                what = "squares" if power == 2 else f"takes power {power} of"
+                return f"it {what} '{value.name}', which reaches {found:.3g}; float16 holds {_LARGEST:g}"
     return ""
 
 
@@ -171,8 +204,8 @@ def _constant_obstacle(value: ir.Value | None) -> str:
     finite = np.abs(array[np.isfinite(array)])
     if finite.size and finite.max() > _LARGEST:
         return f"constant '{value.name}' holds {finite.max():.3g}, more than float16 does ({_LARGEST:g})"
-    if array.size == 1 and finite.size and 0.0 < finite.max() < _SMALLEST:
-        return f"constant '{value.name}' is {finite.max():.3g}, which float16 rounds to 0"
+    if finite.size and 0.0 < finite.max() < _SMALLEST:
+        return f"constant '{value.name}' reaches {finite.max():.3g}, which float16 rounds to 0"
     return ""
 
 
