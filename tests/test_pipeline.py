@@ -67,6 +67,14 @@ class Needy(Everything):
 
 
 @dataclasses.dataclass(frozen=True)
+class Twins(Everything):
+    """A pass with a choice that two options have."""
+
+    name: ClassVar[str] = "test-twins"
+    other: str = option("a", help="Another choice.", choices=("a", "c"))
+
+
+@dataclasses.dataclass(frozen=True)
 class Halve(Pass):
     """Halve weight `w` until it is below a limit."""
 
@@ -81,16 +89,19 @@ class Halve(Pass):
         rewriter.set_initializer("w", program.initializer_array("w") / np.float32(2))
 
 
+PASSES = (Everything, Needy, Twins, Halve)
+
+
 @pytest.fixture(autouse=True, scope="module")
 def registered():
     """Make the passes of this file known by name, as an entry point would."""
-    for cls in (Everything, Needy, Halve):
+    for cls in PASSES:
         REGISTRY._builtin[cls.name] = f"{__name__}:{cls.__name__}"
     REGISTRY.refresh()
-    for cls in (Everything, Needy, Halve):
+    for cls in PASSES:
         REGISTRY._loaded[cls.name] = cls
     yield
-    for cls in (Everything, Needy, Halve):
+    for cls in PASSES:
         del REGISTRY._builtin[cls.name]
     REGISTRY.refresh()
 
@@ -216,7 +227,15 @@ class TestErrors:
                 "remove-dead fold-constants",
                 r"Expected ',' or the end of the pipeline, found 'fold-constants'",
             ),
-            ("fold-constants{max-bytes}", r"Expected '=' after option 'max-bytes', found '}'"),
+            ("fold-constants{max-bytes}", r"Expected '=' after option 'max-bytes' \(at column 16 "),
+            ("fold-constants{max-bytes 1}", r"Expected '=' after option 'max-bytes', found '1'"),
+            ("test-everything{flag,flag=true}", r"'flag' of 'test-everything' is given twice"),
+            (
+                "test-everything{flog}",
+                r"'flog' may not stand alone .* 'a', 'b', 'flag'\. Did you mean 'flag'",
+            ),
+            ("remove-dead{int8}", r"'int8' may not stand alone in 'remove-dead'; words that may: none"),
+            ("test-twins{a}", r"'a' may not stand alone in 'test-twins'; words that may: 'b', 'c', 'flag'"),
             ("fold-constants{max-bytes=", r"Expected a value, found the end"),
             ("fold-constants{max-bytes=1", r"Expected ',' or '}' after an option, found the end"),
             ("repeat{max=2}(remove-dead", r"Expected ',' or '\)' after a pass, found the end"),
@@ -234,6 +253,16 @@ class TestErrors:
         with pytest.raises(UsageError) as caught:
             Pipeline.parse("remove-dead,oops")
         assert caught.value.__notes__[0] == "  remove-dead,oops\n              ^"
+
+    def test_words_alone(self):
+        assert Pipeline.parse("test-everything{flag,b}") == Pipeline([Everything(flag=True, choice="b")])
+        assert str(Pipeline.parse("test-everything{ b , flag }")) == "test-everything{flag=true,choice=b}"
+        text = "fold-batch-norm,quantize{int8, per-channel, calibration=entropy}"
+        assert str(Pipeline.parse(text)) == "fold-batch-norm,quantize{calibration=entropy}"
+        assert Pipeline.parse("quantize{int8,per_channel=false,percentile}") == Pipeline.parse(
+            "quantize{bits=8,per-channel=false,calibration=percentile}"
+        )
+        assert Pipeline.parse("cast{fp16}") == Pipeline.parse("cast{to=fp16}")
 
     def test_only_passes(self):
         with pytest.raises(UsageError, match=r"made of passes, got 'remove-dead'; use Pipeline.parse"):

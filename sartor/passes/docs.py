@@ -28,8 +28,9 @@ sartor run model.onnx --passes 'fold-batch-norm,repeat{max=3}(fold-constants,rem
 ```
 
 Options stand in braces (`name{option=value,…}`), lists in brackets, strings with special characters in
-double quotes. The verifier runs after every pass that changed the program. A pass that leaves something
-alone says why.
+double quotes. A word alone sets the flag of that name, or the one option that has it among its choices:
+`quantize{int8,per-channel}`, `cast{fp16}`. The verifier runs after every pass that changed the program. A pass
+that leaves something alone says why.
 
 Semantics: **exact** – the same function, up to rounding; **approximate** – another function, for which a
 stated oracle holds; **needs-training** – another function, useful only after training.

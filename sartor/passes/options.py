@@ -48,6 +48,7 @@ class Option:
         minimum, maximum: inclusive bounds.
         above, below: exclusive bounds.
         choices: allowed values; empty means any.
+        bare: how a choice reads as a word alone in a pipeline, with `{}` for its value.
     """
 
     field: str
@@ -62,6 +63,7 @@ class Option:
     above: float | None = None
     below: float | None = None
     choices: tuple[Any, ...] = ()
+    bare: str = "{}"
 
     @property
     def name(self) -> str:
@@ -169,6 +171,15 @@ class Option:
         return self.scalar(word)
 
 
+def bare_words(options: Iterable[Option]) -> dict[str, tuple[Option, Any]]:
+    """Words that may stand alone, each with what it sets: names of flags, and choices of one option only."""
+    single = [entry for entry in options if not entry.is_tuple]
+    chosen = [(entry.bare.format(choice), entry, choice) for entry in single for choice in entry.choices]
+    spelled = [word for word, _, _ in chosen]
+    words = {word: (entry, choice) for word, entry, choice in chosen if spelled.count(word) == 1}
+    return words | {entry.name: (entry, True) for entry in single if entry.scalar is bool}
+
+
 def option(
     default: Any = REQUIRED,
     *,
@@ -179,6 +190,7 @@ def option(
     above: float | None = None,
     below: float | None = None,
     choices: Sequence[Any] = (),
+    bare: str = "{}",
 ) -> Any:
     """A dataclass field that is an option of a pass.
 
@@ -191,6 +203,7 @@ def option(
         above: exclusive lower bound.
         below: exclusive upper bound.
         choices: allowed values.
+        bare: how a choice reads as a word alone, `"int{}"` for `quantize{int8}`.
     """
     declared = {
         "help": help,
@@ -200,6 +213,7 @@ def option(
         "above": above,
         "below": below,
         "choices": tuple(choices),
+        "bare": bare,
     }
     field_default = dataclasses.MISSING if default is REQUIRED else default
     return dataclasses.field(default=field_default, metadata={_METADATA: declared})

@@ -14,7 +14,7 @@ from sartor.errors import InternalError, UsageError
 from sartor.ir.program import Program
 from sartor.passes.base import Context, Pass, PassResult
 from sartor.passes.instruments import Instrument, Step, VerifyAfterEach
-from sartor.passes.options import Option, option, options_of, suggestion, validate
+from sartor.passes.options import Option, bare_words, option, options_of, suggestion, validate
 from sartor.passes.pipeline_text import ItemText, OptionText, parse, text_error
 from sartor.passes.registry import REGISTRY, pass_class
 
@@ -224,20 +224,39 @@ def _values(text: str, item: ItemText, options: tuple[Option, ...]) -> dict[str,
     values: dict[str, Any] = {}
     for written in item.options:
         name = written.name.replace("_", "-")
-        if name not in known:
+        if written.is_bare:
+            entry, value = _bare(text, item, options, written)
+        elif name in known:
+            entry, value = known[name], _value(text, item, known[name], written)
+        else:
             names = ", ".join(f"'{n}'" for n in known) or "none"
             raise text_error(
                 text,
                 written.column,
                 f"Unknown option '{written.name}' of '{item.name}'; known: {names}.{suggestion(name, known)}",
             )
-        if known[name].field in values:
-            raise text_error(text, written.column, f"Option '{name}' of '{item.name}' is given twice")
-        values[known[name].field] = _value(text, item, known[name], written)
+        if entry.field in values:
+            raise text_error(text, written.column, f"Option '{entry.name}' of '{item.name}' is given twice")
+        values[entry.field] = value
     missing = [entry.name for entry in options if entry.required and entry.field not in values]
     if missing:
         raise text_error(text, item.column, f"'{item.name}' needs option '{missing[0]}'")
     return values
+
+
+def _bare(text: str, item: ItemText, options: tuple[Option, ...], written: OptionText) -> tuple[Option, Any]:
+    known = bare_words(options)
+    name = written.name.replace("_", "-")
+    if name in known or written.name in known:
+        return known[name if name in known else written.name]
+    if any(entry.name == name for entry in options):
+        raise text_error(text, written.column, f"Expected '=' after option '{written.name}'")
+    words = ", ".join(f"'{word}'" for word in known) or "none"
+    raise text_error(
+        text,
+        written.column,
+        f"'{written.name}' may not stand alone in '{item.name}'; words that may: {words}.{suggestion(name, known)}",
+    )
 
 
 def _value(text: str, item: ItemText, entry: Option, written: OptionText) -> Any:

@@ -2,11 +2,12 @@
 
     pipeline = [ item { "," item } ]
     item     = name [ "{" [ option { "," option } ] "}" ] [ "(" pipeline ")" ]
-    option   = name "=" value
+    option   = name "=" value | word
     value    = word | string | "[" [ scalar { "," scalar } ] "]"
 
-A string is JSON. White space between tokens is ignored. Example:
-`prune-channels{ratio=0.5,criterion=random,seed=3},repeat{max=3}(fold-constants,remove-dead)`.
+A string is JSON. White space between tokens is ignored. A word alone sets the flag of that name, or the one option
+that has it among its choices. Example:
+`prune-channels{ratio=0.5,approximate},cast{fp16},repeat{max=3}(fold-constants,remove-dead)`.
 """
 
 from __future__ import annotations
@@ -37,12 +38,17 @@ class Word:
 
 @dataclasses.dataclass(frozen=True)
 class OptionText:
-    """One option as written; `is_list` tells `[a]` from `a`."""
+    """One option as written; `is_list` tells `[a]` from `a`. A word alone is a name without words."""
 
     name: str
     column: int
     words: tuple[Word, ...]
     is_list: bool
+
+    @property
+    def is_bare(self) -> bool:
+        """Whether it is a word alone."""
+        return not self.words and not self.is_list
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,6 +156,8 @@ class _Parser:
 
     def option(self) -> OptionText:
         name, column = self.word("the name of an option")
+        if self.kind == "mark" and self.value in ",}":
+            return OptionText(name, column, (), False)
         self.require("=", f"'=' after option '{name}'")
         if not self.take("["):
             return OptionText(name, column, (self.scalar(),), False)

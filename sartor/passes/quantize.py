@@ -67,7 +67,7 @@ class Quantize(Pass):
     name: ClassVar[str] = "quantize"
     semantics: ClassVar[Semantics] = Semantics.APPROXIMATE
 
-    bits: int = option(8, help="Bits of weights and activations.", choices=(8,))
+    bits: int = option(8, help="Bits of weights and activations.", choices=(8,), bare="int{}")
     per_channel: bool = option(True, help="One scale per output channel of a weight, instead of one for all.")
     calibration: str = option(
         "minmax", help="How ranges are found.", choices=("minmax", "entropy", "percentile")
