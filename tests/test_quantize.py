@@ -23,6 +23,7 @@ from sartor.passes.quantize import Quantize
 from sartor.quantization import integer_only
 from sartor.quantization.calibration import find_ranges, pieces
 from sartor.quantization.placement import place
+from sartor.quantization.supply import layer_costs
 
 QUANTIZED = ("QuantizeLinear", "DequantizeLinear")
 
@@ -212,6 +213,21 @@ def test_only_so_many_samples_are_looked_at(folded):
     assert sum(taken) == 70 and max(taken) <= 16
 
 
+def test_a_first_input_without_an_axis_carries_no_samples():
+    nodes = [
+        node("MatMul", ["x", "w"], ["h"], "linear"),
+        node("Mul", ["h", "factor"], ["y"], "scale"),
+    ]
+    shapes = {"factor": (), "x": ("N", 4)}
+    program = program_from_nodes(nodes, shapes, ["y"], {"w": draw(4, 3)})
+    data = [({"factor": np.float32(2.0), "x": draw(40, 4)}, None)]
+    result = Quantize().run(program, Context(data={"calibration": data}))
+    assert {"linear", "scale"} <= set(result.plan["nodes"])
+    taken = list(pieces(data, 20, program))
+    assert [len(piece["x"]) for piece in taken] == [16, 4] and taken[1]["factor"] == 2.0
+    assert layer_costs(program, Context(data={"calibration": data}), samples=20).samples == 20
+
+
 def test_pipeline_text(folded):
     item = Pipeline.parse("quantize{bits=8,per-channel=false,calibration=entropy,max-drop=0.5}").passes[0]
     assert item == Quantize(per_channel=False, calibration="entropy", max_drop=0.5)
@@ -231,20 +247,63 @@ def masked_attention(mask):
     return program_from_nodes(nodes, {"x": ("N", 3, 4)}, ["y"], constants, reference={"N": 2})
 
 
+@pytest.mark.parametrize("calibration", ["minmax", "entropy", "percentile"])
 @pytest.mark.parametrize("mask", [-1e9, -np.inf])
-def test_a_mask_does_not_swallow_what_it_masks(mask):
+def test_a_mask_does_not_swallow_what_it_masks(mask, calibration):
     program = masked_attention(np.float32(mask))
-    result = Quantize().run(program, context_of(program))
+    result = Quantize(calibration=calibration).run(program, context_of(program))
     left = {refusal.node: refusal.reason for refusal in result.refusals}
     assert {"mask", "softmax"} <= set(left) and "the range of 'm' is [" in left["softmax"]
     assert "project" not in left and "mix" not in left
     inputs = {"x": draw(4, 3, 4, seed=5)}
-    assert relative_error(run_twin(program, inputs), run_twin(result.program, inputs)) < 0.05
+    limit = 0.2 if calibration == "entropy" else 0.05  # it cuts the largest of these few numbers off
+    assert relative_error(run_twin(program, inputs), run_twin(result.program, inputs)) < limit
     reasons = {found.node: found.reason for found in integer_only(result.program)}
     assert set(reasons) >= {"mask", "softmax"} and "is not quantized" in reasons["softmax"]
     assert "Node 'softmax' (Softmax) computes in float" in str(
         next(f for f in integer_only(result.program) if f.node == "softmax")
     )
+
+
+def test_values_that_are_all_masked_leave_nothing_to_calibrate():
+    nodes = [node("MatMul", ["x", "w"], ["y"], "linear")]
+    program = program_from_nodes(nodes, {"x": ("N", 4)}, ["y"], {"w": draw(4, 3)})
+    context = Context(data={"calibration": [({"x": 1e8 * draw(8, 4)}, None)]})
+    result = Quantize(calibration="entropy").run(program, context)
+    assert not result.modified and [r.node for r in result.refusals] == ["linear"]
+
+
+def test_values_without_a_range_stay_in_float(monkeypatch):
+    def without_h(*arguments, **keywords):
+        ranges = find_ranges(*arguments, **keywords)
+        ranges.data.pop("h", None)
+        return ranges
+
+    monkeypatch.setattr("sartor.quantization.supply.find_ranges", without_h)
+    nodes = [
+        node("MatMul", ["x", "w"], ["h"], "first"),
+        node("MatMul", ["h", "w"], ["i"], "second"),
+        node("MatMul", ["i", "w"], ["y"], "third"),
+    ]
+    program = program_from_nodes(nodes, {"x": ("N", 4)}, ["y"], {"w": draw(4, 4)})
+    for calibration in ("minmax", "percentile"):
+        result = Quantize(calibration=calibration).run(program, context_of(program))
+        reason = "no range of 'h' was found"
+        assert {(r.node, r.reason) for r in result.refusals} == {("first", reason), ("second", reason)}
+        assert result.plan["nodes"] == ["third"]
+
+
+def test_an_error_of_the_quantizer_names_the_node(monkeypatch, folded):
+    from onnxruntime.quantization import qdq_quantizer
+
+    def fail(self):
+        raise RuntimeError("Unexpected quantize type for param c1.\nmore")
+
+    monkeypatch.setattr(qdq_quantizer.QDQQuantizer, "quantize_model", fail)
+    with pytest.raises(
+        BackendError, match=r"could not quantize the program at node 'conv1' \(Conv\).*: Unexpected"
+    ):
+        Quantize().run(folded, context_of(folded))
 
 
 def test_what_is_to_be_kept_stays(folded):
@@ -300,6 +359,50 @@ def test_a_stack_of_matrices_is_not_scaled_along_what_it_sums_over():
     program.batch = type(program.batch)(False, ("x",), "built so")
     context = Context(data={"calibration": [({"x": draw(1, 3, 4)}, None)]})
     assert Quantize().run(program, context).plan["weights"]["w"]["axis"] == 2
+
+
+@pytest.mark.parametrize("target", ["onnxruntime", "openvino"])
+def test_targets_take_a_weight_on_the_left(target, tmp_path):
+    weight = draw(5, 6)
+    nodes = [node("MatMul", ["w", "x"], ["y"], "left")]
+    program = program_from_nodes(nodes, {"x": ("N", 6, 4)}, ["y"], {"w": weight})
+    result = Quantize().run(program, context_of(program))
+    entry = result.plan["weights"]["w"]
+    assert entry["axis"] is None and entry["symmetric"] and entry["zero_point"] == 0
+    np.testing.assert_allclose(entry["scales"], [np.abs(weight).max() / 127], rtol=1e-5)
+    inputs = {"x": draw(1, 6, 4, seed=7)}
+    exact, rounded = run_twin(program, inputs)["y"], run_twin(result.program, inputs)["y"]
+    assert np.abs(exact - rounded).max() < 1.5 * result.plan["activations"]["y"]["scale"]
+    backend = backends.get(target)
+    options = TargetOptions(precision="int8", shapes={"x": (1, 6, 4)})
+    found = backend.load(backend.lower(result.program, tmp_path / "a", options), options).run(inputs)["y"]
+    assert np.abs(found - rounded).max() <= 1.01 * result.plan["activations"]["y"]["scale"]
+
+
+@pytest.mark.parametrize(
+    ("inputs", "shape", "axis"),
+    [
+        (("x", "w"), (4,), None),
+        (("w", "x"), (4,), None),
+        (("w", "x"), (3, 5, 4), None),
+        (("x", "w"), (4, 5), 1),
+    ],
+)
+def test_a_weight_of_a_product_is_not_scaled_along_what_it_sums_over(inputs, shape, axis):
+    nodes = [node("MatMul", inputs, ["y"], "product")]
+    program = program_from_nodes(nodes, {"x": (3, 4, 4)}, ["y"], {"w": draw(*shape)})
+    context = Context(data={"calibration": [({"x": draw(3, 4, 4)}, None)]})
+    result = Quantize().run(program, context)
+    assert result.plan["weights"]["w"]["axis"] == axis
+    given = {"x": draw(3, 4, 4)}
+    assert relative_error(run_twin(program, given), run_twin(result.program, given)) < 0.05
+
+
+def test_a_weight_on_both_sides_has_one_scale():
+    nodes = [node("MatMul", ["w", "x"], ["h"], "left"), node("MatMul", ["h", "w"], ["y"], "right")]
+    program = program_from_nodes(nodes, {"x": ("N", 4, 4)}, ["y"], {"w": draw(4, 4)})
+    result = Quantize().run(program, context_of(program))
+    assert set(result.plan["nodes"]) == {"left", "right"} and result.plan["weights"]["w"]["axis"] is None
 
 
 def test_the_bias_of_a_grouped_transposed_convolution():
@@ -475,6 +578,18 @@ def test_an_activation_function_goes_where_saturation_does_the_same(function, sc
     inputs = {"x": draw(50, 64, scale=6.0)}
     np.testing.assert_array_equal(run_twin(program, inputs)["y"], run_twin(legal, inputs)["y"])
     assert "high" not in legal.initializers or not goes
+
+
+def test_pairs_without_a_zero_point_are_not_rewritten():
+    nodes = [
+        node("Relu", ["x"], ["r"], "relu"),
+        node("QuantizeLinear", ["r", "s"], ["q"], "quantize"),
+        node("DequantizeLinear", ["q", "s"], ["y"], "dequantize"),
+    ]
+    program = program_from_nodes(nodes, {"x": (1, 4)}, ["y"], {"s": np.float32(0.1)})
+    legal = legalize(program)
+    inputs = {"x": draw(1, 4)}
+    np.testing.assert_array_equal(run_twin(program, inputs)["y"], run_twin(legal, inputs)["y"])
 
 
 def test_placement_leaves_out_what_it_is_told_to(folded):

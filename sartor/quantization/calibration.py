@@ -6,7 +6,7 @@ import contextlib
 import io
 import logging
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ import numpy as np
 
 from sartor.backends.telemetry import import_vendor
 from sartor.data import Split, signatures
+from sartor.data_sources import sample_count
 from sartor.errors import BackendError, UsageError
 from sartor.ir.serialise import SINGLE_FILE_BYTES
 
@@ -58,7 +59,7 @@ def pieces(split: Iterable[tuple[Inputs, Any]], samples: int, program: Program) 
     for inputs, _ in split:
         if left <= 0:
             return
-        length = len(next(iter(inputs.values())))
+        length = sample_count(inputs, program.batch.inputs)
         free = program.batch.inputs if program.batch.symbolic else ()
         step = _BATCH if free else length
         for start in range(0, min(left, length), step):
@@ -69,12 +70,12 @@ def pieces(split: Iterable[tuple[Inputs, Any]], samples: int, program: Program) 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keep a quantizer from printing, and from giving the root logger a handler that stays for good."""
+    """Keep a quantizer from printing and warning, and from giving the root logger a handler that stays for good."""
     root, handler = logging.getLogger(), logging.NullHandler()
     root.addHandler(handler)
     root.addFilter(_nothing)
     try:
-        with contextlib.redirect_stdout(io.StringIO()):
+        with contextlib.redirect_stdout(io.StringIO()), np.errstate(invalid="ignore"):
             yield
     finally:
         root.removeFilter(_nothing)
@@ -96,13 +97,16 @@ class _One:
         return inputs
 
 
-def find_ranges(program: Program, data: Iterable[Inputs], method: str) -> Any:
+def find_ranges(
+    program: Program, data: Iterable[Inputs], method: str, *, without: Collection[str] = ()
+) -> Any:
     """Ranges by value name, in the form that ONNX Runtime's quantizer takes.
 
     Args:
         program: in float32; what is not understood is left out.
         data: at least one batch.
         method: `minmax`, `entropy` or `percentile` (99.999 %).
+        without: values that a histogram cannot hold; those that `minmax` shows to be `unusable`.
 
     Raises:
         BackendError: the runtime fails on the data.
@@ -121,6 +125,8 @@ def find_ranges(program: Program, data: Iterable[Inputs], method: str) -> Any:
                 use_external_data_format=understood.serialised_bytes() > SINGLE_FILE_BYTES,
                 extra_options={"symmetric": False, "num_bins": _BINS[method]},
             )
+            if method != "minmax":
+                calibrator.tensors_to_calibrate -= set(without)
             for inputs in data:
                 # One batch at a time: a calibrator keeps every activation of a call until the call ends.
                 calibrator.collect_data(_One(inputs))
@@ -130,14 +136,19 @@ def find_ranges(program: Program, data: Iterable[Inputs], method: str) -> Any:
             raise BackendError(f"ONNX Runtime could not calibrate the program: {lines[0][:500]}") from error
 
 
-def unusable(ranges: Any) -> Mapping[str, str]:
-    """Values whose range no scale can stand for, and why."""
-    found = {}
+def unusable(program: Program, ranges: Any) -> Mapping[str, str]:
+    """Values whose range no scale can stand for, or that have none, and why."""
+    known = set(ranges.keys()) | set(program.initializers)
+    found = {
+        name: f"no range of '{name}' was found"
+        for name, kind in program.types().items()
+        if kind.name == "FLOAT" and name not in known
+    }
     for name, data in ranges.items():
         low, high = (float(np.asarray(bound).reshape(-1)[0]) for bound in data.range_value)
         if not (np.isfinite(low) and np.isfinite(high)):
             found[name] = f"the range of '{name}' is [{low:.4g}, {high:.4g}], which is not finite"
-        elif max(-low, high) > _LARGEST:
+        elif max(-low, high) > LARGEST:
             found[name] = (
                 f"the range of '{name}' is [{low:.4g}, {high:.4g}]: such numbers mask others, and one step of 8 "
                 "bits between them would be larger than all that is not masked"
@@ -145,5 +156,5 @@ def unusable(ranges: Any) -> Mapping[str, str]:
     return found
 
 
-_LARGEST = 1e6
+LARGEST = 1e6
 """Larger activations are attention masks or the like."""

@@ -16,8 +16,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sartor.backends.telemetry import import_vendor
+from sartor.data_sources import sample_count
 from sartor.errors import BackendError
 from sartor.passes.quantize import Quantize
+from sartor.quantization.calibration import LARGEST
 from sartor.quantization.placement import ELEMENTWISE, LAYERS
 
 if TYPE_CHECKING:
@@ -115,18 +117,24 @@ def costs(program: Program, data: Sequence[Inputs], scheme: Mapping[str, Any], w
             left = error(without({name: ""}))
             layers.append(LayerCost(name, types[name], left, 1.0 - left / total if total else 0.0))
     layers.sort(key=lambda cost: -cost.share)
-    return Costs(total, tuple(layers), sum(len(next(iter(inputs.values()))) for inputs in data))
+    return Costs(total, tuple(layers), sum(sample_count(i, program.batch.inputs) for i in data))
 
 
 def _error(expected: Sequence[Mapping[str, np.ndarray]], found: Iterable[Mapping[str, np.ndarray]]) -> float:
-    """Squared difference over square, of each output; the mean over outputs."""
+    """Squared difference over square, of each output; the mean over outputs.
+
+    What is masked, infinite or beyond what is quantized, would leave nothing to be seen of all else.
+    """
     sums: dict[str, list[float]] = {}
     for a, b in zip(expected, found, strict=True):
         for name, wide in a.items():
             if wide.dtype.kind == "f":
                 entry = sums.setdefault(name, [0.0, 0.0])
-                entry[0] += float(np.square(wide.astype(np.float64) - b[name]).sum())
-                entry[1] += float(np.square(wide.astype(np.float64)).sum())
+                seen = np.abs(wide) <= LARGEST
+                exact = wide[seen].astype(np.float64)
+                narrow = np.nan_to_num(b[name][seen].astype(np.float64), nan=LARGEST).clip(-LARGEST, LARGEST)
+                entry[0] += float(np.square(exact - narrow).sum())
+                entry[1] += float(np.square(exact).sum())
     shares = [(lost / whole if whole else float(lost > 0)) for lost, whole in sums.values()]
     return float(np.mean(shares)) if shares else 0.0
 

@@ -6,14 +6,13 @@ import dataclasses
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from sartor.ir.canonicalize import QUANTIZED
 from sartor.quantization.placement import ACTIVATIONS
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
     from sartor.ir.program import Program
-
-_PAIR = ("QuantizeLinear", "DequantizeLinear")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +43,7 @@ def integer_only(program: Program) -> list[FloatNode]:
     types = program.types()
     left = []
     for node in program.graph.all_nodes():
-        if node.op_type in _PAIR:
+        if node.op_type in QUANTIZED and not node.domain:
             continue
         reason = _float_operand(node, types) or _float_result(node, types)
         if reason:

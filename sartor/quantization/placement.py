@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sartor.backends.telemetry import import_vendor
+from sartor.errors import BackendError
 from sartor.ir.folding import names
 from sartor.quantization.calibration import quiet
 
@@ -53,6 +54,9 @@ def place(
         per_channel: one scale per output channel of a weight.
         exclude: names of nodes that stay in float, and read their operands in float: a layer whose operand is
             rounded is not kept.
+
+    Raises:
+        BackendError: the quantizer fails; names the node where its message does.
     """
     import_vendor("onnxruntime", "sartor")
     from onnxruntime.quantization import QuantType
@@ -64,25 +68,85 @@ def place(
     if not chosen:
         return scheme((), kept, {}, {})
     with quiet():
-        quantizer = QDQQuantizer(
-            program.understood().to_proto(),
-            per_channel,
-            False,  # range of weights: reduced on processors that saturate, which is the runtime's business
-            QuantType.QInt8,
-            QuantType.QInt8,
-            ranges,
-            chosen,
-            [],
-            sorted(OPERATORS),
-            {
-                # the default axis 1 is what a stack of matrices sums over
-                "QDQOpTypePerChannelSupportToAxis": {"MatMul": -1},
-                # the pass does it, those of grouped transposed convolutions included
-                "QuantizeBias": False,
-            },
-        )
-        model = quantizer.quantize_model()
+        try:
+            quantizer = QDQQuantizer(
+                program.understood().to_proto(),
+                per_channel,
+                False,  # range of weights: reduced on processors that saturate, which is the runtime's business
+                QuantType.QInt8,
+                QuantType.QInt8,
+                ranges,
+                chosen,
+                [],
+                sorted(OPERATORS),
+                {
+                    "TensorQuantOverrides": _of_products(program) if per_channel else {},
+                    # the pass does it, those of grouped transposed convolutions included
+                    "QuantizeBias": False,
+                },
+            )
+            model = quantizer.quantize_model()
+        except Exception as error:
+            raise _failed(program, chosen, error) from error
     return _read(program, model, set(chosen), kept)
+
+
+def everywhere(program: Program) -> dict[str, Any]:
+    """A scheme that quantizes whatever may be, with numbers that mean nothing: a form to ask rules about."""
+    types = program.types()
+    chosen = [n for n in program.nodes() if n.op_type in OPERATORS and not n.domain and _alone(n)]
+    computing = set(chosen)
+    functions = [node.inputs[0] for node in chosen if node.op_type in ACTIVATIONS]
+    within = {value for value in functions if value is not None and value.producer() in computing}
+    activations: dict[str, Any] = {}
+    weights: dict[str, Any] = {}
+    for node in chosen:
+        operands = 2 if node.op_type in LAYERS else len(node.inputs)
+        if node.op_type in ACTIVATIONS | (MOVEMENT - {"Concat"}):
+            operands = 1
+        for value in (*node.inputs[:operands], *node.outputs):
+            name = value.name or "" if value is not None else ""
+            if name not in types or types[name].name != "FLOAT" or value in within:
+                continue
+            if name in program.initializers:
+                weights[name] = {"scales": [1.0], "zero_point": 0, "axis": None, "symmetric": True}
+            else:
+                activations[name] = {"scale": 1.0, "zero_point": 0}
+    return scheme((n.name or "" for n in chosen), (), activations, weights)
+
+
+def _of_products(program: Program) -> dict[str, list[dict[str, Any]]]:
+    """Overrides for constants of MatMul: one scale per column of a right one, one for all of a left one or a vector.
+
+    The quantizer takes one axis for both, which is what a left one, and a vector, is summed over. Scales per row of
+    a left one are right, but OpenVINO's CPU plugin does not compile them.
+    """
+    found: dict[str, list[dict[str, Any]]] = {}
+    for node in program.nodes():
+        for index, value in enumerate(node.inputs if node.op_type == "MatMul" else ()):
+            if value is not None and value.is_initializer():
+                name, rank = value.name or "", len(program.initializer_shape(value.name or ""))
+                if index == 0 or rank < 2:
+                    found[name] = [{"symmetric": True}]
+                else:
+                    found.setdefault(name, [{"axis": rank - 1}])
+    return found
+
+
+def _failed(program: Program, chosen: Collection[str], error: Exception) -> BackendError:
+    """The quantizer's error as one of ours, with the node whose name, or that of a value of it, its message has."""
+    text = str(error) or type(error).__name__
+    words = {word.strip("'\".,:;()") for word in text.split()}
+    at = ""
+    for node in program.nodes():
+        around = (node.name, *(v.name for v in (*node.inputs, *node.outputs) if v is not None))
+        if node.name in chosen and words.intersection(around):
+            at = f" at node {program.where(node)}"
+            break
+    return BackendError(
+        f"ONNX Runtime could not quantize the program{at}: {text.splitlines()[0][:500]} Leave the node in float "
+        "with 'keep'."
+    )
 
 
 def _alone(node: ir.Node) -> bool:
@@ -187,4 +251,5 @@ def _values(program: Program) -> list[ir.Value]:
 
 def _symmetric(program: Program, name: str) -> bool:
     """Whether a constant is some layer's weight; other operands are quantized as activations are."""
-    return any(node.op_type in LAYERS and index == 1 for node, index in program.initializers[name].uses())
+    uses = program.initializers[name].uses()
+    return any(node.op_type == "MatMul" or (node.op_type in LAYERS and index == 1) for node, index in uses)

@@ -89,8 +89,12 @@ def _calibrated(
     """The data, what must stay in float, and what makes schemes that leave more of it."""
     data = list(pieces(calibration_data(program, context), samples, program))
     left = _impossible(program, context)
-    ranges = find_ranges(program, data, calibration)
-    left |= {k: v for k, v in _out_of_range(program, unusable(ranges)).items() if k not in left}
+    ranges = find_ranges(program, data, "minmax")
+    bad = unusable(program, ranges)
+    if calibration != "minmax" and not set(ranges.keys()) <= set(bad):
+        ranges = find_ranges(program, data, calibration, without=bad)
+        bad = {**unusable(program, ranges), **bad}
+    left |= {k: v for k, v in _out_of_range(program, bad).items() if k not in left}
     always = frozenset(left)
 
     def without(more: Mapping[str, str]) -> dict[str, Any]:
