@@ -142,14 +142,11 @@ class _Fit:
         self.checkpoints = folder.with_name(f".{folder.name}.recovery")
 
     def run(self) -> FitResult:
-        from sartor import backends
-        from sartor.backends.legality import require_legal
         from sartor.backends.protocol import TargetOptions
-        from sartor.precision import own_precision
+        from sartor.precision import require_legal
 
-        own = own_precision(self.program, self.options.precision)
-        target = TargetOptions(threads=self.options.threads, precision=own)
-        require_legal(self.options.target, backends.get(self.options.target).legality(self.program, target))
+        target = TargetOptions(threads=self.options.threads, precision=self.options.precision)
+        require_legal(self.options.target, self.program, target)
         self.analysis = channel_groups(self.program, self.options.keep)
         kept = Context(keep=self.options.keep)
         self.blocks = [b for b in residual_blocks(self.program) if kept_by(self.program, b, kept) is None]

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from sartor.backends.precision import precision_of
 
 if TYPE_CHECKING:
+    from sartor.backends.protocol import TargetOptions
     from sartor.data import Data
     from sartor.ir.program import Program
     from sartor.passes.base import Context, Refusal
@@ -17,6 +18,53 @@ _PASSES = {"int8": "fold-batch-norm,quantize", "f16": "cast"}
 def own_precision(program: Program, precision: str) -> str:
     """The precision of the program before `in_precision`: what its baseline without loss computes in."""
     return precision if precision not in _PASSES else precision_of(program)
+
+
+def require_legal(target: str, program: Program, options: TargetOptions) -> None:
+    """Refuse a program that its target cannot take, before it is calibrated or cast.
+
+    Which nodes stay in float32 is not known before; what is refused breaks a rule in float32 and in the precision.
+    The program as it is written is checked again when it is lowered.
+
+    Args:
+        target: registered backend.
+        program: as for `in_precision`.
+        options: threads, precision and shapes of the artifact.
+
+    Raises:
+        UsageError: the target's package is not installed, or it does not have the precision.
+        BackendError: the program breaks a rule; the others that it breaks are notes.
+    """
+    from sartor import backends, errors
+    from sartor.backends import legality
+    from sartor.backends.protocol import LegalityReport
+
+    backend = backends.get(target)
+    backend.capabilities()
+    broken = []
+    for form in _forms(program, options.precision):
+        try:
+            broken.append(backend.legality(form, options).violations)
+        except errors.BackendError:  # a legalisation that refuses this form; the written one may be another
+            return
+    sure = set.intersection(*({(f.node, f.rule) for f in findings} for findings in broken))
+    found = tuple(finding for finding in broken[0] if (finding.node, finding.rule) in sure)
+    legality.require_legal(target, LegalityReport(found))
+
+
+def _forms(program: Program, precision: str) -> list[Program]:
+    """The program as it is, and as it would be if every node that may be written in the precision were."""
+    own = own_precision(program, precision)
+    if own == precision or own != "f32":
+        return [program]
+    from sartor.passes import cast, quantize
+    from sartor.passes.fold_batch_norm import FoldBatchNorm
+    from sartor.quantization import placement
+
+    if precision == "f16":
+        return [program, cast.Cast().replay(program, cast.everywhere(program)).program]
+    folded = FoldBatchNorm().run(program).program
+    return [folded, quantize.Quantize().replay(folded, placement.everywhere(folded)).program]
 
 
 def in_precision(

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from sartor.cli import arguments
 from sartor.cli.output import Result, count
-from sartor.errors import UsageError
+from sartor.errors import BackendError, UsageError
 
 if TYPE_CHECKING:
     from sartor.backends.protocol import Artifact
+    from sartor.ir.program import Program
 
 EXAMPLE = "sartor lower model.onnx --target openvino --data calibration.npz -o artifact"
 
@@ -36,6 +37,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="with --precision int8: largest loss of score on split 'evaluate', 1 point = 0.01; layers that cost "
         "more stay in float",
     )
+    parser.add_argument(
+        "--integer-only",
+        action="store_true",
+        help="with --precision int8: refuse unless every node computes in integers, for targets without a "
+        "floating-point unit",
+    )
     arguments.add_keep(parser, "stay in float32 when the program is quantized or cast")
     parser.add_argument(
         "--samples", type=arguments.positive, default=4, metavar="N", help="samples to compare on (4)"
@@ -51,17 +58,21 @@ def run(options: argparse.Namespace) -> Result:
     from sartor import backends, lowered
     from sartor.backends import isolation
     from sartor.data import load_data
-    from sartor.precision import in_precision
+    from sartor.precision import in_precision, require_legal
 
-    if options.max_drop is not None and options.precision != "int8":
-        raise UsageError(
-            f"--max-drop says what quantization may cost, and --precision is '{options.precision}'; use "
-            "--precision int8, or leave it away."
-        )
+    for given, what in (
+        (options.max_drop is not None, "--max-drop says what quantization may cost"),
+        (options.integer_only, "--integer-only asks for integers"),
+    ):
+        if given and options.precision != "int8":
+            raise UsageError(
+                f"{what}, and --precision is '{options.precision}'; use --precision int8, or leave it away."
+            )
     backend = backends.get(options.target)
     folder = arguments.output_folder(options.output)
     program = arguments.open_program(options)
     target = arguments.target_options(options, program)
+    require_legal(options.target, program, target)
     data = None
     if options.data is not None:
         data = load_data(options.data, list(program.input_shapes), options.seed, program=program)
@@ -73,6 +84,9 @@ def run(options: argparse.Namespace) -> Result:
         seed=options.seed,
         max_drop=options.max_drop,
     )
+    floating = _in_float(written) if options.precision == "int8" else []
+    if options.integer_only:
+        _require_integers(floating)
     unable = backend.capabilities().not_run_here
     why = "--no-verify was given" if options.no_verify else unable
     verification: dict[str, Any] = {"verified": False, "reason": why}
@@ -98,4 +112,33 @@ def run(options: argparse.Namespace) -> Result:
         "verification": verification,
         "in_float32": [{"node": r.node, "reason": r.reason} for r in left],
     }
+    if options.precision == "int8":
+        document["computes_in_float"] = floating
+        lines.append(
+            f"nodes that compute in float: {len(floating)}" + (" (--json lists them)" if floating else "")
+        )
     return Result(document, "\n".join(lines))
+
+
+def _in_float(program: Program) -> list[dict[str, str]]:
+    """The nodes of a quantized program that need floating point, with the line of the author's code."""
+    from sartor.quantization import integer_only
+
+    where = {node.name or "": program.where(node) for node in program.graph.all_nodes()}
+    return [
+        {"node": n.node, "op_type": n.op_type, "where": where[n.node], "reason": n.reason}
+        for n in integer_only(program)
+    ]
+
+
+def _require_integers(floating: list[dict[str, str]]) -> None:
+    if not floating:
+        return
+    lines = [f"Node {found['where']}: {found['reason']}." for found in floating]
+    error = BackendError(
+        f"--integer-only: {len(lines)} node{'s compute' if len(lines) > 1 else ' computes'} in float. {lines[0]} "
+        "Replace what cannot be quantized, or lower for a target with a floating-point unit."
+    )
+    for line in lines[1:]:
+        error.add_note(line)
+    raise error
