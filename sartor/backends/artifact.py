@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -11,6 +12,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sartor.backends import manifest
+from sartor.backends.manifest import MANIFEST
 from sartor.backends.protocol import Artifact, TargetOptions, TensorSpec
 from sartor.errors import BackendError, UsageError
 from sartor.ir.files import file_sha256
@@ -21,7 +24,22 @@ if TYPE_CHECKING:
 
     from sartor.ir.program import Program
 
-MANIFEST = "artifact.json"
+__all__ = [
+    "MANIFEST",
+    "check_inputs",
+    "concrete_shapes",
+    "mismatch",
+    "open_artifact",
+    "replacing",
+    "verify_files",
+    "write_artifact",
+]
+
+_MOST_EXCHANGES = 100
+_TAKEN = (errno.ENOENT, errno.ENOTEMPTY, errno.EEXIST)
+"""Another process has moved the old folder away, or its own into place."""
+_NAME_LENGTH = 40
+"""Of the name of a temporary folder: with the whole name of the final one it could be longer than 255 bytes."""
 
 
 def write_artifact(
@@ -43,10 +61,11 @@ def write_artifact(
             metadata.
 
     Raises:
-        UsageError: `folder` exists and is something else than an artifact.
+        UsageError: `folder` exists and is something else than an artifact, or cannot be written.
     """
     folder = Path(folder)
     with replacing(folder) as temporary:
+        temporary.mkdir()
         files, metadata = write(temporary)
         artifact = Artifact(
             target=target,
@@ -68,15 +87,13 @@ def open_artifact(folder: Path) -> Artifact:
     """Read back an artifact that `lower` wrote.
 
     Raises:
-        UsageError: no readable manifest in `folder`.
+        UsageError: no manifest in `folder`, or a damaged one, or one of another version.
     """
-    manifest = Path(folder) / MANIFEST
     try:
-        return Artifact.from_dict(json.loads(manifest.read_text(encoding="utf-8")), Path(folder))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return manifest.read(Path(folder))
+    except ValueError as error:
         raise UsageError(
-            f"'{folder}' is not an artifact folder: '{MANIFEST}' cannot be read "
-            f"({type(error).__name__}: {error}). Write one with `sartor lower`."
+            f"'{folder}' is not an artifact folder: {error}. Write one with `sartor lower`."
         ) from error
 
 
@@ -86,14 +103,22 @@ def verify_files(artifact: Artifact) -> None:
     Raises:
         BackendError: a file is missing or was changed.
     """
+    found = mismatch(artifact)
+    if found:
+        raise BackendError(f"{found} Lower the model again.")
+
+
+def mismatch(artifact: Artifact) -> str:
+    """A sentence about the first file that does not match its recorded hash; empty when all of them do."""
     for name in artifact.files:
         path = artifact.folder / name
         observed = file_sha256(path) if path.is_file() else "missing"
         if observed != artifact.sha256[name]:
-            raise BackendError(
+            return (
                 f"Artifact file '{name}' does not match its manifest: SHA-256 is {observed}, expected "
-                f"{artifact.sha256[name]}. Lower the model again."
+                f"{artifact.sha256[name]}."
             )
+    return ""
 
 
 def concrete_shapes(inputs: Iterable[TensorSpec], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
@@ -136,16 +161,18 @@ def check_inputs(
         inputs: arrays by name.
 
     Raises:
-        UsageError: missing or unknown name, wrong type or shape.
+        UsageError: missing or unknown name, wrong type, byte order or shape.
     """
     expected = {spec.name: spec for spec in specs}
     if set(inputs) != set(expected):
         raise UsageError(f"Inputs are {_quoted(inputs)}; the model takes exactly {_quoted(expected)}.")
     for name, spec in expected.items():
         array = inputs[name]
-        if array.dtype.name != spec.dtype:
+        # The name leaves the byte order out, and runtimes read memory as it is.
+        if array.dtype.name != spec.dtype or not array.dtype.isnative:
+            order = "" if array.dtype.isnative else " in foreign byte order"
             raise UsageError(
-                f"Input '{name}' has type {array.dtype.name}; the model takes {spec.dtype}. Cast it first."
+                f"Input '{name}' has type {array.dtype.name}{order}; the model takes {spec.dtype}. Cast it first."
             )
         dims = [fixed.get(d, d) if isinstance(d, str) else d for d in spec.shape]
         wrong = len(dims) != array.ndim or any(
@@ -160,32 +187,71 @@ def check_inputs(
 
 @contextlib.contextmanager
 def replacing(folder: Path) -> Iterator[Path]:
-    """A temporary folder beside `folder` that takes its place when the block succeeds.
+    """A path where the block creates a folder, which takes the place of `folder` when the block succeeds.
+
+    It lies in a hidden folder beside `folder`, which is removed in any case, with all that the block, or a
+    subprocess that died, left in there. What a link points to is replaced, and not the link. Where several
+    processes do this at once, each succeeds, and the last one's folder stays.
 
     Raises:
-        UsageError: `folder` exists and is something else than an artifact.
+        UsageError: `folder` exists and is something else than an artifact, or cannot be written.
     """
-    if folder.exists() and not folder.is_dir():
-        raise UsageError(f"'{folder}' is a file; an artifact is a folder. Choose another --out.")
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / MANIFEST).is_file():
-        raise UsageError(
-            f"'{folder}' exists and holds no artifact; it would be overwritten. Choose an empty folder."
-        )
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-    old = temporary.with_name(temporary.name + ".old")
+    place = Path(os.path.realpath(folder))
+    with _refusals_of(folder):
+        _require_replaceable(place, folder)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        hidden = Path(tempfile.mkdtemp(dir=place.parent, prefix=f".{place.name[:_NAME_LENGTH]}."))
     try:
-        yield temporary
-        temporary.chmod(0o755)  # mkdtemp makes it private
-        if folder.is_dir():
-            os.rename(folder, old)
-        os.rename(temporary, folder)
-    except BaseException:
-        if old.is_dir() and not folder.exists():
-            os.rename(old, folder)
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
+        yield hidden / "new"
+        with _refusals_of(folder):
+            _exchange(hidden, place)
+    finally:
+        shutil.rmtree(hidden, ignore_errors=True)
+
+
+def _exchange(hidden: Path, place: Path) -> None:
+    for attempt in range(_MOST_EXCHANGES):
+        old = hidden / f"old{attempt}"
+        try:
+            if place.exists():
+                os.rename(place, old)
+                _require_replaceable(old, place)  # once nobody else can change what is there
+            os.rename(hidden / "new", place)
+        except OSError as error:
+            if error.errno not in _TAKEN or attempt == _MOST_EXCHANGES - 1:
+                raise
+        else:
+            return
+        finally:
+            if old.exists() and not place.exists():
+                with contextlib.suppress(OSError):  # another process was faster, and its folder stays
+                    os.rename(old, place)
+
+
+def _require_replaceable(place: Path, called: Path) -> None:
+    try:
+        names = os.listdir(place)
+    except FileNotFoundError:
+        return
+    except NotADirectoryError:
+        if not place.exists():  # a folder above it is a file
+            raise
+        raise UsageError(f"'{called}' is a file; an artifact is a folder. Choose another --out.") from None
+    if names and MANIFEST not in names:
+        raise UsageError(
+            f"'{called}' exists and holds no artifact; it would be overwritten. Choose an empty folder."
+        )
+
+
+@contextlib.contextmanager
+def _refusals_of(folder: Path) -> Iterator[None]:
+    """What the file system refuses is about the folder that was asked for."""
+    try:
+        yield
+    except OSError as error:
+        raise UsageError(
+            f"The folder '{folder}' cannot be written: {error.strerror or error}. Choose another one."
+        ) from error
 
 
 def _spec(value: ir.Value) -> TensorSpec:

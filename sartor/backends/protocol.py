@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 
 from sartor.errors import UsageError
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from sartor.ir.program import Program
 
 PRECISIONS = ("f32", "bf16", "f16", "int8")
+ARTIFACT_SCHEMA = "sartor.artifact/1"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,9 +196,9 @@ class Artifact:
         return self.folder / self.files[0]
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready form, schema `sartor.artifact/1`, without the folder."""
+        """JSON-ready form, schema `ARTIFACT_SCHEMA`, without the folder."""
         return {
-            "schema": "sartor.artifact/1",
+            "schema": ARTIFACT_SCHEMA,
             "target": self.target,
             "files": list(self.files),
             "sha256": dict(self.sha256),
@@ -210,7 +211,7 @@ class Artifact:
 
     @staticmethod
     def from_dict(data: Mapping[str, Any], folder: Path) -> Artifact:
-        """Inverse of `to_dict`, for files that lie in `folder`."""
+        """Inverse of `to_dict`, for files that lie in `folder`; what comes from a file is for `manifest.read`."""
         return Artifact(
             target=data["target"],
             folder=Path(folder),
@@ -255,7 +256,7 @@ class KernelTime:
 
 
 class Session(Protocol):
-    """A model that is loaded and ready to run. Subclass it to inherit `prepare`."""
+    """A model that is loaded and ready to run. Subclass it to inherit `prepare` and `computed`."""
 
     inputs: tuple[TensorSpec, ...]
     """Input contract, for making inputs."""
@@ -263,22 +264,35 @@ class Session(Protocol):
     """Every runtime option that was set, for the record of a measurement."""
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Outputs by name.
+        """Outputs by name, in memory of the caller's own. Arrays come with any strides.
 
         Raises:
-            UsageError: an input is missing, unknown, or of the wrong type or shape.
+            UsageError: an input is missing, unknown, or of the wrong type, byte order or shape.
             BackendError: the runtime failed.
         """
         ...
 
     def prepare(self, inputs: Mapping[str, np.ndarray]) -> Callable[[], object]:
         """A function that runs once on these inputs: what is timed. Bind memory here, outside it."""
-        return lambda: self.run(inputs)
+        held = dict(inputs)
+        return lambda: self.run(held)
+
+    def computed(self, once: Callable[[], object]) -> dict[str, np.ndarray]:
+        """What one call of `once` computes, by name; `once` is what `prepare` returned last.
+
+        So that what is timed can be compared with what `run` answers. To be overridden together with `prepare`
+        by a runtime that leaves its results in memory of its own, where fetching them would be timed, too.
+        """
+        return cast("dict[str, np.ndarray]", once())
 
 
 @runtime_checkable
 class Backend(Protocol):
-    """One target. Constructed without arguments; holds no state; vendor imports happen in methods."""
+    """One target. Constructed without arguments; holds no state; vendor imports happen in methods.
+
+    Where the vendor's runtime reserves far more address space than it uses, as CUDA's driver does, the class says
+    `reserves_address_space = True`; the default limit of a subprocess's address space is not set then.
+    """
 
     name: str
 

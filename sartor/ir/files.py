@@ -12,6 +12,8 @@ from typing import Any
 
 from sartor.errors import UsageError
 
+_NAME_LENGTH = 40  # characters, of at most 4 bytes, of the 255 bytes that a name may have
+
 
 def file_sha256(path: Path) -> str:
     """Hexadecimal digest of a file, read in parts."""
@@ -58,7 +60,8 @@ def _temporary(target: Path, chunks: Iterable[bytes | memoryview]) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     if target.is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    # Part of the name only: with all of it a name that is allowed would make one that is too long.
+    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name[:_NAME_LENGTH]}.")
     temporary = Path(name)
     try:
         with os.fdopen(handle, "wb") as stream:
