@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import platform
@@ -73,6 +74,17 @@ for name in ('onnxruntime', 'openvino', 'reference', 'tflite', 'tflite-channel-l
 backends.get('tensorrt').lower(program, pathlib.Path(sys.argv[2]) / 'tensorrt', TargetOptions())
 """
 
+PLUGIN = """
+import pathlib
+sys.path[:0] = [sys.argv[1], sys.argv[2]]
+import null_backend, wrong_lowerings
+from backend_programs import small_cnn
+from sartor.backends import isolation
+from sartor.backends.protocol import TargetOptions
+null_backend.install(pathlib.Path(sys.argv[2]), wrong_lowerings.ENTRIES)
+isolation.lower('vendors', small_cnn(4), pathlib.Path(sys.argv[2]) / 'a', TargetOptions())
+"""
+
 REPORT = "\nprint('REPORT' + json.dumps(attempts))\n"
 
 
@@ -121,6 +133,13 @@ native = pytest.mark.skipif(
 @native
 def test_no_native_code_opens_an_internet_socket(tmp_path):
     assert execute("import sys, json\nattempts = []\n" + FILTER + WORK + REPORT, tmp_path) == (0, [], [])
+
+
+@native
+@pytest.mark.skipif(importlib.util.find_spec("nncf") is None, reason="nncf is not installed")
+def test_a_plugin_that_imports_vendors_itself_cannot_count_either(tmp_path):
+    """In the subprocess the opt-out comes before the plugin does."""
+    assert execute("import sys, json\nattempts = []\n" + FILTER + PLUGIN + REPORT, tmp_path) == (0, [], [])
 
 
 def test_a_planted_call_and_file_are_seen(tmp_path):

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sartor import backends
-from sartor.backends import process
+from sartor.backends import manifest, process
 from sartor.backends.arrays import load_arrays, save_arrays
-from sartor.backends.artifact import open_artifact, replacing
+from sartor.backends.artifact import mismatch, replacing
 from sartor.backends.legality import require_legal
 from sartor.backends.protocol import Artifact, TargetOptions
+from sartor.errors import BackendError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -34,6 +35,7 @@ def lower(
     *,
     time_limit_s: float = TIME_LIMIT_S,
     memory_limit_bytes: int | None = None,
+    fresh: bool = False,
     check: Callable[[Artifact], None] = lambda _: None,
 ) -> Artifact:
     """Check legality here, then lower in a fresh subprocess with limits.
@@ -45,21 +47,22 @@ def lower(
         options: as for `Backend.lower`.
         time_limit_s: after it the subprocess is ended.
         memory_limit_bytes: limit of its address space; default: see `process.default_memory_limit`.
+        fresh: convert again what a cache of conversions holds, as a timing must: `SARTOR_CACHE` is `off` there.
         check: called with the artifact before it takes its place; where it raises, nothing is written.
 
     Raises:
         UsageError: precision, shapes or folder; the vendor's package is not installed.
         BackendError: the program breaks a legality rule (no vendor tool has been called then), conversion
-            fails, or the subprocess crashed or did not finish; its last log lines are notes.
+            fails, the subprocess crashed or did not finish (its last log lines are notes), or what it left is no
+            artifact of this backend.
     """
     from sartor.ir import transport
 
     backend = backends.get(backend_name)
     require_legal(backend_name, backend.legality(program, options))
     folder = Path(folder)
-    with replacing(folder) as temporary, tempfile.TemporaryDirectory(prefix="sartor-lower-") as sent:
+    with replacing(folder) as written, tempfile.TemporaryDirectory(prefix="sartor-lower-") as sent:
         transport.write(program, Path(sent))
-        written = temporary / "artifact"
         process.call(
             {
                 "command": "lower",
@@ -71,13 +74,28 @@ def lower(
             threads=options.threads,
             time_limit_s=time_limit_s,
             memory_limit_bytes=memory_limit_bytes,
+            variables={"SARTOR_CACHE": "off"} if fresh else {},
         )
-        artifact = open_artifact(written)
+        artifact = _written(written, backend_name)
         check(artifact)
-        for path in written.iterdir():
-            path.rename(temporary / path.name)
-        written.rmdir()
     return dataclasses.replace(artifact, folder=folder)
+
+
+def _written(folder: Path, backend_name: str) -> Artifact:
+    """What the backend wrote, which may be anything."""
+    try:
+        artifact = manifest.read(folder)
+        wrong = mismatch(artifact)
+        if artifact.target != backend_name:
+            wrong = f"its target is '{artifact.target}'."
+    except ValueError as error:
+        wrong = f"{error}."
+    if wrong:
+        raise BackendError(
+            f"The backend '{backend_name}' reported success, and what it wrote is no artifact of its own: {wrong} "
+            f"That is a defect of the backend; run 'sartor conformance {backend_name}'."
+        )
+    return artifact
 
 
 class Session:

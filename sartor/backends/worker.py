@@ -1,26 +1,19 @@
 """The subprocess behind `process.call`: `python -m sartor.backends.worker`.
 
 Backends run here and nowhere near the caller's process: a crash, a hang or a changed floating-point
-mode ends with this process.
+mode ends with this process. It ends with the caller's process, too, even where that is killed.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import faulthandler
 import gc
-import json
-import os
 import random
-import signal
 import statistics
-import sys
 import time
-import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 
@@ -31,10 +24,9 @@ from sartor.backends.inputs import random_inputs
 from sartor.backends.precision import as_lowered
 from sartor.backends.protocol import Artifact, Backend, Session, TargetOptions
 from sartor.backends.rounds import Round, run_rounds
-from sartor.errors import SartorError
+from sartor.backends.serving import Command, Send, serve
 
-Send = Callable[[dict[str, Any]], None]
-Command = Callable[[Mapping[str, Any], Send], dict[str, Any]]
+__all__ = ["COMMANDS", "Command", "Send", "serve"]
 
 _WARM_UP_S = 0.2
 _FEWEST_INNER = 3
@@ -42,7 +34,6 @@ _MOST_INNER = 100_000
 _REFERENCE_SIZE = 192  # a matrix product of about 0.2 ms on one core
 _BATCH = 32  # models held at once by `time_models`
 _VISIT_KERNEL_S = 0.006
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def measure(request: Mapping[str, Any], send: Send) -> dict[str, Any]:
@@ -278,64 +269,5 @@ def _reference_kernel() -> Callable[[], object]:
     return lambda: np.matmul(matrix, matrix, out=out)
 
 
-def _end_with(parent: int) -> None:
-    """End this process with its parent, which a kill leaves no time to do it: nobody would read the answer."""
-    if sys.platform == "linux":
-        import ctypes
-
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it ended before it could be watched
-        os._exit(1)
-
-
-def _limit(request: Mapping[str, Any]) -> None:
-    faulthandler.enable()
-    # Ends a hang with a stack trace in the log, even when the parent is gone.
-    faulthandler.dump_traceback_later(request["time_limit_s"], exit=True)
-    with contextlib.suppress(ImportError, ValueError, OSError):  # no such limit on this platform
-        import resource
-
-        limit = request["memory_limit_bytes"]
-        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-
-
-def main(commands: Mapping[str, Command] = COMMANDS) -> int:
-    """Answer requests until there are no more.
-
-    Args:
-        commands: what can be asked, by name.
-    """
-    # Vendors print to standard output; the answer has a channel of its own, and prints go to the log.
-    channel = os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1)
-    os.dup2(2, 1)
-
-    def send(message: dict[str, Any]) -> None:
-        channel.write(json.dumps(message, allow_nan=False) + "\n")
-
-    for line in sys.stdin:
-        request = json.loads(line)
-        _end_with(request["parent"])
-        _limit(request)
-        try:
-            answer = {"event": "result", "value": commands[request["command"]](request, send)}
-        except SartorError as error:
-            notes = list(getattr(error, "__notes__", ()))
-            answer = {"event": "error", "kind": type(error).__name__, "message": str(error), "notes": notes}
-        except Exception as error:
-            message = f"The backend '{request.get('backend')}' failed: {type(error).__name__}: {error}."
-            notes = ["".join(traceback.format_exception(error))]
-            answer = {"event": "error", "kind": "BackendError", "message": message, "notes": notes}
-        faulthandler.cancel_dump_traceback_later()
-        send(answer)
-    return 0
-
-
-def serve(commands: Mapping[str, Command] = COMMANDS) -> NoReturn:
-    """Answer requests, then end the process."""
-    code = main(commands)
-    sys.stderr.flush()
-    os._exit(code)  # not `sys.exit`: vendors' threads and destructors have hung interpreters at shutdown
-
-
 if __name__ == "__main__":
-    serve()
+    serve(COMMANDS)

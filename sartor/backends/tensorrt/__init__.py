@@ -33,6 +33,7 @@ class TensorRTBackend(FolderBackend):
     """
 
     package = __name__
+    reserves_address_space = True
 
     def __init__(self, settings: Settings | None = None, name: str = "tensorrt"):
         self.settings = settings or Settings()
