@@ -11,12 +11,14 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
+from sartor.backends.artifact import MANIFEST, mismatch, open_artifact
 from sartor.backends.protocol import Artifact, TensorSpec
-from sartor.errors import ModelError
-from sartor.ir.files import file_sha256
+from sartor.errors import ModelError, UsageError
+from sartor.ir.files import file_sha256, write_atomic
+from sartor.runtime.contract import per_sample
 
 SCHEMA = "sartor.bundle/1"
 FILE = "bundle.json"
@@ -76,7 +78,7 @@ class BundleDocument:
         inputs: what goes in.
         outputs: what comes out.
         stages: in order.
-        files: SHA-256 of every file of the artifacts, by path relative to the bundle.
+        files: SHA-256 of every file of the artifacts, manifests included, by path relative to the bundle.
     """
 
     inputs: tuple[TensorSpec, ...]
@@ -95,30 +97,54 @@ def write_bundle(
     """Write `bundle.json` to a folder that has the artifacts already.
 
     Raises:
-        ModelError: a stage reads a value that no earlier stage makes, or an artifact is not there.
+        ModelError: stages contradict each other, or their artifacts; an artifact is damaged or not there.
+        UsageError: the file system refuses to write.
     """
-    files: dict[str, str] = {}
-    for stage in stages:
-        place = folder / stage.artifact
-        for path in sorted(place.rglob("*")) if place != folder else _artifact_files(place):
-            if path.is_file():
-                files[path.relative_to(folder).as_posix()] = file_sha256(path)
-    document = BundleDocument(tuple(inputs), tuple(outputs), tuple(stages), files)
+    document = BundleDocument(tuple(inputs), tuple(outputs), tuple(stages), {})
     _check(document)
+    artifacts = _artifacts(folder, document)
+    per_sample(document, artifacts)
+    files: dict[str, str] = {}
+    for stage in document.stages:
+        artifact = artifacts[stage.name]
+        wrong = mismatch(artifact)
+        if wrong:
+            raise ModelError(f"Stage '{stage.name}': {wrong} Lower the model again.")
+        files[_path(stage, MANIFEST)] = file_sha256(folder / stage.artifact / MANIFEST)
+        files.update({_path(stage, name): artifact.sha256[name] for name in artifact.files})
+    document = dataclasses.replace(document, files=dict(sorted(files.items())))
     text = json.dumps(document.to_dict(), indent=1, sort_keys=True) + "\n"
-    temporary = folder / f".{FILE}.partial"
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(folder / FILE)
+    write_atomic(folder / FILE, text.encode())
     return document
+
+
+@dataclasses.dataclass(frozen=True)
+class OpenedBundle:
+    """A bundle whose parts are whole and fit together.
+
+    Attributes:
+        document: `bundle.json`.
+        artifacts: by stage.
+        per_sample: the values whose first axis is that of samples.
+    """
+
+    document: BundleDocument
+    artifacts: Mapping[str, Artifact]
+    per_sample: frozenset[str]
 
 
 def read_bundle(folder: Path) -> BundleDocument:
     """Read `bundle.json`, and check every file that it names against its hash.
 
     Raises:
-        ModelError: it cannot be read, contradicts itself, names a file outside the folder, or a file is missing or
-            changed.
+        ModelError: it cannot be read, contradicts itself or its artifacts, names a file outside the folder, or a file
+            is missing or changed.
     """
+    return open_bundle(folder).document
+
+
+def open_bundle(folder: Path) -> OpenedBundle:
+    """As `read_bundle`, with what the manifests of the artifacts say."""
     path = Path(folder) / FILE
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
@@ -150,7 +176,30 @@ def read_bundle(folder: Path) -> BundleDocument:
                 f"Bundle file '{name}' does not match '{FILE}': SHA-256 is {observed}, expected {digest}. Copy "
                 "or write the bundle again."
             )
-    return document
+    for stage in document.stages:
+        if _path(stage, MANIFEST) not in document.files:
+            raise ModelError(
+                f"'{path}' has no hash of '{_path(stage, MANIFEST)}', the manifest of stage '{stage.name}'. Write the "
+                "bundle again."
+            )
+    artifacts = _artifacts(Path(folder), document)
+    return OpenedBundle(document, artifacts, per_sample(document, artifacts))
+
+
+def _artifacts(folder: Path, document: BundleDocument) -> dict[str, Artifact]:
+    found = {}
+    for stage in document.stages:
+        try:
+            found[stage.name] = open_artifact(folder / stage.artifact)
+        except UsageError as error:
+            raise ModelError(
+                f"Stage '{stage.name}' has no artifact at '{stage.artifact}': {error}"
+            ) from error
+    return found
+
+
+def _path(stage: Stage, name: str) -> str:
+    return (PurePosixPath(stage.artifact) / name).as_posix()
 
 
 def _parsed(data: Mapping[str, Any]) -> BundleDocument:
@@ -207,7 +256,3 @@ def _check(document: BundleDocument) -> None:
     absent = [tensor.name for tensor in document.outputs if tensor.name not in always]
     if absent:
         raise ModelError(f"Output '{absent[0]}' of the bundle is not made for every sample by any stage.")
-
-
-def _artifact_files(folder: Path) -> list[Path]:
-    return [path for path in sorted(folder.iterdir()) if path.is_file() and path.name != FILE]

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sartor.backends.artifact import check_inputs, concrete_shapes, open_artifact
+from sartor.backends.artifact import check_inputs, concrete_shapes
 from sartor.backends.protocol import TensorSpec
-from sartor.errors import UsageError
-from sartor.runtime.bundle import BundleDocument, Condition, Stage, read_bundle
+from sartor.errors import BackendError, UsageError
+from sartor.runtime.bundle import Condition, OpenedBundle, Stage, open_bundle
 
 if TYPE_CHECKING:
     from sartor.backends.protocol import Session
@@ -26,21 +26,19 @@ def load(bundle: str | os.PathLike[str], *, threads: int = 1) -> BundleSession:
         threads: compute threads of every stage.
 
     Raises:
-        ModelError: the bundle is damaged, or names files outside its folder.
-        UsageError: an artifact has no manifest, or a target's runtime is not installed.
+        ModelError: the bundle is damaged, contradicts its artifacts, or names files outside its folder.
+        UsageError: a target's runtime is not installed.
         BackendError: a runtime refuses an artifact.
     """
     from sartor import backends
     from sartor.backends.protocol import TargetOptions
 
-    folder = Path(bundle)
-    document = read_bundle(folder)
+    opened = open_bundle(Path(bundle))
     sessions: dict[str, Session] = {}
-    for stage in document.stages:
-        artifact = open_artifact(folder / stage.artifact)
+    for name, artifact in opened.artifacts.items():
         options = TargetOptions(threads=threads, precision=artifact.precision)
-        sessions[stage.name] = backends.get(artifact.target).load(artifact, options)
-    return BundleSession(document, sessions)
+        sessions[name] = backends.get(artifact.target).load(artifact, options)
+    return BundleSession(opened, sessions)
 
 
 class BundleSession:
@@ -52,29 +50,27 @@ class BundleSession:
         ran: by stage, for how many samples it ran in the last call of `run`.
     """
 
-    def __init__(self, document: BundleDocument, sessions: Mapping[str, Session]):
-        self.inputs: tuple[TensorSpec, ...] = document.inputs
-        self.outputs: tuple[TensorSpec, ...] = document.outputs
+    def __init__(self, bundle: OpenedBundle, sessions: Mapping[str, Session]):
+        self.inputs: tuple[TensorSpec, ...] = bundle.document.inputs
+        self.outputs: tuple[TensorSpec, ...] = bundle.document.outputs
         self.ran: dict[str, int] = {}
-        self._stages = document.stages
+        self._stages = bundle.document.stages
         self._sessions = sessions
-        # Samples are told apart along the first axis of what has a symbolic one; else the whole call is one sample.
-        self._batched = {t.name for t in self.inputs if t.shape and isinstance(t.shape[0], str)}
+        self._per_sample = bundle.per_sample
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Outputs by name.
 
         Raises:
-            UsageError: an input is missing, unknown, or of the wrong type or shape.
-            BackendError: a runtime failed.
+            UsageError: an input is missing, unknown, no numpy array, or of the wrong type or shape.
+            BackendError: a runtime failed, or answered something else than its artifact says.
         """
         count = self._check(inputs)
         self.ran = dict.fromkeys((stage.name for stage in self._stages), 0)
         values: dict[str, np.ndarray] = dict(inputs)
         present = {name: np.ones(count, dtype=bool) for name in inputs}
-        split = set(self._batched)
         for stage in self._stages:
-            self._run_stage(stage, values, present, split, count)
+            self._run_stage(stage, values, present, count)
         return {tensor.name: values[tensor.name] for tensor in self.outputs}
 
     def _run_stage(
@@ -82,7 +78,6 @@ class BundleSession:
         stage: Stage,
         values: dict[str, np.ndarray],
         present: dict[str, np.ndarray],
-        split: set[str],
         count: int,
     ) -> None:
         wanted = np.ones(count, dtype=bool)
@@ -93,28 +88,38 @@ class BundleSession:
             wanted = known.copy()
             if known.any():
                 subject = values[stage.when.value]
-                rows = subject[known] if stage.when.value in split else subject
+                rows = subject[known] if stage.when.value in self._per_sample else subject
                 wanted[known] = _holds(stage.when, rows, int(known.sum()))
         if not wanted.any():
             return
         some = not wanted.all()
         given = {
-            name: values[value][wanted] if some and value in split else values[value]
+            name: values[value][wanted] if some and value in self._per_sample else values[value]
             for name, value in stage.inputs.items()
         }
         found = self._sessions[stage.name].run(given)
         self.ran[stage.name] = int(wanted.sum())
         for name, value in stage.outputs.items():
-            result = found[name]
-            if self._batched and result.ndim and len(result) == wanted.sum():
-                split.add(value)
-                if some or value in values:
-                    result = _merged(values.get(value), result, wanted)
+            result = found.get(name)
+            rows = self.ran[stage.name] if value in self._per_sample else None
+            if result is None or (rows is not None and result.shape[:1] != (rows,)):
+                raise BackendError(
+                    f"Stage '{stage.name}' was to give '{name}'{f' for {rows} samples' if rows else ''}; its session "
+                    f"gave {'nothing' if result is None else f'shape {list(result.shape)}'}. That is a defect of its "
+                    "target's backend."
+                )
+            if rows is not None and (some or value in values):
+                result = _merged(values.get(value), result, wanted)
             values[value] = result
             present[value] = present.get(value, np.zeros(count, dtype=bool)) | wanted
 
     def _check(self, inputs: Mapping[str, np.ndarray]) -> int:
         """The number of samples."""
+        specs = {tensor.name: tensor for tensor in self.inputs}
+        for name, array in inputs.items():
+            if not isinstance(array, np.ndarray):
+                wanted = f" of type {specs[name].dtype}" if name in specs else ""
+                raise UsageError(f"Input '{name}' is a {type(array).__name__}; give a numpy array{wanted}.")
         sizes = concrete_shapes(self.inputs, {name: array.shape for name, array in inputs.items()})
         check_inputs(self.inputs, sizes, inputs)
         empty = next((name for name, array in inputs.items() if not array.size), None)
@@ -122,7 +127,7 @@ class BundleSession:
             raise UsageError(
                 f"Input '{empty}' has shape {list(inputs[empty].shape)}; give at least 1 sample."
             )
-        first = next(iter(sorted(self._batched)), None)
+        first = next((name for name in specs if name in self._per_sample), None)
         return len(inputs[first]) if first is not None else 1
 
 
