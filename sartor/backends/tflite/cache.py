@@ -14,6 +14,7 @@ import importlib.metadata
 import json
 import os
 import struct
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from sartor.errors import UsageError
 from sartor.ir.files import write_atomic
 
 LIMIT_BYTES = 4 << 30
+_ABANDONED_S = 3600.0  # no entry takes that long to write; who began one that old was killed
 _PACKAGES = ("litert-torch", "litert-converter", "ai-edge-litert", "torch")
 _SOURCES = (
     "backends/tflite",
@@ -38,7 +40,10 @@ Conversion = tuple[bytes, dict[str, Any]]
 
 def kept(key: str, convert: Callable[[], Conversion]) -> Conversion:
     """The conversion stored under `key`, or what `convert` gives, stored."""
-    path = folder() / f"{key}.tflite-entry"
+    place = folder()
+    if place is None:
+        return convert()
+    path = place / f"{key}.tflite-entry"
     found = _read(path)
     if found is not None:
         with contextlib.suppress(OSError):
@@ -64,9 +69,11 @@ def key_of(program_sha256: str, options: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
 
 
-def folder() -> Path:
-    """`tflite` in `$SARTOR_CACHE`, else in `sartor` in the user's cache folder."""
+def folder() -> Path | None:
+    """`tflite` in `$SARTOR_CACHE`, else in `sartor` in the user's cache folder; None where `$SARTOR_CACHE` is `off`."""
     chosen = os.environ.get("SARTOR_CACHE")
+    if chosen == "off":
+        return None
     if chosen:
         return Path(chosen) / "tflite"
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
@@ -87,7 +94,11 @@ def _read(path: Path) -> Conversion | None:
 
 
 def _evict(newest: Path) -> None:
-    """Delete the least recently used entries beyond `LIMIT_BYTES`, and never the newest."""
+    """Delete the least recently used entries beyond `LIMIT_BYTES`, never the newest, and what a kill left of others."""
+    for path in newest.parent.glob(".*"):
+        with contextlib.suppress(OSError):
+            if time.time() - path.stat().st_mtime > _ABANDONED_S:
+                path.unlink()
     entries = []
     for path in newest.parent.glob("*.tflite-entry"):
         with contextlib.suppress(OSError):  # another process evicts, too
