@@ -117,7 +117,8 @@ def _not_plain(value: object, place: str) -> str:
 
 
 def _limit(request: Mapping[str, Any]) -> None:
-    faulthandler.enable(all_threads=False)  # the one that crashed; the others would push out a vendor's last words
+    # Of the thread that crashed: what the others did would push a vendor's last words out of the error.
+    faulthandler.enable(all_threads=False)
     # Ends a hang with a stack trace in the log, even when the parent is gone.
     faulthandler.dump_traceback_later(request["time_limit_s"], exit=True)
     if not request["memory_limit_given"] and _reserves_address_space(request.get("backend")):
