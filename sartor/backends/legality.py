@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sartor.backends.protocol import Finding, LegalityReport, TargetOptions
-from sartor.errors import BackendError, ModelError
+from sartor.errors import BackendError, ModelError, SartorError
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -65,17 +65,22 @@ class Rules:
 
 
 def check_rules(program: Program, options: TargetOptions, rules: Rules) -> LegalityReport:
-    """Apply rule tables. A node rule that holds everywhere is one finding for the model."""
+    """Apply rule tables. A node rule that holds everywhere is one finding for the model.
+
+    Raises:
+        BackendError: a rule raised, which none may; names it and the node.
+    """
     import onnx_ir as ir
 
     findings = []
     for rule in rules.model:
-        ok, observed = rule.check(program, options)
+        ok, observed = _applied(rule, "the model", program, options)
         findings.append(Finding("", rule.id, observed, rule.text, ok))
     applied: dict[NodeRule, list[tuple[ir.Node, bool, str]]] = {rule: [] for rule in rules.nodes}
     for node in ir.traversal.RecursiveGraphIterator(program.graph):
         for node_rule in rules.of(node):
-            applied.setdefault(node_rule, []).append((node, *node_rule.check(program, node)))
+            found = _applied(node_rule, f"node '{node.name}' ({node.op_type})", program, node)
+            applied.setdefault(node_rule, []).append((node, *found))
     for node_rule, results in applied.items():
         broken = [
             Finding(node.name or "", node_rule.id, seen, node_rule.text, False)
@@ -84,6 +89,20 @@ def check_rules(program: Program, options: TargetOptions, rules: Rules) -> Legal
         ]
         findings.extend(broken or [Finding("", node_rule.id, f"{len(results)} nodes", node_rule.text, True)])
     return LegalityReport(tuple(findings))
+
+
+def _applied(rule: ModelRule | NodeRule, subject: str, *arguments: Any) -> Check:
+    try:
+        ok, observed = rule.check(*arguments)
+    except SartorError:
+        raise
+    except Exception as error:
+        raise BackendError(
+            f"Legality rule '{rule.id}' of '{getattr(rule.check, '__module__', '?')}' raised {type(error).__name__} "
+            f"on {subject}: {error}. A rule answers for any program, also where an operand is computed or absent: "
+            "report this to whoever maintains the backend."
+        ) from error
+    return ok, observed
 
 
 def require_legal(name: str, report: LegalityReport) -> None:
