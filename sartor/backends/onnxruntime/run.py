@@ -21,6 +21,7 @@ class OnnxRuntimeSession(Session):
 
     def __init__(self, session: Any, inputs: tuple[TensorSpec, ...], fixed: Mapping[str, int], settings: Any):
         self._session = session
+        self._binding: Any = None
         self._fixed = fixed
         self._outputs = [output.name for output in session.get_outputs()]
         self.inputs = inputs
@@ -41,11 +42,17 @@ class OnnxRuntimeSession(Session):
         check_inputs(self.inputs, self._fixed, inputs)
         binding = self._session.io_binding()
         for name, array in inputs.items():
-            binding.bind_cpu_input(name, np.ascontiguousarray(array))
+            binding.bind_cpu_input(name, np.asarray(array, order="C"))
         for name in self._outputs:
             binding.bind_output(name, "cpu")
+        self._binding = binding
         session = self._session
         return lambda: session.run_with_iobinding(binding)
+
+    def computed(self, once: Callable[[], object]) -> dict[str, np.ndarray]:
+        """What one call of `once` computes. See `protocol.Session.computed`."""
+        once()
+        return dict(zip(self._outputs, self._binding.copy_outputs_to_cpu(), strict=True))
 
 
 def load(artifact: Artifact, options: TargetOptions) -> OnnxRuntimeSession:

@@ -38,12 +38,7 @@ class ReferenceSession(Session):
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Outputs by name. See `protocol.Session.run`."""
-        from sartor.ir.fx import to_array
-
-        return {
-            name: to_array(tensor).astype(self._types[name])
-            for name, tensor in self.prepare(inputs)().items()  # type: ignore[attr-defined]
-        }
+        return self.computed(self.prepare(inputs))
 
     def prepare(self, inputs: Mapping[str, np.ndarray]) -> Callable[[], object]:
         """Convert the inputs once, so that only the computation is timed."""
@@ -59,6 +54,12 @@ class ReferenceSession(Session):
                 return self._run(tensors)
 
         return once
+
+    def computed(self, once: Callable[[], Any]) -> dict[str, np.ndarray]:
+        """What one call of `once` computes, in the program's types. See `protocol.Session.computed`."""
+        from sartor.ir.fx import to_array
+
+        return {name: to_array(tensor).astype(self._types[name]) for name, tensor in once().items()}
 
     def _run(self, tensors: list[Any]) -> object:
         try:

@@ -58,18 +58,21 @@ class TensorRTSession(Session):
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Outputs by name. See `protocol.Session.run`."""
-        self._write(inputs)
-        self._once()
-        results = {}
-        for spec in self._outputs:
-            results[spec.name] = np.empty([int(d) for d in spec.shape], spec.dtype)
-            self.device.read(self._address[spec.name], results[spec.name])
-        return results
+        return self.computed(self.prepare(inputs))
 
     def prepare(self, inputs: Mapping[str, np.ndarray]) -> Callable[[], object]:
         """Copy the inputs to the GPU once, so that only inference is timed."""
         self._write(inputs)
         return self._once
+
+    def computed(self, once: Callable[[], object]) -> dict[str, np.ndarray]:
+        """What one call of `once` computes. See `protocol.Session.computed`."""
+        once()
+        results = {}
+        for spec in self._outputs:
+            results[spec.name] = np.empty([int(d) for d in spec.shape], spec.dtype)
+            self.device.read(self._address[spec.name], results[spec.name])
+        return results
 
     def _write(self, inputs: Mapping[str, np.ndarray]) -> None:
         check_inputs(self.inputs, {}, inputs)

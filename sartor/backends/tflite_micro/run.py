@@ -32,11 +32,7 @@ class TfliteMicroSession(Session):
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Outputs by name. See `protocol.Session.run`."""
-        self.prepare(inputs)()
-        outputs = self._order["outputs"]
-        return {
-            name: self._border.taken(name, self._interpreter.get_output(i)) for i, name in enumerate(outputs)
-        }
+        return self.computed(self.prepare(inputs))
 
     def prepare(self, inputs: Mapping[str, np.ndarray]) -> Callable[[], object]:
         """The inputs' share of the arena is used again by later values, so each run begins with writing them."""
@@ -56,6 +52,14 @@ class TfliteMicroSession(Session):
                 raise arena.failed("run the model", error) from error
 
         return checked
+
+    def computed(self, once: Callable[[], object]) -> dict[str, np.ndarray]:
+        """What one call of `once` computes. See `protocol.Session.computed`."""
+        once()
+        outputs = self._order["outputs"]
+        return {
+            name: self._border.taken(name, self._interpreter.get_output(i)) for i, name in enumerate(outputs)
+        }
 
 
 def load(artifact: Artifact, options: TargetOptions) -> TfliteMicroSession:
