@@ -8,8 +8,9 @@ import null_backend
 import pytest
 
 from sartor import backends
-from sartor.cli import main
+from sartor.cli import main, targets
 from sartor.conformance import doctor
+from sartor.conformance import run as conformance_run
 from sartor.conformance.diagnosis import diagnose, registries
 from sartor.conformance.run import diagnose_apart
 from sartor.passes import registry as passes
@@ -140,11 +141,12 @@ def few(plugins, monkeypatch):
     monkeypatch.setattr(passes.REGISTRY, "_found", {"remove-dead": passes.REGISTRY._scan()["remove-dead"]})
     monkeypatch.setenv("CI", "1")
 
-    def here(group, name):
+    def here(group, name, **limits):
         ended = {"name": name, "state": "broken", "problem": "it ended", "traceback": "log"}
         return ended if name == "aborts" else diagnose(group, name)
 
     monkeypatch.setattr(doctor, "diagnose_apart", here)
+    monkeypatch.setattr(conformance_run, "diagnose_apart", here)
 
 
 def test_doctor_is_exit_5_with_the_traceback_of_what_is_broken(few, capsys):
@@ -196,18 +198,66 @@ def test_packages_that_do_not_fit_are_a_problem(monkeypatch):
     assert "asks for 'openvino>=9999'" in found["openvino"] and "nope" not in found
 
 
-def test_targets_hides_nothing_because_of_one(few, capsys, monkeypatch):
-    kept = {n: f for n, f in backends.REGISTRY._scan().items() if n != "aborts"}
-    monkeypatch.setattr(backends.REGISTRY, "_found", kept)
+def test_targets_hides_nothing_because_of_one(few, capsys):
     assert main(["targets", "--json"]) == 0
     entries = {e["name"]: e for e in json.loads(capsys.readouterr().out)["targets"]}
-    assert {n: e["available"] for n, e in entries.items()} == {
-        n: s == "ok" for n, s in STATES.items() if n != "aborts"
+    assert {n: e["available"] for n, e in entries.items()} == {n: s == "ok" for n, s in STATES.items()}
+    assert {n for n, e in entries.items() if "traceback" in e} == {
+        n for n, s in STATES.items() if s == "broken"
     }
-    assert entries["raises"]["reason"] == "planted: no device"
+    assert entries["raises"]["reason"] == "RuntimeError: planted: no device"
     assert main(["targets"]) == 0
     text = capsys.readouterr().out
-    assert "pip install 'theirs[extra]'" in text
+    assert "pip install 'theirs[extra]'" in text and "  | Traceback (most recent call last):" in text
     assert [line.split() for line in text.splitlines() if line.startswith("null ")] == [
         ["null", "yes", "1.0", "f32"]
     ]
+
+
+def test_one_target_that_cannot_be_described_says_why(few, capsys):
+    assert main(["targets", "null", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["targets"][0]["version"] == "1.0"
+    for name, says in (
+        ("missing", "pip install 'theirs[extra]'"),
+        ("raises", "planted: no device"),
+        ("nul", "Did you mean 'null'"),
+    ):
+        assert main(["targets", name]) == 2
+        assert says in capsys.readouterr().err
+
+
+ENDS = """
+import sys, time
+from null_backend import NullBackend
+
+
+class Exits(NullBackend):
+    def capabilities(self):
+        sys.exit(3)
+
+
+class Hangs(NullBackend):
+    def capabilities(self):
+        time.sleep(600)
+"""
+
+
+def test_targets_outlives_a_crash_an_exit_and_a_hang(plugins, monkeypatch, capsys):
+    (plugins / "planted_ends.py").write_text(ENDS)
+    null_backend.install(plugins, {"exits": "planted_ends:Exits", "hangs": "planted_ends:Hangs"}, "endvendor")
+    backends.REGISTRY.refresh()
+    names = ("aborts", "exits", "hangs", "null")
+    found = {n: f for n, f in backends.REGISTRY._scan().items() if n in names}
+    monkeypatch.setattr(backends.REGISTRY, "_found", found)
+    monkeypatch.setattr(targets, "_LIMIT_S", 3.0)
+    monkeypatch.setenv("CI", "1")
+    assert main(["targets", "--json"]) == 0
+    entries = {e["name"]: e for e in json.loads(capsys.readouterr().out)["targets"]}
+    assert tuple(entries) == names and entries["null"]["available"]
+    for name, says in (
+        ("aborts", "SIGABRT"),
+        ("exits", "SystemExit: 3"),
+        ("hangs", "not finish within 3 s"),
+    ):
+        assert not entries[name]["available"] and says in entries[name]["reason"]
+    assert "in capabilities" in entries["hangs"]["traceback"]  # where it hung

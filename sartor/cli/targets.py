@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from sartor.cli.output import Result, table
 
 EXAMPLE = "sartor targets"
+_LIMIT_S = 60.0  # of one backend; importing the slowest vendor takes a few seconds
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -16,20 +20,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> Result:
-    """Ask every backend; one that is not installed or broken says so instead of ending the list."""
+    """Ask every backend, each in a subprocess: one that is not installed, broken, crashes or hangs says so."""
     from sartor import backends
 
     if options.target is not None:
-        entry = {"available": True, **backends.get(options.target).capabilities().to_dict()}
-        lines = [f"{key}: {_show(value)}" for key, value in entry.items()]
-        return Result({"schema": "sartor.targets/1", "targets": [entry]}, "\n".join(lines))
-    entries: list[dict[str, Any]] = []
-    for name in backends.available():
-        try:
-            entries.append({"available": True, **backends.get(name).capabilities().to_dict()})
-        except Exception as error:  # of any plugin, which must not hide the others
-            reason = " ".join(str(error).split()) or type(error).__name__
-            entries.append({"name": name, "available": False, "reason": reason})
+        return _described(options.target)
+    entries = _asked(backends.available())
     rows = [
         (e["name"], "yes", e["version"], ", ".join(e["precisions"]))
         if e["available"]
@@ -37,10 +33,53 @@ def run(options: argparse.Namespace) -> Result:
         for e in entries
     ]
     lines = [table(rows, ("target", "installed", "version", "precisions"))]
-    lines += [f"{e['name']}: {e['reason']}" for e in entries if not e["available"]]
+    for entry in entries:
+        if not entry["available"]:
+            lines.append(f"{entry['name']}: {entry['reason']}")
+            lines += [f"  | {line}" for line in entry.get("traceback", "").rstrip().splitlines()]
     unable = [e for e in entries if e["available"] and e["not_run_here"]]
     lines += [f"{e['name']} lowers here and does not run here: {e['not_run_here']}" for e in unable]
     return Result({"schema": "sartor.targets/1", "targets": entries}, "\n".join(lines))
+
+
+def _described(name: str) -> Result:
+    """One backend in full.
+
+    Raises:
+        UsageError: there is none of this name, or its package is not installed.
+        BackendError: it is broken; the traceback is a note.
+    """
+    from sartor import backends
+    from sartor.errors import BackendError, UsageError
+
+    if name not in backends.available():
+        backends.get(name)  # says so, with the names that there are
+    (entry,) = _asked((name,))
+    if not entry["available"]:
+        error = (BackendError if "traceback" in entry else UsageError)(entry["reason"])
+        if "traceback" in entry:
+            error.add_note(entry["traceback"])
+        raise error
+    lines = [f"{key}: {_show(value)}" for key, value in entry.items()]
+    return Result({"schema": "sartor.targets/1", "targets": [entry]}, "\n".join(lines))
+
+
+def _asked(names: Sequence[str]) -> list[dict[str, Any]]:
+    """What each says of itself, or why it does not. As many are asked at once as there are cores."""
+    from sartor import backends
+    from sartor.conformance.run import diagnose_apart
+
+    def ask(name: str) -> dict[str, Any]:
+        found = diagnose_apart(backends.REGISTRY.group, name, time_limit_s=_LIMIT_S)
+        state = found.pop("state")
+        if state == "ok":
+            return {"available": True, **found}
+        reason = " ".join(found["problem"].split())
+        broken = {"traceback": found["traceback"]} if state == "broken" else {}
+        return {"name": name, "available": False, "reason": reason, **broken}
+
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+        return list(pool.map(ask, names))
 
 
 def _show(value: Any) -> str:

@@ -177,12 +177,12 @@ def run_suite(
     return Report(backend, tuple(outcomes), tuple(patterns), time.monotonic() - started)
 
 
-def diagnose_apart(group: str, name: str) -> dict[str, Any]:
+def diagnose_apart(group: str, name: str, *, time_limit_s: float = _DIAGNOSIS_LIMIT_S) -> dict[str, Any]:
     """`diagnosis.diagnose` in a subprocess; a crash or a hang is a broken plugin."""
     request = {"command": "diagnosis", "group": group, "name": name, "backend": name}
     try:
         with Worker(threads=1, module=PROCESS) as worker:
-            return worker.ask(request, time_limit_s=_DIAGNOSIS_LIMIT_S)
+            return worker.ask(request, time_limit_s=time_limit_s)
     except SartorError as error:
         log = "\n".join(getattr(error, "__notes__", ()))
         return {"name": name, "state": "broken", "problem": str(error), "traceback": log}
