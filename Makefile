@@ -6,6 +6,10 @@ MINUTES ?= 1
 PYTEST_ARGS ?= -q
 ZOO_ARGS ?=
 BACKENDS ?= onnxruntime openvino reference tape
+# Converters of these take seconds a model: a part of the suite, about a minute each.
+SLOW_BACKENDS ?= tensorrt tflite tflite-channel-last tflite-micro
+SLOW_CHECKS ?= contract errors determinism leaks batch precision numerics.conv numerics.depthwise numerics.gemm \
+  numerics.attention-block legality.computed-operands legality.unknown-operator isolation.lower measurement profile
 PLUGIN := out/backend_plugin
 
 .PHONY: help demo test check lint format conformance bench zoo clean
@@ -14,8 +18,8 @@ help:
 	@echo "make demo    install, train a small network on real digits, fit it to half its latency, write out/digits"
 	@echo "make test    install, run the tests"
 	@echo "make check   ruff, mypy and the tests"
-	@echo "make conformance  install, put every fast backend and the sample plugin through the conformance kit"
-	@echo "             BACKENDS='tflite' names others"
+	@echo "make conformance  install, put every backend and the sample plugin through the conformance kit: the fast ones"
+	@echo "             through all of it (BACKENDS='...'), the others through a part (SLOW_BACKENDS, SLOW_CHECKS)"
 	@echo "make bench   install, run the benchmarks (minutes; wants an otherwise idle machine)"
 	@echo "make zoo     install, prune every architecture of timm and torchvision, write out/zoo.json (an hour)"
 	@echo "             ZOO_ARGS='--compare torch-pruning' runs Torch-Pruning beside it"
@@ -56,6 +60,8 @@ conformance: $(VENV)/.installed-test
 	  --upgrade --target $(PLUGIN) ./examples/backend_plugin
 	@set -e; for name in $(BACKENDS); do \
 	  PYTHONPATH=$(PLUGIN) $(BIN)/python -m sartor conformance $$name; done
+	@set -e; for name in $(SLOW_BACKENDS); do \
+	  $(BIN)/python -m sartor conformance $$name $(SLOW_CHECKS:%=--only %); done
 
 bench: $(VENV)/.installed-bench
 	@mkdir -p out

@@ -27,10 +27,11 @@ def installed(root: Path) -> Iterator[Path]:
     assert done.returncode == 0, done.stderr
     sys.path.insert(0, str(root / "site"))
     import conformance_wrong
+    import conformance_wrong_narrow
+    from conformance_disguise import ENTRIES
 
-    entries = {
-        name: f"conformance_wrong:{found.__name__}" for name, found in conformance_wrong.ENTRIES.items()
-    }
+    assert conformance_wrong and conformance_wrong_narrow  # each enters what it defines
+    entries = {name: f"{found.__module__}:{found.__name__}" for name, found in ENTRIES.items()}
     null_backend.install(root / "site", entries, "wrongvendor")
     backends.REGISTRY.refresh()
     yield root / "site"

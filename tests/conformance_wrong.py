@@ -7,48 +7,24 @@ import dataclasses
 import itertools
 import json
 import os
+import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import sartor_tape
-from sartor_tape import kernels, legality, run, tape
+from conformance_disguise import Disguise
+from sartor_tape import legality, run, tape
 
-from sartor.backends.artifact import concrete_shapes, write_artifact
+from sartor.backends.artifact import concrete_shapes, open_artifact, write_artifact
 from sartor.backends.legality import ModelRule, NodeRule, Rules, check_rules
 from sartor.backends.protocol import KernelTime
 
 
-class Wrong(sartor_tape.TapeBackend):
-    """The example under another name, with `answer` between its runtime and the caller."""
+class Wrong(Disguise, sartor_tape.TapeBackend):
+    """Wrong in what the example does."""
 
     precisions = ("f32",)
-
-    @property
-    def name(self):
-        return next(name for name, found in ENTRIES.items() if found is type(self))
-
-    def capabilities(self):
-        return dataclasses.replace(legality.capabilities(), name=self.name, precisions=self.precisions)
-
-    def lower(self, program, folder, options):
-        artifact = super().lower(program, folder, options)
-        manifest = json.loads((folder / "artifact.json").read_text())
-        (folder / "artifact.json").write_text(json.dumps({**manifest, "target": self.name}))
-        return dataclasses.replace(artifact, target=self.name)
-
-    def load(self, artifact, options):
-        return self.wrapped(super().load(artifact, options))
-
-    def compile(self, model, options):
-        return self.wrapped(super().compile(model, options))
-
-    def wrapped(self, session):
-        right = session.run
-        session.run = lambda inputs: self.answer(session, right, inputs)
-        return session
-
-    def answer(self, session, right, inputs):
-        return right(inputs)
 
 
 class SwappedChannels(Wrong):
@@ -161,24 +137,6 @@ class AnyPrecision(Wrong):
         return super().compile(model, dataclasses.replace(options, precision="f32"))
 
 
-class InName(AnyPrecision):
-    """Claims bfloat16 and computes in float32."""
-
-    precisions = ("f32", "bf16")
-
-
-class DropsQuantization(AnyPrecision):
-    """Claims int8, and runs the float model that is inside the quantized one."""
-
-    precisions = ("f32", "int8")
-
-    def legality(self, program, options):
-        return super().legality(self.legalize(program), options)
-
-    def legalize(self, program):
-        return super().legalize(_without_quantization(program))
-
-
 class RefusesEverything(Wrong):
     def rules(self):
         return Rules(model=(ModelRule("never", "Nothing is legal.", lambda program, options: (False, "it")),))
@@ -236,6 +194,157 @@ class FirstSampleOnly(Wrong):
         return {k: np.repeat(v[:1], len(v), axis=0) for k, v in right(inputs).items()}
 
 
+class MixesSamples(Wrong):
+    """A matrix product that takes the samples of a batch in another order."""
+
+    def answer(self, session, right, inputs):
+        mixed = any(i["kernel"] == "matmul" for i in session._tape["instructions"])
+        return {k: v[::-1].copy() if mixed else v for k, v in right(inputs).items()}
+
+
+class StaleRows(Wrong):
+    """A buffer for the largest batch so far; of a smaller one, the rows are taken from its other end."""
+
+    def answer(self, session, right, inputs):
+        outputs = right(inputs)
+        buffers = session.__dict__.setdefault("buffers", {})
+        for name, array in outputs.items():
+            if name not in buffers or len(buffers[name]) < len(array):
+                buffers[name] = array.copy()
+            buffers[name][: len(array)] = array
+        return {k: buffers[k][len(buffers[k]) - len(v) :].copy() for k, v in outputs.items()}
+
+
+class FixedBatch(MixesSamples):
+    """The same with artifacts of one batch size, so that it shows only where one of several samples is made."""
+
+    def lower(self, program, folder, options):
+        artifact = super().lower(program, folder, options)
+        shapes = {**program.input_shapes, **options.shapes}
+        manifest = artifact.to_dict()
+        for spec in manifest["inputs"]:
+            spec["shape"] = list(shapes[spec["name"]])
+        (folder / "artifact.json").write_text(json.dumps(manifest))
+        return open_artifact(folder)
+
+    def answer(self, session, right, inputs):
+        return {k: v[::-1].copy() for k, v in right(inputs).items()}
+
+
+class IgnoresStrides(Wrong):
+    """Reads every input as it lies in memory."""
+
+    def answer(self, session, right, inputs):
+        return right({k: v.ravel(order="K").reshape(v.shape) for k, v in inputs.items()})
+
+
+class IdlePrepare(Wrong):
+    """What is timed does nothing."""
+
+    def wrapped(self, session):
+        session.prepare = lambda inputs: lambda: None
+        return super().wrapped(session)
+
+
+class TakesByteOrder(Wrong):
+    """Takes the bytes of an input for numbers of this machine."""
+
+    def answer(self, session, right, inputs):
+        return right({k: v.view(v.dtype.newbyteorder("=")) for k, v in inputs.items()})
+
+
+class DiffersLater(Wrong):
+    """Changes its kernels once it has run often enough to be worth it."""
+
+    def answer(self, session, right, inputs):
+        session.count = session.__dict__.get("count", 0) + 1
+        return {k: v * np.float32(1 + 1e-6 * (session.count > 6)) for k, v in right(inputs).items()}
+
+
+class ReturnsViews(Wrong):
+    """Flattens without copying."""
+
+    def answer(self, session, right, inputs):
+        outputs = right(inputs)
+        first, *others = session._tape["instructions"]
+        if first["kernel"] == "flatten" and not others:
+            return {k: inputs[first["reads"][0]].reshape(v.shape) for k, v in outputs.items()}
+        return outputs
+
+
+class SplitsByEnvironment(Wrong):
+    """A pool as large as the environment says, of which only the first thread does its share."""
+
+    def answer(self, session, right, inputs):
+        threads = int(os.environ.get("OMP_NUM_THREADS", "1"))
+        outputs = right(inputs)
+        for array in outputs.values():
+            array[..., array.shape[-1] // threads :] = 0
+        return outputs
+
+
+class LeavesThreads(Wrong):
+    def wrapped(self, session):
+        threading.Thread(target=threading.Event().wait, daemon=True).start()
+        return super().wrapped(session)
+
+
+class LeavesFilesOpen(Wrong):
+    def wrapped(self, session):
+        os.open(os.devnull, os.O_RDONLY)
+        return super().wrapped(session)
+
+
+class WritesHome(Wrong):
+    """A log file of the compiler's."""
+
+    def lower(self, program, folder, options):
+        (Path.home() / ".mydevice").mkdir(exist_ok=True)
+        (Path.home() / ".mydevice" / "compiler.log").write_text("done")
+        return super().lower(program, folder, options)
+
+
+class ErraticSpeed(Wrong):
+    """Every second process finds the device at a fifth of its clock."""
+
+    delay_s = 0.0
+
+    def load(self, artifact, options):
+        if not self.delay_s:
+            visits = artifact.folder.parent / "visits"
+            count = len(visits.read_bytes()) if visits.exists() else 0
+            visits.write_bytes(bytes(count + 1))
+            type(self).delay_s = 5e-3 if count % 2 else 1e-3
+        return super().load(artifact, options)
+
+    def answer(self, session, right, inputs):
+        end = time.perf_counter() + self.delay_s
+        while time.perf_counter() < end:
+            pass
+        return {k: np.zeros(1, np.float32) for k in session._tape["outputs"]}
+
+
+class ZeroProfile(Wrong):
+    def profile(self, artifact, options, runs=20):
+        return [dataclasses.replace(k, median_s=0.0) for k in super().profile(artifact, options, runs)]
+
+
+class RaisingRule(Wrong):
+    """Takes the second operand of a convolution for a weight, always."""
+
+    def rules(self):
+        rule = NodeRule("kernel-size", "Kernels have at most 7 by 7 weights.", _small_kernel)
+        return dataclasses.replace(super().rules(), operators={"Conv": (rule,)})
+
+    def legality(self, program, options):
+        return check_rules(self.legalize(program), options, self.rules())
+
+
+def _small_kernel(program, node):
+    sizes = node.inputs[1].const_value.shape[2:]
+    return max(sizes) <= 7, f"a {sizes[0]}x{sizes[1]} kernel"
+
+
 class ConstantTime(Wrong):
     """Whatever the work, a run takes a millisecond."""
 
@@ -260,47 +369,3 @@ class Crashes(Wrong):
 class Hangs(Wrong):
     def load(self, artifact, options):
         time.sleep(600)
-
-
-def _without_quantization(program):
-    """Activations past QuantizeLinear and DequantizeLinear; stored integers as the floats they stand for."""
-    import onnx_ir as ir
-
-    stored = program.initializers
-    if not any(node.op_type == "DequantizeLinear" for node in program.nodes()):
-        return program
-    clone = program.clone()
-    stored = clone.initializers
-    for node in list(clone.nodes()):
-        if node.op_type != "DequantizeLinear":
-            continue
-        source, output = node.inputs[0], node.outputs[0]
-        if source.name in stored:
-            scale = np.asarray(stored[node.inputs[1].name].const_value.numpy())
-            integers = source.const_value.numpy().astype(np.float32)
-            axis = node.attributes.get_int("axis", 1)
-            along = [-1 if a == axis else 1 for a in range(integers.ndim)]
-            tensor = ir.Tensor((integers * scale.reshape(along)).astype(np.float32), name=f"{output.name}_w")
-            value = ir.Value(name=tensor.name, type=ir.TensorType(ir.DataType.FLOAT), const_value=tensor)
-            value.shape = ir.Shape(tensor.shape)
-            clone.graph.register_initializer(value)
-        else:
-            value = source.producer().inputs[0]
-        ir.convenience.replace_all_uses_with(output, value, replace_graph_outputs=True)
-        clone.graph.remove(node, safe=True)
-    for node in [n for n in clone.nodes() if n.op_type == "QuantizeLinear"]:
-        clone.graph.remove(node, safe=True)
-    for name in [n for n, v in clone.initializers.items() if not v.uses()]:
-        del clone.graph.initializers[name]
-    for value, before in zip(clone.graph.outputs, program.graph.outputs, strict=True):
-        value.name, value.type, value.shape = before.name, before.type, before.shape
-    clone.invalidate()
-    return clone
-
-
-ENTRIES = {
-    f"wrong-{found.__name__.lower()}": found
-    for found in list(globals().values())
-    if isinstance(found, type) and issubclass(found, Wrong)
-}
-assert kernels.KERNELS

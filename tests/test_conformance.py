@@ -9,10 +9,14 @@ import onnx_ir as ir
 import pytest
 from conformance_site import ROOT, installed
 
+from sartor import backends
+from sartor.backends.legality import ModelRule, NodeRule, Rules, check_rules
+from sartor.backends.protocol import TargetOptions
 from sartor.conformance import docs
 from sartor.conformance.check import Check, Failed, Skipped, perform, require_error
-from sartor.conformance.compare import TOLERANCES, compare
-from sartor.conformance.models import models, sample_inputs
+from sartor.conformance.compare import TOLERANCES, compare, compare_steps
+from sartor.conformance.draft import Draft
+from sartor.conformance.models import models, output_steps, sample_inputs
 from sartor.conformance.run import run_suite
 from sartor.conformance.subject import Subject
 from sartor.conformance.suite import select, suite
@@ -57,6 +61,26 @@ WRONG = {
     "firstsampleonly": ("batch.any-size", "is off by"),
     "foreignnodes": ("profile.names-known-nodes", "node_of_another_model"),
     "constanttime": ("measurement.more-work-takes-longer", "layers 1, 4, 16"),
+    "mixessamples": ("numerics.matmul.f32", "At a batch of 3"),
+    "stalerows": ("batch.any-size", "is off by"),
+    "fixedbatch": ("batch.fixed", "lowered at a batch of 3: Output 'y' is off by"),
+    "ignoresstrides": ("contract.layouts", "that lie in Fortran order: Output 'y' is off by"),
+    "idleprepare": ("contract.prepare", "gives a NoneType and no outputs"),
+    "takesbyteorder": ("errors.input-byte-order", "was accepted"),
+    "differslater": ("determinism.runs", "run 7 of"),
+    "returnsviews": ("determinism.outputs-are-no-inputs", "output 'y' is memory of input 'x'"),
+    "splitsbyenvironment": ("determinism.threads", "is off by"),
+    "leavesthreads": ("leaks.handles", "threads before"),
+    "leavesfilesopen": ("leaks.handles", "open files before"),
+    "writeshome": ("leaks.files", "HOME: .mydevice/compiler.log"),
+    "erraticspeed": ("measurement.repeatable", "in two processes"),
+    "zeroprofile": ("profile.adds-up", "take 0 ms together"),
+    "raisingrule": ("legality.computed-operands", "rule 'kernel-size' of 'conformance_wrong' raised"),
+    "offbyonezero": ("numerics.conv.int8", "1.00 steps on average over 1890 values"),
+    "roundsdown": ("numerics.gemm.int8", "steps on average over 36 values"),
+    "mixesquantizedsamples": ("numerics.depthwise.int8", "At a batch of 3"),
+    "coarsehalf": ("numerics.conv.f16", "allowed 0.002"),
+    "wideweights": ("precision.bytes.f16", "bytes in f16"),
 }
 
 
@@ -157,6 +181,81 @@ def test_the_tolerance_fails_on_a_known_wrong_pair(precision):
             compare(expected, outputs, precision)
 
 
+def test_the_tolerance_of_a_few_layers_is_closer():
+    expected = {"y": np.random.default_rng(0).standard_normal((2, 5, 7))}
+    actual = {"y": expected["y"] * (1 + 4e-3)}
+    compare(expected, actual, "f16")
+    with pytest.raises(Failed, match=r"allowed 0\.002"):
+        compare(expected, actual, "f16", shallow=True)
+
+
+def test_quantized_outputs_are_compared_by_steps():
+    step, generator = 0.02, np.random.default_rng(0)
+    exact = generator.uniform(-100, 100, (3, 5, 7))
+    expected = {"y": np.round(exact) * step}
+
+    def rounded(values):
+        return [(expected, {"y": (values * step).astype(np.float32)})]
+
+    assert compare_steps(rounded(np.round(exact)), {"y": step}) == "at most 0 steps off, 0.00 on average"
+    one_off = np.round(exact)
+    one_off.flat[[3, 40]] += 1, -1
+    assert compare_steps(rounded(one_off), {"y": step}) == "at most 1 steps off, 0.02 on average"
+    one_off.flat[3] += 1
+    with pytest.raises(Failed, match=r"up to 2 steps \(1 of 105 values"):
+        compare_steps(rounded(one_off), {"y": step})
+    for wrong in (
+        np.floor(exact),
+        np.trunc(exact),
+        np.round(exact) + 1,
+    ):
+        with pytest.raises(Failed, match="Truncation, or another"):
+            compare_steps(rounded(wrong), {"y": step})
+
+
+def test_every_quantized_model_has_the_steps_of_its_outputs():
+    for model in models().values():
+        for precision in model.precisions:
+            program = model.program(precision)
+            steps = output_steps(program)
+            assert set(steps) == ({v.name for v in program.graph.outputs} if precision == "int8" else set())
+            assert all(0.01 < step < 0.03 for step in steps.values())
+
+
+def test_a_rule_that_raises_is_an_error_that_names_it():
+    program = models()["conv"].program("f32")
+    node = next(n for n in program.nodes() if n.op_type == "Conv")
+
+    def raises(program, subject):
+        raise IndexError("planted")
+
+    for rules, on in (
+        (Rules(model=(ModelRule("lost", "It holds.", raises),)), "the model: planted"),
+        (
+            Rules(nodes=(NodeRule("lost", "It holds.", lambda p, n: None),)),
+            r"node '.*' \(.*\): cannot unpack",
+        ),
+        (
+            Rules(operators={"Conv": (NodeRule("lost", "It holds.", raises),)}),
+            f"node '{node.name}' \\(Conv\\): pl",
+        ),
+    ):
+        with pytest.raises(BackendError, match=f"rule 'lost' of 'test_conformance' raised .* on {on}"):
+            check_rules(program, TargetOptions(), rules)
+
+
+def test_the_rule_in_the_tutorial_answers_for_any_convolution():
+    text = (ROOT / "docs" / "tutorial-backend.md").read_text(encoding="utf-8")
+    names = {"NodeRule": NodeRule}
+    exec(text.split("```python\n")[1].split("```")[0], names)
+    rules = Rules(operators={"Conv": (NodeRule("kernel-size", "Small.", names["_small_kernel"]),)})
+    draft = Draft("f32", 1)
+    x = draft.conv(draft.input("x", "N", 3, 9, 9), 3, 4, (9, 1), pads=[4, 0, 4, 0])
+    draft.output(draft.node("Conv", x, draft.input("w", 5, 4, 3, 3)), "y")
+    found = check_rules(draft.program(), TargetOptions(), rules).violations
+    assert [f.observed for f in found] == ["a 9x1 kernel", "a weight that is computed"]
+
+
 def test_an_error_of_the_wrong_class_is_not_good_enough():
     def wrong():
         raise ValueError("planted")
@@ -187,6 +286,28 @@ def test_whatever_a_backend_raises_is_an_outcome(tmp_path):
 def test_built_in_backends_conform(name, tmp_path):
     """The whole suite, converters and clocks included, is `make conformance`."""
     few = ("numerics.conv", "numerics.resnet", "numerics.mobilenet-block", "numerics.attention-block")
-    found = outcomes(name, tmp_path, *few, "contract", "batch", "errors", "determinism")
+    found = outcomes(name, tmp_path, *few, "contract", "batch", "errors", "determinism", "leaks", "precision")
     assert [o for o in found.values() if o.result == "failed"] == []
     assert found["numerics.resnet.f32"].result == "passed"
+
+
+def test_continuous_integration_puts_every_built_in_backend_through_the_kit():
+    text = (ROOT / "Makefile").read_text(encoding="utf-8").replace("\\\n", " ")
+    given = {name: value.split() for name, value in re.findall(r"^(\w+) \?= (.*)$", text, re.MULTILINE)}
+    assert set(given["BACKENDS"] + given["SLOW_BACKENDS"]) == {*backends.REGISTRY._builtin, "tape"}
+    assert len(select(given["SLOW_CHECKS"])) < len(suite()) / 2
+    assert "make conformance" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+
+
+def test_a_backend_that_cannot_run_here_conforms_in_what_it_says_and_writes(tmp_path):
+    found = outcomes("tensorrt", tmp_path, "contract", "errors", "legality.computed-operands", "leaks.files")
+    assert [o for o in found.values() if o.result == "failed"] == []
+    assert found["contract.lower"].result == found["leaks.files"].result == "passed"
+
+
+@pytest.mark.slow  # converts two models
+def test_the_conversion_to_tflite_conforms_on_the_simplest_model(tmp_path):
+    few = ("contract.prepare", "contract.layouts", "determinism.outputs-are-owned", "errors.input-byte-order")
+    found = outcomes("tflite", tmp_path, *few, "numerics.conv", "leaks")
+    assert [o for o in found.values() if o.result == "failed"] == []
+    assert found["numerics.conv.int8"].result == "passed"

@@ -24,7 +24,7 @@ def site(tmp_path_factory):
 
 
 def test_the_example_conforms(site):
-    only = [argument for area in (*UNTIMED, "isolation", "profile") for argument in ("--only", area)]
+    only = [argument for area in (*UNTIMED, "leaks", "isolation", "profile") for argument in ("--only", area)]
     done = subprocess.run(
         [sys.executable, "-m", "sartor", "conformance", "tape", *only, "--json"],
         capture_output=True,
@@ -63,7 +63,7 @@ def test_the_command_line(site, capsys, monkeypatch):
     monkeypatch.setenv("CI", "1")
     assert main(["conformance", "tape", "--only", "errors", "--all"]) == 0
     text = capsys.readouterr().out
-    assert "'tape' conforms to the selected checks: 11 passed, 0 failed, 0 skipped" in text
+    assert "'tape' conforms to the selected checks: 12 passed, 0 failed, 0 skipped" in text
     assert "passed errors.input-type: Running with float64" in text
     assert main(["conformance", "wrong-trustsfiles", "--only", "errors.damaged-file"]) == 5
     text = capsys.readouterr().out
@@ -94,7 +94,7 @@ class TestPytestPlugin:
             site, tmp_path, "--sartor-backend=tape", "--sartor-only=errors", "--sartor-only=coverage"
         )
         assert done.returncode == 0, done.stdout + done.stderr
-        assert re.search(r"13 passed, 3 skipped", done.stdout), done.stdout
+        assert re.search(r"14 passed, 3 skipped", done.stdout), done.stdout
         assert "test_own.py::test_of_the_vendor" in done.stdout
         assert "sartor-conformance-tape::errors.damaged-file" in done.stdout
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from sartor.conformance.check import Failed
+
+Arrays = Mapping[str, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,20 +36,39 @@ TOLERANCES: Mapping[str, Tolerance] = {
     "int8": Tolerance(6e-2, 3e-2),
 }
 
+SHALLOW: Mapping[str, Tolerance] = {
+    **TOLERANCES,
+    # Input, weights, sum and output are rounded once each.
+    "f16": Tolerance(2e-3, 1e-3),
+}
+"""For models of a few layers. Those of int8 are held to steps as well: see `compare_steps`."""
 
-def compare(expected: Mapping[str, np.ndarray], actual: Mapping[str, np.ndarray], precision: str) -> str:
+MOST_STEPS = 1
+"""Two roundings of the same number on the border between two steps."""
+MEAN_STEPS = 0.1
+"""Such borders are rare. Truncation, down or to zero, is half a step off on average, another zero point one."""
+
+
+def compare(
+    expected: Mapping[str, np.ndarray],
+    actual: Mapping[str, np.ndarray],
+    precision: str,
+    *,
+    shallow: bool = False,
+) -> str:
     """Observation of outputs that agree.
 
     Args:
         expected: from the FX twin in float64.
         actual: from the backend.
         precision: selects the tolerance.
+        shallow: the model has a few layers only.
 
     Raises:
         Failed: other names, other shapes, a value that is not finite, or an error above the tolerance; says
             which output, where, and whether a rearrangement of the axes would explain it.
     """
-    bound = TOLERANCES[precision]
+    bound = (SHALLOW if shallow else TOLERANCES)[precision]
     if set(actual) != set(expected):
         raise Failed(f"Outputs are {sorted(actual)}; expected {sorted(expected)}.")
     largest = typical = 0.0
@@ -71,6 +92,40 @@ def compare(expected: Mapping[str, np.ndarray], actual: Mapping[str, np.ndarray]
             )
         largest, typical = max(largest, error.largest), max(typical, error.typical)
     return f"largest error {largest:.1e} of {bound.largest:g}, root mean square {typical:.1e} of {bound.typical:g}"
+
+
+def compare_steps(runs: Sequence[tuple[Arrays, Arrays]], steps: Mapping[str, float]) -> str:
+    """Observation of quantized outputs of a few layers that agree to the step.
+
+    Args:
+        runs: expected and actual outputs of each run; taken together, because an output may have six values.
+        steps: scale of each output.
+
+    Raises:
+        Failed: a value is more than a step off, or too many are a step off.
+    """
+    most = mean = 0.0
+    for name, step in steps.items():
+        off = np.concatenate(
+            [
+                ((np.asarray(actual[name], np.float64) - expected[name]) / step).ravel()
+                for expected, actual in runs
+            ]
+        )
+        most, mean = max(most, float(np.abs(off).max())), max(mean, float(np.abs(off).mean()))
+        told = f"Output '{name}', quantized in steps of {step:.4g}, is off by"
+        if most > MOST_STEPS + 0.01:  # float32 multiplies the step
+            wrong = int((np.abs(off) > MOST_STEPS + 0.01).sum())
+            raise Failed(
+                f"{told} up to {most:.3g} steps ({wrong} of {off.size} values by more than {MOST_STEPS}); allowed: "
+                f"{MOST_STEPS}."
+            )
+        if mean > MEAN_STEPS:
+            raise Failed(
+                f"{told} {mean:.2f} steps on average over {off.size} values ({off.mean():+.2f} with the sign); "
+                f"allowed: {MEAN_STEPS}. Truncation, or another zero point, would explain it; round half to even."
+            )
+    return f"at most {most:.0f} steps off, {mean:.2f} on average"
 
 
 def relative_error(expected: np.ndarray, actual: np.ndarray) -> Tolerance:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 
 from sartor.backends.artifact import MANIFEST, open_artifact
 from sartor.backends.legality import ModelRule, NodeRule, Rules
-from sartor.backends.protocol import PRECISIONS, Capabilities, TargetOptions
-from sartor.conformance.check import Check, Skipped, describe, require, require_error
+from sartor.backends.protocol import PRECISIONS, Capabilities, Session, TargetOptions
+from sartor.conformance.check import Check, Failed, Skipped, describe, require, require_error
 from sartor.conformance.compare import compare
-from sartor.conformance.models import models, sample_inputs
+from sartor.conformance.models import Model, models, sample_inputs
 from sartor.conformance.subject import Subject
 from sartor.errors import SartorError
 
@@ -59,7 +59,16 @@ def checks() -> Iterator[Check]:
     yield Check(
         "contract.compile", "Method compile of a legal model computes what lower and load compute.", _compile
     )
-    yield Check("contract.prepare", "What prepare returns can be called again and again.", _prepare)
+    yield Check(
+        "contract.prepare",
+        "What prepare returns can be called again and again, and computes what run does: it is what is timed.",
+        _prepare,
+    )
+    yield Check(
+        "contract.layouts",
+        "Methods run and prepare take arrays as they lie in memory: in Fortran order, reversed, spaced, read-only.",
+        _layouts,
+    )
 
 
 def _capabilities(subject: Subject) -> str:
@@ -227,8 +236,46 @@ def _prepare(subject: Subject) -> str:
     artifact = subject.artifact(model.name)
     subject.require_runs_here()
     session = subject.backend.load(artifact, TargetOptions(shapes=program.input_shapes))
-    inputs = sample_inputs(program, 0)
-    once = session.prepare({name: np.asfortranarray(array) for name, array in inputs.items()})
+    given = sample_inputs(program, 0)
+    once = session.prepare(given)
+    given.clear()  # whoever prepares keeps what it needs
     for _ in range(3):
         once()
-    return compare(subject.reference(model.name), session.run(inputs), "f32") + " in a run after three"
+    prepared = _compare_prepared(subject, model, session, once)
+    observed = compare(subject.reference(model.name, seed=1), session.run(sample_inputs(program, 1)), "f32")
+    return f"prepared: {prepared}; in a run after that: {observed}"
+
+
+_LAYOUTS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "in Fortran order": np.asfortranarray,
+    "reversed": lambda array: np.ascontiguousarray(array[..., ::-1])[..., ::-1],
+    "spaced": lambda array: np.repeat(array, 2, axis=-1)[..., ::2],
+    "read-only": lambda array: np.frombuffer(array.tobytes(), array.dtype).reshape(array.shape),
+}
+
+
+def _layouts(subject: Subject) -> str:
+    model, program = subject.any_program(*_SIMPLE)
+    artifact = subject.artifact(model.name)
+    subject.require_runs_here()
+    session = subject.backend.load(artifact, TargetOptions(shapes=program.input_shapes))
+    for layout, lay in _LAYOUTS.items():
+        inputs = {name: lay(array) for name, array in sample_inputs(program, 0).items()}
+        try:
+            compare(subject.reference(model.name), session.run(inputs), "f32")
+            observed = _compare_prepared(subject, model, session, session.prepare(inputs))
+        except Exception as error:
+            told = str(error) if isinstance(error, Failed) else describe(error)
+            raise Failed(f"Inputs of '{model.name}' that lie {layout}: {told}") from error
+    return f"'{model.name}', {', '.join(_LAYOUTS)}: {observed}"
+
+
+def _compare_prepared(subject: Subject, model: Model, session: Session, once: Callable[[], object]) -> str:
+    """Compare what a prepared inference of the inputs of seed 0 computes."""
+    outputs = session.computed(once)
+    require(
+        isinstance(outputs, Mapping),
+        f"what prepare returned gives a {type(outputs).__name__} and no outputs; override Session.computed, which "
+        "fetches them",
+    )
+    return compare(subject.reference(model.name), outputs, "f32")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import numpy as np
 
 from sartor.backends.protocol import PRECISIONS, Artifact, TargetOptions
 from sartor.conformance.check import Check, Failed, Skipped, describe, require, require_error
+from sartor.conformance.draft import Draft
 from sartor.conformance.models import models, sample_inputs
 from sartor.conformance.subject import Subject
 from sartor.errors import BackendError, SartorError, UsageError
@@ -57,6 +59,11 @@ def checks() -> Iterator[Check]:
         "Every model of the kit that legality accepts can be lowered, and no other.",
         _agrees,
     )
+    yield Check(
+        "legality.computed-operands",
+        "Legality answers, and lower does as it says, where weights, bounds and statistics come in as inputs.",
+        _computed_operands,
+    )
 
 
 Change = Callable[[dict[str, np.ndarray], str], dict[str, np.ndarray]]
@@ -66,6 +73,10 @@ _WRONG_INPUTS: dict[str, tuple[str, Change]] = {
     "type": (
         "float64 instead of float32",
         lambda inputs, name: {**inputs, name: inputs[name].astype(np.float64)},
+    ),
+    "byte-order": (
+        "numbers in foreign byte order",
+        lambda inputs, name: {**inputs, name: inputs[name].astype(inputs[name].dtype.newbyteorder())},
     ),
     "shape": (
         "one axis too long",
@@ -237,6 +248,34 @@ def _agrees(subject: Subject) -> str:
         require(_empty(folder), f"lowering '{name}' left something behind")
         refused.append(name)
     return f"{len(lowered)} lowered; refused: {', '.join(refused) or 'none'}"
+
+
+_COMPUTED: dict[str, tuple[tuple[int | str, ...], ...]] = {
+    "Conv": (("N", 3, 6, 5), (4, 3, 3, 3), (4,)),
+    "Gemm": (("N", 5), (5, 4)),
+    "Clip": (("N", 5), (), ()),
+    "BatchNormalization": (("N", 3, 6, 5), (3,), (3,), (3,), (3,)),
+    "PRelu": (("N", 3, 6, 5), (3, 1, 1)),
+}
+"""Shapes of the operands of operators that usually hold them as weights."""
+
+
+def _computed_operands(subject: Subject) -> str:
+    seen = []
+    for op_type, shapes in _COMPUTED.items():
+        draft = Draft("f32", 1)
+        operands = [draft.input(f"operand_{index}", *shape) for index, shape in enumerate(shapes)]
+        draft.output(draft.node("Relu", draft.node(op_type, *operands)), "y")
+        program = draft.program()
+        options = subject.options(program)
+        report = subject.backend.legality(program, options)
+        lower = functools.partial(subject.backend.lower, program, subject.folder(), options)
+        if report.ok:
+            lower()
+        else:
+            require_error(BackendError, f"Lowering {op_type} of inputs, which legality refuses,", lower)
+        seen.append(f"{op_type} {'lowered' if report.ok else f'refused [{report.violations[0].rule}]'}")
+    return ", ".join(seen)
 
 
 def _empty(folder: Path) -> bool:

@@ -38,6 +38,11 @@ class Model:
     build: Build
     precisions: tuple[str, ...]
 
+    @property
+    def shallow(self) -> bool:
+        """Of so few layers that errors do not add up: it is held to closer tolerances."""
+        return self.family not in ("block", "network", "control flow")
+
     def program(self, precision: str) -> Program:
         """The canonical program, at its reference shapes; the same at every call."""
         return _program(self.name, precision).clone()
@@ -88,6 +93,19 @@ def sample_inputs(program: Program, seed: int, batch: int | None = None) -> dict
         else:
             made[name] = (0.7 * generator.standard_normal(shape) + _slope(shape)).astype(dtype)
     return made
+
+
+def output_steps(program: Program) -> dict[str, float]:
+    """Scale of every output that DequantizeLinear gives: all outputs of the kit's quantized models, no other's."""
+    steps = {}
+    for value in program.graph.outputs:
+        node = value.producer()
+        while node is not None and node.op_type == "Identity" and node.inputs[0] is not None:
+            node = node.inputs[0].producer()
+        scale = node.inputs[1] if node is not None and node.op_type == "DequantizeLinear" else None
+        if scale is not None and scale.const_value is not None:
+            steps[value.name or ""] = float(scale.const_value.numpy())
+    return steps
 
 
 def _slope(shape: list[int]) -> np.ndarray:

@@ -7,14 +7,18 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from sartor.backends.protocol import PRECISIONS, TargetOptions
+from sartor.backends.protocol import PRECISIONS, Session, TargetOptions
+from sartor.conformance.chains import chains
 from sartor.conformance.check import Check, Failed, Skipped, require
-from sartor.conformance.compare import TOLERANCES, compare, relative_error
-from sartor.conformance.models import Model, models, sample_inputs
+from sartor.conformance.compare import TOLERANCES, Arrays, compare, compare_steps, relative_error
+from sartor.conformance.models import Model, models, output_steps
 from sartor.conformance.subject import Subject
 from sartor.errors import BackendError
 
-_BATCHES = (3, 5)
+_BATCHES = (3, 5, 1)  # it grows, and it shrinks: rows of a larger batch may be left over
+_OF_A_FIXED_BATCH = ("attention-block", "concat", "residual-block")
+_NARROWER = 0.7
+"""Most bytes of a narrow artifact, as a share of those in f32: half and more for float16, a quarter for int8."""
 
 
 def checks() -> Iterator[Check]:
@@ -34,8 +38,14 @@ def checks() -> Iterator[Check]:
         )
         yield Check(
             f"precision.artifact.{precision}",
-            f"If {precision} is claimed, the artifact says that it computes in it.",
+            f"If {precision} is claimed, the artifact names it as its precision.",
             functools.partial(_says_its_precision, precision),
+        )
+    for precision in ("f16", "int8"):
+        yield Check(
+            f"precision.bytes.{precision}",
+            f"If {precision} and f32 are claimed, an artifact with weights is clearly smaller in {precision}.",
+            functools.partial(_weights_are_narrow, precision),
         )
     yield Check(
         "precision.arithmetic.bf16",
@@ -57,15 +67,39 @@ def checks() -> Iterator[Check]:
         "An artifact with a symbolic batch computes any batch sample by sample.",
         _any_batch,
     )
+    yield Check(
+        "batch.fixed",
+        "Where artifacts have a fixed batch, one that was lowered at 3 computes sample by sample.",
+        _fixed_batch,
+    )
 
 
 def _equals_the_reference(model: Model, precision: str, subject: Subject) -> str:
-    session = subject.session(model.name, precision)
-    observed = []
-    for seed in (0, 1):  # the second run meets what the first has left in the buffers
-        outputs = session.run(subject.inputs(model.name, precision, seed))
-        observed.append(compare(subject.reference(model.name, precision, seed), outputs, precision))
-    return observed[-1]
+    runs: list[tuple[Arrays, Arrays]] = []
+
+    def observe(session: Session, seed: int, batch: int | None = None) -> str:
+        expected = subject.reference(model.name, precision, seed, batch)
+        outputs = session.run(subject.inputs(model.name, precision, seed, batch))
+        try:
+            observed = compare(expected, outputs, precision, shallow=model.shallow)
+        except Failed as failure:
+            raise Failed(f"{failure}{f' At a batch of {batch}.' if batch else ''}") from failure
+        runs.append((expected, {name: np.array(array) for name, array in outputs.items()}))
+        return observed
+
+    fixed = subject.session(model.name, precision)
+    seen = [
+        observe(fixed, seed) for seed in (0, 1)
+    ]  # the second meets what the first has left in the buffers
+    if subject.takes_any_batch(model.name, precision):
+        free = subject.backend.load(
+            subject.artifact(model.name, precision), TargetOptions(precision=precision)
+        )
+        seen += [observe(free, seed=2, batch=3), observe(free, seed=0, batch=1)]
+    steps = output_steps(models()[model.name].program(precision))
+    if model.shallow and steps:
+        seen.append(compare_steps(runs, steps))
+    return seen[-1]
 
 
 def _something_is_legal(precision: str, subject: Subject) -> str:
@@ -87,6 +121,26 @@ def _says_its_precision(precision: str, subject: Subject) -> str:
     artifact = subject.artifact(model.name, precision)
     require(artifact.precision == precision, f"the artifact says '{artifact.precision}'")
     return f"artifact.precision is '{artifact.precision}'"
+
+
+def _weights_are_narrow(precision: str, subject: Subject) -> str:
+    for claimed in (precision, "f32"):
+        subject.require_precision(claimed)
+    wide, narrow = chains(1, "f32", channels=192, size=6), chains(1, precision, channels=192, size=6)
+    for op_type in wide:
+        sizes = []
+        for program, asked in ((wide[op_type], "f32"), (narrow[op_type], precision)):
+            options = subject.options(program, asked)
+            if subject.backend.legality(program, options).ok:
+                artifact = subject.backend.lower(program, subject.folder(), options)
+                sizes.append(sum((artifact.folder / file).stat().st_size for file in artifact.files))
+        if len(sizes) == 2:
+            text = (
+                f"{op_type} with {192 * 192 * 9} weights: {sizes[1]} bytes in {precision}, {sizes[0]} in f32"
+            )
+            require(sizes[1] <= _NARROWER * sizes[0], f"{text}; allowed: {_NARROWER:g} of them")
+            return text
+    raise Skipped(f"Neither a convolution nor a linear layer is legal in both {precision} and f32.")
 
 
 def _bf16_is_not_f32(subject: Subject) -> str:
@@ -133,20 +187,47 @@ def _form_is_refused(form: str, asked: str, subject: Subject) -> str:
 
 
 def _any_batch(subject: Subject) -> str:
-    from sartor.ir.fx import run_twin
-
-    model, program = subject.any_program("resnet", "gemm", "conv")
+    model, _ = subject.any_program("resnet", "gemm", "conv")
     artifact = subject.artifact(model.name)
     subject.require_runs_here()
-    symbols = [spec.name for spec in artifact.inputs if spec.shape and isinstance(spec.shape[0], str)]
-    if not program.batch.symbolic or not symbols:
+    if not subject.takes_any_batch(model.name):
         raise Skipped(f"The artifact of '{model.name}' has a fixed batch: {artifact.inputs[0].shape}.")
     free = subject.backend.load(artifact, TargetOptions())
     for batch in _BATCHES:
-        inputs = sample_inputs(program, seed=batch, batch=batch)
-        expected = run_twin(program, inputs)
+        inputs = subject.inputs(model.name, seed=batch, batch=batch)
         shapes = {name: array.shape for name, array in inputs.items()}
         fixed = subject.backend.load(artifact, TargetOptions(shapes=shapes))
         for session in (free, fixed):
+            expected = subject.reference(model.name, seed=batch, batch=batch)
             observed = compare(expected, session.run(inputs), "f32")
     return f"batches {_BATCHES}, one session for all and one for each: {observed}"
+
+
+def _fixed_batch(subject: Subject) -> str:
+    subject.require_runs_here()
+    seen = []
+    for precision in subject.capabilities.precisions:
+        for name in _OF_A_FIXED_BATCH:
+            program = models()[name].program(precision) if precision in models()[name].precisions else None
+            if (
+                program is None
+                or not subject.backend.legality(program, subject.options(program, precision)).ok
+            ):
+                continue
+            if subject.takes_any_batch(name, precision):
+                continue
+            inputs = subject.inputs(name, precision, seed=3, batch=3)
+            shapes = {key: array.shape for key, array in inputs.items()}
+            options = TargetOptions(precision=precision, shapes=shapes)
+            if not subject.backend.legality(program, options).ok:
+                continue
+            artifact = subject.backend.lower(program, subject.folder(), options)
+            outputs = subject.backend.load(artifact, options).run(inputs)
+            try:
+                compare(subject.reference(name, precision, seed=3, batch=3), outputs, precision)
+            except Failed as failure:
+                raise Failed(f"'{name}' in {precision}, lowered at a batch of 3: {failure}") from failure
+            seen.append(f"'{name}' in {precision}")
+    if not seen:
+        raise Skipped("No model whose artifact has a fixed batch is legal at a batch of 3.")
+    return ", ".join(seen)

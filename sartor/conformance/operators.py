@@ -148,6 +148,24 @@ def transpose(draft: Draft) -> None:
 
 
 @declare(MODELS, "movement")
+def flatten(draft: Draft) -> None:
+    """Flatten alone: the output holds the numbers of the input as they lie."""
+    draft.output(draft.node("Flatten", draft.input("x", "N", 3, 4, 5), axis=1), "y")
+
+
+@declare(MODELS, "movement")
+def transpose_alone(draft: Draft) -> None:
+    """Transpose alone."""
+    draft.output(draft.node("Transpose", draft.input("x", "N", 3, 4, 5), perm=[0, 2, 3, 1]), "y")
+
+
+@declare(MODELS, "movement")
+def squeeze(draft: Draft) -> None:
+    """Squeeze alone."""
+    draft.output(draft.node("Squeeze", draft.input("x", "N", 4, 1, 6), draft.ints(2)), "y")
+
+
+@declare(MODELS, "movement")
 def concat(draft: Draft) -> None:
     """Three branches of unequal width side by side, and a convolution that reads them."""
     x = draft.input("x", "N", 3, 6, 5)

@@ -15,6 +15,7 @@ from sartor.conformance.models import Model, models, sample_inputs
 from sartor.errors import SartorError
 
 if TYPE_CHECKING:
+    from sartor.ir.fx_run import Runner
     from sartor.ir.program import Program
 
 
@@ -31,7 +32,8 @@ class Subject:
         self.scratch = scratch
         self._artifacts: dict[tuple[str, str], Artifact] = {}
         self._sessions: dict[tuple[str, str], Session] = {}
-        self._references: dict[tuple[str, str, int], dict[str, np.ndarray]] = {}
+        self._twins: dict[tuple[str, str], Runner] = {}
+        self._references: dict[tuple[str, str, int, int | None], dict[str, np.ndarray]] = {}
         self._folders = 0
 
     @functools.cached_property
@@ -111,16 +113,33 @@ class Subject:
         if self.capabilities.not_run_here:
             raise Skipped(f"The backend lowers here and does not run here: {self.capabilities.not_run_here}")
 
-    def inputs(self, model: str, precision: str = "f32", seed: int = 0) -> dict[str, np.ndarray]:
-        """Inputs of the model at its reference shapes."""
-        return sample_inputs(models()[model].program(precision), seed)
+    def takes_any_batch(self, model: str, precision: str = "f32") -> bool:
+        """The artifact has a symbolic batch."""
+        symbolic = models()[model].program(precision).batch.symbolic
+        specs = self.artifact(model, precision).inputs
+        return symbolic and any(spec.shape and isinstance(spec.shape[0], str) for spec in specs)
 
-    def reference(self, model: str, precision: str = "f32", seed: int = 0) -> dict[str, np.ndarray]:
+    def inputs(
+        self, model: str, precision: str = "f32", seed: int = 0, batch: int | None = None
+    ) -> dict[str, np.ndarray]:
+        """Inputs of the model, at its reference shapes but for the batch."""
+        return sample_inputs(models()[model].program(precision), seed, batch)
+
+    def reference(
+        self, model: str, precision: str = "f32", seed: int = 0, batch: int | None = None
+    ) -> dict[str, np.ndarray]:
         """What the FX twin in float64 computes of `inputs`."""
-        from sartor.ir.fx import run_twin
+        import torch
 
-        key = (model, precision, seed)
+        from sartor.ir.fx import to_array, to_tensor
+        from sartor.ir.fx_run import Runner
+
+        key = (model, precision, seed, batch)
         if key not in self._references:
-            program = models()[model].program(precision)
-            self._references[key] = run_twin(program, sample_inputs(program, seed))
+            if (model, precision) not in self._twins:  # building one takes longer than running it
+                self._twins[model, precision] = Runner(models()[model].program(precision), torch.float64)
+            twin, inputs = self._twins[model, precision], self.inputs(model, precision, seed, batch)
+            with torch.no_grad():
+                outputs = twin([to_tensor(inputs[name], torch.float64) for name in twin.info.inputs])
+            self._references[key] = {name: to_array(tensor) for name, tensor in outputs.items()}
         return self._references[key]

@@ -9,16 +9,16 @@ from collections.abc import Sequence
 from sartor.conformance.check import Check
 from sartor.errors import UsageError
 
-VERSION = 1
+VERSION = 2
 """Grows when a check is added or changes its meaning; a report names it."""
 
 
 @functools.cache
 def suite() -> tuple[Check, ...]:
     """All checks; nothing of a backend is imported."""
-    from sartor.conformance import contract, faults, limits, numerics, repetition
+    from sartor.conformance import contract, faults, leaks, limits, numerics, repetition, timing
 
-    parts = (contract, numerics, faults, repetition, limits)
+    parts = (contract, numerics, faults, repetition, leaks, limits, timing)
     return tuple(check for part in parts for check in part.checks())
 
 

@@ -18,7 +18,7 @@ from sartor_tape.kernels import execute
 class TapeSession(Session):
     """A tape with its weights in memory. `prepare`, which says what is timed, is inherited: a plain run.
 
-    Override it where a run copies to a device and back, and bind the memory there instead.
+    Override it, and `computed`, where a run copies to a device and back, and bind the memory there instead.
     """
 
     def __init__(
@@ -36,6 +36,7 @@ class TapeSession(Session):
     def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Outputs by name. They belong to the caller: never hand out a buffer that the next run overwrites."""
         check_inputs(self.inputs, self._fixed, inputs)
+        # numpy reads any strides. A device that is given an address wants `np.ascontiguousarray(array)` first.
         registers = {**self._weights, **inputs}
         for instruction in self._tape["instructions"]:
             execute(instruction, registers)
