@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import re
 
 import bench_backends
 import numpy as np
@@ -19,8 +20,10 @@ from sartor.bench.family import Member, ladder
 from sartor.bench.protocol import RUNS
 from sartor.bench.roofline import envelope, fit
 from sartor.cost_models.static import static_cost
+from sartor.report import charts
 from sartor.report.bench_page import render
 from sartor.report.bench_table import summary
+from sartor.report.charts import Point
 
 
 def test_a_member_has_the_operations_of_its_formula():
@@ -94,3 +97,13 @@ def test_a_planted_backend_shows_the_roofline_that_was_planted(vendor, monkeypat
     assert row["roofline"]["share_fraction"] == pytest.approx(1, rel=0.2)
     assert render(report).count("<svg") == 3 and "launch floor" in render(report)
     assert "saturated from" in summary(report)
+
+
+@pytest.mark.parametrize("tick", ["1", "1.00 ms", "123.45 GFLOPS"])
+def test_ticks_do_not_lie_on_the_title_of_their_axis(tick):
+    chart = charts.scatter(
+        [Point(0.0, 0.0), Point(1.0, 1.0)], x_title="x", y_title="y", x_format=str, y_format=lambda _: tick
+    )
+    ends = [float(x) for x in re.findall(r'<text class="tick end" x="([\d.]+)"', chart)]
+    title = float(re.search(r"translate\(([\d.]+) ", chart)[1])
+    assert ends and min(ends) - 7 * len(tick) > title + 4  # characters of 12 px are hardly wider than 7

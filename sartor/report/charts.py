@@ -8,6 +8,8 @@ import math
 from collections.abc import Callable, Sequence
 
 Format = Callable[[float], str]
+_TITLE_PX, _CHARACTER_PX = 30.0, 7.0
+"""Room for the title of the vertical axis, and of one character of a tick beside it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +84,7 @@ def scatter(
         size: width and height, user units.
     """
     width, height = size
-    left, right, top, bottom = 64, 20, 24, 46
+    right, top, bottom = 20, 24, 46
     xs = [p.x for p in points] + [x for _, line in lines for x, _ in line] + list(include[0])
     ys = [p.y for p in points] + [y for _, line in lines for _, y in line] + list(include[1])
     for point in points:
@@ -92,6 +94,8 @@ def scatter(
     ys += [limit.value for limit in limits if limit.axis == "y"]
     x_low, x_high = _padded(xs, bounds[0])
     y_low, y_high = _padded(ys, bounds[1])
+    y_ticks = {tick: y_format(tick) for tick in ticks(y_low, y_high, 5)}
+    left = max(64, _TITLE_PX + _CHARACTER_PX * max(map(len, y_ticks.values()), default=0))
 
     def at_x(value: float) -> float:
         return left + (value - x_low) / (x_high - x_low) * (width - left - right)
@@ -100,10 +104,10 @@ def scatter(
         return height - bottom - (value - y_low) / (y_high - y_low) * (height - top - bottom)
 
     parts = []
-    for tick in ticks(y_low, y_high, 5):
+    for tick, text in y_ticks.items():
         y = at_y(tick)
         parts.append(_line(left, y, width - right, y, "grid"))
-        parts.append(_text(left - 8, y + 4, y_format(tick), "tick end"))
+        parts.append(_text(left - 8, y + 4, text, "tick end"))
     for tick in ticks(x_low, x_high, 7):
         x = at_x(tick)
         parts.append(_line(x, top, x, height - bottom, "grid"))
