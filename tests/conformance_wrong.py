@@ -334,7 +334,9 @@ class RaisingRule(Wrong):
 
     def rules(self):
         rule = NodeRule("kernel-size", "Kernels have at most 7 by 7 weights.", _small_kernel)
-        return dataclasses.replace(super().rules(), operators={"Conv": (rule,)})
+        right = super().rules()
+        operators = {**right.operators, "Conv": (*right.operators["Conv"], rule)}
+        return dataclasses.replace(right, operators=operators)
 
     def legality(self, program, options):
         return check_rules(self.legalize(program), options, self.rules())
@@ -342,7 +344,7 @@ class RaisingRule(Wrong):
 
 def _small_kernel(program, node):
     sizes = node.inputs[1].const_value.shape[2:]
-    return max(sizes) <= 7, f"a {sizes[0]}x{sizes[1]} kernel"
+    return max(sizes) <= 7, f"a {'x'.join(map(str, sizes))} kernel"
 
 
 class ConstantTime(Wrong):
