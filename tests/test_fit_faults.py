@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from test_cli import tiny
 
+from sartor import runtime
 from sartor.backends.measure import LatencyStats, Measurement, Ratio
 from sartor.cli import main
 from sartor.journal import Journal, read
@@ -173,7 +174,8 @@ def test_the_journal_ends_in_the_bundle_and_the_next_run_starts_afresh(fit, tmp_
     bundle = tmp_path / "out" / "o"
     assert read(bundle / "journal.jsonl")[-1]["kind"] == "delivered"
     listed = [entry["file"] for entry in json.loads((bundle / "manifest.json").read_text())["files"]]
-    assert "journal.jsonl" in listed
+    assert {"journal.jsonl", "bundle.json", "artifact/artifact.json"} <= set(listed)
+    assert runtime.load(bundle).inputs  # `--out` is relative here
     # Killed between delivery and clean-up, the journal of a finished run is left beside the bundle.
     (tmp_path / "out" / ".o.journal.jsonl").write_bytes((bundle / "journal.jsonl").read_bytes())
     assert fit()[3] == runs[0][3] and written(tmp_path) == ["o"]
