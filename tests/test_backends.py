@@ -170,7 +170,7 @@ def test_open_artifact_refuses_other_folders(tmp_path):
     with pytest.raises(UsageError, match="not an artifact folder"):
         open_artifact(tmp_path)
     (tmp_path / MANIFEST).write_text("{}")
-    with pytest.raises(UsageError, match="KeyError"):
+    with pytest.raises(UsageError, match="its schema is None"):
         open_artifact(tmp_path)
 
 
