@@ -39,6 +39,10 @@ _OF_INTEGERS = {
     # the end of its kernel's name says in what it computes
     "openvino": re.compile(r"_[iu]8$", re.IGNORECASE),
 }
+_MOVES = frozenset(
+    "Transpose Reshape Flatten Squeeze Unsqueeze Concat Split Slice Gather Pad MaxPool Identity".split()
+)
+"""ONNX Runtime's kernels that take integers as they take floats; their names do not say which."""
 
 
 def explain(target: str, forms: list[str], made: dict[str, Lowered], threads: int) -> dict[str, Any]:
@@ -52,7 +56,20 @@ def explain(target: str, forms: list[str], made: dict[str, Lowered], threads: in
         options = TargetOptions(threads=threads, precision=precision)
         kernels = profile(target, made[form].artifact, options)
         explanation[form] = dissected(kernels, target, quantized=precision == "int8")
+    kinds = dict.fromkeys(form.rpartition("/")[0] for form in forms)
+    explanation["summary"] = [
+        sentence(kind, explanation[f"{kind}/f32"], explanation[f"{kind}/int8"]) for kind in kinds
+    ]
     return explanation
+
+
+def sentence(kind: str, f32: dict[str, Any], int8: dict[str, Any]) -> str:
+    most, share = next(iter(int8["share_fraction_by_type"].items()), ("nothing", 0.0))
+    return (
+        f"{kind}: by themselves its kernels take {int8['kernels_s'] / f32['kernels_s']:.2f} of the time of float32; "
+        f"{share:.0%} of it is {most} ({f32['share_fraction_by_type'].get(most, 0.0):.0%} in float32), "
+        f"{int8['left_in_float_share_fraction']:.1%} is left in float"
+    )
 
 
 def dissected(kernels: list[Any], target: str, *, quantized: bool) -> dict[str, Any]:
@@ -64,7 +81,8 @@ def dissected(kernels: list[Any], target: str, *, quantized: bool) -> dict[str, 
         share = kernel.median_s / total if total else 0.0
         by_type[kernel.op_type] += share
         said = kernel.implementation if target == "openvino" else kernel.op_type
-        if quantized and not _OF_INTEGERS[target].search(said):
+        integers = _OF_INTEGERS[target].search(said) or (target == "onnxruntime" and said in _MOVES)
+        if quantized and not integers:
             left.append({"name": kernel.name, "op_type": kernel.op_type, "share_fraction": round(share, 4)})
     found: dict[str, Any] = {
         "kernels_s": total,
