@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import onnx
 
 from sartor.backends import telemetry
+from sartor.backends.signed import to_int8
 from sartor.backends.tensorrt import operators, surgery
 from sartor.backends.tensorrt.settings import RTX, Settings
 from sartor.errors import BackendError
@@ -23,7 +24,7 @@ def legalize(program: Program, settings: Settings) -> Program:
         UsageError: onnx_graphsurgeon is not installed, or an installed surgery cannot be imported.
         BackendError: a user's surgery fails, or leaves no graph.
     """
-    program = inline_dialect(program)
+    program = to_int8(inline_dialect(program))
     hooks = settings.hooks()
     if not hooks and not any(surgery.concerns(node) for node in program.graph.all_nodes()):
         return program

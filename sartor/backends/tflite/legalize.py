@@ -1,4 +1,4 @@
-"""What the conversion needs rewritten: functions of the `sartor` domain, and symbolic sizes."""
+"""What the conversion needs rewritten: functions of the `sartor` domain, uint8, and symbolic sizes."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ if TYPE_CHECKING:
 
 
 def legalize(program: Program) -> Program:
-    """Inline the dialect's functions; the result is the program itself when it has none."""
+    """Inline the dialect's functions and quantize to int8; the program itself where nothing is to be done."""
+    from sartor.backends.signed import to_int8
     from sartor.ir.dialect import inline_dialect
 
-    return inline_dialect(program)
+    return to_int8(inline_dialect(program))
 
 
 def at_shapes(program: Program, shapes: Mapping[str, tuple[int, ...]]) -> Program:
