@@ -255,6 +255,16 @@ def test_quantization_becomes_symmetric(name, zero, tmp_path):
     assert BACKEND.legality(program, TargetOptions(precision="int8")).ok
 
 
+def test_a_vector_times_a_matrix_stays_a_vector(tmp_path):
+    program = quantized(37, product("MatMul"), (7,))
+    legal = BACKEND.legalize(program)
+    assert legal.shapes()["y"] == program.shapes()["y"] == (5,)
+    feeds = random_inputs(program)
+    before, after = (run_reference(p, feeds) for p in (program, legal))
+    assert after["y"].shape == (5,) and relative_error(before, after) < 1e-6
+    assert not parsed(program, tmp_path).rejected
+
+
 def test_a_pair_with_several_scales_is_refused():
     weights = {"s": np.full(3, 0.1, np.float32), "z": np.array([0, 1, 0], np.int8)}
     nodes = [

@@ -107,7 +107,8 @@ class _Pair:
             return
         if node.op == "MatMul" and weights.ndim > 1:
             node.inputs[0] = shifted
-            self._add_after(node, -self.shift * weights.sum(-2, keepdims=True))
+            # Of a matrix one row, without an axis of its own: a vector times a matrix is a vector.
+            self._add_after(node, -self.shift * weights.sum(-2, keepdims=weights.ndim > 2))
             return
         if node.op not in ("Conv", "Gemm"):
             return
