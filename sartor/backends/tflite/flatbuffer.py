@@ -46,17 +46,18 @@ class Parameters:
         scales: one, or one per channel.
         zero_points: as many.
         dtype: `INT8` or `INT32`.
-        nodes: nodes of the program that its name tells of.
-        readers: nodes that the operators compute which read it.
-        integers: what a weight or a bias holds.
+        writers: nodes that its operator computes, or the input that it is. Operators that compute no node pass on what
+            they read.
+        readers: nodes of the operators that read it, and outputs that it is.
+        numbers: what a weight or a bias holds, flat.
     """
 
     scales: tuple[float, ...]
     zero_points: tuple[int, ...]
     dtype: str
-    nodes: tuple[str, ...]
-    readers: tuple[str, ...]
-    integers: np.ndarray | None
+    writers: frozenset[str]
+    readers: frozenset[str]
+    numbers: np.ndarray | None
 
 
 class Flatbuffer:
@@ -141,25 +142,41 @@ class Flatbuffer:
             found[kind] = [names[int(index)].pop(0) for index in getattr(self.graph, kind)]
         return found
 
-    def quantization(self) -> dict[str, Parameters]:
-        """Scales and zero points by tensor name, of every quantized tensor."""
-        found = {}
-        readers: dict[int, dict[str, None]] = {}
-        for item, operator in zip(self.graph.operators, self.operators(), strict=True):
+    def quantization(self, operators: Sequence[Operator]) -> dict[str, Parameters]:
+        """What is quantized, by tensor name, and constants in float32, which have no scales.
+
+        Args:
+            operators: those of the subgraph in order, with the nodes that each computes.
+        """
+        nodes = [frozenset(operator.nodes) for operator in operators]
+        writers: dict[int, frozenset[str]] = {
+            int(e.tensorIndex): frozenset([border_name("input", _text(e.name))])
+            for e in self.signature.inputs
+        }
+        for item, computed in zip(self.graph.operators, nodes, strict=True):
+            passed_on = frozenset[str]().union(*(writers.get(int(i), ()) for i in item.inputs[:1]))
+            writers.update((int(index), computed or passed_on) for index in item.outputs)
+        readers: dict[int, set[str]] = {}
+        for entry in self.signature.outputs:
+            readers.setdefault(int(entry.tensorIndex), set()).add(border_name("output", _text(entry.name)))
+        for item, computed in zip(reversed(self.graph.operators), reversed(nodes), strict=True):
+            names = computed.union(*(() if computed else (readers.get(int(i), ()) for i in item.outputs)))
             for index in item.inputs:
-                readers.setdefault(int(index), {}).update(dict.fromkeys(operator.nodes))
-        for index, (tensor, nodes) in enumerate(zip(self.graph.tensors, self._told, strict=True)):
+                readers.setdefault(int(index), set()).update(names)
+        found = {}
+        for index, tensor in enumerate(self.graph.tensors):
             parameters = tensor.quantization
-            if parameters is None or parameters.scale is None:
-                continue
+            quantized = parameters is not None and parameters.scale is not None
             data = self.model.buffers[tensor.buffer].data
             kind = self._types[tensor.type]
+            if not quantized and (data is None or kind != "FLOAT32") and kind != "INT8":
+                continue
             found[_text(tensor.name)] = Parameters(
-                tuple(float(s) for s in parameters.scale),
-                tuple(int(z) for z in parameters.zeroPoint),
+                tuple(float(s) for s in parameters.scale) if quantized else (),
+                tuple(int(z) for z in parameters.zeroPoint) if quantized else (),
                 kind,
-                nodes,
-                tuple(readers.get(index, ())),
+                writers.get(index, frozenset()),
+                frozenset(readers.get(index, ())),
                 np.frombuffer(bytes(data), kind.lower()) if data is not None else None,
             )
         return found
@@ -205,7 +222,7 @@ class Flatbuffer:
             if entry.name in float_inputs and self.graph.tensors[old].type == int8:
                 new = self._float_copy(old)
                 self._names[old] = f"{entry.name}/int8"
-                self.graph.operators.insert(0, self._operator("QUANTIZE", new, old))
+                self.graph.operators.insert(0, self._operator("QUANTIZE", [new], old))
                 self.graph.inputs = [new if index == old else index for index in self.graph.inputs]
                 entry.tensorIndex = new
         for entry in self.signature.outputs:
@@ -213,7 +230,7 @@ class Flatbuffer:
             if entry.name in float_outputs and self.graph.tensors[old].type == int8:
                 new = self._float_copy(old)
                 self._names[old] = f"{entry.name}/int8"
-                self.graph.operators.append(self._operator("DEQUANTIZE", old, new))
+                self.graph.operators.append(self._operator("DEQUANTIZE", [old], new))
                 self.graph.outputs = [new if index == old else index for index in self.graph.outputs]
                 entry.tensorIndex = new
 
@@ -238,10 +255,33 @@ class Flatbuffer:
             wide_source, wide_result = self._float_copy(source), self._float_copy(result)
             item.inputs = np.array([wide_source, *item.inputs[1:]], np.int32)
             item.outputs = np.array([wide_result], np.int32)
-            before = self._operator("DEQUANTIZE", source, wide_source)
-            made += [before, item, self._operator("QUANTIZE", wide_result, result)]
+            before = self._operator("DEQUANTIZE", [source], wide_source)
+            made += [before, item, self._operator("QUANTIZE", [wide_result], result)]
         self.graph.operators = made
         return changed
+
+    def respell(self, same: Mapping[str, str], clamps: Mapping[str, tuple[float, float]]) -> None:
+        """Write operators as others that compute the same, for a runtime that has no kernels for them.
+
+        Args:
+            same: operator types that are a special case of another.
+            clamps: bounds of activations that become MAXIMUM and MINIMUM; those of int8 have to be float by now.
+        """
+        made = []
+        for item in self.graph.operators:
+            op_type = self.op_type(item)
+            if op_type in same:
+                item = self._operator(
+                    same[op_type], [int(index) for index in item.inputs], int(item.outputs[0])
+                )
+            elif op_type in clamps:
+                result = int(item.outputs[0])
+                low, high = (self._constant(bound, result) for bound in clamps[op_type])
+                above = self._float_copy(result)
+                made.append(self._operator("MAXIMUM", [int(item.inputs[0]), low], above))
+                item = self._operator("MINIMUM", [above, high], result)
+            made.append(item)
+        self.graph.operators = made
 
     def halve_weights(self) -> int:
         """Store float32 constants in float16, behind a DEQUANTIZE each; returns how many.
@@ -268,7 +308,7 @@ class Flatbuffer:
             old, tensor.buffer = tensor.buffer, 0
             if not any(other.buffer == old for other in self.graph.tensors):
                 self.model.buffers[old].data = None
-            self.graph.operators.insert(halved, self._operator("DEQUANTIZE", stored, index))
+            self.graph.operators.insert(halved, self._operator("DEQUANTIZE", [stored], index))
             halved += 1
         return halved
 
@@ -296,15 +336,24 @@ class Flatbuffer:
         self._told.append(self._told[index])
         return len(self.graph.tensors) - 1
 
-    def _operator(self, op_type: str, source: int, result: int) -> Any:
+    def _constant(self, number: float, like: int) -> int:
+        """A float32 scalar that belongs to the nodes of tensor `like`."""
+        index = self._float_copy(like)
+        made = self.graph.tensors[index]
+        made.shape, made.shapeSignature, made.hasRank = np.array([], np.int32), None, True
+        made.buffer = len(self.model.buffers)
+        self.model.buffers.append(self.schema.BufferT(np.array([number], np.float32).view(np.uint8)))
+        return index
+
+    def _operator(self, op_type: str, sources: Sequence[int], result: int) -> Any:
         item = self.schema.OperatorT()
         item.opcodeIndex = self._opcode(op_type)
-        item.inputs, item.outputs = np.array([source], np.int32), np.array([result], np.int32)
+        item.inputs, item.outputs = np.array(sources, np.int32), np.array([result], np.int32)
         return item
 
     def _opcode(self, op_type: str) -> int:
         builtin = getattr(self.schema.BuiltinOperator, op_type)
-        version = {"QUANTIZE": 1, "DEQUANTIZE": 3}[op_type]  # 3: of float16
+        version = 3 if op_type == "DEQUANTIZE" else 1  # 3: of float16
         for index, code in enumerate(self.model.operatorCodes):
             if max(code.builtinCode, code.deprecatedBuiltinCode) == builtin and not code.customCode:
                 code.version = max(code.version, version)
@@ -313,6 +362,11 @@ class Flatbuffer:
         made.builtinCode, made.deprecatedBuiltinCode, made.version = builtin, min(builtin, 127), version
         self.model.operatorCodes.append(made)
         return len(self.model.operatorCodes) - 1
+
+
+def border_name(kind: str, name: str) -> str:
+    """The name of an `input` or `output` among names of nodes."""
+    return f"<{kind}> {name}"
 
 
 def _aligned(schema: Any, buffer: Any) -> Any:

@@ -63,11 +63,14 @@ def _element_types(program: Program, options: TargetOptions) -> Check:
         types = program.types()
     except ModelError as error:
         return False, f"types are not known: {error}"
-    integers = {name for node in program.nodes() if node.op_type in QDQ for name in _names(node)}
+    allowed = {
+        "INT8": {name for node in program.nodes() if node.op_type in QDQ for name in _names(node)},
+        "UINT8": {v.name for v in program.graph.inputs if all(u.op_type == "Cast" for u, _ in v.uses())},
+    }
     wrong = [
         f"'{name}' is {kind.name.lower()}"
         for name, kind in types.items()
-        if kind.name not in _TYPES and not (kind.name == "INT8" and name in integers)
+        if kind.name not in _TYPES and name not in allowed.get(kind.name, ())
     ]
     return not wrong, ", ".join(wrong[:5]) or f"{len(types)} values"
 
@@ -97,7 +100,7 @@ RULES = Rules(
         ModelRule(
             "element-types",
             "Values are float32, int32, int64 or bool; float16 in a program of that precision, int8 between "
-            "QuantizeLinear and DequantizeLinear.",
+            "QuantizeLinear and DequantizeLinear, uint8 for an input that a Cast reads.",
             _element_types,
         ),
         ModelRule("file-size", "Weights have less than 2 GiB: a flatbuffer's offsets are 32 bits.", _size),

@@ -33,14 +33,20 @@ class Recipe:
     Attributes:
         target: backend name.
         check: its legality, of a legalized program.
+        legalize: what it needs rewritten.
         channel_last: images are channel-last at the border of the file.
         fixed_scales: see `FIXED_SCALES`.
+        same: see `Flatbuffer.respell`.
+        clamps: see `Flatbuffer.respell`.
     """
 
     target: str
     check: Callable[[Program, TargetOptions], LegalityReport]
+    legalize: Callable[[Program], Program] = legalize.legalize
     channel_last: bool = False
     fixed_scales: Mapping[str, tuple[float, int]] = dataclasses.field(default_factory=lambda: FIXED_SCALES)
+    same: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    clamps: Mapping[str, tuple[float, float]] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +102,7 @@ def convert_bytes(model: bytes, options: TargetOptions, recipe: Recipe) -> Lower
 
 
 def _legal(program: Program, options: TargetOptions, recipe: Recipe) -> Program:
-    legal = legalize.legalize(program)
+    legal = recipe.legalize(program)
     require_legal(recipe.target, recipe.check(legal, options))
     return legalize.at_shapes(legal, {**program.input_shapes, **options.shapes})
 
@@ -110,6 +116,8 @@ def _lowered(program: Program, options: TargetOptions, recipe: Recipe) -> Lowere
         "precision": options.precision,
         "channel_last": recipe.channel_last,
         "fixed_scales": {name: list(pair) for name, pair in recipe.fixed_scales.items()},
+        "same": dict(recipe.same),
+        "clamps": {name: list(pair) for name, pair in recipe.clamps.items()},
     }
     content, facts = cache.kept(
         cache.key_of(program.sha256(), settings),
@@ -149,24 +157,28 @@ def _convert(
         shape = [int(d) for d in spec.shape]
         if position in turned[0]:
             shape.append(shape.pop(1))
-        examples.append(torch.zeros(shape, dtype=getattr(torch, spec.dtype)))
+        # float16 stands in the program only: what computes, computes in float32, and weights are packed afterwards.
+        held = "float32" if spec.dtype == "float16" else spec.dtype
+        examples.append(torch.zeros(shape, dtype=getattr(torch, held)))
     content = convert(made.module, tuple(examples), quantized=options.precision == "int8")
     flatbuffer = Flatbuffer(content, made.nodes_of)
     flatbuffer.name_signature([s.name for s in inputs], [s.name for s in outputs])
     flatbuffer.tell_outputs({v.name or "": _chain(v) for v in program.graph.outputs})
-    floats = [[s.name for s in specs if s.dtype == "float32"] for specs in border]
+    floats = [[s.name for s in specs if s.dtype.startswith("float")] for specs in border]
     flatbuffer.float_border(*floats)
     flatbuffer.float_where_fixed(recipe.fixed_scales)
+    flatbuffer.respell(recipe.same, recipe.clamps)
     if options.precision == "f16":
         flatbuffer.halve_weights()
     flatbuffer.name_tensors()
+    operators = _completed(flatbuffer.operators(), program)
+    int8 = options.precision == "int8"
     facts = {
-        "quantized_tensors": require_same(program, flatbuffer) if options.precision == "int8" else 0,
+        "quantized_tensors": require_same(program, flatbuffer, operators) if int8 else 0,
         "order": flatbuffer.order(),
         "transposes": flatbuffer.transposes(),
         "operators": [
-            {"op_type": o.op_type, "nodes": list(o.nodes), "outputs": list(o.outputs)}
-            for o in _completed(flatbuffer.operators(), program)
+            {"op_type": o.op_type, "nodes": list(o.nodes), "outputs": list(o.outputs)} for o in operators
         ],
     }
     return flatbuffer.to_bytes(), facts

@@ -24,12 +24,14 @@ from sartor.errors import BackendError
 from sartor.ir.fx import to_fx
 from sartor.ir.program import Program
 from sartor.ir.torch_ops import OPERATORS
+from sartor.ir.torch_ops.contraction import torch_pads
 from sartor.ir.torch_ops.resize import axis_taps
 
 _QUANTIZE = OPERATORS["QuantizeLinear"].function
 _DEQUANTIZE = OPERATORS["DequantizeLinear"].function
 _RESIZE = OPERATORS["Resize"].function
 _CONV_TRANSPOSE = OPERATORS["ConvTranspose"].function
+_AVERAGE_POOL = OPERATORS["AveragePool"].function
 _INT8 = (-128, 127, torch.int8)
 _STEP = re.compile(r"\.modules\.\w+?_n(\d+)\b")
 
@@ -128,6 +130,8 @@ def _replace(twin: fx.GraphModule, item: fx.Node, key: str) -> None:
             item.args = ()
     elif item.target is _CONV_TRANSPOSE:
         step = Step(_conv_transpose, dict(item.kwargs))
+    elif item.target is _AVERAGE_POOL:
+        step = Step(_average_pool, dict(item.kwargs))
     elif item.target is _RESIZE:
         step = Step(_resize, dict(item.kwargs))
     elif item.op == "call_module":
@@ -155,24 +159,48 @@ def _conv_transpose(
     output_padding: Any = (),
     **rest: Any,
 ) -> Tensor:
-    """The twin's ConvTranspose; with output padding an unpadded one, cropped.
+    """The twin's ConvTranspose; where pads differ or positions are appended, an unpadded one, cropped.
 
-    The converter appends zeros for output padding. They are right only where no weight reaches, and what follows is
-    refused when it does.
+    The converter appends zeros for output padding, which are right only where no weight reaches, and it has no
+    negative padding, by which the twin crops.
     """
     rank = x.dim() - 2
     extra = list(output_padding) or [0] * rank
-    if not any(extra):
+    sides = list(pads) or [0] * (2 * rank)
+    begins, ends = sides[:rank], sides[rank:]
+    if begins == ends and not any(extra):
         result: Tensor = _CONV_TRANSPOSE(x, weight, bias, pads=pads, **rest)
         return result
-    sides = list(pads) or [0] * (2 * rank)
-    crops = [extra[axis] - sides[rank + axis] for axis in range(rank)]
+    appended = [max(more - end, 0) for more, end in zip(extra, ends, strict=True)]
     # A bias goes with the convolution, into one kernel, unless positions are appended that it is to reach, too.
-    inside = bias if max(crops) <= 0 else None
-    y = _CONV_TRANSPOSE(x, weight, inside, pads=None, **rest)
-    around = [size for axis in reversed(range(rank)) for size in (-sides[axis], crops[axis])]
-    y = functional.pad(y, around)
-    return y if inside is bias else y + bias.reshape(1, -1, *[1] * rank)
+    inside = None if any(appended) else bias
+    y: Tensor = _CONV_TRANSPOSE(x, weight, inside, pads=None, **rest)
+    for axis, (begin, end, more) in enumerate(zip(begins, ends, extra, strict=True), start=2):
+        y = y.narrow(axis, begin, y.shape[axis] - begin - max(end - more, 0))
+    if not any(appended):
+        return y
+    y = functional.pad(y, [size for more in reversed(appended) for size in (0, more)])
+    return y if bias is None else y + bias.reshape(1, -1, *[1] * rank)
+
+
+def _average_pool(
+    x: Tensor, *, pads: Any = (), count_include_pad: int = 0, ceil_mode: int = 0, **rest: Any
+) -> Tensor:
+    """The twin's AveragePool; padding that does not count is averaged, too, and taken out by a factor.
+
+    The flatbuffer's average has no such padding, and the converter writes a sum over windows that no runtime is
+    fast at and that microcontrollers lack.
+    """
+    if not any(pads or ()) or count_include_pad or ceil_mode:
+        given = {"count_include_pad": count_include_pad, "ceil_mode": ceil_mode}
+        result: Tensor = _AVERAGE_POOL(x, pads=pads, **given, **rest)
+        return result
+    rank = x.dim() - 2
+    around = torch_pads(pads[:rank], pads[rank:])
+    ones = np.pad(np.ones(tuple(x.shape[2:])), [(pads[axis], pads[rank + axis]) for axis in range(rank)])
+    shares: Tensor = _AVERAGE_POOL(torch.tensor(ones[None, None].tolist()), **rest)
+    y: Tensor = _AVERAGE_POOL(functional.pad(x, around), **rest)
+    return y / shares
 
 
 def _resize(x: Tensor, *operands: Any, mode: str = "nearest", **attributes: Any) -> Tensor:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class Border:
-    """What stands between the program's tensors and the file's: layout, and 64-bit integers in 32 bits."""
+    """What stands between the program's tensors and the file's: layout, 64-bit integers in 32 bits, float16 in 32."""
 
     def __init__(self, inputs: tuple[TensorSpec, ...], metadata: Mapping[str, Any]):
         self.inputs = inputs
@@ -46,6 +46,8 @@ class Border:
                     "have 32 bits. Pass numbers between -2147483648 and 2147483647."
                 )
             array = narrow
+        if array.dtype == np.float16:
+            array = array.astype(np.float32)
         turned = np.moveaxis(array, 1, -1) if name in self._turned_inputs else array
         return np.asarray(turned, order="C")
 
@@ -71,17 +73,21 @@ class TfliteSession(Session):
     def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Outputs by name. See `protocol.Session.run`."""
         self._set(inputs)
-        self._invoke()
-        # `get_tensor` copies: the next call overwrites the tensor itself.
-        return {
-            n: self._border.taken(n, self._interpreter.get_tensor(i)) for n, i in self._output_index.items()
-        }
+        return self.computed(self._invoke)
 
     def prepare(self, inputs: Mapping[str, np.ndarray]) -> Callable[[], object]:
         """Copy the inputs into the interpreter once; it keeps them, and only inference is timed."""
         self._set(inputs)
         invoke: Callable[[], object] = self._interpreter.invoke
         return invoke
+
+    def computed(self, once: Callable[[], object]) -> dict[str, np.ndarray]:
+        """What one call of `once` computes. See `protocol.Session.computed`."""
+        once()
+        # `get_tensor` copies: the next call overwrites the tensor itself.
+        return {
+            n: self._border.taken(n, self._interpreter.get_tensor(i)) for n, i in self._output_index.items()
+        }
 
     def _set(self, inputs: Mapping[str, np.ndarray]) -> None:
         for name, array in self._border.given(inputs).items():
