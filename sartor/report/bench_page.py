@@ -308,7 +308,7 @@ def _models(report: Report) -> str:
         for model in report["models"]
     ]
     titles = ("Model", "Inputs", "MACs", "Parameters", "Weights", "SHA-256, first 16")
-    return section("Models", "Of one sample.", markup.marked_table(rows, titles, "<<>>><"))
+    return section("Models", "Of one sample.", markup.marked_table(rows, titles, "<" * len(titles)))
 
 
 def _conditions(report: Report) -> str:
