@@ -19,7 +19,7 @@ from sartor import backends
 from sartor.backends import isolation, process
 from sartor.backends.measure import measure, profile
 from sartor.backends.protocol import TargetOptions
-from sartor.errors import BackendError
+from sartor.errors import BackendError, UsageError
 
 
 @pytest.fixture(scope="module")
@@ -55,15 +55,10 @@ def test_a_death_is_seen_while_a_child_holds_the_pipe(registered, tmp_path, name
         lower(name, tmp_path / "a", time_limit_s=60.0)
     assert time.monotonic() - started < 15
     assert names(tmp_path) == []
-
-
-def test_the_child_of_a_dead_worker_is_ended(registered, tmp_path):
-    with pytest.raises(BackendError):
-        lower("lower-fork", tmp_path / "a", time_limit_s=60.0)
     deadline = time.monotonic() + 5
-    while workers() and time.monotonic() < deadline:
+    while name == "lower-fork" and workers() and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert workers() == []
+    assert name == "lower-daemon" or workers() == []
 
 
 def workers():
@@ -102,6 +97,8 @@ def test_a_session_outlives_the_thread_that_made_it(artifact):
     thread.join()
     time.sleep(0.3)  # a signal for its end would have come
     with made[0] as session:
+        with pytest.raises(UsageError, match="Input 'x' is a list; a session takes numpy arrays"):
+            session.run({"x": [[1.0]]})
         assert session.run(x)["y"].shape == made[1]["y"].shape == (1,)
 
 
@@ -157,7 +154,7 @@ def test_files_may_have_any_name(registered, tmp_path):
     ],
 )
 def test_what_is_no_artifact_is_the_backends_defect(registered, tmp_path, name, says):
-    old = lower("of-its-own-name", tmp_path / "a")
+    old = backends.get("of-its-own-name").lower(small_cnn(4), tmp_path / "a", TargetOptions())
     with pytest.raises(BackendError, match=f"'{name}' reported success.*{says}.*defect of the backend") as e:
         lower(name, tmp_path / "a")
     assert "Write one with" not in str(e.value)

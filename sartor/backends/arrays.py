@@ -7,6 +7,22 @@ from pathlib import Path
 
 import numpy as np
 
+from sartor.errors import UsageError
+
+
+def require_arrays(inputs: Mapping[str, object]) -> None:
+    """Refuse whatever numpy would have to guess an element type for.
+
+    Raises:
+        UsageError: an input is no numpy array.
+    """
+    for name, value in inputs.items():
+        if not isinstance(value, np.ndarray):
+            raise UsageError(
+                f"Input '{name}' is a {type(value).__name__}; a session takes numpy arrays. Make one of it with "
+                "the type of the input."
+            )
+
 
 def save_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     """Write arrays to an `.npz` file."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from sartor import backends
 from sartor.backends import manifest, process
-from sartor.backends.arrays import load_arrays, save_arrays
+from sartor.backends.arrays import load_arrays, require_arrays, save_arrays
 from sartor.backends.artifact import mismatch, replacing
 from sartor.backends.legality import require_legal
 from sartor.backends.protocol import Artifact, TargetOptions
@@ -135,9 +135,10 @@ class Session:
         """Outputs by name.
 
         Raises:
-            UsageError: an input is missing, unknown, or of the wrong type or shape.
+            UsageError: an input is missing, unknown, no numpy array, or of the wrong type or shape.
             BackendError: the runtime failed, crashed or did not finish; its last log lines are notes.
         """
+        require_arrays(inputs)
         given, made = Path(self._folder.name) / "inputs.npz", Path(self._folder.name) / "outputs.npz"
         save_arrays(given, inputs)
         self._worker.ask(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from sartor.backends.arrays import require_arrays
 from sartor.backends.artifact import check_inputs, concrete_shapes
 from sartor.backends.protocol import TensorSpec
 from sartor.errors import BackendError, UsageError
@@ -115,11 +116,7 @@ class BundleSession:
 
     def _check(self, inputs: Mapping[str, np.ndarray]) -> int:
         """The number of samples."""
-        specs = {tensor.name: tensor for tensor in self.inputs}
-        for name, array in inputs.items():
-            if not isinstance(array, np.ndarray):
-                wanted = f" of type {specs[name].dtype}" if name in specs else ""
-                raise UsageError(f"Input '{name}' is a {type(array).__name__}; give a numpy array{wanted}.")
+        require_arrays(inputs)
         sizes = concrete_shapes(self.inputs, {name: array.shape for name, array in inputs.items()})
         check_inputs(self.inputs, sizes, inputs)
         empty = next((name for name, array in inputs.items() if not array.size), None)
@@ -127,7 +124,7 @@ class BundleSession:
             raise UsageError(
                 f"Input '{empty}' has shape {list(inputs[empty].shape)}; give at least 1 sample."
             )
-        first = next((name for name in specs if name in self._per_sample), None)
+        first = next((t.name for t in self.inputs if t.name in self._per_sample), None)
         return len(inputs[first]) if first is not None else 1
 
 
