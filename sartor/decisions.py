@@ -94,12 +94,12 @@ class Decision:
 
     def _far(self, chosen: np.ndarray, reference: Arrays) -> np.ndarray:
         """The error of each element of `chosen`, shaped as the result of the node."""
+        if self.condition is not None:
+            return self._far_of_where(self.condition, chosen, reference)
         operands = [np.asarray(reference[name], np.float64) for name in self.operands]
         sizes = [
             _largest(a) for name, a in zip(self.operands, operands, strict=True) if name in self.computed
         ]
-        if self.condition is not None:
-            return self._far_of_where(chosen, *operands, reference)
         if self.node.op_type in _BY_INDEX:
             return _ratio(_behind_the_best(self.node, operands[0], chosen), 2 * sum(sizes))
         if self.node.op_type in _COMPARISONS:
@@ -111,13 +111,11 @@ class Decision:
     def _size(self, reference: Arrays) -> float:
         return max(_largest(np.asarray(reference[name], np.float64)) for name in self.operands)
 
-    def _far_of_where(
-        self, chosen: np.ndarray, a: np.ndarray, b: np.ndarray, reference: Arrays
-    ) -> np.ndarray:
-        assert self.condition is not None and self.node.inputs[0] is not None
-        holds = np.asarray(reference[self.node.inputs[0].name or ""]).astype(bool)
-        inner = np.asarray(reference[self.condition.result], np.float64)
-        turned = self.condition._far(1.0 - inner, reference).reshape(holds.shape)
+    def _far_of_where(self, condition: Decision, chosen: np.ndarray, reference: Arrays) -> np.ndarray:
+        a, b = (np.asarray(reference[name], np.float64) for name in self.operands)
+        holds = np.asarray(reference[self.node.inputs[0].name or ""]).astype(bool)  # type: ignore[union-attr]
+        inner = np.asarray(reference[condition.result], np.float64)
+        turned = condition._far(1.0 - inner, reference).reshape(holds.shape)
         size = self._size(reference)
         as_given = _ratio(np.abs(chosen - np.where(holds, a, b)), size)
         otherwise = _ratio(np.abs(chosen - np.where(holds, b, a)), size)
@@ -238,7 +236,8 @@ def _decision(value: ir.Value, types: Types) -> Decision | None:
 
 
 def _is_float(value: ir.Value | None, types: Types) -> bool:
-    return value is not None and value.name in types and types[value.name].is_floating_point()
+    name = value.name if value is not None else None
+    return name is not None and name in types and types[name].is_floating_point()
 
 
 def _inputs(decision: Decision) -> Iterator[ir.Value]:

@@ -329,9 +329,9 @@ class _Comparison:
             return None, f"the place is not known: with all values as outputs it cannot be lowered: {error}"
         expected = Reference(tapped, [inputs]).on(0)
         for name, node in makers.items():
-            error = relative_error({name: expected[name]}, found)
-            if not error <= self.limit:
-                return node, f"error {error:.3g} there, with every value as an output"
+            far = relative_error({name: expected[name]}, found)
+            if not far <= self.limit:
+                return node, f"error {far:.3g} there, with every value as an output"
         return None, "with every value as an output no node differs: it is an error of a fusion"
 
 

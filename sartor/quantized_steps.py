@@ -108,9 +108,9 @@ def first_float(
     outputs = {value.name for value in program.graph.outputs}
     own, _ = _on_own_values(program, [n for n in floats if n not in outputs])(reference.samples[index], found)
     for name in makers:
-        error = relative_error({name: own[name]}, found) if name in floats else 0.0
-        if not error <= limit:
-            return makers[name], f"error {error:.3g} there, on the target's own quantized values"
+        far = relative_error({name: own[name]}, found) if name in floats else 0.0
+        if not far <= limit:
+            return makers[name], f"error {far:.3g} there, on the target's own quantized values"
     return (
         None,
         "with every value behind the quantized ones as an output no node differs: an error of a fusion",
@@ -179,7 +179,8 @@ def _on_own_values(program: Program, taps: Collection[str]) -> Any:
             if found.shape != result.shape:
                 steps[name] = _OF_ANOTHER_SHAPE
                 return result
-            gap = (result.to(torch.int64) - found.to(torch.int64)).abs()
+            wide = torch.int16 if result.itemsize == found.itemsize == 1 else torch.int64
+            gap = (result.to(wide) - found.to(wide)).abs()
             steps[name] = int(gap.max()) if gap.numel() else 0
             return found.to(result.dtype)
 
