@@ -143,9 +143,9 @@ def _failed(program: Program, chosen: Collection[str], error: Exception) -> Back
         if node.name in chosen and words.intersection(around):
             at = f" at node {program.where(node)}"
             break
+    line = text.splitlines()[0][:500].rstrip(".")
     return BackendError(
-        f"ONNX Runtime could not quantize the program{at}: {text.splitlines()[0][:500]} Leave the node in float "
-        "with 'keep'."
+        f"ONNX Runtime could not quantize the program{at}: {line}. Leave the node in float with 'keep'."
     )
 
 
