@@ -11,7 +11,8 @@ from builders import node, program_from_nodes, random_inputs, relative_error
 
 from sartor import backends
 from sartor.backends.protocol import TargetOptions
-from sartor.backends.tflite_micro import arena
+from sartor.backends.tflite import legality as tflite
+from sartor.backends.tflite_micro import arena, legality
 from sartor.errors import BackendError, UsageError
 from sartor.ir.fx import run_twin
 
@@ -65,14 +66,44 @@ def test_an_arena_that_is_too_small_is_an_error(lowered):
     assert raised.value.__notes__[0]
 
 
-def test_what_it_has_no_kernel_for_fails_lowering(tmp_path):
-    nodes = [node("Conv", ["x", "w"], ["y"], "volume")]  # CONV_3D
-    program = program_from_nodes(
-        nodes, {"x": (1, 2, 4, 4, 4)}, ["y"], {"w": np.ones((3, 2, 2, 2, 2), np.float32)}
-    )
-    with pytest.raises(BackendError, match="TensorFlow Lite Micro could not load the model"):
-        backends.get("tflite-micro").lower(program, tmp_path / "out", F32)
+def test_what_it_has_no_kernel_for_fails_lowering(tmp_path, monkeypatch):
+    """By a rule, before anything is converted; and where no rule says it, by the allocator."""
+    nodes = [node("Pow", ["x", "e"], ["y"], "power")]
+    program = program_from_nodes(nodes, {"x": (1, 4)}, ["y"], {"e": np.float32(2.7)})
+    backend = backends.get("tflite-micro")
+    with pytest.raises(BackendError, match=r"Node 'power': The exponent is the constant 2.*\[square\]"):
+        backend.lower(program, tmp_path / "out", F32)
+    monkeypatch.setattr(legality, "rules", lambda: tflite.RULES)
+    with pytest.raises(BackendError, match=r"TensorFlow Lite Micro could not load the model: .*POW"):
+        backend.lower(program, tmp_path / "out", F32)
     assert not (tmp_path / "out").exists()
+
+
+SPELLED = (
+    *(("Gelu", {}), ("Gelu", {"approximate": "tanh"}), ("HardSigmoid", {}), ("Elu", {"alpha": 0.7})),
+    *(("Softplus", {}), ("AveragePool", {"kernel_shape": [3, 3], "strides": [2, 2], "pads": [1, 1, 1, 0]})),
+    ("Pad", {"mode": "reflect"}),
+)
+
+
+def test_operators_that_are_spelled_otherwise(tmp_path):
+    """What has no kernel under its own name computes the same under others: one conversion for all."""
+    nodes = [
+        node(op_type, ["x", *(["pads"] if op_type == "Pad" else [])], [f"y{i}"], f"n{i}", **attributes)
+        for i, (op_type, attributes) in enumerate(SPELLED)
+    ]
+    outputs = [f"y{i}" for i in range(len(SPELLED))]
+    pads = np.array([0, 0, 1, 2, 0, 0, 2, 1])
+    program = program_from_nodes(nodes, {"x": (1, 3, 5, 6)}, outputs, {"pads": pads})
+    backend = backends.get("tflite-micro")
+    artifact = backend.lower(program, tmp_path / "out", F32)
+    feeds = {"x": 3 * np.random.default_rng(0).standard_normal((1, 3, 5, 6)).astype(np.float32)}
+    expected, found = run_twin(program, feeds), backend.load(artifact, F32).run(feeds)
+    for (op_type, _), name in zip(SPELLED, outputs, strict=True):
+        assert relative_error({name: expected[name]}, {name: found[name]}) < 1e-5, op_type
+    kinds = {o["op_type"] for o in artifact.metadata["operators"]}
+    assert "SELECT_V2" in kinds and "MAXIMUM" in kinds
+    assert not {"SELECT", "GELU", "RELU_0_TO_1", "STABLEHLO_REDUCE_WINDOW"} & kinds
 
 
 def test_batch_and_precision(program, lowered, tmp_path):

@@ -32,6 +32,7 @@ _DEQUANTIZE = OPERATORS["DequantizeLinear"].function
 _RESIZE = OPERATORS["Resize"].function
 _CONV_TRANSPOSE = OPERATORS["ConvTranspose"].function
 _AVERAGE_POOL = OPERATORS["AveragePool"].function
+_PAD = OPERATORS["Pad"].function
 _INT8 = (-128, 127, torch.int8)
 _STEP = re.compile(r"\.modules\.\w+?_n(\d+)\b")
 
@@ -132,6 +133,8 @@ def _replace(twin: fx.GraphModule, item: fx.Node, key: str) -> None:
         step = Step(_conv_transpose, dict(item.kwargs))
     elif item.target is _AVERAGE_POOL:
         step = Step(_average_pool, dict(item.kwargs))
+    elif item.target is _PAD:
+        step = Step(_pad, dict(item.kwargs))
     elif item.target is _RESIZE:
         step = Step(_resize, dict(item.kwargs))
     elif item.op == "call_module":
@@ -201,6 +204,20 @@ def _average_pool(
     shares: Tensor = _AVERAGE_POOL(torch.tensor(ones[None, None].tolist()), **rest)
     y: Tensor = _AVERAGE_POOL(functional.pad(x, around), **rest)
     return y / shares
+
+
+def _pad(x: Tensor, pads: Any, value: Any = None, axes: Any = None, *, mode: str = "constant") -> Tensor:
+    """The twin's Pad; which positions are repeated is a constant here, and in the twin's trace it is computed."""
+    if mode == "constant" or min(pads) < 0:
+        result: Tensor = _PAD(x, pads, value, axes, mode=mode)
+        return result
+    chosen = list(axes) if axes is not None else list(range(x.dim()))
+    modes: Any = mode  # numpy has the same names
+    for begin, end, axis in zip(pads, pads[len(chosen) :], chosen, strict=False):
+        if begin or end:
+            positions = np.pad(np.arange(x.shape[axis]), (begin, end), mode=modes)
+            x = torch.index_select(x, axis, torch.tensor(positions.tolist()))
+    return x
 
 
 def _resize(x: Tensor, *operands: Any, mode: str = "nearest", **attributes: Any) -> Tensor:

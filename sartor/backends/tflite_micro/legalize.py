@@ -1,6 +1,7 @@
 """What the conversion needs rewritten: as for `tflite`, and Gelu, for which the portable kernels have nothing.
 
-`Gelu(x) = x/2 · (1 + erf(x/√2))`, or with `approximate` = tanh `x/2 · (1 + tanh(√(2/π) · (x + 0.044715 x³)))`.
+`Gelu(x) = x/2 · (1 + erf(x/√2))`. With `approximate` = tanh it is `x/2 · (1 + tanh(u)) = x · sigmoid(2u)` where
+`u = √(2/π) · (x + 0.044715 x³)`; of the first spelling the converter would make a Gelu again.
 """
 
 from __future__ import annotations
@@ -51,11 +52,12 @@ class _Spelled:
         if self._gelu.attributes.get_string("approximate", "none") == "tanh":
             cube = self._node("Mul", self._node("Mul", x, x), x)
             inner = self._node("Add", x, self._node("Mul", cube, self._number(_CUBIC)))
-            curve = self._node("Tanh", self._node("Mul", inner, self._number(math.sqrt(2 / math.pi))))
+            curve = self._node("Sigmoid", self._node("Mul", inner, self._number(2 * math.sqrt(2 / math.pi))))
+            y = self._node("Mul", x, curve)
         else:
             curve = self._node("Erf", self._node("Mul", x, self._number(math.sqrt(0.5))))
-        half = self._node("Mul", x, self._number(0.5))
-        y = self._node("Mul", half, self._node("Add", curve, self._number(1.0)))
+            half = self._node("Mul", x, self._number(0.5))
+            y = self._node("Mul", half, self._node("Add", curve, self._number(1.0)))
         graph, old = self._program.graph, self._gelu.outputs[0]
         name = old.name
         for user, index in list(old.uses()):
