@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import gc
 import json
+import sys
 
 import null_backend
 import numpy as np
+import onnx
 import onnx_ir as ir
 import pytest
 from backend_programs import small_cnn
 from builders import node, program_from_nodes, random_inputs, relative_error, run_reference
 
 from sartor import backends
+from sartor.backends import host
 from sartor.backends.artifact import MANIFEST, open_artifact
+from sartor.backends.onnxruntime import run
 from sartor.backends.protocol import Artifact, TargetOptions
 from sartor.errors import BackendError, UsageError
 from sartor.ir.dialect import insert_channel_gate
@@ -107,6 +111,60 @@ def test_onnxruntime_is_specialised_for_the_shape(program, tmp_path):
     fixed, free = backend.load(artifact, AT_BATCH_1), backend.load(artifact, TargetOptions())
     assert fixed.settings["input_shapes"] == {"x": [1, 3, 16, 16]}
     assert free.settings["input_shapes"] == {"x": ["N", 3, 16, 16]}
+
+
+def test_the_optimised_graph_lies_beside_the_artifact(program, tmp_path):
+    backend = backends.get("onnxruntime")
+    artifact = backend.lower(program, tmp_path / "out", TargetOptions(threads=2))
+    assert artifact.files == ("model.onnx", "model.optimized.onnx")
+    assert artifact.main_file.read_bytes() == program.to_bytes()
+    optimized = onnx.load(artifact.folder / "model.optimized.onnx")
+    assert next(n.op_type for n in optimized.graph.node if "Conv" in n.op_type) == "FusedConv"
+    assert "BatchNormalization" not in {n.op_type for n in optimized.graph.node}
+    assert optimized.graph.input[0].type.tensor_type.shape.dim[0].dim_param == "N"
+    assert artifact.metadata["optimized_graph"] == {
+        "file": "model.optimized.onnx",
+        "graph_optimization_level": "extended",
+        "execution_mode": "sequential",
+        "provider": "CPUExecutionProvider",
+        "intra_op_threads": 2,
+        "inter_op_threads": 1,
+    }
+    feeds = random_inputs(program)
+    session = backend.compile(optimized.SerializeToString(), TargetOptions())
+    assert relative_error(run_reference(program, feeds), session.run(feeds)) < 1e-5
+
+
+def test_a_graph_that_cannot_be_kept_stops_nothing(program, tmp_path, monkeypatch):
+    def refused(model, options):
+        (tmp_path / "seen").write_text(model)
+        raise BackendError("planted")
+
+    monkeypatch.setattr(run, "create", refused)
+    artifact = backends.get("onnxruntime").lower(program, tmp_path / "out", TargetOptions())
+    assert artifact.files == ("model.onnx",) and (tmp_path / "seen").exists()
+    assert artifact.metadata["optimized_graph"] == {"reason": "planted"}
+    assert {p.name for p in artifact.folder.iterdir()} == {"model.onnx", MANIFEST}
+
+
+def test_legality_needs_no_vendor(program, monkeypatch):
+    for module in (
+        "onnxruntime",
+        "openvino",
+        "ai_edge_litert",
+        "litert_torch",
+        "tflite_micro",
+        "tensorrt_rtx",
+    ):
+        monkeypatch.setitem(sys.modules, module, None)
+    for name in (*NAMES, "tflite", "tflite-micro", "reference"):
+        assert backends.get(name).legality(program, TargetOptions()).ok, name
+
+
+def test_bfloat16_is_told_by_the_processor_s_flags():
+    openvino = pytest.importorskip("openvino")
+    told = openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    assert host.bfloat16() == ("BF16" in told)
 
 
 def test_artifact_round_trips_without_any_path(lowered, tmp_path):
@@ -276,7 +334,6 @@ def test_legality_names_rule_and_observed(lowered, program, tmp_path):
 
 
 def test_legality_looks_into_branches():
-    import onnx
     from onnx import helper
 
     inner = helper.make_graph(

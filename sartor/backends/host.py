@@ -64,6 +64,12 @@ def integer_dot() -> bool:
     return not {"avx512_vnni", "avx_vnni", "amx_int8", "asimddp"}.isdisjoint(flags)
 
 
+def bfloat16() -> bool:
+    """Whether the processor computes in bfloat16: by AVX-512, AMX or AVX-NE-CONVERT, or on 64-bit ARM."""
+    flags = (_cpuinfo().get("flags") or _cpuinfo().get("Features") or "").split()
+    return not {"avx512_bf16", "amx_bf16", "avx_ne_convert", "bf16"}.isdisjoint(flags)
+
+
 def load_average() -> tuple[float, ...]:
     """1, 5 and 15 minute load, or empty where the system has none."""
     try:

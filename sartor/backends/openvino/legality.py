@@ -82,8 +82,7 @@ def rules() -> Rules:
 
 def supported_precisions() -> tuple[str, ...]:
     """Precisions on this CPU: bf16 only where it has the instructions; the others run everywhere."""
-    has = _cpu_computes_in()
-    return tuple(p for p in PRECISIONS if p != "bf16" or "BF16" in has)
+    return tuple(p for p in PRECISIONS if p != "bf16" or host.bfloat16())
 
 
 def computed_in(precision: str) -> str:
@@ -92,17 +91,14 @@ def computed_in(precision: str) -> str:
     A program in f16 is computed in f32 by a CPU without such instructions.
     """
     if precision == "f16":
-        return "f16" if "FP16" in _cpu_computes_in() else "f32"
+        openvino = telemetry.import_vendor("openvino", REQUIREMENT)
+        computes_in = openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+        return "f16" if "FP16" in computes_in else "f32"
     return "bf16" if precision == "bf16" else "f32"
 
 
-def _cpu_computes_in() -> list[str]:
-    openvino = telemetry.import_vendor("openvino", REQUIREMENT)
-    return list(openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"))
-
-
 def check(program: Program, options: TargetOptions) -> LegalityReport:
-    """Apply the rule tables to a legalized program."""
+    """Apply the rule tables to a legalized program; no vendor package is imported."""
     require_precision(NAME, supported_precisions(), options)
     return check_rules(program, options, rules())
 
