@@ -110,6 +110,22 @@ def test_grids_agree_with_capabilities(name):
             assert step > 0 and step & (step - 1) == 0, "a power of two: steps of two readers have a multiple"
 
 
+@pytest.mark.parametrize("name", docs.builtin())
+def test_every_target_says_what_fuses(name):
+    text = document(name).split("## Fusion")[1]
+    fuses = backends.get(name).capabilities().fuses
+    assert ("None is declared" in text) == (not fuses) == (name == "reference")
+    assert all(f"| `{op}` |" in text for op in fuses)
+
+
+def test_the_microcontroller_runs_what_tflite_fused():
+    try:
+        found = backends.get("tflite-micro").capabilities()
+    except UsageError as error:
+        pytest.skip(str(error))
+    assert found.fuses == backends.get("tflite").capabilities().fuses
+
+
 # ---- fusion --------------------------------------------------------------------------------------
 RNG = np.random.default_rng(0)
 

@@ -167,7 +167,7 @@ def _grid(backend: Backend, precisions: Iterable[str]) -> list[str]:
 
 def _fusion(fuses: Mapping[str, tuple[str, ...]]) -> list[str]:
     if not fuses:
-        return ["Nothing is declared."]
+        return ["None is declared: every operator counts as a kernel of its own."]
     lines = [
         "What runs inside the kernel of an operator when it follows it:",
         "",

@@ -1,4 +1,4 @@
-"""What the FX twin takes: the canonical table, in whatever precision the program has."""
+"""What the FX twin takes: the canonical table, in whatever precision the program has. It fuses nothing."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 Channel grid, declared and not measured (there was no GPU): NVIDIA's layouts for int8 hold 32 channels side by
 side, tensor cores read float16 in rows of 16 bytes, 8 channels; of float32, 16 bytes are 4. Documented in its
-performance guide under "optimizing for tensor cores".
+performance guide under "optimizing for tensor cores". What fuses is declared from the same documentation.
 
 What the parser does without a word, and is a rule for that reason: it computes float64 in float32 and changes the
 type of inputs and outputs with it; it reads opsets newer than those it is documented for.
@@ -39,6 +39,8 @@ OPSETS = (9, 25)
 MAX_RANK = 8
 _GRID = {"f32": 4, "f16": 8, "int8": 32}
 _GRID_OPS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+FUSES = {"Conv": ("BatchNormalization", "Bias", "Add", "Relu", "Clip", "Gelu")}
+"""From the vendor's documentation ("types of fusions"), not observed: a build without a GPU does not tell it."""
 _TYPES = ("FLOAT", "FLOAT16", "BFLOAT16", "INT32", "INT64", "BOOL", "INT8")
 _GEMMS = ("Einsum", "GRU", "Gemm", "LSTM", "MatMul", "RNN")
 _TURING = "7.5"
@@ -181,10 +183,11 @@ def capabilities(settings: Settings, name: str = NAME) -> Capabilities:
         channel_grid={(op, p): _GRID[p] for op in _GRID_OPS for p in PRECISIONS},
         control_flow=True,
         max_rank=MAX_RANK,
+        fuses=FUSES,
         notes=(
             f"Engines are built for compute capability {built}, strongly typed, TF32 off, at fixed shapes.",
             "Running, verifying and measuring were written without a GPU and are untested.",
-            "The channel grid is declared from the vendor's documentation, not measured.",
+            "Channel grid and fusion are declared from the vendor's documentation, not measured.",
             f"'{flavour.module}' is under its vendor's proprietary licence.",
         ),
         not_run_here=cuda.why_not(settings.compute_capabilities if flavour.ahead_of_time else ()),
