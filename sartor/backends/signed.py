@@ -78,13 +78,11 @@ def _shift(graph: ir.Graph, node: ir.Node) -> None:
 def _shift_input(graph: ir.Graph, node: ir.Node, index: int) -> None:
     """Let a node read its integers less 128; nodes that read the same constant share the new one."""
     old = node.inputs[index] if index < len(node.inputs) else None
-    if old is None:  # a zero point that is not given is 0
+    array = _array(old)
+    name = f"{old.name}/int8" if old is not None else f"{node.name}/zero_point/int8"
+    if array is None:  # a zero point that is not given is 0
         scale = _array(node.inputs[1])
         array = np.zeros(scale.shape if scale is not None else (), np.uint8)
-        name = f"{node.name}/zero_point/int8"
-    else:
-        array, name = _array(old), f"{old.name}/int8"
-        assert array is not None
     value = graph.initializers.get(name)
     if value is None:
         signed = (array.astype(np.int16) - 128).astype(np.int8)

@@ -63,7 +63,7 @@ def _element_types(program: Program, options: TargetOptions) -> Check:
         types = program.types()
     except ModelError as error:
         return False, f"types are not known: {error}"
-    allowed = {
+    allowed: dict[str, set[str | None]] = {
         "INT8": {name for node in program.nodes() if node.op_type in QDQ for name in _names(node)},
         "UINT8": {v.name for v in program.graph.inputs if all(u.op_type == "Cast" for u, _ in v.uses())},
     }

@@ -164,8 +164,11 @@ class _Own:
         return [e for e in found if e.stored.dtype in kinds] or self._zero_biases(tensor)
 
     def _zero_biases(self, tensor: Parameters) -> list[_Entry]:
-        made = []
-        for name in tensor.readers if tensor.dtype == "INT32" and tensor.numbers is not None else ():
+        made: list[_Entry] = []
+        if tensor.dtype != "INT32" or tensor.numbers is None:
+            return made
+        zeros = np.zeros(tensor.numbers.size, np.int32)
+        for name in tensor.readers:
             node = self.nodes.get(name)
             if node is None or node.op_type not in (*_WITH_BIAS, "MatMul"):
                 continue
@@ -173,7 +176,6 @@ class _Own:
             pairs = [_parameters(source) if source is not None else None for source in sources]
             if pairs[0] is not None and pairs[1] is not None:
                 scales = tuple(pairs[0][0][0] * scale for scale in pairs[1][0])
-                zeros = np.zeros(tensor.numbers.size, np.int32)
                 made.append(
                     _Entry("", frozenset(), frozenset(), scales, (0,) * len(scales), zeros, 0, ((0,),))
                 )
@@ -270,9 +272,10 @@ def _orders(layer: ir.Node, stored: np.ndarray) -> Iterator[tuple[int, ...]]:
     elif layer.op_type == "ConvTranspose" and stored.ndim > 1:
         yield (*plain[1:], 0)
     elif layer.op_type in ("Gemm", "MatMul"):
-        if not layer.attributes.get_int("transB", 0):
+        transposed = layer.attributes.get_int("transB", 0) == 1
+        if not transposed:
             yield (*plain[:-2], *reversed(plain[-2:]))
-        if layer.op_type == "MatMul" or stored.ndim == 1 or layer.attributes.get_int("transB", 0):
+        if layer.op_type == "MatMul" or stored.ndim == 1 or transposed:
             yield plain
     else:
         yield plain
