@@ -19,6 +19,7 @@ from sartor import backends
 from sartor.backends import isolation, process
 from sartor.backends.measure import measure, profile
 from sartor.backends.protocol import TargetOptions
+from sartor.cli import main
 from sartor.errors import BackendError, UsageError
 
 
@@ -226,3 +227,19 @@ def test_variables_are_the_workers_own(monkeypatch):
     with process.Worker(threads=1, variables={"PLANTED": "1"}):
         pass
     assert seen[0]["PLANTED"] == "1" and "PLANTED" not in os.environ
+
+
+def test_options_of_the_command_line_are_these_limits(registered, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("CI", "1")
+    small_cnn(4).save(tmp_path / "m.onnx")
+
+    def command(target, *options):
+        arguments = ["lower", str(tmp_path / "m.onnx"), "--target", target, "-o", str(tmp_path / "a")]
+        return main([*arguments, "--no-verify", *options]), capsys.readouterr().err
+
+    code, err = command("lower-hang", "--time-limit", "2.5")
+    assert code == 2 and "did not finish within 2.5 s" in err and "'sartor lower --time-limit'" in err
+    code, err = command("lower-hog", "--memory-limit", "2")
+    assert code == 2 and "MemoryError" in err and not (tmp_path / "a").exists()
+    assert command("lower-hog", "--memory-limit", "1e-10")[0] == 2  # less than a byte is not no limit
+    assert command("lower-hog")[0] == 0 and (tmp_path / "a" / "half").is_file()

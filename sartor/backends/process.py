@@ -80,7 +80,7 @@ class Worker:
         module: str = "sartor.backends.worker",
     ):
         self._given_limit = memory_limit_bytes
-        self._memory = memory_limit_bytes or default_memory_limit(threads)
+        self._memory = default_memory_limit(threads) if memory_limit_bytes is None else memory_limit_bytes
         self._log = tempfile.TemporaryFile()  # noqa: SIM115  # it lives as long as the process
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-m", module],
@@ -224,7 +224,7 @@ def _died(
     lines = log.read().decode(errors="replace").splitlines()
     if expired or any(line.startswith("Timeout (") for line in lines):
         what = (
-            f"did not finish within {time_limit_s:.0f} s and was stopped. Raise its time limit ('time_limit_s', "
+            f"did not finish within {time_limit_s:g} s and was stopped. Raise its time limit ('time_limit_s', "
             "'sartor lower --time-limit')"
         )
     elif code < 0:

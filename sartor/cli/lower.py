@@ -51,6 +51,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--seed", type=arguments.seed, default=0, help="of random samples and data splits (0)"
     )
     parser.add_argument("--no-verify", action="store_true", help="compare nothing, and say so")
+    parser.add_argument(
+        "--time-limit",
+        type=arguments.positive_number,
+        metavar="S",
+        help="of the target's compiler, which is ended after it (1800)",
+    )
+    parser.add_argument(
+        "--memory-limit",
+        type=arguments.positive_number,
+        metavar="GIB",
+        help="of the address space of the target's compiler (the memory that is there, and 8)",
+    )
 
 
 def run(options: argparse.Namespace) -> Result:
@@ -100,7 +112,15 @@ def run(options: argparse.Namespace) -> Result:
             verification.clear()
             verification.update(verified=True, summary=found.summary(), **found.to_dict())
 
-    artifact = isolation.lower(options.target, written, folder, target, check=check)
+    artifact = isolation.lower(
+        options.target,
+        written,
+        folder,
+        target,
+        time_limit_s=options.time_limit or isolation.TIME_LIMIT_S,
+        memory_limit_bytes=int(options.memory_limit * 2**30) if options.memory_limit else None,
+        check=check,
+    )
     sizes = {name: (folder / name).stat().st_size for name in artifact.files}
     lines = [f"wrote {folder / name} ({count(size, 'B')})" for name, size in sizes.items()]
     lines += [f"in float32: '{r.node}': {r.reason}" for r in left]
