@@ -20,6 +20,7 @@ from sartor.backends.node_rules import (
     numbers,
     operand,
     rank_at_most,
+    type_of,
 )
 from sartor.backends.tflite import operators as tflite
 
@@ -58,6 +59,12 @@ def _no_strides(program: Program, node: ir.Node) -> Check:
     return all(step == 1 for step in strides), f"strides={strides}"
 
 
+def _repeated_type(program: Program, node: ir.Node) -> Check:
+    kind = type_of(program, operand(node, 0))
+    mode = attribute_of(node, "mode", "constant")
+    return mode == "constant" or kind in (None, "FLOAT"), f"'{mode}' of type {(kind or 'unknown').lower()}"
+
+
 OPERATORS = merged(
     tflite.OPERATORS,
     {
@@ -83,10 +90,13 @@ OPERATORS = merged(
         "Gather": (constant(1, "indices", "The indices are a constant."),),
         "GatherND": (constant(1, "indices", "The indices are a constant."),),
         "MaxPool": (rank_at_most(4, _IMAGES),),
+        "Pad": (
+            NodeRule("repeated-type", "What is padded with its own values is of type float.", _repeated_type),
+        ),
         "Pow": (NodeRule("square", "The exponent is the constant 2: that is a product.", _square),),
         "SpaceToDepth": (not_converted("It is a TRANSPOSE of 6 axes; the kernel takes 5."),),
         "Tile": (rank_at_most(2, "The input has at most 2 axes: the kernel takes twice as many, up to 5."),),
     },
-    missing_types({"INT32": "GatherND.T Trilu.T Where.T", "INT64": "GatherND.T Trilu.T Where.T"}),
+    missing_types(dict.fromkeys(("INT32", "INT64"), "Gather.T GatherND.T Trilu.T Where.T")),
 )
 """Rules by operator."""
