@@ -119,6 +119,34 @@ def test_int8_weights_per_tensor_and_a_softmax_that_fits_stay_int8(tmp_path):
     assert np.abs(found["y"] - run_twin(program, feeds)["y"]).max() <= 2.01 / 256
 
 
+def test_int8_constants_with_a_zero_point(tmp_path):
+    """An addend has one like any activation; the weights of a layer have none."""
+    nodes = [
+        node("QuantizeLinear", ["x", "xs", "xz"], ["xq"], "qx"),
+        node("DequantizeLinear", ["xq", "xs", "xz"], ["xd"], "dx"),
+        node("DequantizeLinear", ["b", "bs", "bz"], ["bd"], "addend"),
+        node("Add", ["xd", "bd"], ["s"], "bias"),
+        node("QuantizeLinear", ["s", "ss", "xz"], ["sq"], "qs"),
+        node("DequantizeLinear", ["sq", "ss", "xz"], ["y"], "ds"),
+    ]
+    integers = np.random.default_rng(0).integers(-100, 100, 6).astype(np.int8)
+    constants = {
+        **{"xs": np.float32(0.02), "xz": np.int8(3), "ss": np.float32(0.06)},
+        **{"b": integers, "bs": np.float32(0.03), "bz": np.int8(17)},
+    }
+    program = program_from_nodes(nodes, {"x": (4, 6)}, ["y"], constants)
+    backend = backends.get("tflite")
+    artifact = backend.lower(program, tmp_path / "out", INT8)
+    assert [o["op_type"] for o in artifact.metadata["operators"]] == ["QUANTIZE", "ADD", "DEQUANTIZE"]
+    feeds = {"x": draw(4, 6, seed=3)}
+    found = backend.load(artifact, INT8).run(feeds)
+    assert np.abs(found["y"] - run_twin(program, feeds)["y"]).max() <= 1.01 * 0.06
+    weights = {**constants, "b": integers.reshape(6, 1)}
+    product = [*nodes[:3], node("MatMul", ["xd", "bd"], ["s"], "product"), *nodes[4:]]
+    report = backend.legality(program_from_nodes(product, {"x": (4, 6)}, ["y"], weights), INT8)
+    assert [(f.node, f.rule) for f in report.violations] == [("addend", "stored-parameters")]
+
+
 def test_f16_halves_the_file(tmp_path):
     wide = small_cnn(64)
     narrow = wide.clone()

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from sartor.ir.program import Program
 
+_LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 QDQ = ("QuantizeLinear", "DequantizeLinear")
 _MISSING = {
     "BitwiseAnd": "A flatbuffer has no operator for it.",
@@ -68,7 +69,10 @@ def _parameters(program: Program, node: ir.Node) -> Check:
         return False, "they are computed"
     if not stored and len(scale) > 1:
         return False, f"{len(scale)} scales of an activation"
-    return not (stored and any(zero_point or ())), f"{len(scale)} scales"
+    if not (stored and any(zero_point or ())):
+        return True, f"{len(scale)} scales"
+    layers = [user.op_type for user, _ in node.outputs[0].uses() if user.op_type in _LAYERS]
+    return len(scale) == 1 and not layers, f"zero point {zero_point} and {len(scale)} scales of a constant"
 
 
 _QUANTIZED = (
@@ -76,7 +80,7 @@ _QUANTIZED = (
     NodeRule(
         "stored-parameters",
         "Scale and zero point are constants: one of each for an activation; for a constant one or one per channel, "
-        "and the zero point is 0.",
+        "and the zero point is 0 where there are several, or where Conv, ConvTranspose, Gemm or MatMul reads it.",
         _parameters,
     ),
 )
