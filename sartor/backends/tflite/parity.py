@@ -12,7 +12,7 @@ What may differ, and is looked for by name:
 
 * A value that only a concatenation, a maximum over windows or another shape reads may be written in the scale of the
   result: the kernels want one scale, and rounding before is rounding afterwards.
-* A value that only another shape was given to, with the same parameters, need not have a tensor of its own.
+* A value that only another shape or a part was taken of, with the same parameters, need not have a tensor of its own.
 * A layer that the runtime has no integer kernel for computes in float32 between a DEQUANTIZE and a QUANTIZE. Its
   constants are the same numbers in float32.
 * A layer without a bias gets one of zeros, in the product of both scales.
@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 
 _PAIR = ("QuantizeLinear", "DequantizeLinear")
 _WITH_BIAS = ("Conv", "ConvTranspose", "Gemm")
-_ONE_SCALE = ("Concat", "Flatten", "Identity", "MaxPool", "Reshape", "Squeeze", "Transpose", "Unsqueeze")
-_SAME_INTEGERS = ("Flatten", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze")
+_SAME_INTEGERS = ("Flatten", "Gather", "Identity", "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze")
+_ONE_SCALE = ("Concat", "MaxPool", *_SAME_INTEGERS)
 _BIAS_TOLERANCE = 1e-6  # of the product of two scales, each rounded to float32
 _FLOAT_TOLERANCE = 1e-6  # of the product of an integer and a scale
 
@@ -97,7 +97,7 @@ class _Entry:
 
     Attributes:
         name: of the value or of the stored constant.
-        writers: the node that gives the value, and those before it that only another shape was given to; or the
+        writers: the node that gives the value, and those before it of which it is another shape or a part; or the
             graph input that it is. Empty for a constant.
         readers: nodes that read it, and graph outputs that it is.
         scales: one, or one per channel.
