@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 MINUTES ?= 1
-PYTEST_ARGS ?= -q
+PYTEST_ARGS ?= -q -n auto --dist worksteal
 ZOO_ARGS ?=
 BACKENDS ?= onnxruntime openvino reference tape
 # Converters of these take seconds a model: a part of the suite, about a minute each.
@@ -40,8 +40,9 @@ $(VENV)/.installed-%: $(BIN)/pip pyproject.toml constraints.txt
 demo: $(VENV)/.installed-demo
 	$(BIN)/python examples/digits/demo.py --minutes $(MINUTES)
 
+# As many processes as processors, so one thread in each.
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

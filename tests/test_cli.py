@@ -235,6 +235,9 @@ def test_sigterm_cleans_up_and_ends_the_worker(model, tmp_path):
     assert process.returncode == 143 and "sartor: error: Terminated.\n" in err
     assert json.loads(out)["exit_code"] == 143
     assert list((tmp_path / "tmp").iterdir()) == []
+    deadline = time.monotonic() + 10
+    while any(os.path.exists(f"/proc/{worker}") for worker in workers) and time.monotonic() < deadline:
+        time.sleep(0.02)  # who adopts an orphan waits for it in its own time
     assert not any(os.path.exists(f"/proc/{worker}") for worker in workers)
 
 
