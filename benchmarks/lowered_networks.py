@@ -32,12 +32,6 @@ class Lowered:
     seconds: float
     found: Any
 
-    @property
-    def bytes(self) -> int:
-        beside = self.artifact.metadata.get("optimized_graph", {}).get("file")  # for looking at
-        files = [file for file in self.artifact.files if file != beside]
-        return sum((self.artifact.folder / file).stat().st_size for file in files)
-
 
 def build(name: str) -> tuple[Any, tuple[Any, ...]]:
     """A network in inference mode, and its example inputs; `digits` is the small one of the examples."""
@@ -132,7 +126,7 @@ def lower(program: Any, target: str, precision: str, folder: Path, threads: int)
 
     options = TargetOptions(threads=threads, precision=precision)
     start = time.perf_counter()
-    artifact = isolation.lower(target, program, folder, options)
+    artifact = isolation.lower(target, program, folder, options, fresh=True)
     seconds = time.perf_counter() - start
     if backends.get(target).capabilities().not_run_here:
         return Lowered(artifact, seconds, None)

@@ -61,7 +61,7 @@ def examine(name: str, target: str, precision: str, threads: int) -> dict[str, A
         with tempfile.TemporaryDirectory(prefix="sartor-lowering-") as folder:
             start = time.perf_counter()
             made = lower(program, target, precision, Path(folder) / "artifact", threads)
-            row |= {"lower_s": round(made.seconds, 2), "bytes": made.bytes}
+            row |= {"lower_s": round(made.seconds, 2), "bytes": made.artifact.size_bytes}
             row["verify_s"] = round(time.perf_counter() - start - made.seconds, 2)
             if made.found is None:
                 return {**row, "filled": True, "executed": False, "not_run": capabilities.not_run_here}
@@ -88,18 +88,17 @@ def spawn(name: str, target: str, precision: str, options: argparse.Namespace) -
     """One cell in a process of its own; a hang or a crash becomes a row with the reason."""
     command = [sys.executable, __file__, "--worker", f"{name},{target},{precision}"]
     row: dict[str, Any] = {"model": name, "target": target, "precision": precision, "filled": False}
-    with tempfile.TemporaryDirectory(prefix="sartor-lowering-") as cache:  # a kept conversion takes no time
-        try:
-            done = subprocess.run(
-                [*command, "--threads", str(options.threads)],
-                capture_output=True,
-                text=True,
-                check=False,
-                timeout=options.limit,
-                env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "SARTOR_CACHE": cache},
-            )
-        except subprocess.TimeoutExpired:
-            return {**row, "reason": f"more than {options.limit:.0f} s"}
+    try:
+        done = subprocess.run(
+            [*command, "--threads", str(options.threads)],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=options.limit,
+            env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+        )
+    except subprocess.TimeoutExpired:
+        return {**row, "reason": f"more than {options.limit:.0f} s"}
     lines = [line for line in done.stdout.splitlines() if line.startswith(RESULT)]
     if not lines:
         last = (done.stderr.strip().splitlines() or [""])[-1][:200]

@@ -12,6 +12,7 @@ import lowering
 import pytest
 from backend_programs import small_cnn
 
+from sartor.backends import isolation
 from sartor.backends.protocol import KernelTime
 from sartor.backends.rounds import Round
 from sartor.errors import BackendError
@@ -57,17 +58,13 @@ def test_a_cell_that_cannot_be_measured_is_not_filled(monkeypatch):
     assert lowering.summarise([row])["reasons"] == {"BackendError: planted": 1}
 
 
-def test_a_worker_finds_no_earlier_conversion(monkeypatch):
-    seen = []
+def test_a_conversion_is_not_taken_from_a_cache(monkeypatch, tmp_path):
+    def lower(*arguments, fresh=False):
+        raise BackendError(f"planted; fresh: {fresh}")
 
-    def run(command, *, env, **_):
-        seen.append(env["SARTOR_CACHE"])
-        return types.SimpleNamespace(stdout="", stderr="planted end", returncode=1)
-
-    monkeypatch.setattr(lowering.subprocess, "run", run)
-    options = types.SimpleNamespace(threads=1, limit=1.0)
-    rows = [lowering.spawn("a", "tflite", "f32", options) for _ in range(2)]
-    assert len(set(seen)) == 2 and rows[0]["reason"] == "the process ended with 1: planted end"
+    monkeypatch.setattr(isolation, "lower", lower)
+    with pytest.raises(BackendError, match="fresh: True"):
+        lowered_networks.lower(small_cnn(width=8), "tflite", "f32", tmp_path / "out", 1)
 
 
 KERNELS = {

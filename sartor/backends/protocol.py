@@ -177,7 +177,8 @@ class Artifact:
         inputs: input contract; symbolic dimensions may take any size.
         outputs: output contract.
         shapes: reference shape per input, all concrete.
-        metadata: backend's own plain data (versions, settings).
+        metadata: backend's own plain data (versions, settings). Two keys have a meaning: `reproducible: False` where
+            equal programs give other bytes, and `not_needed_to_run`, names of files that are there to be looked at.
     """
 
     target: str
@@ -194,6 +195,12 @@ class Artifact:
     def main_file(self) -> Path:
         """Full path of the first file."""
         return self.folder / self.files[0]
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of the files, without those that the metadata list under `not_needed_to_run`."""
+        beside = self.metadata.get("not_needed_to_run", ())
+        return sum((self.folder / name).stat().st_size for name in self.files if name not in beside)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready form, schema `ARTIFACT_SCHEMA`, without the folder."""

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import os
-import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from sartor.backends.precision import precision_of
@@ -20,7 +17,6 @@ if TYPE_CHECKING:
 
 FLOP_PER_MAC = 2
 _CALIBRATION_SAMPLES = 8
-_CACHE = "SARTOR_CACHE"  # see sartor.backends.tflite.cache
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,21 +108,6 @@ def prepare(program: Program, precision: str, data: Data | None, seed: int) -> P
     written, _ = written_in(single, precision, context)
     used = "data" if data is not None else "random inputs"
     return Prepared(written, time.perf_counter() - begun, used)
-
-
-@contextlib.contextmanager
-def empty_cache() -> Iterator[None]:
-    """Conversions in here find nothing that earlier ones kept: their time is that of a conversion."""
-    before = os.environ.get(_CACHE)
-    with tempfile.TemporaryDirectory(prefix="sartor-bench-") as folder:
-        os.environ[_CACHE] = folder
-        try:
-            yield
-        finally:
-            if before is None:
-                del os.environ[_CACHE]
-            else:
-                os.environ[_CACHE] = before
 
 
 def random_batches(program: Program, seed: int) -> list[tuple[dict[str, Any], None]]:

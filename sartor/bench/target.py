@@ -19,7 +19,7 @@ from sartor.backends.protocol import Artifact, TargetOptions
 from sartor.bench.device import Device
 from sartor.bench.family import Member
 from sartor.bench.power import Sensor
-from sartor.bench.preparation import Prepared, empty_cache, prepare, samples_per_run
+from sartor.bench.preparation import Prepared, prepare, samples_per_run
 from sartor.bench.protocol import RUNS, VISITS, WARM_UP_RUNS, Settings
 from sartor.bench.throughput import throughput
 from sartor.errors import InternalError, SartorError
@@ -116,7 +116,7 @@ class Target:
                 row |= {"state": "not-taken", "reason": f"{broken[0]}{more}"}
         if row["state"] != "measured" or subject.written is None:
             return
-        with _blame(row), empty_cache():
+        with _blame(row):
             begun = time.perf_counter()
             artifact = isolation.lower(
                 self.name,
@@ -125,9 +125,10 @@ class Target:
                 self.options,
                 time_limit_s=self.settings.conversion_limit_s,
                 memory_limit_bytes=self.settings.memory_limit_bytes,
+                fresh=True,
             )
             row["conversion_s"] = time.perf_counter() - begun
-            row["artifact_bytes"] = sum((artifact.folder / f).stat().st_size for f in artifact.files)
+            row["artifact_bytes"] = artifact.size_bytes
             subject.artifact = artifact
         if self.capabilities.not_run_here and subject.artifact is not None:
             row |= {"state": "not-run-here", "reason": self.capabilities.not_run_here}

@@ -133,7 +133,7 @@ def _weights_are_narrow(precision: str, subject: Subject) -> str:
             options = subject.options(program, asked)
             if subject.backend.legality(program, options).ok:
                 artifact = subject.backend.lower(program, subject.folder(), options)
-                sizes.append(sum((artifact.folder / file).stat().st_size for file in artifact.files))
+                sizes.append(artifact.size_bytes)
         if len(sizes) == 2:
             text = (
                 f"{op_type} with {192 * 192 * 9} weights: {sizes[1]} bytes in {precision}, {sizes[0]} in f32"

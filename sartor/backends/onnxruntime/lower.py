@@ -44,8 +44,13 @@ def lower(program: Program, folder: Path, options: TargetOptions) -> Artifact:
     def write(temporary: Path) -> tuple[tuple[str, ...], Mapping[str, Any]]:
         beside = [path.name for path in write_all(legal.files(temporary / FILE)) if path.name != FILE]
         kept = {"reason": "weights are in a file of their own"} if beside else _optimized(temporary, options)
-        files = (FILE, *beside, *([OPTIMIZED] if "file" in kept else []))
-        return files, {"runtime": f"onnxruntime {runtime.__version__}", "optimized_graph": kept}
+        shown = [OPTIMIZED] if "file" in kept else []
+        metadata = {
+            "runtime": f"onnxruntime {runtime.__version__}",
+            "optimized_graph": kept,
+            "not_needed_to_run": shown,
+        }
+        return (FILE, *beside, *shown), metadata
 
     return write_artifact(legal, folder, options, target=legality.NAME, write=write)
 
