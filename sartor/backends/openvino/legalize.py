@@ -1,4 +1,9 @@
-"""What OpenVINO needs rewritten: functions of the `sartor` domain, which its reader does not know."""
+"""What OpenVINO needs rewritten: functions of the `sartor` domain, and activations in int8.
+
+Its reader does not know the functions. Activations are uint8 to its kernels, and OpenVINO 2026.4.1 computes something
+else where int8 ones meet in a Concat before a quantized layer: its quantization is moved in front of the Concat, and
+what is quantized there is first cut to whole numbers. In uint8 the same program is right.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +14,8 @@ if TYPE_CHECKING:
 
 
 def legalize(program: Program) -> Program:
-    """Inline the dialect's functions; the result is the program itself when it has none."""
+    """Inline the dialect's functions, quantize activations to uint8; the program itself when it has neither."""
+    from sartor.backends.signed import activations_to_uint8
     from sartor.ir.dialect import inline_dialect
 
-    return inline_dialect(program)
+    return activations_to_uint8(inline_dialect(program))
