@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-from backend_programs import small_cnn
+from backend_programs import quantized, small_cnn
 from builders import node, program_from_nodes, random_inputs, relative_error, run_reference
 
 from sartor import backends
@@ -388,3 +388,24 @@ def test_models_that_are_not_onnx_end_in_one_sentence(lowered):
     with pytest.raises(BackendError) as raised:
         backend.compile(b"not a model", TargetOptions())
     assert len(str(raised.value)) < 700
+
+
+def test_a_quantized_model_is_compiled_for_the_batches_that_come(tmp_path):
+    """OpenVINO's int8 with a free batch is another computation, and a wrong one for transformers."""
+    program = quantized(small_cnn(width=8))
+    options = TargetOptions(precision="int8")
+    backend = backends.get("openvino")
+    session = backend.load(backend.lower(program, tmp_path / "out", options), options)
+    assert session.settings["compiled"] == "for each shape of its inputs"
+    x = np.random.default_rng(5).standard_normal((6, 3, 16, 16)).astype(np.float32)
+    whole = session.run({"x": x})["y"]
+    for size in (1, 2, 3, 4, 5, 1):
+        assert np.array_equal(session.run({"x": x[:size]})["y"], whole[:size])
+        assert session._model({"x": x[:size]})[0].input(0).partial_shape == [size, 3, 16, 16]
+    assert len(session._models) == 4
+    (once,) = [session.prepare({"x": x[:2]})]
+    assert np.array_equal(session.computed(once)["y"], whole[:2])
+    floats = backend.load(
+        backend.lower(small_cnn(width=8), tmp_path / "f32", TargetOptions()), TargetOptions()
+    )
+    assert "compiled" not in floats.settings

@@ -122,6 +122,7 @@ def capabilities() -> Capabilities:
         fuses=FUSES,
         notes=(
             "CPU device, one stream, precision hint always explicit, threads not pinned.",
+            "int8: activations are uint8; with a free batch the model is compiled for each size that comes.",
             "int8: what is not quantized is computed in f32. f16: computed in "
             f"{computed_in('f16')} on this CPU.",
         ),

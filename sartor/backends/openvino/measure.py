@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
 from collections.abc import Mapping
 
@@ -28,6 +29,7 @@ def profile(artifact: Artifact, options: TargetOptions, runs: int) -> list[Kerne
         BackendError: the model cannot be loaded or run.
     """
     shapes = {**artifact.shapes, **options.shapes}
+    options = dataclasses.replace(options, shapes=shapes)
     session = run.load(artifact, options, PERF_COUNT=True)
     inputs = random_inputs(artifact.inputs, shapes, seed=0)
     request = session.compiled.create_infer_request()
