@@ -221,7 +221,7 @@ class _Fit:
             mask.save(bundle.folder / "masked.onnx")
             result.save(bundle.folder / "model.onnx")
             (bundle.folder / "plan.json").write_text(plan.to_json(), encoding="utf-8")
-            artifact = self.bench.lower(result, (bundle.folder / "artifact").absolute())
+            artifact = self.bench.lower(result, bundle.folder / "artifact")
             agreement = self.bench.verify(result, artifact)
             self.progress.stage("final measurement")
             final = self.bench.measure([self.bench.baseline, artifact], _FINAL_S, seed=self.options.seed + 1)

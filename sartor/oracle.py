@@ -21,10 +21,10 @@ import onnx_ir as ir
 from sartor.backends.precision import precision_of
 from sartor.comparison import relative_error, seen
 from sartor.conditions import cases, decisive, force, gates, groups_in
-from sartor.decisions import cast_to
 from sartor.errors import InternalError, ModelError, VerificationError
 from sartor.ir.branches import BRANCHES, branch, is_choice
 from sartor.ir.channels import ChannelAnalysis, channel_groups
+from sartor.ir.cleanup import cast_to
 from sartor.ir.files import write_atomic
 from sartor.ir.plan import Plan
 from sartor.ir.program import Program

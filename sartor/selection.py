@@ -170,7 +170,7 @@ class Selection:
             from sartor.passes.prune import apply_plan
 
             pruned = apply_plan(self.program, decision.plan, self.analysis)
-            artifact = self.bench.lower(pruned, f"step{len(self.history) + 1}")
+            artifact = self.bench.lower(pruned, self.bench.folder / f"step{len(self.history) + 1}")
             measured = self.bench.measure([self.bench.baseline, artifact], _SELECT_S)
             fields: dict[str, Any] = {
                 "plan": digest,

@@ -66,7 +66,7 @@ class Workbench:
         self.program, self.options, self.data, self.folder = program, options, data, folder
         self.backend = backends.get(options.target)
         self.target = TargetOptions(threads=options.threads, precision=options.precision)
-        self.baseline = self.exact = self.lower(program, "baseline")
+        self.baseline = self.exact = self.lower(program, folder / "baseline")
         own = own_precision(program, options.precision)
         if own != options.precision and own in self.backend.capabilities().precisions:
             exact = dataclasses.replace(self.target, precision=own)
@@ -82,11 +82,11 @@ class Workbench:
 
         return in_precision(program, self.options.precision, self.data, seed=self.options.seed)[0]
 
-    def lower(self, program: Program, folder: str | Path) -> Artifact:
-        """The artifact of a candidate, in a folder of the scratch folder or anywhere else."""
+    def lower(self, program: Program, folder: Path) -> Artifact:
+        """The artifact of a candidate, in `folder`."""
         from sartor.backends import isolation
 
-        return isolation.lower(self.options.target, self.written(program), self.folder / folder, self.target)
+        return isolation.lower(self.options.target, self.written(program), folder, self.target)
 
     def measure(self, artifacts: list[Artifact], seconds: float, seed: int | None = None) -> Measurement:
         """Interleaved measurement of `artifacts`, the baseline first."""

@@ -403,8 +403,7 @@ def test_a_quantized_model_is_compiled_for_the_batches_that_come(tmp_path):
         assert np.array_equal(session.run({"x": x[:size]})["y"], whole[:size])
         assert session._model({"x": x[:size]})[0].input(0).partial_shape == [size, 3, 16, 16]
     assert len(session._models) == 4
-    (once,) = [session.prepare({"x": x[:2]})]
-    assert np.array_equal(session.computed(once)["y"], whole[:2])
+    assert np.array_equal(session.computed(session.prepare({"x": x[:2]}))["y"], whole[:2])
     floats = backend.load(
         backend.lower(small_cnn(width=8), tmp_path / "f32", TargetOptions()), TargetOptions()
     )

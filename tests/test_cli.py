@@ -10,6 +10,7 @@ import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
+from processes import children, ends
 
 from sartor.budget import Limit, parse_budget
 from sartor.cli import main
@@ -235,22 +236,7 @@ def test_sigterm_cleans_up_and_ends_the_worker(model, tmp_path):
     assert process.returncode == 143 and "sartor: error: Terminated.\n" in err
     assert json.loads(out)["exit_code"] == 143
     assert list((tmp_path / "tmp").iterdir()) == []
-    deadline = time.monotonic() + 10
-    while any(os.path.exists(f"/proc/{worker}") for worker in workers) and time.monotonic() < deadline:
-        time.sleep(0.02)  # who adopts an orphan waits for it in its own time
-    assert not any(os.path.exists(f"/proc/{worker}") for worker in workers)
-
-
-def children(pid, seconds=20):
-    """Processes that `pid` has started, waiting for the first."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        with open(f"/proc/{pid}/task/{pid}/children") as stream:
-            found = [int(child) for child in stream.read().split()]
-        if found:
-            return found
-        time.sleep(0.02)
-    return []
+    assert all(ends(worker) for worker in workers)
 
 
 @pytest.mark.parametrize("command", COMMANDS)

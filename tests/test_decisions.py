@@ -10,9 +10,9 @@ from builders import node, program_from_nodes
 from onnx import TensorProto
 
 from sartor.comparison import relative_error
-from sartor.decisions import before_decisions, decisions, error_of
 from sartor.ir.fx import run_twin
 from sartor.ir.verify import verify_program
+from sartor.lowered.decisions import before_decisions, decisions, error_of
 
 ROW = np.array([[1.0, 4.0, 3.9, -2.0]])
 

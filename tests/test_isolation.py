@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import wrong_lowerings
 from backend_programs import small_cnn
+from processes import ends
 
 from sartor import backends
 from sartor.backends import isolation, process
@@ -125,17 +126,7 @@ def test_children_of_a_worker_end_with_the_caller(registered, tmp_path):
     child = int((folder / "child").read_text())
     parent.send_signal(signal.SIGKILL)
     parent.wait()
-    while is_running(child) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not is_running(child)
-
-
-def is_running(pid):
-    try:
-        with open(f"/proc/{pid}/stat") as stream:
-            return stream.read().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
+    assert ends(child, 30)
 
 
 # ---- what it leaves --------------------------------------------------------------------------

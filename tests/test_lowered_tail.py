@@ -11,11 +11,12 @@ import pytest
 from onnx import TensorProto, helper
 from onnx_files import save, weights
 
-from sartor import lowered, tail_outputs
+from sartor import lowered
 from sartor.backends import isolation
 from sartor.backends.protocol import TargetOptions
 from sartor.errors import BackendError
 from sartor.ir.load import load
+from sartor.lowered import tail_outputs
 
 node = helper.make_node
 CORE = [

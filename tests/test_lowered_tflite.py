@@ -12,17 +12,13 @@ from sartor import lowered
 from sartor.backends import isolation
 from sartor.backends.protocol import TargetOptions
 from sartor.errors import BackendError
+from sartor.lowered.probes import with_taps
 from sartor.passes.base import Context
-from sartor.probes import with_taps
 
 F32, INT8 = TargetOptions(), TargetOptions(precision="int8")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def kept_apart(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SARTOR_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
+pytestmark = pytest.mark.usefixtures("cache_of_its_own")
 
 
 TARGETS = ("tflite", "tflite-micro")

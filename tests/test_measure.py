@@ -13,6 +13,7 @@ import numpy as np
 import onnx
 import pytest
 from backend_programs import small_cnn
+from processes import children, ends
 
 from sartor import backends
 from sartor.backends.inputs import random_inputs
@@ -302,18 +303,11 @@ def test_a_worker_ends_with_its_parent_even_if_that_is_killed(tmp_path):
     )
     environment = os.environ | {"TMPDIR": str(tmp_path)}
     parent = subprocess.Popen([sys.executable, "-c", code], env=environment)
-    deadline = time.monotonic() + 30
-    workers = ""
-    while not workers and time.monotonic() < deadline:
-        time.sleep(0.05)
-        with open(f"/proc/{parent.pid}/task/{parent.pid}/children") as stream:
-            workers = stream.read().strip()
+    workers = children(parent.pid, 30)
     time.sleep(2.0)  # it measures
     parent.kill()
     parent.wait()
-    while os.path.exists(f"/proc/{workers}") and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert workers and not os.path.exists(f"/proc/{workers}")
+    assert workers and all(ends(worker, 30) for worker in workers)
 
 
 def test_no_models_is_no_error():

@@ -24,12 +24,7 @@ from sartor.ir.fx import run_twin
 F32, F16, INT8 = (TargetOptions(precision=p) for p in ("f32", "f16", "int8"))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def kept_apart(tmp_path_factory):
-    """A cache of this module's own, warm between its tests."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SARTOR_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
+pytestmark = pytest.mark.usefixtures("cache_of_its_own")
 
 
 @pytest.fixture(scope="module")

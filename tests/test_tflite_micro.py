@@ -19,11 +19,7 @@ from sartor.ir.fx import run_twin
 F32 = TargetOptions()
 
 
-@pytest.fixture(scope="module", autouse=True)
-def kept_apart(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SARTOR_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
+pytestmark = pytest.mark.usefixtures("cache_of_its_own")
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,7 @@ import null_backend
 import numpy as np
 import pytest
 from backend_programs import small_cnn
+from processes import ends
 
 from sartor import backends
 from sartor.backends import isolation, process
@@ -68,18 +69,7 @@ def test_a_stubborn_worker_is_killed_with_its_children(artifact, monkeypatch):
         measure("stubborn", [artifact], time_limit_s=0.0)
     assert time.monotonic() - started < 10
     child = int((artifact.folder / "child").read_text())
-    deadline = time.monotonic() + 5
-    while time.monotonic() < deadline and is_running(child):
-        time.sleep(0.05)
-    assert not is_running(child)
-
-
-def is_running(pid):
-    try:
-        with open(f"/proc/{pid}/stat") as stream:
-            return stream.read().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
+    assert ends(child, 5)
 
 
 def test_memory_is_limited(artifact):

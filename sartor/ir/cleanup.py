@@ -289,6 +289,17 @@ def replace(graph: ir.Graph, node: ir.Node, new: ir.Node) -> int:
     return 1
 
 
+def cast_to(value: ir.Value, dtype: ir.DataType) -> ir.Value:
+    """A new value of the same graph: `value` in another element type."""
+    maker = value.producer()
+    assert maker is not None and maker.graph is not None
+    name = f"{value.name}/as_{dtype.name.lower()}"
+    node = ir.node("Cast", [value], {"to": int(dtype)}, num_outputs=1, name=f"{name}/Cast")
+    node.outputs[0].name, node.outputs[0].type = name, ir.TensorType(dtype)
+    maker.graph.append(node)
+    return node.outputs[0]
+
+
 def _drop_zero_bias(node: ir.Node, protected: Set[str], folded: Set[str]) -> int:
     """Exporters spell "no bias" as an expanded zero; a real parameter stays even when it is zero."""
     if len(node.inputs) < 3 or node.inputs[2] is None:

@@ -52,14 +52,14 @@ class OpenVinoSession(Session):
             self.settings["compiled"] = "for each shape of its inputs"
         self._fixed = fixed
         self._compile_at = compile_at if each_shape else None
-        self._models = {_key(shapes): (self.compiled, self.compiled.create_infer_request())}
-        self._prepared = self._request({})
+        self._prepared = self.compiled.create_infer_request()
+        self._models = {_key(shapes): (self.compiled, self._prepared)}
         self._outputs = [(name, index) for index, name in enumerate(outputs(self.compiled))]
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Outputs by name. See `protocol.Session.run`."""
         check_inputs(self.inputs, self._fixed, inputs)
-        request = self._request(inputs)
+        _, request = self._model(inputs)
         try:
             request.infer(dict(inputs))
         except Exception as error:
@@ -88,13 +88,11 @@ class OpenVinoSession(Session):
         once()
         return self._taken(self._prepared)
 
-    def _request(self, inputs: Mapping[str, np.ndarray]) -> Any:
-        return self._model(inputs)[1]
-
     def _model(self, inputs: Mapping[str, np.ndarray]) -> tuple[Any, Any]:
         """The compiled model for these inputs and its request."""
-        if self._compile_at is None or not inputs:
-            return next(iter(self._models.values()))
+        if self._compile_at is None:
+            (only,) = self._models.values()
+            return only
         shapes = {name: array.shape for name, array in inputs.items()}
         found = self._models.pop(_key(shapes), None)
         if found is None:

@@ -24,6 +24,7 @@ import onnx_ir as ir
 
 from sartor.comparison import relative_error
 from sartor.ir.batch import as_fixed
+from sartor.ir.cleanup import cast_to
 from sartor.ir.program import Program
 
 _BY_INDEX = {"ArgMax": 0, "ArgMin": 0, "TopK": 1}
@@ -183,17 +184,6 @@ class _Single:
         if value not in self.made:
             self.made[value] = cast_to(value, ir.DataType.FLOAT)
         return self.made[value]
-
-
-def cast_to(value: ir.Value, dtype: ir.DataType) -> ir.Value:
-    """A new value of the same graph: `value` in another element type."""
-    maker = value.producer()
-    assert maker is not None and maker.graph is not None
-    name = f"{value.name}/as_{dtype.name.lower()}"
-    node = ir.node("Cast", [value], {"to": int(dtype)}, num_outputs=1, name=f"{name}/Cast")
-    node.outputs[0].name, node.outputs[0].type = name, ir.TensorType(dtype)
-    maker.graph.append(node)
-    return node.outputs[0]
 
 
 # ---- parts -----------------------------------------------------------------------------------

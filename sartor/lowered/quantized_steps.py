@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sartor.comparison import relative_error
-from sartor.decisions import decisions, error_of
 from sartor.errors import BackendError
 from sartor.ir.program import Program
-from sartor.probes import Inputs, Reference, lower_like, on_twin, with_taps
+from sartor.lowered.decisions import decisions, error_of
+from sartor.lowered.probes import Inputs, Reference, lower_like, on_twin, with_taps
 
 if TYPE_CHECKING:
     import onnx_ir as ir

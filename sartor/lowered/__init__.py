@@ -2,15 +2,15 @@
 
 The reference is the FX twin in float64, the error `max|a - b| / max|a|` per output, the tolerance that of the
 precision. What a final Softmax or decision hides is compared before it, on an artifact of the same program that ends
-there; decisions themselves by how close they were (`sartor.decisions`). Where they differ, the program is lowered
+there; decisions themselves by how close they were (`decisions`). Where they differ, the program is lowered
 once more with every intermediate value as an output, and the first node in execution order whose value differs is
 named. A vendor fuses less around an output, so an error of a fusion can disappear there; then no node is named, and
 that is said.
 
 In a quantized program rounding alone moves the outputs. Its quantized values are compared one by one, with what
-follows them (`sartor.quantized_steps`); the artifact's outputs may be `NOISE` times as far from the reference as
+follows them (`quantized_steps`); the artifact's outputs may be `NOISE` times as far from the reference as
 rounding was seen to move them, and are never held to less than the tolerance. Outputs of nodes that are not
-understood are compared with ONNX Runtime (`sartor.tail_outputs`), by the same rule.
+understood are compared with ONNX Runtime (`tail_outputs`), by the same rule.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sartor import quantized_steps
 from sartor.comparison import relative_error
-from sartor.decisions import before_decisions, decisions, error_of
 from sartor.errors import BackendError, UsageError, VerificationError
 from sartor.ir.batch import random_inputs
 from sartor.ir.program import Program
+from sartor.lowered import quantized_steps
+from sartor.lowered.decisions import before_decisions, decisions, error_of
+from sartor.lowered.probes import Inputs, Reference, computed, lower_like, with_entering_values, with_taps
+from sartor.lowered.tail_outputs import TailReference, distance
 from sartor.oracle import before_softmax, lowered_tolerance
-from sartor.probes import Inputs, Reference, computed, lower_like, with_entering_values, with_taps
-from sartor.tail_outputs import TailReference, distance
 
 if TYPE_CHECKING:
     from sartor.backends.protocol import Artifact, TargetOptions
