@@ -9,6 +9,7 @@ import json
 import numpy as np
 import pytest
 from bench_fixtures import filled, named, report_fixture, rows_of, stored, vendor_fixture  # noqa: F401
+from builders import node, program_from_nodes
 
 from sartor import backends
 from sartor.backends.protocol import TargetOptions
@@ -198,6 +199,30 @@ def test_a_configuration_has_what_a_measurement_elsewhere_needs(report, tmp_path
         read_results(template)  # it is to be filled in first
     with pytest.raises(UsageError, match="no name for a target"):
         emit_config([program], "../up", settings, tmp_path)
+
+
+SCALED_DATA = """
+import numpy as np
+
+def splits(step={step}):
+    return {{"evaluate": [
+        ({{"x": np.ones((3, 2), "f"), "s": np.full((1, 2), 1 + i * step, "f")}}, None) for i in range(2)
+    ]}}
+"""
+
+
+def test_an_input_without_samples_goes_out_once(tmp_path):
+    inputs = {"x": ["N", 2], "s": [1, 2]}
+    program = program_from_nodes([node("Mul", ["x", "s"], ["y"])], inputs, ["y"])
+    (tmp_path / "same.py").write_text(SCALED_DATA.format(step=0))
+    (tmp_path / "changes.py").write_text(SCALED_DATA.format(step=1))
+    emit_config([program], "npu", Settings(), tmp_path / "npu", data=f"{tmp_path}/same.py:splits")
+    (model,) = json.loads((tmp_path / "npu/config.json").read_text())["models"]
+    test = np.load(tmp_path / "npu" / model["test_file"])
+    assert test["x"].shape == (6, 2) and test["s"].shape == (1, 2)
+    with pytest.raises(UsageError, match=r"Input 's' .* differs between batches"):
+        emit_config([program], "npu", Settings(), tmp_path / "two", data=f"{tmp_path}/changes.py:splits")
+    assert not (tmp_path / "two").exists()
 
 
 def test_the_page_is_one_file_and_escapes_everything(report, tmp_path):

@@ -23,6 +23,7 @@ from sartor.recovery.training import Training
 from sartor.recovery.twins import reestimate_statistics
 
 CLASSES = 5
+AXIS = Batch(True, ("x",))
 Data = list[tuple[dict[str, np.ndarray], np.ndarray | None]]
 
 
@@ -395,7 +396,7 @@ def test_tiny_batches_keep_running_statistics() -> None:
 # ---- samples -----------------------------------------------------------------------------------
 def test_cached_samples() -> None:
     teacher = to_fx(network())
-    data = Samples(samples(70, labels="ids"), teacher, seed=0)
+    data = Samples(samples(70, labels="ids"), teacher, AXIS, seed=0)
     assert data.cached and data.count == 70
     first = list(data.epoch(0))
     assert [len(b.inputs[0]) for b in first] == [16] * 4
@@ -409,7 +410,7 @@ def test_cached_samples() -> None:
 
 
 def test_batches_are_limited_from_below() -> None:
-    data = Samples(samples(64, batch=64), to_fx(network()), seed=0)
+    data = Samples(samples(64, batch=64), to_fx(network()), AXIS, seed=0)
     for most, expected in ((1000, 64), (40, 40), (3, 16), (50, 16)):
         data.limit_batch(most)
         assert data.batch_size == expected == len(next(data.epoch(0)).inputs[0])
@@ -417,13 +418,48 @@ def test_batches_are_limited_from_below() -> None:
 
 def test_streamed_samples_keep_their_order() -> None:
     source = samples(64)
-    data = Samples(source, to_fx(network()), seed=0, cache_bytes=1000)
+    data = Samples(source, to_fx(network()), AXIS, seed=0, cache_bytes=1000)
     assert not data.cached and data.count is None
     for batch, (inputs, _) in zip(data.epoch(5), source, strict=True):
         np.testing.assert_array_equal(batch.inputs[0].numpy(), inputs["x"])
         assert set(batch.teacher) == {"y"}
     assert sum(len(b.inputs[0]) for b in data.sample(20)) == 32
     assert len(list(data.inputs(3))) == 3
+
+
+def scaled() -> Program:
+    """A network whose second input is a scale for all samples."""
+    nodes = [node("Conv", ["x", "w"], ["c"]), node("Mul", ["c", "s"], ["y"])]
+    inputs: dict[str, list[int | str]] = {"x": ["N", 3, 6, 6], "s": [1, 5, 1, 1]}
+    program = program_from_nodes(nodes, inputs, ["y"], {"w": normal(5, 3, 1, 1)})
+    assert program.batch == AXIS
+    return program
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_an_input_without_samples_stays_whole(same: bool) -> None:
+    """Equal in all batches, it is held once; else the batches are kept as they are."""
+    program = scaled()
+    source = [
+        ({"x": normal(16, 3, 6, 6, seed=i), "s": normal(1, 5, 1, 1, seed=0 if same else i)}, None)
+        for i in range(4)
+    ]
+    data = Samples(source, to_fx(program), program.batch, seed=0)
+    assert data.cached == same and data.count == (64 if same else None)
+    assert [len(t) for t in data.probe(3)[0]] == [3, 1] and data.probe(3)[1] == 3
+    for batch in [*data.epoch(0), *data.sample(20)]:
+        assert batch.count == len(batch.inputs[0]) <= 16
+        assert batch.inputs[1].shape == (1, 5, 1, 1)
+        torch.testing.assert_close(batch.teacher["y"], to_fx(program)(*batch.inputs)[0])
+    result = distill(program, program, source, minutes=1, seed=0, options=steps(2))
+    assert result.steps == 2 and result.history[0]["distance"] == pytest.approx(0, abs=1e-6)
+
+
+def test_batches_of_a_fixed_size_are_not_cut() -> None:
+    axis = Batch(False, (), "it is fixed")
+    data = Samples(samples(64), to_fx(network()), axis, seed=0)
+    assert not data.cached and len(data.probe(3)[0][0]) == 16
+    assert [batch.count for batch in data.epoch(0)] == [16] * 4
 
 
 # ---- checkpoints -------------------------------------------------------------------------------

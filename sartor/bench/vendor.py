@@ -105,6 +105,7 @@ def _splits(program: Program, data: str | None, seed: int) -> Iterable[tuple[str
     import numpy as np
 
     from sartor.data import load_data
+    from sartor.data_sources import sample_count
 
     found = load_data(data, list(program.input_shapes), seed, program=program)
     for name, split, most in (("calibration", found.calibration, _SAMPLES), ("test", found.test, None)):
@@ -115,12 +116,27 @@ def _splits(program: Program, data: str | None, seed: int) -> Iterable[tuple[str
                 arrays.setdefault(key, []).append(array)
             if labels is not None and name == "test":
                 arrays.setdefault("labels", []).append(labels)
-            count += len(next(iter(inputs.values())))
+            count += sample_count(inputs, program.batch.inputs)
             if most is not None and count >= most:
                 break
         stream = io.BytesIO()
-        np.savez(stream, **{key: np.concatenate(parts)[:most] for key, parts in arrays.items()})  # type: ignore[arg-type]
+        np.savez(stream, **{key: _joined(program, key, parts, most) for key, parts in arrays.items()})  # type: ignore[arg-type]
         yield name, stream.getvalue()
+
+
+def _joined(program: Program, name: str, parts: Sequence[Any], most: int | None) -> Any:
+    """The batches of an input (or of the labels) as one array; an input without samples is one already."""
+    import numpy as np
+
+    shared = program.batch.symbolic and name in program.input_shapes and name not in program.batch.inputs
+    if not shared:
+        return np.concatenate(parts)[:most]
+    if any(not np.array_equal(part, parts[0]) for part in parts):
+        raise UsageError(
+            f"Input '{name}' of '{program.source.name}' has no samples and differs between batches; a file for a "
+            "vendor's tools holds one value of it. Give data in which it stays the same."
+        )
+    return parts[0]
 
 
 def _template(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,8 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
+from sartor.data_sources import sample_count
 from sartor.errors import UsageError
 from sartor.ir.fx import to_tensor, twin_info
+from sartor.ir.program import Batch as BatchAxis
 
 CACHE_BYTES = 512 << 20
 """Largest training set that is held in memory, inputs and labels together."""
@@ -26,22 +28,27 @@ class Batch:
         inputs: in the order of the twin's inputs.
         labels: or None.
         teacher: outputs of the original by name.
+        count: samples.
     """
 
     inputs: list[Tensor]
     labels: Tensor | None
     teacher: dict[str, Tensor]
+    count: int
 
 
 class Samples:
     """Batches of a training set with the original's outputs on them.
 
     A set within `CACHE_BYTES` is shuffled anew each epoch, by seed and epoch only, and the original runs
-    once per sample. A larger one keeps its own batches and order, and the original runs every time.
+    once per sample. A larger one keeps its own batches and order, and the original runs every time. So does one
+    that cannot be shuffled: the model takes one batch size only, or has an input without samples, such as a scale,
+    that differs between batches.
 
     Args:
         data: re-iterable of `(inputs by name, labels or None)`.
         teacher: twin of the original.
+        axis: which inputs carry samples.
         seed: of the order.
         cache_bytes: in place of `CACHE_BYTES`.
 
@@ -53,6 +60,7 @@ class Samples:
         self,
         data: Iterable[tuple[Mapping[str, np.ndarray], np.ndarray | None]],
         teacher: fx.GraphModule,
+        axis: BatchAxis,
         seed: int,
         *,
         cache_bytes: int | None = None,
@@ -60,20 +68,23 @@ class Samples:
         self._data = data
         self._teacher = teacher
         self._info = twin_info(teacher)
+        self._axis = axis
+        self._carries = [axis.symbolic and name in axis.inputs for name in self._info.inputs]
         self._seed = seed
+        self._count = 0
         self._inputs: list[Tensor] = []
         self._labels: Tensor | None = None
         self._known: Tensor | None = None
         self._outputs: dict[str, Tensor] = {}
         self._batch_size = BATCH_SIZES[0]
-        self.first: list[Tensor] = []
-        """Inputs of the source's first batch."""
+        self._first: list[Tensor] = []
+        self._first_count = 0
         self.cached = self._load(CACHE_BYTES if cache_bytes is None else cache_bytes)
 
     @property
     def count(self) -> int | None:
         """Number of samples where they are held in memory."""
-        return len(self._inputs[0]) if self.cached else None
+        return self._count if self.cached else None
 
     @property
     def batch_size(self) -> int | None:
@@ -91,28 +102,32 @@ class Samples:
             for position, (inputs, labels) in enumerate(self._data):
                 if position >= start:
                     tensors = self._tensors(inputs)
-                    yield Batch(tensors, _labels(labels), self._run(tensors))
+                    count = sample_count(inputs, self._axis.inputs)
+                    yield Batch(tensors, _labels(labels), self._run(tensors), count)
             return
-        count = len(self._inputs[0])
-        order = torch.from_numpy(np.random.default_rng([self._seed, number]).permutation(count))
+        order = torch.from_numpy(np.random.default_rng([self._seed, number]).permutation(self._count))
         parts = list(torch.split(order, self._batch_size))
         if len(parts) > 1 and len(parts[-1]) < self._batch_size:
             parts.pop()  # a handful of samples would upset BatchNormalization
         for part in parts[start:]:
             yield self._select(part)
 
+    def probe(self, limit: int) -> tuple[list[Tensor], int]:
+        """Inputs of the first batch and its samples: at most `limit`, or all where the model takes no fewer."""
+        if not any(self._carries):
+            return self._first, self._first_count
+        cut = [t[:limit] if carries else t for t, carries in zip(self._first, self._carries, strict=True)]
+        return cut, min(limit, self._first_count)
+
     def sample(self, limit: int) -> list[Batch]:
         """The same few batches every time: what progress is compared on; at most `limit` samples."""
         if self.cached:
-            count = min(limit, len(self._inputs[0]))
-            order = torch.from_numpy(
-                np.random.default_rng(self._seed).permutation(len(self._inputs[0]))[:count]
-            )
-            return [self._select(part) for part in torch.split(order, self._batch_size)]
+            order = torch.from_numpy(np.random.default_rng(self._seed).permutation(self._count))
+            return [self._select(part) for part in torch.split(order[:limit], self._batch_size)]
         batches: list[Batch] = []
         for batch in self.epoch(0):
             batches.append(batch)
-            if sum(len(b.inputs[0]) for b in batches) >= limit:
+            if sum(b.count for b in batches) >= limit:
                 break
         return batches
 
@@ -124,18 +139,26 @@ class Samples:
                     return
                 yield self._tensors(inputs)
             return
-        order = torch.from_numpy(np.random.default_rng(self._seed).permutation(len(self._inputs[0])))
+        order = torch.from_numpy(np.random.default_rng(self._seed).permutation(self._count))
         for part in torch.split(order, self._batch_size)[:limit]:
-            yield [tensor[part] for tensor in self._inputs]
+            yield self._part(part)
 
     def _load(self, limit: int) -> bool:
         inputs: list[list[Tensor]] = []
         labels: list[Tensor | None] = []
         size = 0
+        counts: list[int] = []
         for batch_inputs, batch_labels in self._data:
             tensors = self._tensors(batch_inputs)
             target = _labels(batch_labels)
-            self.first = self.first or tensors
+            if not self._first:
+                self._first, self._first_count = tensors, sample_count(batch_inputs, self._axis.inputs)
+            if not self._axis.symbolic or any(
+                not carries and not torch.equal(tensor, first)
+                for tensor, first, carries in zip(tensors, self._first, self._carries, strict=True)
+            ):
+                return False
+            counts.append(sample_count(batch_inputs, self._axis.inputs))
             inputs.append(tensors)
             labels.append(target)
             size += sum(
@@ -145,14 +168,17 @@ class Samples:
                 return False
         if not inputs:
             raise UsageError("The training data are empty; recovery needs at least one batch.")
-        self._inputs = [torch.cat(parts) for parts in zip(*inputs, strict=True)]
+        self._inputs = [
+            torch.cat(parts) if carries else parts[0]
+            for parts, carries in zip(zip(*inputs, strict=True), self._carries, strict=True)
+        ]
         present = [target for target in labels if target is not None]
         if present and len(present) == len(labels):
             self._labels = torch.cat(present)
-        count = len(self._inputs[0])
+        self._count = sum(counts)
         low, high = BATCH_SIZES
-        self._batch_size = min(max(len(inputs[0][0]), low), high, count)
-        self._known = torch.zeros(count, dtype=torch.bool)
+        self._batch_size = min(max(counts[0], low), high, self._count)
+        self._known = torch.zeros(self._count, dtype=torch.bool)
         return True
 
     def _tensors(self, inputs: Mapping[str, np.ndarray]) -> list[Tensor]:
@@ -167,17 +193,23 @@ class Samples:
 
     def _select(self, part: Tensor) -> Batch:
         assert self._known is not None
-        tensors = [tensor[part] for tensor in self._inputs]
         fresh = part[~self._known[part]]
         if len(fresh):
-            for name, output in self._run([tensor[fresh] for tensor in self._inputs]).items():
+            for name, output in self._run(self._part(fresh)).items():
                 if name not in self._outputs:
                     shape = (len(self._known), *output.shape[1:])
                     self._outputs[name] = torch.zeros(shape, dtype=output.dtype)
                 self._outputs[name][fresh] = output
             self._known[fresh] = True
         labels = None if self._labels is None else self._labels[part]
-        return Batch(tensors, labels, {name: output[part] for name, output in self._outputs.items()})
+        teacher = {name: output[part] for name, output in self._outputs.items()}
+        return Batch(self._part(part), labels, teacher, len(part))
+
+    def _part(self, part: Tensor) -> list[Tensor]:
+        return [
+            tensor[part] if carries else tensor
+            for tensor, carries in zip(self._inputs, self._carries, strict=True)
+        ]
 
 
 def _labels(labels: np.ndarray | None) -> Tensor | None:

@@ -107,7 +107,7 @@ class Training:
             **dataclasses.asdict(options),
         }
         found = None if folder is None else load_checkpoint(folder, self.identity)
-        self.samples = Samples(data, teacher, seed)
+        self.samples = Samples(data, teacher, original.batch, seed)
         self.most_threads = torch.get_num_threads()
         self.judged = self.samples.sample(self._fit_into_time(teacher, found))
         self.notes: list[str] = []
@@ -155,7 +155,7 @@ class Training:
         start = time.perf_counter()
         self.gm.eval()
         with torch.no_grad():
-            pairs = [(self._distance(batch), len(batch.inputs[0])) for batch in self.judged]
+            pairs = [(self._distance(batch), batch.count) for batch in self.judged]
         distance = sum(float(d) * n for d, n in pairs) / sum(n for _, n in pairs)
         entry = {"step": self.step, "phase": phase, "distance": distance, **entry}
         score: Score = (0.0, -distance)
@@ -197,7 +197,7 @@ class Training:
 
     @property
     def _tiny_batches(self) -> bool:
-        return len(self.judged[0].inputs[0]) < _MINIMUM_BATCH
+        return self.judged[0].count < _MINIMUM_BATCH
 
     def _labels_fit(self) -> bool:
         batch = self.judged[0]
@@ -223,21 +223,16 @@ class Training:
         if found is not None:  # positions and distances of a resumed run refer to what it chose
             self.samples.limit_batch(found.state["batch_size"] or BATCH_SIZES[1])
             return int(found.state["judged_samples"])
-        probe = self._probe()
-        forward_s = step_s / 3 + pace.forward_seconds(teacher, probe, 0.01 * self.budget_s) / len(probe[0])
+        probe, count = self.samples.probe(pace.PROBE_SAMPLES)
+        forward_s = step_s / 3 + pace.forward_seconds(teacher, probe, 0.01 * self.budget_s) / count
         self.samples.limit_batch(int(0.5 * self.budget_s / _FEWEST_STEPS / step_s))
         judged = int(_JUDGING_SHARE * self.budget_s / forward_s)
         return min(max(judged, pace.PROBE_SAMPLES), _JUDGED_SAMPLES)
 
-    def _probe(self) -> list[Tensor]:
-        return [tensor[: pace.PROBE_SAMPLES] for tensor in self.samples.first]
-
     def _choose_threads(self, share: float) -> float:
         """Use one thread where several are slower, in `share` of the time; seconds per sample of a step."""
-        probe = self._probe()
-        return pace.choose_threads(self.gm, probe, self.most_threads, share * self.budget_s / 2) / len(
-            probe[0]
-        )
+        probe, count = self.samples.probe(pace.PROBE_SAMPLES)
+        return pace.choose_threads(self.gm, probe, self.most_threads, share * self.budget_s / 2) / count
 
     def _train(self) -> None:
         if self.phase != "training":  # else it is resumed, and its schedule goes on
@@ -352,7 +347,7 @@ class Training:
             "seconds": self.elapsed_s,
             "training_from_s": self.training_from_s,
             "judgement_s": self.judgement_s,
-            "judged_samples": sum(len(batch.inputs[0]) for batch in self.judged),
+            "judged_samples": sum(batch.count for batch in self.judged),
             "batch_size": self.samples.batch_size,
             "best_score": [x if math.isfinite(x) else None for x in self.best_score],
             "history": self.history,
