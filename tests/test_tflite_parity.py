@@ -10,7 +10,7 @@ import pytest
 from backend_programs import mixed_cnn, quantized
 from builders import node, program_from_nodes
 
-from sartor import backends
+from sartor import backends, lowered
 from sartor.backends.protocol import TargetOptions
 from sartor.backends.tflite import parity
 from sartor.backends.tflite.flatbuffer import Flatbuffer
@@ -204,3 +204,28 @@ def test_one_number_is_compared_too(tmp_path, compared):
     ]
     with planted(buffer, "data", np.array([78], np.int8).view(np.uint8)):
         assert seen(given)
+
+
+def test_a_constant_that_is_quantized_like_an_activation(tmp_path):
+    """A learned token that is repeated for each sample: at the shapes of a flatbuffer it is stored."""
+    scales = {"s": np.array(0.01, np.float32), "z": np.array(3, np.int8)}
+    arrays = {"token": np.linspace(-1, 1, 12, dtype=np.float32).reshape(1, 3, 4), "axis": np.array([0])}
+    arrays |= {"first": np.array([0]), "one": np.array([1]), "rest": np.array([3, 4])}
+    nodes = [
+        node("QuantizeLinear", ["x", "s", "z"], ["xq"]),
+        node("DequantizeLinear", ["xq", "s", "z"], ["xd"]),
+        node("Shape", ["xd"], ["size"]),
+        node("Slice", ["size", "first", "one"], ["count"]),
+        node("Concat", ["count", "rest"], ["wanted"], axis=0),
+        node("Expand", ["token", "wanted"], ["tokens"]),
+        node("QuantizeLinear", ["tokens", "s", "z"], ["tq"]),
+        node("DequantizeLinear", ["tq", "s", "z"], ["td"]),
+        node("Concat", ["td", "xd"], ["joined"], axis=1),
+        node("QuantizeLinear", ["joined", "s", "z"], ["yq"]),
+        node("DequantizeLinear", ["yq", "s", "z"], ["y"]),
+    ]
+    program = program_from_nodes(nodes, {"x": ["N", 5, 4]}, ["y"], {**scales, **arrays}, reference={"N": 2})
+    artifact = backends.get("tflite").lower(program, tmp_path / "artifact", INT8)
+    assert artifact.metadata["quantized_tensors"] >= 2
+    result = lowered.verify(program, artifact, INT8)
+    assert result.passed and result.max_rel_error < 1e-6

@@ -83,7 +83,7 @@ def fold(
                 continue
             if _result_size(node, shapes) > budget:
                 continue
-            array = _evaluate(node)
+            array = evaluate(node)
         if array is None:
             continue
         value = replace_by_constant(graph, node, array)
@@ -178,7 +178,12 @@ def _grown(node: ir.Node) -> int:
     return _UNBOUNDED
 
 
-def _evaluate(node: ir.Node) -> np.ndarray | None:
+def evaluate(node: ir.Node) -> np.ndarray | None:
+    """What a node with one output and nothing but constant inputs gives; None where ONNX has no reference for it.
+
+    Raises:
+        ModelError: its inputs do not fit.
+    """
     arrays = {
         i.name: i.const_value.numpy() for i in node.inputs if i is not None and i.const_value is not None
     }

@@ -1,4 +1,4 @@
-"""What the conversion needs rewritten: functions of the `sartor` domain, uint8, and symbolic sizes."""
+"""What the conversion needs rewritten: functions of the `sartor` domain, uint8, symbolic sizes, and constant parts."""
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ def legalize(program: Program) -> Program:
 def at_shapes(program: Program, shapes: Mapping[str, tuple[int, ...]]) -> Program:
     """A clone whose inputs and outputs have concrete shapes: a flatbuffer's kernels are planned for them.
 
+    What is constant at these shapes is an initializer, in the integers that the program writes it in.
+
     Raises:
         UsageError: a shape does not fit its input.
     """
@@ -39,7 +41,26 @@ def at_shapes(program: Program, shapes: Mapping[str, tuple[int, ...]]) -> Progra
     for value in fixed.graph.outputs:
         value.shape = ir.Shape(known[value.name or ""])
     fixed.invalidate()
+    _fold(fixed, known)
     return fixed
+
+
+def _fold(program: Program, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    from sartor.ir.cleanup import remove_dead
+    from sartor.ir.folding import evaluate, fold, replace_by_constant
+
+    changed = fold(program.graph, shapes, program.types(), frozenset(), set())
+    for node in list(program.graph):
+        if node.op_type == "QuantizeLinear" and all(
+            v is not None and v.is_initializer() for v in node.inputs
+        ):
+            array = evaluate(node)
+            if array is not None:
+                replace_by_constant(program.graph, node, array)
+                changed += 1
+    if changed:
+        remove_dead(program.graph)
+        program.invalidate()
 
 
 def _dims(value: object) -> tuple[int | str, ...]:
