@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Protocol, runtime_checkable
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 
 from sartor.errors import MetricUnavailableError
 from sartor.ir.workload import Fractions, Removed, Workload
+
+if TYPE_CHECKING:
+    from sartor.cost_models.profile import Sample
+    from sartor.cost_models.signatures import Signature
+
+
+CONFIDENCE = 0.90
+"""Of every interval of a prediction. Intervals of measurements say 95 % themselves."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,13 +28,17 @@ class KernelCost:
         name: leading node of the kernel.
         op_type: operator of the leading node.
         latency_s: predicted seconds, calibration included.
-        method: `interpolated`, `extrapolated` or `roofline`.
+        method: `interpolated`, `extrapolated`, `learned` or `roofline`.
+        interval: of `latency_s`, at `CONFIDENCE`; None where the error is not known.
+        bound: what the time goes into: `compute`, `bandwidth`, `launch`, or empty where that is not known.
     """
 
     name: str
     op_type: str
     latency_s: float
     method: str
+    interval: tuple[float, float] | None = None
+    bound: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,4 +121,38 @@ class CostModel(Protocol):
         self, workload: Workload, fractions: Fractions | None = None, removed: Removed | None = None
     ) -> np.ndarray:
         """Latency in seconds of a population of plans, an array `[plans]`."""
+        ...
+
+
+@runtime_checkable
+class KernelModel(Protocol):
+    """Predicts the time of single kernels: one tier of the escalation. Models are values; `update` gives a new one."""
+
+    @property
+    def tier(self) -> str:
+        """`measured`, `learned` or `roofline`."""
+        ...
+
+    def knows(self, signature: Signature) -> bool:
+        """Whether `predict` answers for it."""
+        ...
+
+    def predict(self, signature: Signature, sizes: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        """Seconds, and the standard deviation of their logarithm.
+
+        Args:
+            signature: of a kernel.
+            sizes: one array per variable of the signature, all of one shape.
+
+        Returns:
+            Two arrays of that shape.
+        """
+        ...
+
+    def update(self, samples: Sequence[Sample]) -> KernelModel:
+        """A model that has learned from these samples, too."""
+        ...
+
+    def save(self) -> dict[str, Any]:
+        """JSON-ready form; a static method `load` of the class is its inverse."""
         ...
