@@ -156,6 +156,35 @@ def test_values_that_could_not_be_compared_are_said(quantized, tmp_path, monkeyp
     assert "quantized values were not compared; with them as outputs: The target takes" in result.summary()
 
 
+def brighter(program, steps):
+    """The same with another bias at the end: as far off as rounding might be."""
+    changed = program.clone()
+    value = changed.initializers["b2/quantized"]
+    value.const_value = ir.tensor(value.const_value.numpy() + np.int32(1000 * steps), name=value.name)
+    return changed
+
+
+@pytest.mark.parametrize(
+    ("shipped", "elsewhere", "passed"), [(3, 0, False), (3, 3, True), (3, 1, True), (9, 1, False)]
+)
+def test_without_its_values_a_target_is_held_to_what_rounding_costs_another_one(
+    quantized, shipped, elsewhere, passed, tmp_path, monkeypatch
+):
+    artifact = isolation.lower("openvino", brighter(quantized, shipped), tmp_path / "a", INT8)
+    refusing(monkeypatch, most=1)
+    original = isolation.lower
+
+    def lower(target, program, folder, options):
+        return original(
+            target, brighter(program, elsewhere) if target == "onnxruntime" else program, folder, options
+        )
+
+    monkeypatch.setattr(isolation, "lower", lower)
+    result = lowered.verify(quantized, artifact, INT8, samples=2)
+    assert result.passed == passed and result.max_rel_error > 0.05
+    assert "held to what rounding costs on 'onnxruntime'" in result.note
+
+
 # ---- Softmax ---------------------------------------------------------------------------------
 def test_what_a_softmax_hides_is_compared_before_its_quantization(tmp_path):
     """Softmax, QuantizeLinear, DequantizeLinear: the scale of probabilities would hide the numbers before."""

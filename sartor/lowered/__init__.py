@@ -9,7 +9,8 @@ that is said.
 
 In a quantized program rounding alone moves the outputs. Its quantized values are compared one by one, with what
 follows them (`quantized_steps`); the artifact's outputs may be `NOISE` times as far from the reference as
-rounding was seen to move them, and are never held to less than the tolerance. Outputs of nodes that are not
+rounding was seen to move them (on another runtime, where the target does not give these values), and are never held
+to less than the tolerance. Outputs of nodes that are not
 understood are compared with ONNX Runtime (`tail_outputs`), by the same rule.
 """
 

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 MOST_STEPS = 2
 """Of a quantized value, from the reference on the target's own inputs."""
 _OF_ANOTHER_SHAPE = 1 << 16  # steps
+_ELSEWHERE = "onnxruntime"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +38,8 @@ class Steps:
     """What was seen of the quantized values.
 
     Attributes:
-        worst: most steps of any value; None where no artifact with these outputs could be had.
+        worst: most steps of any value; None where no artifact with these outputs could be had. Then `noise` is that
+            of another runtime, whose kernels round on their own.
         allowed: steps.
         first: place of the first node with more than that.
         noise: by value, what rounding as the target does costs, as a relative error.
@@ -87,7 +89,11 @@ def check(
             return found
         note = f"{len(taps)} of {len(values)} quantized values were compared; with all as outputs: {reason}"
         return dataclasses.replace(found, note=note)
-    return Steps(None, note=f"quantized values were not compared; with them as outputs: {reason}")
+    noise = _noise_elsewhere(reference, compared, artifact, options, folder / "elsewhere")
+    note = f"quantized values were not compared; with them as outputs: {reason}"
+    if noise:
+        note += f"; outputs are held to what rounding costs on '{_ELSEWHERE}'"
+    return Steps(None, noise=noise, note=note)
 
 
 def first_float(
@@ -156,6 +162,35 @@ def _compare(
     allowed = MOST_STEPS * every
     first = next((makers[name] for name in makers if steps.get(name, 0) > allowed), None)
     return Steps(max(steps.values(), default=0), allowed, first, noise, behind)
+
+
+def _noise_elsewhere(
+    reference: Reference, compared: Collection[str], artifact: Artifact, options: TargetOptions, folder: Path
+) -> dict[str, float]:
+    """How far another integer runtime is from the reference, by value: an independent honest rounding.
+
+    Empty where it does not take the program, or is the one that is to be judged.
+    """
+    from sartor.backends import isolation
+
+    if artifact.target == _ELSEWHERE:
+        return {}
+    program = reference.program
+    tapped, _ = with_taps(program, set(compared))
+    there = dataclasses.replace(options, precision="int8", shapes={})
+    noise: dict[str, float] = {}
+    try:
+        lowered = isolation.lower(_ELSEWHERE, tapped, folder, there)
+        with isolation.Session(lowered, there) as session:
+            decided = decisions(program)
+            for index, inputs in enumerate(reference.samples):
+                found = session.run(inputs)
+                for name in compared:
+                    cost, _ = error_of(decided.get(name), name, reference.on(index), found)
+                    noise[name] = max(noise.get(name, 0.0), cost)
+    except BackendError:
+        return {}
+    return {name: cost for name, cost in noise.items() if np.isfinite(cost)}
 
 
 def _on_own_values(program: Program, taps: Collection[str]) -> Any:
