@@ -1,0 +1,238 @@
+"""Work of a kernel from its signature and its sizes: multiply-accumulates, and the bytes that it moves.
+
+Every contraction is a matrix product per group, as if a convolution's windows were laid out as rows:
+`macs = groups · rows · columns · channels · taps`. What a signature does not hold is not counted: the
+parameters of a BatchNormalization (it folds into the weights) and the bounds of a Clip. One bias is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from sartor.cost_models.signatures import Signature
+from sartor.errors import InternalError
+from sartor.ir.kernels import RECURRENT
+
+_PACKED = {"INT4": 0.5, "UINT4": 0.5, "FLOAT4E2M1": 0.5}
+_ITEM_BYTES = {
+    **_PACKED,
+    **{name: 1.0 for name in ("INT8", "UINT8", "BOOL", "FLOAT8E4M3FN", "FLOAT8E5M2")},
+    **{name: 2.0 for name in ("FLOAT16", "BFLOAT16", "INT16", "UINT16")},
+    **{name: 4.0 for name in ("FLOAT", "INT32", "UINT32")},
+    **{name: 8.0 for name in ("DOUBLE", "INT64", "UINT64", "COMPLEX64")},
+}
+_TO_BOOL = frozenset(
+    {"Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "And", "Or", "Not", "IsNaN"}
+)
+_TO_INDEX = frozenset({"ArgMax", "ArgMin", "NonZero"})
+_CONSERVING = frozenset({"Concat", "Split", "Transpose"})
+"""They write exactly the activations that they read."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What one execution of a kernel amounts to; every field is an array of the shape of the sizes.
+
+    Attributes:
+        macs: multiply-accumulates (1 MAC = 2 FLOP); 0 for a kernel that only moves data.
+        weight_bytes: stored operands, one bias included.
+        read: bytes of activations read, a residual included.
+        written: bytes of activations written.
+        groups: independent products: groups of a convolution, matrices of a batch, steps of a sequence.
+        rows: positions of one product: batch · height · width, or rows of the left matrix.
+        columns: output channels of one group.
+        channels: input channels of one group.
+        taps: positions of the window; 1 for products.
+    """
+
+    macs: np.ndarray
+    weight_bytes: np.ndarray
+    read: np.ndarray
+    written: np.ndarray
+    groups: np.ndarray
+    rows: np.ndarray
+    columns: np.ndarray
+    channels: np.ndarray
+    taps: np.ndarray
+
+    @property
+    def moved(self) -> np.ndarray:
+        """All bytes: weights, and activations read and written."""
+        return self.weight_bytes + self.read + self.written
+
+
+def work(signature: Signature, sizes: Sequence[Any]) -> Work:
+    """Work of a kernel.
+
+    Args:
+        signature: of the kernel.
+        sizes: one array (or number) per variable of the signature, all of one shape.
+
+    Raises:
+        InternalError: not one size per variable.
+    """
+    return work_of_spec(signature.spec, sizes)
+
+
+def work_of_spec(spec: Mapping[str, Any], sizes: Sequence[Any]) -> Work:
+    """As `work`, from `Signature.spec`, which is what a profile's samples carry."""
+    arrays = [np.asarray(size, float) for size in sizes]
+    try:
+        if "inputs" in spec:
+            (moved,) = arrays
+            return _movement(spec, moved)
+        if spec["op"] in RECURRENT:
+            return _recurrent(spec, *arrays)
+        if spec["op"] in ("Conv", "ConvTranspose"):
+            return _convolution(spec, arrays)
+        return _product(spec, arrays)
+    except (TypeError, ValueError, StopIteration) as error:
+        raise InternalError(
+            f"A kernel '{spec.get('op')}' does not have {len(arrays)} variables as its signature is written "
+            f"({error}); pass one size per variable, in the order of the signature."
+        ) from error
+
+
+def item_bytes(dtype: str) -> float:
+    """Bytes per element of an ONNX type name; 4 for types that are not listed (strings, sequences)."""
+    return _ITEM_BYTES.get(dtype, 4.0)
+
+
+def _of(item: float, shape: tuple[int, ...], **parts: Any) -> Work:
+    """Work of a contraction; `weights`, `read` and `written` are given in elements."""
+    product = {name: np.asarray(parts[name], float) for name in _PRODUCT}
+    macs = math.prod(product.values(), start=np.ones(shape))
+    sizes = {"weight_bytes": "weights", "read": "read", "written": "written"}
+    moved = {name: item * np.asarray(parts[source], float) for name, source in sizes.items()}
+    arrays = {"macs": macs, **moved, **product}
+    return Work(**{name: np.broadcast_to(value, shape) for name, value in arrays.items()})
+
+
+_PRODUCT = ("groups", "rows", "columns", "channels", "taps")
+
+
+def _residuals(spec: Mapping[str, Any]) -> int:
+    return sum(op == "Add" for op, _ in spec["epilogue"])
+
+
+def _convolution(spec: Mapping[str, Any], sizes: Sequence[np.ndarray]) -> Work:
+    if "multiplier" in spec:
+        (groups,) = sizes
+        c_in, c_out = groups, groups * spec["multiplier"]
+    else:
+        c_in, c_out = sizes
+        groups = np.asarray(float(spec["group"]))
+    taps = math.prod(spec["attributes"]["kernel_shape"])
+    source, target = (spec["batch"] * math.prod(spec[name]) for name in ("spatial", "out"))
+    written = target * c_out
+    return _of(
+        item_bytes(spec["dtype"]),
+        np.broadcast_shapes(c_in.shape, c_out.shape),
+        groups=groups,
+        rows=source if spec["op"] == "ConvTranspose" else target,
+        columns=c_out / groups,
+        channels=c_in / groups,
+        taps=taps,
+        weights=c_in * c_out / groups * taps + c_out,
+        read=source * c_in + _residuals(spec) * written,
+        written=written,
+    )
+
+
+def _product(spec: Mapping[str, Any], sizes: Sequence[np.ndarray]) -> Work:
+    shape = np.broadcast_shapes(*(size.shape for size in sizes))
+    item = item_bytes(spec["dtype"])
+    if "rows" in spec:
+        k, n = sizes
+        m = math.prod(spec["rows"])
+        parts = {"groups": 1, "rows": m, "columns": n, "channels": k, "taps": 1}
+        read = m * k + _residuals(spec) * m * n
+        return _of(item, shape, **parts, weights=k * n + n, read=read, written=m * n)
+    given = iter(sizes)
+    batch, m, k, n = (
+        next(given) if spec[r] == "*" else np.asarray(float(spec[r])) for r in "batch m k n".split()
+    )
+    left, right, written = batch * m * k, (1.0 if spec["shared"] else batch) * k * n, batch * m * n
+    stored = [
+        side if is_stored else 0.0 for side, is_stored in zip((left, right), spec["stored"], strict=True)
+    ]
+    return _of(
+        item,
+        shape,
+        groups=batch,
+        rows=m,
+        columns=n,
+        channels=k,
+        taps=1,
+        weights=sum(stored),
+        read=left + right - sum(stored) + _residuals(spec) * written,
+        written=written,
+    )
+
+
+def _recurrent(spec: Mapping[str, Any], inner: np.ndarray, hidden: np.ndarray) -> Work:
+    steps, batch, directions = spec["steps"], spec["batch"], spec["directions"]
+    rows = spec["gates"] * hidden
+    return _of(
+        item_bytes(spec["dtype"]),
+        np.broadcast_shapes(inner.shape, hidden.shape),
+        groups=steps * directions,
+        rows=batch,
+        columns=rows,
+        channels=inner + hidden,
+        taps=1,
+        weights=directions * rows * (inner + hidden + 2),
+        read=steps * batch * inner,
+        written=steps * batch * directions * hidden,
+    )
+
+
+def _movement(spec: Mapping[str, Any], moved: np.ndarray) -> Work:
+    """The total is exact; its parts are, too, where no plan changes a dimension. Else all scale alike."""
+    seen: set[int] = set()
+    parts = {"weight_bytes": 0.0, "read": 0.0, "written": 0.0}
+    for entry in spec["inputs"]:
+        if entry is None or entry["slot"] in seen:
+            continue
+        seen.add(entry["slot"])
+        name = "weight_bytes" if entry["stored"] else "read"
+        parts[name] += _elements(entry["dims"]) * item_bytes(entry["dtype"])
+    item = _written_bytes(spec)
+    parts["written"] = sum(_elements(dims) for dims in spec["outputs"]) * item
+    if spec["op"] in _CONSERVING:
+        parts["written"] = parts["read"]
+    total = sum(parts.values())
+    shares = {name: (value / total if total else 0.0) for name, value in parts.items()}
+    zero, one = np.zeros(moved.shape), np.ones(moved.shape)
+    return Work(
+        macs=zero,
+        **{name: moved * share for name, share in shares.items()},
+        groups=one,
+        rows=moved,
+        columns=one,
+        channels=one,
+        taps=one,
+    )
+
+
+def _elements(dims: Sequence[int | str]) -> float:
+    return float(math.prod(d for d in dims if not isinstance(d, str)))
+
+
+def _written_bytes(spec: Mapping[str, Any]) -> float:
+    if spec["op"] in _TO_BOOL:
+        return 1.0
+    if spec["op"] in _TO_INDEX:
+        return 8.0
+    present = [entry["dtype"] for entry in spec["inputs"] if entry is not None]
+    if spec["op"] == "Cast":
+        from onnx import TensorProto
+
+        return item_bytes(TensorProto.DataType.Name(spec["attributes"]["to"]))
+    first = 1 if spec["op"] == "Where" else 0  # its condition decides, its second operand is what is written
+    return item_bytes(present[first]) if len(present) > first else 4.0
