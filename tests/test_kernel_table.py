@@ -19,7 +19,8 @@ from sartor.cost_models.grid import Grid, monotone
 from sartor.cost_models.measured import MeasuredTable
 from sartor.cost_models.protocol import CostModel
 from sartor.cost_models.sampling import build_table
-from sartor.cost_models.signatures import contraction_model, movement_model, signature_of
+from sartor.cost_models.samples import nearest_sizes, sample_model
+from sartor.cost_models.signatures import signature_of
 from sartor.errors import MetricUnavailableError, PlanError, UsageError
 from sartor.ir.workload import build_workload
 
@@ -476,13 +477,13 @@ def test_every_kind_of_kernel_has_a_sample_model_that_runs():
         assert signature is not None, kernel.name
         if signature.kind == "contraction":
             full = [round(v.full) for v in signature.variables]
-            runs(contraction_model(signature.spec, full))
+            runs(sample_model(signature.spec, full))
             if full:
-                runs(contraction_model(signature.spec, [2 * v for v in full]))
+                runs(sample_model(signature.spec, [2 * v for v in full]))
         else:
-            blob, moved = movement_model(kernel, signature.spec, 1.0)
-            runs(blob)
-            assert moved == signature.variables[0].full, kernel.name
+            moved = signature.variables[0].full
+            runs(sample_model(signature.spec, [moved]))
+            assert nearest_sizes(signature.spec, [moved]) == (moved,), kernel.name
 
 
 def test_sample_models_of_a_narrowed_network_run_and_count_like_it():
@@ -492,14 +493,14 @@ def test_sample_models_of_a_narrowed_network_run_and_count_like_it():
         signature = signature_of(kernel)
         if signature.kind == "contraction":
             sizes = [max(1, round(v.full / 2)) for v in signature.variables]
-            blob = contraction_model(signature.spec, sizes)
+            blob = sample_model(signature.spec, sizes)
             program = make_program(**parts_of(blob))
             half = {g: 0.5 for g in GROUPS}
             got = build_workload(program).evaluate().macs
             if all(any(f for _, f in v.terms) for v in signature.variables):
                 assert float(got) == float(kernel.macs.evaluate(half)), kernel.name
         else:
-            blob, _ = movement_model(kernel, signature.spec, 0.5)
+            blob = sample_model(signature.spec, [signature.variables[0].full / 2])
         runs(blob)
 
 

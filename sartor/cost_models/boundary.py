@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from sartor.cost_models.signatures import Signature, empty_model, identity_model
+from sartor.cost_models.samples import empty_model, identity_model
+from sartor.cost_models.signatures import Signature
 
 LAYOUT_FAMILIES = ("conv", "depthwise")
 _MOST_PROBES = 40

@@ -19,12 +19,8 @@ from sartor.cost_models.boundary import (
 )
 from sartor.cost_models.grid import Grid
 from sartor.cost_models.measured import MeasuredTable, rates_from
-from sartor.cost_models.signatures import (
-    Signature,
-    contraction_model,
-    movement_model,
-    signature_of,
-)
+from sartor.cost_models.samples import nearest_sizes, sample_model
+from sartor.cost_models.signatures import Signature, signature_of
 from sartor.errors import MetricUnavailableError
 from sartor.ir.kernels import Kernel
 from sartor.ir.workload import Workload
@@ -229,10 +225,12 @@ def _sample(batch: Sequence[tuple[_Case, list[Point]]], timer: Timer, boundary: 
 
 def _model(case: _Case, point: Point) -> tuple[bytes, Point]:
     """A sample model and its coordinates in the grid."""
-    if case.signature.kind == "movement":
-        model, moved = movement_model(case.kernels[0], case.signature.spec, point[0])
-        return model, (moved,)
-    return contraction_model(case.signature.spec, [int(c) for c in point]), point
+    spec = case.signature.spec
+    if case.signature.kind == "movement":  # the point is a share of the largest kernel's bytes
+        largest = case.kernels[0].bytes_read.full + case.kernels[0].bytes_written.full
+        at = nearest_sizes(spec, [point[0] * largest])
+        return sample_model(spec, at), at
+    return sample_model(spec, point), point
 
 
 def _read(taken: Sequence[float], count: int) -> list[float]:

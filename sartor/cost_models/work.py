@@ -125,8 +125,8 @@ def _convolution(spec: Mapping[str, Any], sizes: Sequence[np.ndarray]) -> Work:
         (groups,) = sizes
         c_in, c_out = groups, groups * spec["multiplier"]
     else:
-        c_in, c_out = sizes
-        groups = np.asarray(float(spec["group"]))
+        groups, inner, outer = (np.asarray(1.0), *sizes) if spec["group"] == 1 else sizes
+        c_in, c_out = groups * inner, groups * outer
     taps = math.prod(spec["attributes"]["kernel_shape"])
     source, target = (spec["batch"] * math.prod(spec[name]) for name in ("spatial", "out"))
     written = target * c_out
