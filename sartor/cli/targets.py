@@ -1,4 +1,4 @@
-"""List the targets that can be lowered to and measured on, or describe one of them."""
+"""List the targets that can be lowered to and measured on, or published devices; or describe one of them."""
 
 from __future__ import annotations
 
@@ -17,12 +17,19 @@ _LIMIT_S = 60.0  # of one backend; importing the slowest vendor takes a few seco
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     parser.add_argument("target", nargs="?", help="describe only this one, in full")
+    parser.add_argument(
+        "--devices",
+        action="store_true",
+        help="published devices instead: latency can be predicted for them from data sheets, not measured",
+    )
 
 
 def run(options: argparse.Namespace) -> Result:
     """Ask every backend, each in a subprocess: one that is not installed, broken, crashes or hangs says so."""
     from sartor import backends
 
+    if options.devices:
+        return _devices(options.target)
     if options.target is not None:
         return _described(options.target)
     entries = _asked(backends.available())
@@ -40,6 +47,35 @@ def run(options: argparse.Namespace) -> Result:
     unable = [e for e in entries if e["available"] and e["not_run_here"]]
     lines += [f"{e['name']} lowers here and does not run here: {e['not_run_here']}" for e in unable]
     return Result({"schema": "sartor.targets/1", "targets": entries}, "\n".join(lines))
+
+
+def _devices(name: str | None) -> Result:
+    """Published devices with their rates, or one of them with every constant and where it is from.
+
+    Raises:
+        UsageError: there is no device of this name.
+    """
+    from sartor.cost_models.descriptions import describe_target, described_devices
+    from sartor.errors import UsageError
+
+    names = described_devices()
+    if name is not None and name not in names:
+        raise UsageError(f"No published device '{name}'; there are {list(names)}.")
+    described = [describe_target(each) for each in (names if name is None else (name,))]
+    document = {"schema": "sartor.devices/1", "devices": [each.to_dict() for each in described]}
+    if name is None:
+        rows = []
+        for entry in document["devices"]:
+            rates = {p: entry["constants"][f"macs_per_s.{p}"]["value"] for p in entry["precisions"]}
+            peak = ", ".join(f"{p} {rate / 1e9:,.6g}" for p, rate in rates.items())
+            memory = entry["constants"]["bandwidth_bytes_per_s"]["value"]
+            rows.append((entry["name"], peak, f"{memory / 1e9:,.6g}", entry["title"]))
+        return Result(document, table(rows, ("device", "peak GMAC/s", "memory GB/s", "")))
+    (entry,) = document["devices"]
+    lines = [f"{key}: {_show(value)}" for key, value in entry.items() if key != "constants"]
+    numbers = entry["constants"].items()
+    rows = [(key, f"{n['value']:.4g}", n["certainty"], f"{n['source']} ({n['date']})") for key, n in numbers]
+    return Result(document, "\n".join([*lines, table(rows, ("constant", "value", "certainty", "source"))]))
 
 
 def _described(name: str) -> Result:
