@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sartor.budget import Limit
 from sartor.ir.program import Program
+from sartor.tasks import LocalRunner, Runner
 
 if TYPE_CHECKING:
+    from sartor.backends.many_models import ModelTimes
     from sartor.backends.measure import Measurement
     from sartor.backends.protocol import Artifact, TargetOptions
     from sartor.data import Data
@@ -55,15 +58,25 @@ class Workbench:
         options: target, threads, precision, seed.
         data: splits for scores, or None.
         folder: scratch folder for artifacts.
+        runner: where candidates are measured and scored; this machine by default. Lowering, verification and what
+            scores agree with stay here in any case. The caller closes it.
     """
 
-    def __init__(self, program: Program, options: FitOptions, data: Data | None, folder: Path):
+    def __init__(
+        self,
+        program: Program,
+        options: FitOptions,
+        data: Data | None,
+        folder: Path,
+        runner: Runner | None = None,
+    ):
         from sartor import backends
         from sartor.backends import isolation
         from sartor.backends.protocol import TargetOptions
         from sartor.precision import own_precision
 
         self.program, self.options, self.data, self.folder = program, options, data, folder
+        self.runner: Runner = runner or LocalRunner()
         self.backend = backends.get(options.target)
         self.target = TargetOptions(threads=options.threads, precision=options.precision)
         self.baseline = self.exact = self.lower(program, folder / "baseline")
@@ -90,30 +103,46 @@ class Workbench:
 
     def measure(self, artifacts: list[Artifact], seconds: float, seed: int | None = None) -> Measurement:
         """Interleaved measurement of `artifacts`, the baseline first."""
-        from sartor.backends.measure import measure
+        return self.measure_all([artifacts], seconds, seed)[0]
 
-        return measure(
-            self.options.target,
-            artifacts,
-            self.target,
-            time_limit_s=seconds,
-            target_half_width=0.01,
-            seed=self.options.seed if seed is None else seed,
-        )
+    def measure_all(
+        self, candidates: Sequence[list[Artifact]], seconds: float, seed: int | None = None
+    ) -> list[Measurement]:
+        """One measurement per entry, each with its baseline first; at once where the runner has several devices."""
+        from sartor.tasks import requests
+
+        tasks = [
+            requests.measure_task(
+                self.options.target,
+                artifacts,
+                self.target,
+                time_limit_s=seconds,
+                target_half_width=0.005,
+                seed=self.options.seed if seed is None else seed,
+            )
+            for artifacts in candidates
+        ]
+        return [requests.measurement(result) for result in self.runner.run_all(tasks)]
+
+    def time_models(self, models: Sequence[bytes], options: TargetOptions, repeats: int) -> ModelTimes:
+        """Times of many small models where candidates are measured; see `backends.many_models.time_models`."""
+        from sartor.tasks import requests
+
+        with tempfile.TemporaryDirectory(prefix="sartor-models-") as folder:
+            task = requests.time_models_task(
+                self.options.target, models, options, Path(folder), repeats=repeats
+            )
+            return requests.model_times(self.runner.run(task))
 
     def score(self, artifact: Artifact, split: str) -> tuple[float, int]:
         """Score of an artifact as its target runs it, and the number of samples."""
-        from sartor.backends import isolation
-
-        with isolation.Session(artifact, self._run_as(artifact)) as session:
-            return self.score_with(session.run, split)
-
-    def score_with(self, predict: Callable[..., Any], split: str) -> tuple[float, int]:
-        """Score of any predictor on a split."""
         from sartor.scoring import score
+        from sartor.tasks.requests import Predictions
 
         assert self.data is not None
-        return score(predict, getattr(self.data, split), self.data.metric, self.original)
+        batches = getattr(self.data, split)
+        answers = Predictions(self.runner, artifact, self._run_as(artifact), batches)
+        return score(answers.predict, answers, self.data.metric, self.original)
 
     def original(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Outputs of the original model to agree with: those that are understood, if there are any."""

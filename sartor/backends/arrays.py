@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 
@@ -31,8 +32,8 @@ def save_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     np.savez(path, names, types, *arrays.values())
 
 
-def load_arrays(path: Path) -> dict[str, np.ndarray]:
-    """The arrays that `save_arrays` wrote."""
+def load_arrays(path: Path | IO[bytes]) -> dict[str, np.ndarray]:
+    """The arrays that `save_arrays` wrote to a file, or its content as a stream."""
     with np.load(path, allow_pickle=False) as archive:
         names, types, *arrays = (archive[f"arr_{index}"] for index in range(len(archive.files)))
     return {
