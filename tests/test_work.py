@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
 from sartor.cost_models.signatures import signature_of
-from sartor.cost_models.work import item_bytes, work
+from sartor.cost_models.work import item_bytes, work, work_of_spec
 from sartor.errors import InternalError
 from sartor.ir.workload import build_workload
 
@@ -135,11 +135,28 @@ def test_populations_are_the_plans_one_by_one(widths):
     for kernel in build_workload(net.program(("logits",)), net.extents).kernels:
         together = of(kernel, plans)
         assert np.allclose(together.macs, kernel.macs.evaluate(plans), rtol=1e-9)
+        assert np.allclose(together.written, kernel.bytes_written.evaluate(plans), rtol=1e-6), kernel.name
         for index in range(len(widths)):
             alone = of(kernel, {g: values[index] for g, values in plans.items()})
             for field in ("macs", "weight_bytes", "read", "written", "columns", "channels"):
                 value = np.broadcast_to(getattr(together, field), (len(widths),))[index]
                 assert value == pytest.approx(float(getattr(alone, field))), (kernel.name, field)
+
+
+def test_parts_of_a_kernel_that_moves_data_under_a_plan():
+    """Concat of two widths, and a product of powers: x [u, u, 7] beside a fixed vector."""
+    spec = {"op": "Concat", "epilogue": [], "output_dtypes": ["FLOAT"], "outputs": [[1, "5*", 9]]}
+    entries = [
+        {"slot": i, "dims": [1, d, 9], "dtype": "FLOAT", "stored": False} for i, d in ((0, "2*"), (1, "3*"))
+    ]
+    found = work_of_spec({**spec, "inputs": entries}, [np.array([4.0 * 2 * 5 * 9 * u for u in (1, 4)])])
+    assert found.read == pytest.approx([180, 720]) and found.written == pytest.approx([180, 720])
+    square = {"slot": 0, "dims": ["*", "*", 7], "dtype": "FLOAT", "stored": False}
+    vector = {"slot": 1, "dims": ["*"], "dtype": "FLOAT", "stored": True}
+    spec = {"op": "Mul", "inputs": [square, vector], "outputs": [["*", "*", 7]], "output_dtypes": ["FLOAT"]}
+    units = np.array([1.0, 3.0, 40.0])
+    found = work_of_spec(spec, [4 * (14 * units**2 + units)])
+    assert found.weight_bytes == pytest.approx(4 * units) and found.read == pytest.approx(28 * units**2)
 
 
 def test_groups_are_never_taken_for_a_dense_convolution():

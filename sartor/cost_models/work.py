@@ -26,12 +26,6 @@ _ITEM_BYTES = {
     **{name: 4.0 for name in ("FLOAT", "INT32", "UINT32")},
     **{name: 8.0 for name in ("DOUBLE", "INT64", "UINT64", "COMPLEX64")},
 }
-_TO_BOOL = frozenset(
-    {"Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "And", "Or", "Not", "IsNaN"}
-)
-_TO_INDEX = frozenset({"ArgMax", "ArgMin", "NonZero"})
-_CONSERVING = frozenset({"Concat", "Split", "Transpose"})
-"""They write exactly the activations that they read."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,7 +111,7 @@ _PRODUCT = ("groups", "rows", "columns", "channels", "taps")
 
 
 def _residuals(spec: Mapping[str, Any]) -> int:
-    return sum(op == "Add" for op, _ in spec["epilogue"])
+    return sum(op == "Add" for op, _ in spec.get("epilogue", ()))
 
 
 def _convolution(spec: Mapping[str, Any], sizes: Sequence[np.ndarray]) -> Work:
@@ -132,7 +126,7 @@ def _convolution(spec: Mapping[str, Any], sizes: Sequence[np.ndarray]) -> Work:
     written = target * c_out
     return _of(
         item_bytes(spec["dtype"]),
-        np.broadcast_shapes(c_in.shape, c_out.shape),
+        np.broadcast_shapes(*(size.shape for size in sizes)),
         groups=groups,
         rows=source if spec["op"] == "ConvTranspose" else target,
         columns=c_out / groups,
@@ -193,25 +187,24 @@ def _recurrent(spec: Mapping[str, Any], inner: np.ndarray, hidden: np.ndarray) -
 
 
 def _movement(spec: Mapping[str, Any], moved: np.ndarray) -> Work:
-    """The total is exact; its parts are, too, where no plan changes a dimension. Else all scale alike."""
+    """Parts of the bytes that the operands are of, at the length of the unit that the total says."""
+    parts: dict[str, _Terms] = {"weight_bytes": [], "read": [], "written": []}
     seen: set[int] = set()
-    parts = {"weight_bytes": 0.0, "read": 0.0, "written": 0.0}
     for entry in spec["inputs"]:
-        if entry is None or entry["slot"] in seen:
-            continue
-        seen.add(entry["slot"])
-        name = "weight_bytes" if entry["stored"] else "read"
-        parts[name] += _elements(entry["dims"]) * item_bytes(entry["dtype"])
-    item = _written_bytes(spec)
-    parts["written"] = sum(_elements(dims) for dims in spec["outputs"]) * item
-    if spec["op"] in _CONSERVING:
-        parts["written"] = parts["read"]
-    total = sum(parts.values())
-    shares = {name: (value / total if total else 0.0) for name, value in parts.items()}
+        if entry is not None and entry["slot"] not in seen:
+            seen.add(entry["slot"])
+            parts["weight_bytes" if entry["stored"] else "read"].append(_term(entry["dims"], entry["dtype"]))
+    for dims, dtype in zip(spec["outputs"], spec["output_dtypes"], strict=True):
+        parts["written"].append(_term(dims, dtype))
+    parts["read"] += parts["written"][:1] * _residuals(spec)
+    unit = _unit([term for terms in parts.values() for term in terms], moved)
+    values = {name: _evaluate(terms, unit) for name, terms in parts.items()}
+    total = sum(values.values())
+    scale = np.where(total > 0, moved / np.where(total > 0, total, 1.0), 0.0)
     zero, one = np.zeros(moved.shape), np.ones(moved.shape)
     return Work(
         macs=zero,
-        **{name: moved * share for name, share in shares.items()},
+        **{name: value * scale for name, value in values.items()},
         groups=one,
         rows=moved,
         columns=one,
@@ -220,19 +213,35 @@ def _movement(spec: Mapping[str, Any], moved: np.ndarray) -> Work:
     )
 
 
-def _elements(dims: Sequence[int | str]) -> float:
-    return float(math.prod(d for d in dims if not isinstance(d, str)))
+_Terms = list[tuple[float, int]]
+"""Bytes as coefficients of powers of the unit."""
 
 
-def _written_bytes(spec: Mapping[str, Any]) -> float:
-    if spec["op"] in _TO_BOOL:
-        return 1.0
-    if spec["op"] in _TO_INDEX:
-        return 8.0
-    present = [entry["dtype"] for entry in spec["inputs"] if entry is not None]
-    if spec["op"] == "Cast":
-        from onnx import TensorProto
+def _term(dims: Sequence[int | str], dtype: str) -> tuple[float, int]:
+    varying = [d for d in dims if isinstance(d, str)]
+    fixed = math.prod(d for d in dims if not isinstance(d, str))
+    multiples = math.prod(int(d[:-1] or 1) for d in varying)
+    return item_bytes(dtype) * fixed * multiples, len(varying)
 
-        return item_bytes(TensorProto.DataType.Name(spec["attributes"]["to"]))
-    first = 1 if spec["op"] == "Where" else 0  # its condition decides, its second operand is what is written
-    return item_bytes(present[first]) if len(present) > first else 4.0
+
+def _evaluate(terms: _Terms, unit: np.ndarray) -> np.ndarray:
+    return sum((c * unit**power for c, power in terms), np.zeros(unit.shape))
+
+
+def _unit(terms: _Terms, moved: np.ndarray) -> np.ndarray:
+    """The length at which these terms add up to `moved`; 1 where nothing varies."""
+    degree = max((power for _, power in terms), default=0)
+    if not degree:
+        return np.ones(moved.shape)
+    fixed = sum(c for c, power in terms if not power)
+    rest = np.maximum(moved - fixed, 0.0)
+    highest = sum(c for c, power in terms if power == degree)
+    unit = (rest / highest) ** (1.0 / degree)  # not below the root: from there, Newton's steps only fall
+    for _ in range(_NEWTON_STEPS if any(0 < power < degree for _, power in terms) else 0):
+        slope = sum((c * power * unit ** (power - 1) for c, power in terms if power), np.zeros(moved.shape))
+        step = (_evaluate(terms, unit) - moved) / np.where(slope > 0, slope, 1.0)
+        unit = np.maximum(unit - step, 0.0)
+    return unit
+
+
+_NEWTON_STEPS = 20
