@@ -109,8 +109,8 @@ def parse_description(text: str, name: str) -> TargetDescription:
         raise UsageError(f"The target description '{name}' is not TOML: {error}.") from error
     device = entry.get("kind") == DEVICE
     wanted = (*_TEXTS, *(() if device else _TARGET_TEXTS))
-    texts = {key: entry.pop(key, None) for key in wanted}
-    lists = {key: entry.pop(key, None) for key in _LISTS}
+    texts: dict[str, Any] = {key: entry.pop(key, None) for key in wanted}
+    lists: dict[str, Any] = {key: entry.pop(key, None) for key in _LISTS}
     lists |= {key: entry.pop(key, []) for key in _OPTIONAL_LISTS}
     for key, value in texts.items():
         if not isinstance(value, str) or not value:
@@ -118,22 +118,21 @@ def parse_description(text: str, name: str) -> TargetDescription:
     for key, value in lists.items():
         if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
             raise UsageError(f"The target description '{name}': '{key}' is {value!r}; write a list of texts.")
+    values: dict[str, Any] = {key: tuple(value) for key, value in lists.items()}
     if not device:
         if entry:
             raise UsageError(
                 f"The target description '{name}': {sorted(entry)} are not known for kind '{texts['kind']}'; "
                 f"remove them, or write kind = '{DEVICE}'."
             )
-        return TargetDescription(**texts, **{key: tuple(value) for key, value in lists.items()})
+        return TargetDescription(**texts, **values)
     constants = parse_constants(entry, name)
     if set(constants.macs_per_s) != set(lists["precisions"]):
         raise UsageError(
             f"The target description '{name}': 'precisions' are {lists['precisions']}, but 'compute.macs_per_s' has "
             f"{sorted(constants.macs_per_s)}; name the same ones, of {list(PRECISIONS)}."
         )
-    return TargetDescription(
-        **texts, **{key: tuple(value) for key, value in lists.items()}, constants=constants
-    )
+    return TargetDescription(**texts, **values, constants=constants)
 
 
 @functools.cache

@@ -1,0 +1,275 @@
+"""The roofline as a cost model of whole networks and of single kernels; its law is in `roofline_law`.
+
+Constants come from a description file (`RooflineConstants.of`) or from timed kernels (`Roofline.fitted`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import weakref
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from sartor.cost_models.descriptions import TargetDescription, describe_target
+from sartor.cost_models.energy import EnergyModel
+from sartor.cost_models.protocol import CostEstimate, KernelCost
+from sartor.cost_models.roofline_law import (
+    PRECISION_BYTES,
+    Level,
+    RooflineConstants,
+    Terms,
+    narrowing,
+    terms,
+)
+from sartor.cost_models.signatures import Signature, signature_of
+from sartor.cost_models.work import Work, work
+from sartor.errors import UsageError
+from sartor.ir.kernels import Kernel
+from sartor.ir.workload import Fractions, Population, Presence, Removed, Workload, presence
+
+if TYPE_CHECKING:
+    from sartor.cost_models.profile import Sample
+
+KIND = "roofline/1"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Item:
+    """Kernels of a workload that cost the same under every plan, except for when they exist."""
+
+    kernel: Kernel
+    signature: Signature | None
+    when: tuple[Presence, ...]
+
+
+class Roofline:
+    """See the module docstring. Satisfies `CostModel` and, for single kernels, `KernelModel`."""
+
+    tier = "roofline"
+
+    def __init__(
+        self,
+        constants: RooflineConstants | TargetDescription | str,
+        precision: str | None = None,
+        *,
+        name: str = "",
+    ):
+        """A roofline of these constants.
+
+        Args:
+            constants: numbers, a description, or the name of a published device.
+            precision: that kernels run in; float tensors are priced at its width. None: as the program has them
+                (only with numbers; a description needs one).
+            name: of the device, for people.
+
+        Raises:
+            UsageError: unknown device or precision, or a description without constants.
+        """
+        if isinstance(constants, str):
+            constants = describe_target(constants)
+        if precision is not None and precision not in PRECISION_BYTES:
+            raise UsageError(f"Precision '{precision}' is not one of {sorted(PRECISION_BYTES)}.")
+        self._energy: EnergyModel | None = None
+        self._leaves_out: tuple[str, ...] = ()
+        if isinstance(constants, TargetDescription):
+            if precision is None:
+                raise UsageError(
+                    f"A roofline of '{constants.name}' needs a precision: one of {list(constants.precisions)}."
+                )
+            self._energy = EnergyModel.of(constants, precision)
+            self._leaves_out, name = constants.unmodelled, name or constants.name
+            constants = RooflineConstants.of(constants, precision)
+        self.constants = constants
+        self.precision = precision
+        self.name = name
+        self._bound: weakref.WeakKeyDictionary[Workload, list[_Item]] = weakref.WeakKeyDictionary()
+
+    @property
+    def method(self) -> str:
+        """One line for people: what the numbers are based on."""
+        basis = (
+            f"fitted to {self.constants.samples} kernels" if self.constants.samples else "published constants"
+        )
+        return " ".join(part for part in ("roofline", self.name, self.precision or "", f"({basis})") if part)
+
+    # ---- single kernels ------------------------------------------------------------------------
+    def knows(self, signature: Signature) -> bool:
+        """Always: work follows from the signature."""
+        return True
+
+    def predict(self, signature: Signature, sizes: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
+        """See `KernelModel.predict`: the kernel alone, its weights in the caches that hold them."""
+        seconds = self.terms(signature.spec, work(signature, sizes)).seconds
+        return seconds, np.full(seconds.shape, self.constants.log_sd)
+
+    def predict_cold(self, signature: Signature, sizes: Sequence[Any]) -> np.ndarray:
+        """Seconds when the weights come from main memory."""
+        return self.terms(signature.spec, work(signature, sizes), math.inf).seconds
+
+    def terms(self, spec: Mapping[str, Any], found: Work, network_weight_bytes: Any = None) -> Terms:
+        """Where the time of a kernel goes; arguments as of `sartor.cost_models.roofline_law.terms`."""
+        return terms(self.constants, spec, found, self.precision, network_weight_bytes)
+
+    # ---- whole networks ------------------------------------------------------------------------
+    def estimate_batch(
+        self, workload: Workload, fractions: Fractions | None = None, removed: Removed | None = None
+    ) -> np.ndarray:
+        """Latency in seconds of a population of plans, an array `[plans]` (0-d for a single plan).
+
+        Raises:
+            PlanError: a removed block is not in the workload.
+        """
+        workload.check_removed(removed or {})
+        plans = Population(fractions or {}, removed or {})
+        total: Any = np.full(plans.shape, self.constants.call_s)
+        for item, found, network in self._priced(workload, plans):
+            total = total + _count(item, plans) * self._terms_of(item, found, network).seconds
+        return np.asarray(total)
+
+    def estimate(
+        self, workload: Workload, fractions: Fractions | None = None, removed: Removed | None = None
+    ) -> CostEstimate:
+        """Price one plan (scalars), with a breakdown per kernel.
+
+        The error of published constants is not known, so that there is no interval. `energy_j` is there for
+        devices whose description has energy constants.
+
+        Raises:
+            PlanError: a removed block is not in the workload.
+        """
+        workload.check_removed(removed or {})
+        plans = Population(fractions or {}, removed or {})
+        costs: list[KernelCost] = []
+        unmodelled: list[str] = []
+        macs: float = 0.0
+        traffic: float = 0.0
+        priced = {}
+        for item, found, network in self._priced(workload, plans):
+            priced[_key(item.kernel, item.signature)] = item, found, network
+        for kernel in workload.kernels:
+            if not float(plans.present(presence(kernel))):
+                continue
+            item, found, network = priced[_key(kernel, signature_of(kernel))]
+            shares = self._terms_of(item, found, network)
+            costs.append(
+                KernelCost(
+                    kernel.name, kernel.op_type, float(shares.seconds), self.tier, bound=shares.bound()
+                )
+            )
+            macs += float(found.macs)
+            traffic += float(found.moved) * (
+                narrowing(item.signature.spec, self.precision) if item.signature else 1.0
+            )
+            if item.signature is None:
+                unmodelled.append(
+                    f"{kernel.name} ({kernel.op_type}): what runs inside it, priced as one kernel"
+                )
+        latency = sum(c.latency_s for c in costs) + self.constants.call_s
+        metrics = {"latency_s": latency, "macs": macs, "traffic_bytes": traffic}
+        if self._energy is not None:
+            metrics["energy_j"] = float(self._energy.energy_j(macs, traffic, latency))
+        return CostEstimate(self.method, metrics, {}, tuple(costs), (*unmodelled, *self._leaves_out))
+
+    def _terms_of(self, item: _Item, found: Work, network: Any) -> Terms:
+        spec = item.signature.spec if item.signature else {"op": item.kernel.op_type, "inputs": []}
+        return self.terms(spec, found, network)
+
+    def _priced(self, workload: Workload, plans: Population) -> list[tuple[_Item, Work, Any]]:
+        """Items, their work under every plan, and the weight bytes of the whole network."""
+        found = []
+        network: Any = 0.0
+        for item in self._items(workload):
+            if item.signature is None:
+                mine = _opaque(item.kernel, plans)
+                narrow = 1.0
+            else:
+                mine = work(item.signature, [plans.quantity(v) for v in item.signature.variables])
+                narrow = narrowing(item.signature.spec, self.precision)
+            network = network + _count(item, plans) * mine.weight_bytes * narrow
+            found.append((item, mine))
+        return [(item, mine, network) for item, mine in found]
+
+    def _items(self, workload: Workload) -> list[_Item]:
+        if workload not in self._bound:
+            merged: dict[Any, _Item] = {}
+            for kernel in workload.kernels:
+                signature = signature_of(kernel)
+                key = _key(kernel, signature)
+                known = merged.get(key)
+                when = (*(known.when if known else ()), presence(kernel))
+                merged[key] = _Item(kernel, signature, when)
+            self._bound[workload] = list(merged.values())
+        return self._bound[workload]
+
+    # ---- fitting and files ---------------------------------------------------------------------
+    @staticmethod
+    def fitted(samples: Sequence[Sample], **options: Any) -> Roofline:
+        """Constants from timed kernels; options and rule in `sartor.cost_models.roofline_fit.fit`.
+
+        Raises:
+            UsageError: no sample.
+        """
+        from sartor.cost_models.roofline_fit import fit
+
+        return Roofline(fit(samples, **options), options.get("precision"))
+
+    def update(self, samples: Sequence[Sample]) -> Roofline:
+        """Constants moved towards these samples; what they were counts as much as the samples they rest on."""
+        from sartor.cost_models.roofline_fit import fit
+
+        if not samples:
+            return self
+        return Roofline(
+            fit(samples, prior=self.constants, precision=self.precision), self.precision, name=self.name
+        )
+
+    def save(self) -> dict[str, Any]:
+        """JSON-ready form; `load` is its inverse. An infinite capacity is null."""
+        constants = dataclasses.asdict(self.constants)
+        constants["levels"] = [
+            {**level, "bytes": None if math.isinf(level["bytes"]) else level["bytes"]}
+            for level in constants["levels"]
+        ]
+        return {"kind": KIND, "name": self.name, "precision": self.precision, "constants": constants}
+
+    @staticmethod
+    def load(document: Mapping[str, Any]) -> Roofline:
+        """Inverse of `save`.
+
+        Raises:
+            UsageError: not a saved roofline.
+        """
+        if document.get("kind") != KIND:
+            raise UsageError(f"Expected a roofline of kind '{KIND}', found {document.get('kind')!r}.")
+        try:
+            constants = dict(document["constants"])
+            levels = [
+                Level(**{**level, "bytes": math.inf if level["bytes"] is None else level["bytes"]})
+                for level in constants.pop("levels")
+            ]
+            return Roofline(
+                RooflineConstants(**constants, levels=tuple(levels)),
+                document["precision"],
+                name=document["name"],
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise UsageError(f"A saved roofline is malformed ({error}); fit it again.") from error
+
+
+def _key(kernel: Kernel, signature: Signature | None) -> Any:
+    return (signature.key, signature.variables) if signature else kernel.name
+
+
+def _count(item: _Item, plans: Population) -> Any:
+    return sum(plans.present(when) for when in item.when)
+
+
+def _opaque(kernel: Kernel, plans: Population) -> Work:
+    """Control flow: its MACs as one product, its bytes as activations."""
+    macs = np.asarray(plans.quantity(kernel.macs), float)
+    one = np.ones(macs.shape)
+    read, written = (np.asarray(plans.quantity(q), float) for q in (kernel.bytes_read, kernel.bytes_written))
+    return Work(macs, 0.0 * one, read * one, written * one, one, macs, one, one, one)
