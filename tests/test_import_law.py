@@ -38,6 +38,7 @@ HEAVY = (
     "tensorrt_rtx",
     "ai_edge_litert",
     "nncf",
+    "lightgbm",
 )
 # Modules that exist to hold torch code, and are themselves imported inside functions only.
 HEAVY_AT_TOP = (

@@ -1,0 +1,146 @@
+"""What a learned model sees of a kernel: one row of numbers per (signature, sizes).
+
+Sizes enter as logarithms, because times are products; what steps with the width of a register or of a
+block enters as alignment and as the share that rounding up wastes. Groups, and the channels of one group,
+are features of their own: two convolutions of equal work but other groups are different kernels.
+
+A size relative to a cache of the machine differs from the size itself by a constant, which a decision tree
+does not see; `working_set` and `weight_bytes` therefore stand for both.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from sartor.cost_models.work import Work, item_bytes, work_of_spec
+from sartor.ir.fusion import ACTIVATIONS
+from sartor.ir.kernels import RECURRENT
+
+CONTRACTION = (
+    *("log_macs", "log_weight_bytes", "log_read", "log_written", "log_working_set", "log_intensity"),
+    *("log_groups", "log_rows", "log_columns", "log_channels", "log_taps", "log_c_in", "log_c_out"),
+    *("align_in", "align_out", "align_columns", "waste_in_8", "waste_out_8", "waste_in_16", "waste_out_16"),
+    *("width", "stride", "dilation", "padding", "residuals", "activations", "gated", "transposed", "stored"),
+)
+MOVEMENT = (
+    *("log_bytes", "log_read", "log_written", "log_taps", "stride", "operands", "stored", "outputs"),
+    *("rank", "log_fixed", "last", "smallest", "item_bytes", "align", "epilogue"),
+)
+_ELEMENTWISE = frozenset({"Add", "Sub", "Mul", "Div", "Pow", "Sqrt", "Erf", "Exp", "Where", "PRelu"})
+_CHEAP = frozenset({"Relu", "Clip", "LeakyRelu", "Add", "Bias"})
+_MOST_ALIGNMENT = 5
+
+
+def names_of(spec: Mapping[str, Any]) -> tuple[str, ...]:
+    """Names of the columns of `features`."""
+    return MOVEMENT if is_movement(spec) else CONTRACTION
+
+
+def is_movement(spec: Mapping[str, Any]) -> bool:
+    """Whether the one variable of a kernel is the bytes that it moves."""
+    return "inputs" in spec
+
+
+def features(spec: Mapping[str, Any], sizes: Sequence[Any]) -> np.ndarray:
+    """Features of one kernel at many sizes.
+
+    Args:
+        spec: `Signature.spec`.
+        sizes: one array per variable of the signature, all of one shape.
+
+    Returns:
+        `[rows, len(names_of(spec))]`, rows being the flattened sizes.
+
+    Raises:
+        InternalError: not one size per variable.
+    """
+    arrays = [np.atleast_1d(np.asarray(s, float)).ravel() for s in sizes]
+    found = work_of_spec(spec, arrays)
+    columns = _movement(spec, found) if is_movement(spec) else _contraction(spec, found)
+    rows = max((len(a) for a in arrays), default=1)
+    return np.column_stack([np.broadcast_to(np.asarray(c, float), rows) for c in columns])
+
+
+def family_of(spec: Mapping[str, Any]) -> str:
+    """The family of a kernel, as `sartor.ir.kernels.Kernel` has it, from its spec alone."""
+    op = str(spec["op"])
+    if op in ("Conv", "ConvTranspose"):
+        return "depthwise" if "multiplier" in spec else "conv"
+    if op in ("Gemm", "MatMul"):
+        return op.lower()
+    if op in RECURRENT:
+        return "recurrent"
+    if op.endswith("Pool") or op.startswith("Reduce"):
+        return "pool"
+    if op.endswith("Normalization") or op in ("Softmax", "LogSoftmax", "LRN"):
+        return "norm"
+    return "elementwise" if op in ACTIVATIONS | _ELEMENTWISE else "other"
+
+
+def alignment(widths: Any) -> np.ndarray:
+    """How often a width is divisible by 2, at most 5 times; of what is no whole number, 0."""
+    values = np.asarray(widths, float)
+    result = np.zeros(values.shape)
+    for power in range(1, _MOST_ALIGNMENT + 1):
+        result += np.where(values % 2**power == 0, 1.0, 0.0)
+    return result
+
+
+def _log(value: Any) -> np.ndarray:
+    return np.log(np.maximum(value, 1.0))
+
+
+def _waste(widths: np.ndarray, block: int) -> np.ndarray:
+    """Logarithm of what rounding up to whole blocks costs."""
+    return np.log(np.ceil(widths / block) * block / np.maximum(widths, 1.0))
+
+
+def _contraction(spec: Mapping[str, Any], found: Work) -> list[Any]:
+    c_in, c_out = found.groups * found.channels, found.groups * found.columns
+    attributes = spec.get("attributes", {})
+    epilogue = [op for op, _ in spec.get("epilogue", ())]
+    return [
+        *map(_log, (found.macs, found.weight_bytes, found.read, found.written, found.moved)),
+        np.log(np.maximum(found.macs, 1.0) / np.maximum(found.moved, 1.0)),
+        *map(_log, (found.groups, found.rows, found.columns, found.channels, found.taps, c_in, c_out)),
+        *map(alignment, (c_in, c_out, found.columns)),
+        *(_waste(c, block) for block in (8, 16) for c in (c_in, c_out)),
+        spec.get("spatial", [1])[-1],  # rows of a feature map shorter than a register are computed apart
+        math.prod(attributes.get("strides", [1])),
+        math.prod(attributes.get("dilations", [1])),
+        sum(attributes.get("pads", [0])),
+        epilogue.count("Add"),
+        sum(op not in ("Add", "Bias") for op in epilogue),
+        sum(op not in _CHEAP for op in epilogue),
+        spec.get("op") == "ConvTranspose",
+        sum(spec.get("stored", [False, True])),
+    ]
+
+
+def _movement(spec: Mapping[str, Any], found: Work) -> list[Any]:
+    operands = [o for o in spec["inputs"] if o is not None]
+    attributes = spec.get("attributes", {})
+    fixed = [math.prod(d for d in o["dims"] if not isinstance(d, str)) for o in operands]
+    first = operands[0]["dims"] if operands else []
+    last = first[-1] if first and not isinstance(first[-1], str) else 0
+    per_unit = max(fixed, default=1)
+    item = 4.0 if not operands else item_bytes(operands[0]["dtype"])
+    return [
+        *map(_log, (found.moved, found.read, found.written)),
+        _log(math.prod(attributes.get("kernel_shape", [1]))),
+        math.prod(attributes.get("strides", [1])),
+        len(operands),
+        sum(o["stored"] for o in operands),
+        spec.get("output_count", 1),
+        len(first),
+        _log(per_unit),
+        last,
+        math.log(max(min(fixed, default=1), 1) / max(per_unit, 1)),
+        item,
+        alignment(last),
+        len(spec.get("epilogue", ())),
+    ]

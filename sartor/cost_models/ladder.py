@@ -1,0 +1,321 @@
+"""The cost model of a device profile: every kernel by the best tier that knows it, corrected while a run measures.
+
+Latency of a plan = the law of the profile (`law`) over its kernels, each from the tiers (`tiers`): measured,
+learned, roofline. Every whole network that a run measures sharpens the law's scales; the profile stays as it is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import weakref
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sartor.cost_models.features import is_movement
+from sartor.cost_models.fitting import cache_bytes, fit_profile
+from sartor.cost_models.interval import NORMAL, Interval
+from sartor.cost_models.items import Item, Terms, bind, cold_weights, terms
+from sartor.cost_models.law import FAMILIES, Law, Observation
+from sartor.cost_models.profile import DeviceProfile
+from sartor.cost_models.protocol import CostEstimate, KernelCost
+from sartor.cost_models.signatures import Signature, key_of
+from sartor.cost_models.tiers import Tiers
+from sartor.errors import MetricUnavailableError, UsageError
+from sartor.ir.files import write_atomic
+from sartor.ir.kernels import Kernel
+from sartor.ir.workload import Fractions, Population, Removed, Workload, presence
+
+__all__ = ["SCHEMA", "Ladder", "Measure", "fit_profile"]
+
+SCHEMA = "sartor.ladder/1"
+_MEASUREMENT_SD = 0.015
+"""Of one measured network of a run, and of how its plans differ beyond what scales can say."""
+_T90 = (6.31, 2.92, 2.35, 2.13, 2.02, 1.94, 1.89, 1.86, 1.83, 1.81)  # Student, by degrees of freedom
+
+Measure = Callable[[Workload, Fractions, Removed], tuple[float, tuple[float, float]]]
+"""Measures a plan as a whole: seconds, and their interval."""
+
+
+class Ladder:
+    """See the module docstring. Satisfies `CostModel`.
+
+    Measured networks are the only state that changes: `calibrate` adds one.
+    """
+
+    def __init__(self, profile: DeviceProfile, observations: tuple[Observation, ...] = ()):
+        """From a profile, fitted or with samples only.
+
+        Args:
+            profile: of the target and the machine at hand.
+            observations: networks that a run has measured.
+
+        Raises:
+            UsageError: the models of the profile are malformed.
+            MetricUnavailableError: it has no samples.
+        """
+        self.profile = profile
+        self.tiers = Tiers.of(profile)
+        try:
+            self._known = Law.from_dict(profile.law) if profile.law else None
+            self._interval = Interval.from_dict(profile.interval) if profile.interval else Interval()
+        except (ValueError, KeyError, TypeError) as error:
+            raise UsageError(
+                f"Law or interval of the device profile is malformed ({type(error).__name__}: {error}); build it "
+                "again with 'sartor profile'."
+            ) from error
+        self._cache = cache_bytes(profile)
+        self._failed = {key_of(f["spec"]): str(f["reason"]) for f in profile.failures}
+        self._bound: weakref.WeakKeyDictionary[Workload, tuple[Item, ...]] = weakref.WeakKeyDictionary()
+        self._observe(observations)
+
+    # ---- what it rests on ------------------------------------------------------------------
+    @property
+    def target(self) -> Mapping[str, Any]:
+        """Backend, options and versions that the profile was taken with."""
+        return self.profile.target
+
+    @property
+    def failures(self) -> Mapping[str, str]:
+        """Why kernels could not be timed, by key of the signature."""
+        return self._failed
+
+    @property
+    def method(self) -> str:
+        """One line for people: what the numbers are based on."""
+        fitted = [n for n in self.profile.networks if n.role == "fit"]
+        return (
+            f"device profile: {len(self.profile.samples)} samples of "
+            f"{len({key_of(s.spec) for s in self.profile.samples})} kernels, {len(fitted)} networks, "
+            f"{len(self._observations)} whole-network measurements"
+        )
+
+    @property
+    def observations(self) -> tuple[Observation, ...]:
+        """Whole-network measurements of this run."""
+        return self._observations
+
+    @property
+    def law(self) -> Law:
+        """The current law."""
+        return self._law
+
+    @property
+    def scales(self) -> dict[str, float]:
+        """The current scale per kernel family, of those that a measurement or the profile says something about."""
+        families = {f for o in self._observations for f in o.seconds} & set(FAMILIES)
+        return {f: self._law.scale_of(f) for f in FAMILIES if f in families or self._known is not None}
+
+    @property
+    def constant_s(self) -> float:
+        """Part of every estimate that belongs to no kernel: the call, and the law's offset."""
+        return self.profile.call_s * self._law.scale_of("call") + self._law.offset_s
+
+    # ---- pricing ---------------------------------------------------------------------------
+    def items(self, workload: Workload) -> tuple[Item, ...]:
+        """Kernels of a workload with their surfaces; made once per workload."""
+        if workload not in self._bound:
+            self._bound[workload] = bind(workload, self.tiers)
+        return self._bound[workload]
+
+    def terms(self, workload: Workload, plans: Population) -> Terms:
+        """Seconds of a population by term of the law, before the law."""
+        return terms(self.items(workload), plans, self.tiers, self.profile.call_s, self._cache)
+
+    def estimate_batch(
+        self, workload: Workload, fractions: Fractions | None = None, removed: Removed | None = None
+    ) -> np.ndarray:
+        """Latency in seconds of a population of plans, an array `[plans]` (0-d for a single plan).
+
+        Raises:
+            PlanError: a removed block is not in the workload.
+        """
+        workload.check_removed(removed or {})
+        plans = Population(fractions or {}, removed or {})
+        return np.zeros(plans.shape) + self._law.predict(self.terms(workload, plans).seconds)
+
+    def intervals_batch(
+        self, workload: Workload, fractions: Fractions | None = None, removed: Removed | None = None
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Latency and its 90 % interval for a population of plans, three arrays `[plans]`.
+
+        Raises:
+            PlanError: a removed block is not in the workload.
+            MetricUnavailableError: the error is not known.
+        """
+        workload.check_removed(removed or {})
+        plans = Population(fractions or {}, removed or {})
+        priced = self.terms(workload, plans)
+        latency = np.zeros(plans.shape) + self._law.predict(priced.seconds)
+        found = self._interval_of(latency, priced)
+        if found is None:
+            raise MetricUnavailableError(
+                f"The error of '{self.method}' is not known; calibrate it with at least two measured networks first."
+            )
+        return latency, np.asarray(found[0]), np.asarray(found[1])
+
+    def estimate(
+        self, workload: Workload, fractions: Fractions | None = None, removed: Removed | None = None
+    ) -> CostEstimate:
+        """Price one plan (scalars), with a breakdown per kernel.
+
+        Raises:
+            PlanError: a removed block is not in the workload.
+        """
+        workload.check_removed(removed or {})
+        plans = Population(fractions or {}, removed or {})
+        priced = self.terms(workload, plans)
+        latency = float(self._law.predict(priced.seconds))
+        costs, unmodelled = self._kernels(workload, plans)
+        found = self._interval_of(latency, priced)
+        intervals = {} if found is None else {"latency_s": (float(found[0]), float(found[1]))}
+        return CostEstimate(self.method, {"latency_s": latency}, intervals, costs, unmodelled)
+
+    def _kernels(
+        self, workload: Workload, plans: Population
+    ) -> tuple[tuple[KernelCost, ...], tuple[str, ...]]:
+        share = cold_weights(self.items(workload), plans, self._cache)
+        item_of = {id(kernel): item for item in self.items(workload) for kernel in item.kernels}
+        costs: list[KernelCost] = []
+        unmodelled: list[str] = []
+        for kernel in workload.kernels:
+            if not float(plans.present(presence(kernel))):
+                continue
+            item = item_of[id(kernel)]
+            costs.append(self._kernel_cost(kernel, item, plans, share))
+            if costs[-1].method == "roofline":
+                unmodelled.append(f"{kernel.name} ({kernel.op_type}): {self._why(item.signature)}")
+        return tuple(costs), tuple(unmodelled)
+
+    def _kernel_cost(self, kernel: Kernel, item: Item, plans: Population, share: float) -> KernelCost:
+        signature = item.signature
+        warm, sd = (float(v) for v in item.seconds(plans, self.tiers))
+        extra = share * float(item.extra_s(item.weight_bytes(plans)))
+        seconds = warm * self._law.scale_of(kernel.family) + extra * self._law.scale_of("cold")
+        tier = "roofline" if signature is None else self.tiers.model_for(signature).tier
+        how = tier
+        if tier == "measured" and signature is not None:
+            at = [float(plans.quantity(v)) for v in signature.variables]
+            inside = self.tiers.table.corrections[signature.key].contains(at)
+            how = "interpolated" if inside else "extrapolated"
+        interval = None
+        if self._interval.kernels:
+            interval = self._interval.of_kernel(tier, seconds, sd / max(warm, 1e-12))
+        moved = float(plans.quantity(kernel.bytes_read) + plans.quantity(kernel.bytes_written))
+        bound = self.tiers.rates.bound(kernel.family, float(plans.quantity(kernel.macs)), moved)
+        return KernelCost(kernel.name, kernel.op_type, seconds, how, interval, bound)
+
+    def _why(self, signature: Signature | None) -> str:
+        if signature is None:
+            return "no sample model exists for it"
+        if signature.key in self._failed:
+            return self._failed[signature.key]
+        what = "it was not sampled"
+        if self.tiers.learned is None:
+            return f"{what}, and the profile has no learned model"
+        kind = "movement" if is_movement(signature.spec) else "contraction"
+        return f"{what}, and no model was learned of {kind} '{signature.spec['op']}' in family '{signature.family}'"
+
+    # ---- calibration -----------------------------------------------------------------------
+    def calibrate(
+        self,
+        workload: Workload,
+        latency_s: float,
+        fractions: Fractions | None = None,
+        removed: Removed | None = None,
+    ) -> None:
+        """Add a whole-network measurement: the baseline first, then measured candidates.
+
+        Args:
+            workload: what the plan belongs to.
+            latency_s: measured, on the target and with the options of the profile.
+            fractions: kept fraction per group of the measured plan; nothing for the baseline.
+            removed: blocks that the measured plan removes.
+
+        Raises:
+            UsageError: the latency is not a positive number.
+            PlanError: a removed block is not in the workload.
+        """
+        if not (math.isfinite(latency_s) and latency_s > 0):
+            raise UsageError(f"A latency of {latency_s} s cannot calibrate; pass positive seconds.")
+        workload.check_removed(removed or {})
+        plans = Population(fractions or {}, removed or {})
+        seconds = {term: float(v) for term, v in self.terms(workload, plans).seconds.items()}
+        self._observe((*self._observations, Observation(seconds, float(latency_s), _MEASUREMENT_SD)))
+
+    def _observe(self, observations: tuple[Observation, ...]) -> None:
+        self._observations = observations
+        self._law = self._law_after(observations)
+        self._noise = self._left_out()
+
+    def _law_after(self, observations: tuple[Observation, ...]) -> Law:
+        if self._known is not None:
+            start = self._known.for_network(self._interval.common, self._interval.family)
+        else:
+            start = Law.prior()
+            if observations:
+                start = start.with_offset(min(o.latency_s for o in observations))
+        return start.updated(observations)
+
+    def _left_out(self) -> float | None:
+        """Root mean square of the errors at each observation without it, with two of them or more."""
+        if len(self._observations) < 2:
+            return None
+        errors = []
+        for index, left_out in enumerate(self._observations):
+            rest = tuple(o for i, o in enumerate(self._observations) if i != index)
+            errors.append(float(self._law_after(rest).predict(left_out.seconds)) / left_out.latency_s - 1.0)
+        return float(np.sqrt(np.mean(np.square(errors))))
+
+    def _interval_of(self, latency: Any, priced: Terms) -> tuple[Any, Any] | None:
+        if self._known is not None:
+            variance = self._law.variance(priced.seconds) + self._kernel_variance(priced)
+            return self._interval.of_network(latency, variance)
+        if self._noise is None:  # a law that was fitted exactly says nothing about its error
+            return None
+        student = _T90[min(len(self._observations) - 1, len(_T90)) - 1]
+        own = Interval(noise=max(self._noise, _MEASUREMENT_SD / 2), quantile=max(student, NORMAL))
+        return own.of_network(latency, 0.0)
+
+    def _kernel_variance(self, priced: Terms) -> Any:
+        """What remains of the errors of single kernels once the network itself was measured: how plans differ."""
+        total = sum(self._law.scale_of(f) ** 2 * v for f, v in priced.variances.items())
+        return total / (1.0 + len(self._observations))
+
+    # ---- files -----------------------------------------------------------------------------
+    def to_json(self) -> str:
+        """Deterministic JSON text, schema `sartor.ladder/1`: the profile and this run's measurements."""
+        document = {
+            "schema": SCHEMA,
+            "profile": json.loads(self.profile.to_json()),
+            "observations": [dataclasses.asdict(o) for o in self._observations],
+        }
+        return json.dumps(document, sort_keys=True, allow_nan=False) + "\n"
+
+    def save(self, path: str | Path) -> Path:
+        """Write `to_json()` atomically."""
+        return write_atomic(path, self.to_json().encode())
+
+    @staticmethod
+    def from_json(text: str) -> Ladder:
+        """Inverse of `to_json`.
+
+        Raises:
+            UsageError: no ladder of this schema.
+        """
+        try:
+            document = json.loads(text)
+            found = document.get("schema") if isinstance(document, dict) else type(document).__name__
+            if found != SCHEMA:
+                raise UsageError(f"Expected a cost model of schema '{SCHEMA}', found '{found}'.")
+            profile = DeviceProfile.from_json(json.dumps(document["profile"]))
+            observations = tuple(Observation(**entry) for entry in document["observations"])
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UsageError(
+                f"The cost model is malformed ({type(error).__name__}: {error}); measure it again."
+            ) from error
+        return Ladder(profile, observations)

@@ -1,0 +1,267 @@
+"""The learned tier: what a fitted roofline misses, as boosted trees over the features of a kernel.
+
+`log t = log t_roofline + trees(features)`, one ensemble per kernel family. Away from the samples the trees are
+constant, so the model extrapolates as the roofline does. Several ensembles, each without one fold of the
+signatures, give the mean and its spread; what each says of the fold that it has not seen gives the error.
+
+Fitting needs LightGBM (`pip install 'sartor[profile]'`); predicting needs numpy only.
+
+References: J. H. Friedman, "Greedy function approximation: a gradient boosting machine", Annals of Statistics
+29 (2001); G. Ke et al., "LightGBM", NeurIPS 2017; L. Breiman, "Bagging predictors", Machine Learning 24 (1996).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from sartor.cost_models.features import features, is_movement, names_of
+from sartor.cost_models.profile import Sample
+from sartor.cost_models.protocol import KernelModel
+from sartor.cost_models.signatures import Signature, key_of
+from sartor.cost_models.trees import Trees, from_lightgbm, mean_and_spread
+from sartor.errors import UsageError
+from sartor.ir.quantities import Quantity
+
+KIND = "boosted-residual/1"
+FEWEST = 40
+"""Samples of a family below which trees would only learn their noise."""
+_FOLDS = 4
+_TIMING_NOISE = 0.01  # of a kernel's time, beside the interval that its sample states
+_ROUNDS = 150
+_PARAMETERS = {
+    "objective": "regression",
+    "learning_rate": 0.08,
+    "num_leaves": 15,
+    "min_data_in_leaf": 5,
+    "lambda_l2": 1.0,
+    "feature_fraction": 0.8,
+    "bagging_fraction": 0.8,
+    "bagging_freq": 1,
+    "deterministic": True,
+    "force_row_wise": True,
+    "num_threads": 1,
+    "verbose": -1,
+}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Family:
+    """The ensembles of one kernel family.
+
+    Attributes:
+        names: of the features that were used to fit it.
+        ops: operators that were seen; each is one more column, 1.0 where it is the kernel's own.
+        folds: ensembles.
+        sd: standard deviation of the logarithm on signatures that an ensemble has not seen, its spread apart.
+        heldout: `n` and `sd` of that.
+    """
+
+    names: tuple[str, ...]
+    ops: tuple[str, ...]
+    folds: tuple[Trees, ...]
+    sd: float
+    heldout: Mapping[str, float]
+
+    def rows(self, spec: Mapping[str, Any], sizes: Sequence[Any]) -> np.ndarray:
+        """Features with the columns of the operators."""
+        return _with_ops(features(spec, sizes), str(spec["op"]), self.ops)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class BoostedResidual:
+    """See the module docstring. Satisfies `KernelModel`.
+
+    Attributes:
+        base: the roofline that is corrected.
+        families: by name.
+    """
+
+    base: KernelModel
+    families: Mapping[str, Family]
+
+    @property
+    def tier(self) -> str:
+        """See `KernelModel`."""
+        return "learned"
+
+    def knows(self, signature: Signature) -> bool:
+        """A family that was fitted, an operator that was in it."""
+        family = self.families.get(signature.family)
+        return family is not None and signature.spec["op"] in family.ops
+
+    def predict(self, signature: Signature, sizes: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        """See `KernelModel`."""
+        family = self.families[signature.family]
+        seconds, _ = self.base.predict(signature, sizes)
+        mean, spread = mean_and_spread(family.folds, family.rows(signature.spec, sizes))
+        shape = np.shape(seconds)
+        return seconds * np.exp(mean).reshape(shape), np.hypot(family.sd, spread).reshape(shape)
+
+    def update(self, samples: Sequence[Sample]) -> BoostedResidual:
+        """See `KernelModel`: the families of these samples are fitted anew, to them alone."""
+        return BoostedResidual(self.base, {**self.families, **fit(samples, self.base).families})
+
+    def save(self) -> dict[str, Any]:
+        """See `KernelModel`; the roofline is saved apart."""
+        return {name: _save(family) for name, family in sorted(self.families.items())}
+
+    @staticmethod
+    def load(document: Mapping[str, Any], base: KernelModel) -> BoostedResidual:
+        """Inverse of `save`.
+
+        Raises:
+            ValueError: another kind of model, or features that this version does not compute.
+        """
+        return BoostedResidual(base, {name: _load(name, entry) for name, entry in document.items()})
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Fit:
+    """A fitted model and how far off it was on what it had not seen.
+
+    Attributes:
+        model: the model.
+        unseen: per sample, `log(measured / predicted)` by the ensemble that had not seen its signature;
+            NaN for samples of families without a model.
+    """
+
+    model: BoostedResidual
+    unseen: np.ndarray
+
+    @property
+    def families(self) -> Mapping[str, Family]:
+        """Of the model."""
+        return self.model.families
+
+
+def fit(samples: Sequence[Sample], base: KernelModel, *, seed: int = 0) -> Fit:
+    """Fit one set of ensembles per family that has enough samples.
+
+    Args:
+        samples: of the roles that may be learned from.
+        base: roofline to correct.
+        seed: of the folds and of the boosting.
+
+    Raises:
+        UsageError: LightGBM is not installed.
+    """
+    library = _lightgbm()
+    members: dict[str, list[int]] = {}
+    for index, sample in enumerate(samples):
+        members.setdefault(sample.family, []).append(index)
+    families: dict[str, Family] = {}
+    unseen = np.full(len(samples), np.nan)
+    for name, indices in sorted(members.items()):
+        chosen = [samples[i] for i in indices]
+        if len(chosen) < FEWEST or len({is_movement(s.spec) for s in chosen}) > 1:
+            continue
+        families[name], unseen[indices] = _fit_family(library, chosen, base, seed)
+    return Fit(BoostedResidual(base, families), unseen)
+
+
+def residuals(samples: Sequence[Sample], base: KernelModel) -> np.ndarray:
+    """`log(measured / predicted)` of every sample, warm."""
+    result = np.empty(len(samples))
+    for index, sample in enumerate(samples):
+        seconds, _ = base.predict(as_signature(sample), [np.asarray([s]) for s in sample.at])
+        result[index] = np.log(sample.warm_s / seconds[0])
+    return result
+
+
+def as_signature(sample: Sample) -> Signature:
+    """The signature of a sample, its sizes as constants."""
+    return signature_at(sample.spec, sample.family, sample.at)
+
+
+def signature_at(spec: Mapping[str, Any], family: str, at: Sequence[float]) -> Signature:
+    """A signature whose variables are constants."""
+    kind = "movement" if is_movement(spec) else "contraction"
+    variables = tuple(Quantity.product(float(size), ()) for size in at)
+    return Signature(key_of(spec), family, kind, dict(spec), variables)
+
+
+def noise_of(sample: Sample) -> float:
+    """Standard deviation of the logarithm of a sample's time."""
+    return float(np.hypot(sample.half_width / 1.96, _TIMING_NOISE))
+
+
+def _fit_family(
+    library: Any, samples: Sequence[Sample], base: KernelModel, seed: int
+) -> tuple[Family, np.ndarray]:
+    ops = tuple(sorted({str(s.spec["op"]) for s in samples}))
+    rows = np.vstack(
+        [_with_ops(features(s.spec, [[v] for v in s.at]), str(s.spec["op"]), ops) for s in samples]
+    )
+    target = residuals(samples, base)
+    weight = np.array([1.0 / (noise_of(s) ** 2 + _TIMING_NOISE**2) for s in samples])
+    weight /= weight.mean()
+    fold = _folds(samples, seed)
+    ensembles: list[Trees] = []
+    unseen, spread = target.copy(), np.zeros(len(samples))
+    for number in range(int(fold.max()) + 1):
+        out = fold == number
+        data = library.Dataset(rows[~out], target[~out], weight=weight[~out])
+        booster = library.train({**_PARAMETERS, "seed": seed + number}, data, num_boost_round=_ROUNDS)
+        ensembles.append(from_lightgbm(booster.dump_model()))
+        unseen[out] = target[out] - ensembles[-1].predict(rows[out])
+    _, spread = mean_and_spread(ensembles, rows)
+    noise = np.array([noise_of(s) for s in samples])
+    clipped = np.clip(unseen, *np.quantile(unseen, [0.01, 0.99]))  # one stuck timing is not the model's error
+    variance = float(np.mean(clipped**2 - spread**2 - noise**2))
+    sd = float(np.sqrt(max(variance, (0.3**2) * float(np.mean(clipped**2)), 1e-6)))
+    heldout = {"n": len(samples), "sd": float(np.sqrt(np.mean(clipped**2)))}
+    return Family(names_of(samples[0].spec), ops, tuple(ensembles), sd, heldout), unseen
+
+
+def _folds(samples: Sequence[Sample], seed: int) -> np.ndarray:
+    """A fold per sample; all samples of a signature share one, because that is what a new network brings."""
+    keys = [as_signature(s).key for s in samples]
+    distinct = sorted(set(keys))
+    if len(distinct) < 2 * _FOLDS:
+        return np.random.default_rng(seed).permutation(len(samples)) % _FOLDS
+    order = np.random.default_rng(seed).permutation(len(distinct))
+    number = {key: int(order[i]) % _FOLDS for i, key in enumerate(distinct)}
+    return np.array([number[key] for key in keys])
+
+
+def _with_ops(rows: np.ndarray, op: str, ops: Sequence[str]) -> np.ndarray:
+    return np.hstack([rows, np.tile([float(op == known) for known in ops], (len(rows), 1))])
+
+
+def _save(family: Family) -> dict[str, Any]:
+    return {
+        "kind": KIND,
+        "features": list(family.names),
+        "ops": list(family.ops),
+        "sd": family.sd,
+        "heldout": dict(family.heldout),
+        "folds": [trees.to_dict() for trees in family.folds],
+    }
+
+
+def _load(name: str, entry: Mapping[str, Any]) -> Family:
+    from sartor.cost_models.features import CONTRACTION, MOVEMENT
+
+    names = tuple(entry["features"])
+    if entry["kind"] != KIND or names not in (CONTRACTION, MOVEMENT):
+        raise ValueError(f"the learned model of family '{name}' is of a kind that this version does not have")
+    folds = tuple(Trees.from_dict(trees) for trees in entry["folds"])
+    columns = len(names) + len(entry["ops"])
+    if any(len(t.feature) and t.feature.max() >= columns for t in folds):
+        raise ValueError(f"the learned model of family '{name}' reads features that do not exist")
+    return Family(names, tuple(entry["ops"]), folds, float(entry["sd"]), dict(entry["heldout"]))
+
+
+def _lightgbm() -> Any:
+    try:
+        return importlib.import_module("lightgbm")
+    except (ImportError, OSError) as error:  # OSError: its OpenMP library is missing
+        raise UsageError(
+            f"Learning a model of kernel times needs LightGBM, which could not be imported ({error}); install it "
+            "with: pip install 'sartor[profile]'"
+        ) from error

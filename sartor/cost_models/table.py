@@ -1,0 +1,165 @@
+"""The measured tier: kernels whose signature was timed, at sizes between the samples.
+
+What a lower tier says is corrected by what it gets wrong at the samples of the very signature: a Gaussian
+process over the logarithms of the sizes and over their alignment. Samples may lie anywhere, so that a profile
+may time where it is unsure; at a sample the correction is exact up to its noise, and far from all of them it
+fades into what the samples have in common. Its variance is the error of the prediction.
+
+Reference: C. E. Rasmussen and C. K. I. Williams, "Gaussian Processes for Machine Learning", MIT Press 2006, §2.2
+and, for leaving one out, §5.4.2.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from sartor.cost_models.features import alignment, is_movement
+from sartor.cost_models.learned import as_signature, noise_of
+from sartor.cost_models.profile import Sample
+from sartor.cost_models.protocol import KernelModel
+from sartor.cost_models.signatures import Signature
+
+_COMMON = 0.5
+"""Share of the variance that all sizes of a signature have in common."""
+_LENGTH = 1.0  # of the correlation, in natural logarithms of a size
+_ALIGNMENT = 0.35  # distance of one power of two between the alignments of two widths
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Correction:
+    """A Gaussian process over the sizes of one signature.
+
+    Attributes:
+        points: `[samples, coordinates]`.
+        variance: of the process.
+        weights: `K⁻¹ · residuals`.
+        inverse: `K⁻¹`.
+        lowest: smallest sampled size per variable.
+        highest: largest.
+        aligned: whether alignment is a coordinate.
+    """
+
+    points: np.ndarray
+    variance: float
+    weights: np.ndarray
+    inverse: np.ndarray
+    lowest: np.ndarray
+    highest: np.ndarray
+    aligned: bool
+
+    def at(self, sizes: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        """Mean and variance of `log(measured / predicted)` at sizes, each `[rows]`."""
+        covariance = _covariance(_coordinates(sizes, self.aligned), self.points, self.variance)
+        explained = np.einsum("ij,jk,ik->i", covariance, self.inverse, covariance)
+        return covariance @ self.weights, np.maximum(self.variance - explained, 1e-8)
+
+    def left_out(self) -> tuple[np.ndarray, np.ndarray]:
+        """Error at every sample without it, and the standard deviation that was expected of it."""
+        diagonal = np.diag(self.inverse)
+        return self.weights / diagonal, np.sqrt(1.0 / diagonal)
+
+    def contains(self, sizes: Sequence[float]) -> bool:
+        """Whether the sizes lie between samples, each by itself."""
+        at = np.asarray(sizes, float)
+        return bool(((at >= self.lowest * (1 - 1e-9)) & (at <= self.highest * (1 + 1e-9))).all())
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class KernelTable:
+    """Corrections by signature. Satisfies `KernelModel`.
+
+    Attributes:
+        base: tiers below; the first that knows a kernel is the one that is corrected.
+        corrections: by `Signature.key`.
+    """
+
+    base: tuple[KernelModel, ...]
+    corrections: Mapping[str, Correction]
+
+    @property
+    def tier(self) -> str:
+        """See `KernelModel`."""
+        return "measured"
+
+    def knows(self, signature: Signature) -> bool:
+        """Whether a sample of this very signature was timed."""
+        return signature.key in self.corrections
+
+    def predict(self, signature: Signature, sizes: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        """See `KernelModel`."""
+        seconds, _ = first_that_knows(self.base, signature).predict(signature, sizes)
+        flat = [np.broadcast_to(np.asarray(s, float), np.shape(seconds)).ravel() for s in sizes]
+        mean, variance = self.corrections[signature.key].at(flat or [np.zeros(1)])
+        shape = np.shape(seconds)
+        return seconds * np.exp(mean).reshape(shape), np.sqrt(variance).reshape(shape)
+
+    def update(self, samples: Sequence[Sample]) -> KernelTable:
+        """See `KernelModel`: signatures of these samples are corrected by them alone."""
+        return KernelTable(self.base, {**self.corrections, **corrections(samples, self.base)})
+
+    def save(self) -> dict[str, Any]:
+        """Nothing: the table follows from the samples of its profile."""
+        return {}
+
+
+def first_that_knows(models: Sequence[KernelModel], signature: Signature) -> KernelModel:
+    """The best tier for a kernel; the last one knows everything."""
+    return next((m for m in models if m.knows(signature)), models[-1])
+
+
+def corrections(
+    samples: Sequence[Sample], base: Sequence[KernelModel], residuals: np.ndarray | None = None
+) -> dict[str, Correction]:
+    """One correction per signature.
+
+    Args:
+        samples: timed kernels.
+        base: tiers below.
+        residuals: `log(measured / predicted)` per sample, where it is known of a model that had not seen the
+            sample; NaN elsewhere. Those of `base` by default.
+    """
+    members: dict[str, list[int]] = {}
+    for index, sample in enumerate(samples):
+        members.setdefault(as_signature(sample).key, []).append(index)
+    found = {}
+    for key, indices in members.items():
+        chosen = [samples[i] for i in indices]
+        signature = as_signature(chosen[0])
+        model = first_that_knows(base, signature)
+        sizes = [np.array([s.at[i] for s in chosen]) for i in range(len(chosen[0].at))]
+        predicted, sd = model.predict(signature, sizes or [np.zeros(len(chosen))])
+        target = np.log(np.array([s.warm_s for s in chosen]) / predicted)
+        if residuals is not None:
+            known = residuals[indices]
+            target = np.where(np.isnan(known), target, known)
+        noise = np.array([noise_of(s) for s in chosen])
+        found[key] = _fit(sizes, target, noise, float(np.mean(sd)), not is_movement(signature.spec))
+    return found
+
+
+def _fit(
+    sizes: Sequence[np.ndarray], target: np.ndarray, noise: np.ndarray, sd: float, aligned: bool
+) -> Correction:
+    points = _coordinates(sizes, aligned)
+    variance = max(sd, 0.02) ** 2
+    covariance = _covariance(points, points, variance) + np.diag(noise**2 + 1e-8)
+    inverse = np.linalg.inv(covariance)
+    lowest = np.array([s.min() for s in sizes])
+    highest = np.array([s.max() for s in sizes])
+    return Correction(points, variance, inverse @ target, inverse, lowest, highest, aligned)
+
+
+def _coordinates(sizes: Sequence[np.ndarray], aligned: bool) -> np.ndarray:
+    parts = [np.log(np.maximum(s, 1.0)) / _LENGTH for s in sizes]
+    if aligned:
+        parts += [np.minimum(alignment(s), 4.0) * _ALIGNMENT for s in sizes]
+    return np.stack(parts, 1)
+
+
+def _covariance(a: np.ndarray, b: np.ndarray, variance: float) -> np.ndarray:
+    distance = np.abs(a[:, None, :] - b[None, :, :]).sum(2)
+    return variance * (_COMMON + (1 - _COMMON) * np.exp(-distance))

@@ -1,0 +1,155 @@
+"""The escalation for single kernels: measured, learned, roofline; and what cold weights add to each.
+
+Built from a device profile. A profile without fitted models (samples only) has the measured tier above a
+roofline that is fitted to those samples on the spot.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from sartor.cost_models import rates as roofline
+from sartor.cost_models.learned import BoostedResidual, signature_at
+from sartor.cost_models.profile import DeviceProfile, Sample, of_role
+from sartor.cost_models.protocol import KernelModel
+from sartor.cost_models.rates import Rates
+from sartor.cost_models.signatures import Signature, variable_names
+from sartor.cost_models.surface import Surface, build, ranges_of
+from sartor.cost_models.table import KernelTable, corrections, first_that_knows
+from sartor.cost_models.work import work_of_spec
+from sartor.errors import UsageError
+
+_ANY = "*"
+_FEW = 8
+_STEPPED = frozenset(
+    {"channels", "c_in", "c_out", "in_per_group", "out_per_group", "k", "n", "input", "hidden"}
+)
+"""Variables that are widths of a tensor; groups, rows and bytes have no grid."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Cold:
+    """Seconds that a kernel takes longer when its weights come from memory: `fixed + per_byte · weight bytes`.
+
+    Attributes:
+        by_family: both coefficients, neither negative.
+    """
+
+    by_family: Mapping[str, tuple[float, float]]
+
+    def coefficients(self, family: str) -> tuple[float, float]:
+        """Those of one family; zero where nothing was timed cold."""
+        return self.by_family.get(family) or self.by_family.get(_ANY, (0.0, 0.0))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Tiers:
+    """See the module docstring.
+
+    Attributes:
+        rates: roofline; knows every kernel.
+        learned: None where it was not fitted.
+        table: measured.
+        cold: see `Cold`.
+        grid: channel grid by family or operator.
+    """
+
+    rates: Rates
+    learned: BoostedResidual | None
+    table: KernelTable
+    cold: Cold
+    grid: Mapping[str, int]
+    _surfaces: dict[Any, Surface] = dataclasses.field(default_factory=dict, repr=False)
+
+    @staticmethod
+    def of(profile: DeviceProfile) -> Tiers:
+        """Of a profile, fitted or not.
+
+        Raises:
+            UsageError: its models are malformed.
+            MetricUnavailableError: it has no samples.
+        """
+        samples = of_role(profile.samples, "fit")
+        models = profile.models
+        try:
+            rates = Rates.load(models["roofline"]) if "roofline" in models else roofline.fitted(samples)
+            learned = BoostedResidual.load(models["learned"], rates) if models.get("learned") else None
+            cold = models["cold"] if "cold" in models else fitted_cold(samples).by_family
+            base = below(rates, learned)
+            table = KernelTable(base, corrections(samples, base))
+            coefficients = {f: (float(a), float(b)) for f, (a, b) in cold.items()}
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+            raise UsageError(
+                f"The models of the device profile are malformed ({type(error).__name__}: {str(error)[:200]}); build "
+                "it again with 'sartor profile'."
+            ) from error
+        grid = {str(k): int(v) for k, v in profile.target.get("channel_grid", {}).items()}
+        return Tiers(rates, learned, table, Cold(coefficients), grid)
+
+    def model_for(self, signature: Signature) -> KernelModel:
+        """The best tier that knows a kernel."""
+        return first_that_knows((self.table, *self.table.base), signature)
+
+    def surface(self, signature: Signature, varies: Sequence[bool]) -> Surface:
+        """Times of a kernel over all sizes up to those that its variables have before pruning."""
+        fulls = tuple(v.full for v in signature.variables)
+        key = (signature.key, fulls, tuple(varies))
+        if key not in self._surfaces:
+            step = self.grid.get(signature.family, self.grid.get(signature.spec["op"], 1))
+            names = variable_names(signature.spec)
+            steps = {n: step for n in names if n in _STEPPED}
+            model = self.model_for(signature)
+            self._surfaces[key] = build(
+                ranges_of(names, fulls, varies, steps), lambda sizes: _predict(model, signature, sizes)
+            )
+        return self._surfaces[key]
+
+    def at(self, spec: Mapping[str, Any], family: str, sizes: Sequence[float]) -> tuple[float, float, float]:
+        """Warm seconds at given sizes, their standard deviation in seconds, and what cold weights add."""
+        signature = signature_at(spec, family, sizes)
+        seconds, log_sd = _predict(self.model_for(signature), signature, [np.array([s]) for s in sizes])
+        fixed, per_byte = self.cold.coefficients(family)
+        weights = float(work_of_spec(spec, [np.asarray(s) for s in sizes]).weight_bytes)
+        warm = float(seconds.ravel()[0])
+        return warm, warm * float(log_sd.ravel()[0]), (fixed + per_byte * weights) if weights else 0.0
+
+
+def _predict(
+    model: KernelModel, signature: Signature, sizes: Sequence[np.ndarray]
+) -> tuple[np.ndarray, np.ndarray]:
+    seconds, log_sd = model.predict(signature, sizes)
+    return np.atleast_1d(seconds), np.atleast_1d(log_sd)
+
+
+def below(rates: Rates, learned: BoostedResidual | None) -> tuple[KernelModel, ...]:
+    """The tiers below the measured one, best first."""
+    return (rates,) if learned is None else (learned, rates)
+
+
+def fitted_cold(samples: Sequence[Sample]) -> Cold:
+    """Fit what cold weights cost, per family, relative to the warm time."""
+    rows: dict[str, list[tuple[float, float, float]]] = {}
+    for sample in samples:
+        if sample.cold_s is None:
+            continue
+        weights = float(work_of_spec(sample.spec, [np.asarray(s) for s in sample.at]).weight_bytes)
+        if weights:
+            for family in (sample.family, _ANY):
+                rows.setdefault(family, []).append((weights, sample.cold_s - sample.warm_s, sample.warm_s))
+    return Cold({f: _fit_cold(np.array(r)) for f, r in rows.items() if f == _ANY or len(r) >= _FEW})
+
+
+def _fit_cold(rows: np.ndarray) -> tuple[float, float]:
+    weights, extra, warm = rows.T
+    design = np.stack([1.0 / warm, weights / warm], 1)
+    target = extra / warm
+    both, *_ = np.linalg.lstsq(design, target, rcond=None)
+    if (both >= 0).all():
+        return float(both[0]), float(both[1])
+    singles = [max(0.0, float(c @ target / (c @ c))) for c in design.T]
+    errors = [float(np.square(c * s - target).sum()) for c, s in zip(design.T, singles, strict=True)]
+    return (singles[0], 0.0) if errors[0] < errors[1] else (0.0, singles[1])
