@@ -17,18 +17,13 @@ from sartor.ir.fusion import CONTRACTIONS, json_attributes
 from sartor.ir.plan import Plan
 from sartor.ir.workload import build_workload
 from sartor.journal import Journal
+from sartor.landing import Landing
 from sartor.strategies.budgeted_greedy import EXCESS, BudgetedGreedy, Decision, Price, floor
 from sartor.unit_scores import unit_scores
 from sartor.workbench import Workbench, static_costs
 
 _MOST_MEASURED = 6
-_TABLE_S, _SELECT_S = 20.0, 12.0
-_INSIDE = 0.985
-"""Selection wants the interval's upper bound this far inside the limit: the final run is another draw."""
-_NEAR = 0.93
-"""A candidate below this share of the limit removed more than it had to."""
-_APPROACH = (0.6, 0.25)
-"""Where milder plans are measured, as shares of the way from the limit back to the original."""
+_TABLE_S, _SELECT_S = 20.0, 15.0
 
 
 class Selection:
@@ -91,81 +86,36 @@ class Selection:
         strategy = BudgetedGreedy(
             self.analysis, self.blocks, importance, self.workload, self._price, self._grid
         )
-        self.progress.stage("search", _MOST_MEASURED + len(_APPROACH))
-        self._approach(strategy)
-        wanted = dict(self.limits)
-        if "latency" in wanted:
-            wanted["latency"] *= 0.97
-        best: tuple[Plan, float, float] | None = None
-        last: tuple[Plan, float] | None = None
-        met, failed = 0.0, None  # what was wanted of the last accepted and the last refused plan
+        self.progress.stage("search", _MOST_MEASURED)
+        landing = Landing(self.limits, self._predict)
+        last: Decision | None = None
         for _ in range(_MOST_MEASURED):
-            decision = strategy.search(wanted)
-            if last is not None and decision.plan == last[0]:
-                break  # the next coarser step is over the limit: this is as near as the grid allows
+            decision = strategy.search(landing.wanted)
+            if last is not None and decision.plan == last.plan:
+                break  # the next finer step is over the limit: this is as near as the grid allows
+            last = decision
             step, record = self._try(decision)
-            last = (decision.plan, float(decision.predicted["latency"]))
-            over = self._over(record)
-            if not over:
-                tightness = self._tightness(record)
-                if best is None or tightness > best[2]:
-                    best = (*last, tightness)
-                if tightness >= _NEAR or "latency" not in self.limits:
-                    break
-                met = wanted["latency"]
-                aim = min(self.limits["latency"] * 0.97, met * 0.965 / tightness)
-                wanted["latency"] = aim if failed is None or aim < failed else (met + failed) / 2
-                self.decisions.append(f"step {step} is {record['ratio']:.3f}×, further than needed; loosened")
-                continue
-            if best is not None and set(over) == {"latency"}:
-                failed = wanted["latency"]
-                wanted["latency"] = (met + failed) / 2
-                self.decisions.append(f"step {step} is {record['ratio']:.3f}×, over; halfway back")
-                continue
-            if best is not None:
+            baseline_s = self.baseline.get("latency", 0.0)
+            excess = landing.excess(record["static"], record["ci95"][1] * baseline_s)
+            said = landing.seen(decision, record["ratio"] * baseline_s, excess)
+            if not said:
                 break
-            failed = wanted.get("latency")
-            for key, excess in over.items():
-                wanted[key] = min(wanted[key], self.limits[key] * 0.975) / excess * 0.985
-            said = ", ".join(f"{key} {100 * (excess - 1):.1f} %" for key, excess in over.items())
-            self.decisions.append(f"step {step} is over by {said}; tightened")
-            if not decision.feasible:
-                break
+            self.decisions.append(f"step {step} is {said}; aimed again")
         assert last is not None
-        return (best[0], best[1]) if best is not None else last
+        chosen = landing.best or last
+        return chosen.plan, float(chosen.predicted["latency"])
 
-    def _approach(self, strategy: BudgetedGreedy) -> None:
-        """Measure milder plans on the way to a latency limit: they calibrate the table and show the trade-off."""
-        if "latency" not in self.limits:
-            return
-        goal = self.limits["latency"]
-        for share in _APPROACH:
-            decision = strategy.search({"latency": goal + share * (self.baseline["latency"] - goal)})
-            if decision.steps:
-                self._try(decision)
-
-    def _over(self, record: Mapping[str, Any]) -> dict[str, float]:
-        """Keys whose measured value is above what selection accepts, and by which factor."""
-        result = {}
-        for key, limit in self.limits.items():
-            if key == "latency":
-                value = record["ci95"][1] * self.baseline["latency"] / _INSIDE
-            else:
-                value = record["static"][key]
-            if value > limit:
-                result[key] = value / limit
-        return result
-
-    def _tightness(self, record: Mapping[str, Any]) -> float:
-        """How near the measured latency is to its limit, as a share of it; 1 without such a limit."""
-        if "latency" not in self.limits:
-            return 1.0
-        return float(record["ratio"] * self.baseline["latency"] / self.limits["latency"])
+    def _predict(self, decision: Decision) -> float:
+        """Latency of a decision by the table as it is now, seconds."""
+        removed = {name: True for name in decision.plan.blocks}
+        return float(self.table.estimate_batch(self.workload, decision.plan.fractions(), removed))
 
     def _try(self, decision: Decision) -> tuple[int, dict[str, Any]]:
         """Apply, lower and measure a decision, or take it from the journal; its step and its record."""
         digest = hashlib.sha256(decision.plan.to_json().encode()).hexdigest()
         known = self.journal.find("measured", plan=digest)
+        if known is None and (shared := self.bench.shared(digest)) is not None:
+            known = self.journal.append("measured", **shared)
         if known is None:
             from sartor.passes.prune import apply_plan
 
@@ -182,6 +132,7 @@ class Selection:
             if self.bench.data is not None:
                 fields["score"] = self.bench.score(artifact, "evaluate")[0]
             known = self.journal.append("measured", **fields)
+            self.bench.share(decision.plan, fields, self.limits, self.baseline["latency"])
         if digest in self._steps:  # two ways led to one plan: it has been tried, and steered by, once
             return self._steps[digest], known
         step = self._steps[digest] = len(self.history) + 1
@@ -204,7 +155,6 @@ class Selection:
         return step, known
 
     def _kernel_table(self) -> Any:
-        from sartor.backends.measure import time_models
         from sartor.cost_models.measured import MeasuredTable
         from sartor.cost_models.sampling import build_table
 
@@ -217,7 +167,7 @@ class Selection:
         options = dataclasses.replace(self.bench.target, flush_denormals=True, precision=precision)
 
         def timer(models: list[bytes]) -> Any:
-            return time_models(self.options.target, models, options, repeats=3)
+            return self.bench.time_models(models, options, repeats=3)
 
         table = build_table(
             self.workload,

@@ -11,13 +11,13 @@ from sartor.ir.blocks import residual_blocks
 from sartor.ir.channels import channel_groups
 from sartor.ir.workload import build_workload
 from sartor.passes.prune import apply_plan
-from sartor.strategies.budgeted_greedy import EXCESS, BudgetedGreedy, floor
+from sartor.strategies.budgeted_greedy import EXCESS, BudgetedGreedy, floor, levels
 from sartor.strategies.criteria import criterion
 
 PEAK = "peak_activation_bytes"
 
 
-def search(name, limits, key, price_of):
+def search(name, limits, key, price_of, most=16):
     program = captured(name)
     analysis, blocks = channel_groups(program), residual_blocks(program)
     removable = [b for b in blocks if b.removable]
@@ -30,6 +30,7 @@ def search(name, limits, key, price_of):
     full = getattr(static_cost(program), key)
     least = floor(analysis.groups, blocks, lambda g: 4, price)[key]
     strategy = BudgetedGreedy(analysis, blocks, importance, workload, price, lambda g: 4)
+    strategy.levels = {g.name: levels(g, 4, most) for g in analysis.groups}
     decision = strategy.search({key: limits * full + (1 - limits) * least})
     return program, decision, full, least
 
@@ -66,3 +67,56 @@ def test_macs_are_reached_as_priced():
     assert decision.feasible and decision.predicted["macs"] <= 0.4 * full + 0.6 * least
     cut = apply_plan(program, decision.plan, channel_groups(program))
     assert static_cost(cut).macs == decision.predicted["macs"]
+
+
+# ---- widening again --------------------------------------------------------------------------
+def staircase(workload, fractions, removed, _):
+    """Time that falls in steps of 8 channels only, whatever the group; a share of the MACs beside it."""
+    full = {g: f for g, f in fractions.items()}
+    time = sum(np.ceil(np.asarray(f) * SIZES[g] / 8) * 8 * SIZES[g] ** 0.5 for g, f in full.items())
+    return {"latency": time * (1 - 0.01 * sum(np.asarray(r) for r in removed.values()))}
+
+
+SIZES: dict[str, int] = {}
+
+
+@pytest.mark.parametrize("share", [0.7, 0.85])
+def test_what_time_does_not_fall_for_is_not_cut(share):
+    """Levels lie 4 channels apart and time falls every 8: of each pair the wider one is kept."""
+    program = captured("resnet")
+    SIZES.clear()
+    SIZES.update({g.name: g.size for g in channel_groups(program).groups})
+    removed = [b.name for b in residual_blocks(program) if b.removable]
+    full = float(staircase(None, dict.fromkeys(SIZES, 1.0), {}, None)["latency"])
+    limit = share * full
+    analysis, blocks = channel_groups(program), residual_blocks(program)
+    workload = build_workload(program, analysis.extents, [b for b in blocks if b.removable])
+
+    def price(fractions, removed, wanted):
+        return {k: np.atleast_1d(v) for k, v in staircase(workload, fractions, removed, wanted).items()}
+
+    importance = criterion("l2").unit_importance(program, analysis, blocks)
+    strategy = BudgetedGreedy(analysis, blocks, importance, workload, price, lambda g: 4)
+    decision = strategy.search({"latency": limit})
+    assert decision.feasible and decision.plan.groups
+    kept = {name: len(group.keep) for name, group in decision.plan.groups.items()}
+    gone = {name: name in decision.plan.blocks for name in removed}
+
+    def time(counts):
+        fractions = {g: counts.get(g, size) / size for g, size in SIZES.items()}
+        return float(price(fractions, gone, None)["latency"][0])
+
+    assert time(kept) == pytest.approx(decision.predicted["latency"])
+    for name, count in kept.items():
+        assert time({**kept, name: min(count + 4, SIZES[name])}) > limit, f"{name} could have {count + 4}"
+
+
+def test_the_last_step_is_as_fine_as_the_grid():
+    """Coarse steps end up well below; what is left of the limit is given back."""
+    _, decision, full, least = search(
+        "mobilenet", 0.2, "macs", lambda w, f, r, _: {"macs": w.evaluate(f, r).macs}, most=2
+    )
+    limit = 0.2 * full + 0.8 * least
+    before = [s.predicted["macs"] for s in decision.steps if s.predicted["macs"] <= limit]
+    assert len(before) > 1 and before[-1] == decision.predicted["macs"] > before[0]
+    assert decision.predicted["macs"] > 0.97 * limit

@@ -18,6 +18,7 @@ from sartor.cli import main
 from sartor.journal import Journal, read
 from sartor.recovery.training import Training
 from sartor.selection import Selection
+from sartor.strategies.budgeted_greedy import BudgetedGreedy
 from sartor.workbench import Workbench
 
 Fit = importlib.import_module("sartor.fit")._Fit  # `sartor.fit` alone is the function
@@ -262,12 +263,22 @@ def test_an_original_within_its_limits_meets_them(fit, tmp_path):
 
 
 def test_a_plan_enters_the_history_once(fit, tmp_path, monkeypatch):
-    # Both lead to one plan.
-    monkeypatch.setattr("sartor.selection._APPROACH", (0.0, 0.0))
+    monkeypatch.setattr("sartor.landing.NEAR", 2.0)  # never near enough
+    found = []
+    search = BudgetedGreedy.search
+
+    def two(self, limits):
+        if len(found) < 2:
+            found.append(search(self, {"latency": limits["latency"] * (0.95, 0.8)[len(found)]}))
+        found.append(found[len(found) % 2])
+        return found[-1]
+
+    monkeypatch.setattr(BudgetedGreedy, "search", two)
     tries = []
     attempt = Selection._try
     monkeypatch.setattr(Selection, "_try", lambda self, decision: tries.append(1) or attempt(self, decision))
     _, report, _, _ = fit(budget="latency=0.8x")
+    assert found[0].plan != found[1].plan
     measured = [r for r in read(tmp_path / "out" / "o" / "journal.jsonl") if r["kind"] == "measured"]
     assert len(tries) > len(measured), "the case must occur"
     assert [entry["step"] for entry in report["history"]] == list(range(1, len(measured) + 1))

@@ -4,6 +4,9 @@ Widths and blocks compete in one list. A step lowers one group to its next level
 grid, or removes one residual block; all candidate steps are priced in one vectorised call. The step with
 the largest saving per importance lost is taken. A step that is predicted to be slower is never taken.
 
+Steps are coarse, so that few are needed; behind the last one, groups are widened again by single steps of the grid,
+the most important first, as long as the limits hold. What time does not fall for is not cut.
+
 The importance of units is put on one scale for all groups as LAMP does: a unit's score divided by the sum
 of the scores of its group that are not smaller, so that the last units of a layer cost 1 each and no layer
 collapses. Reference: Lee et al., "Layer-adaptive sparsity for the magnitude-based pruning", ICLR 2021.
@@ -12,6 +15,7 @@ collapses. Reference: Lee et al., "Layer-adaptive sparsity for the magnitude-bas
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -34,6 +38,7 @@ the limit, summed over the places. A single step seldom lowers the maximum, but 
 """
 EXCESS = "excess"
 
+_LOOK_AHEAD = 3  # levels
 _FEWEST_SHARE = 0.125  # a group keeps at least this share of its units: wider cuts ruin recovery
 
 
@@ -53,6 +58,27 @@ class Decision:
     steps: tuple[Step, ...]
     predicted: Mapping[str, float]
     feasible: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class State:
+    """Where the search stands: kept units by group, and removed blocks."""
+
+    kept: Mapping[str, int]
+    removed: frozenset[str]
+
+    def at(self, name: str, count: int) -> State:
+        """The same with another width of one group."""
+        return State({**self.kept, name: count}, self.removed)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Candidate:
+    """A step that could be taken, and the importance of what it removes or gives back."""
+
+    change: str
+    importance: float
+    state: State
 
 
 class BudgetedGreedy:
@@ -79,6 +105,7 @@ class BudgetedGreedy:
         self.analysis, self.workload, self.price = analysis, workload, price
         self.blocks = [b for b in blocks if b.removable]
         self.levels = {g.name: levels(g, grid(g)) for g in analysis.groups}
+        self.fine = {g.name: levels(g, grid(g), most=g.size) for g in analysis.groups}
         self.importance = importance
         self.cost: dict[str, np.ndarray] = {}
         for group in analysis.groups:
@@ -102,6 +129,16 @@ class BudgetedGreedy:
             for name, score in scores.items()
         }
 
+    def _gone(self, removed: frozenset[str]) -> set[str]:
+        """Groups that go as a whole with removed blocks."""
+        nodes = {node for block in self.blocks if block.name in removed for node in block.nodes}
+        found = set()
+        for group in self.analysis.groups:
+            producers = {m.initializer for m in group.members if m.role == "producer"}
+            if nodes and producers and all(self._read_only_by(p, nodes) for p in producers):
+                found.add(group.name)
+        return found
+
     def _read_only_by(self, initializer: str, nodes: set[str]) -> bool:
         pending = list(self.analysis.program.initializers[initializer].uses())
         while pending:
@@ -120,93 +157,131 @@ class BudgetedGreedy:
         Args:
             limits: absolute limit by budget key, in the units of `price`.
         """
-        kept = {g.name: 0 for g in self.analysis.groups}  # position in `levels`
-        removed: set[str] = set()
+        state = State({g.name: g.size for g in self.analysis.groups}, frozenset())
         steps: list[Step] = []
-        now = self._price_all([(kept, removed)], limits)
-        current = {key: float(values[0]) for key, values in now.items()}
+        current = self._price_all([state], limits)[0]
         while any(current[key] > limit for key, limit in limits.items()):
-            candidates = self._candidates(kept, removed)
+            candidates = self._candidates(state)
             if not candidates:
                 break
-            priced = self._price_all([(k, r) for _, _, k, r in candidates], limits)
+            priced = self._price_all([c.state for c in candidates], limits)
             best = self._choose(candidates, priced, current, limits)
             if best is None:
                 break
-            change, _, kept, removed = candidates[best]
-            current = {key: float(values[best]) for key, values in priced.items()}
-            steps.append(Step(change, dict(current)))
+            state, current = candidates[best].state, priced[best]
+            steps.append(Step(candidates[best].change, dict(current)))
         feasible = all(current[key] <= limit for key, limit in limits.items())
-        return Decision(self._plan(kept, removed), tuple(steps), current, feasible)
+        if feasible and steps:
+            state, current = self._fill(state, current, steps, limits)
+        return Decision(self._plan(state), tuple(steps), current, feasible)
 
-    def _candidates(
-        self, kept: dict[str, int], removed: set[str]
-    ) -> list[tuple[str, float, dict[str, int], set[str]]]:
-        result: list[tuple[str, float, dict[str, int], set[str]]] = []
-        for name, found in self.levels.items():
-            at = kept[name]
-            if at + 1 < len(found):
-                size = found[0]
-                lost = self.cost[name][size - found[at + 1]] - self.cost[name][size - found[at]]
-                result.append(
-                    (f"{name}: {found[at]} → {found[at + 1]}", float(lost), {**kept, name: at + 1}, removed)
-                )
+    def _candidates(self, state: State) -> list[_Candidate]:
+        """The next coarse steps down: time may fall at the second or third only."""
+        found: list[_Candidate] = []
+        for name, counts in self.levels.items():
+            now = state.kept[name]
+            for count in itertools.islice((c for c in counts if c < now), _LOOK_AHEAD):
+                lost = self._lost(name, now, count)
+                found.append(_Candidate(f"{name}: {now} → {count}", lost, state.at(name, count)))
         for block in self.blocks:
-            if block.name not in removed:
-                result.append(
-                    (f"remove {block.name}", self.block_cost[block.name], kept, removed | {block.name})
-                )
-        return result
+            if block.name not in state.removed:
+                without = State(state.kept, state.removed | {block.name})
+                found.append(_Candidate(f"remove {block.name}", self.block_cost[block.name], without))
+        return found
+
+    def _lost(self, name: str, more: int, fewer: int) -> float:
+        """Importance of the units of a group between two widths."""
+        size, cost = self.levels[name][0], self.cost[name]
+        return float(cost[size - fewer] - cost[size - more])
+
+    def _fill(
+        self, state: State, current: dict[str, float], steps: list[Step], limits: Mapping[str, float]
+    ) -> tuple[State, dict[str, float]]:
+        """Widen groups again, one fine step each, while the limits hold: most importance for the least of them."""
+        gone = self._gone(state.removed)
+        while True:
+            candidates = []
+            for name, counts in self.fine.items():
+                if name in gone:
+                    continue
+                now = state.kept[name]
+                count = next((c for c in reversed(counts) if c > now), None)
+                if count is not None:
+                    gain = self._lost(name, count, now)
+                    candidates.append(_Candidate(f"{name}: {now} → {count}", gain, state.at(name, count)))
+            if not candidates:
+                return state, current
+            priced = self._price_all([c.state for c in candidates], limits)
+            scores = [
+                c.importance / max(self._used(current, after, limits), 1e-9)
+                if all(after[key] <= limit for key, limit in limits.items())
+                else -math.inf
+                for c, after in zip(candidates, priced, strict=True)
+            ]
+            best = int(np.argmax(scores))
+            if scores[best] == -math.inf:
+                return state, current
+            state, current = candidates[best].state, priced[best]
+            steps.append(Step(candidates[best].change, dict(current)))
+
+    def _used(
+        self, before: Mapping[str, float], after: Mapping[str, float], limits: Mapping[str, float]
+    ) -> float:
+        return sum(max(after[key] - before[key], 0.0) / limit for key, limit in limits.items() if limit > 0)
 
     def _choose(
         self,
-        candidates: Sequence[tuple[str, float, dict[str, int], set[str]]],
-        priced: Mapping[str, np.ndarray],
+        candidates: Sequence[_Candidate],
+        priced: Sequence[Mapping[str, float]],
         current: Mapping[str, float],
         limits: Mapping[str, float],
     ) -> int | None:
-        saving = np.zeros(len(candidates))
-        for key, limit in limits.items():
-            excess, summed = max(current[key] - limit, 0.0), f"{key} {EXCESS}"
-            if excess > 0 and current.get(summed, 0.0) > 0:
-                saving += (1.0 - priced[summed] / current[summed]) * excess / limit
-            elif excess > 0:
-                saving += np.minimum(current[key] - priced[key], excess * 1.5) / limit
-        lost = np.array([c[1] for c in candidates])
-        score = np.where(saving > 0, saving / np.maximum(lost, 1e-12), -np.inf)
-        if "latency" in priced:
-            score[priced["latency"] > current["latency"] * 1.0001] = -np.inf
-        best = int(np.argmax(score))
-        return best if np.isfinite(score[best]) else None
+        best, best_score = None, 0.0
+        for index, (candidate, after) in enumerate(zip(candidates, priced, strict=True)):
+            if "latency" in after and after["latency"] > current["latency"] * 1.0001:
+                continue
+            saving = sum(_saving(key, limit, current, after) for key, limit in limits.items())
+            score = saving / max(candidate.importance, 1e-12)
+            if score > best_score:
+                best, best_score = index, score
+        return best
 
-    def _price_all(
-        self, states: Sequence[tuple[dict[str, int], set[str]]], limits: Mapping[str, float]
-    ) -> Mapping[str, np.ndarray]:
+    def _price_all(self, states: Sequence[State], limits: Mapping[str, float]) -> list[dict[str, float]]:
         fractions = {
-            name: np.array([found[k[name]] / found[0] for k, _ in states])
-            for name, found in self.levels.items()
+            name: np.array([state.kept[name] / counts[0] for state in states])
+            for name, counts in self.levels.items()
         }
-        removed = {b.name: np.array([b.name in r for _, r in states]) for b in self.blocks}
-        return self.price(fractions, removed, limits)
+        removed = {b.name: np.array([b.name in state.removed for state in states]) for b in self.blocks}
+        priced = self.price(fractions, removed, limits)
+        return [{key: float(values[i]) for key, values in priced.items()} for i in range(len(states))]
 
-    def _plan(self, kept: Mapping[str, int], removed: set[str]) -> Plan:
+    def _plan(self, state: State) -> Plan:
         groups = {}
-        gone = {node for b in self.blocks if b.name in removed for node in b.nodes}
+        gone = self._gone(state.removed)
         for group in self.analysis.groups:
-            producers = {m.initializer for m in group.members if m.role == "producer"}
-            if gone and producers and all(self._read_only_by(p, gone) for p in producers):
-                continue  # the whole group goes with a removed block
-            count = self.levels[group.name][kept[group.name]]
+            if group.name in gone:
+                continue
+            count = state.kept[group.name]
             if count < group.size:
                 keep = group.keep_best(self.importance.groups[group.name], count)
                 if len(keep) < group.size:
                     groups[group.name] = GroupPlan(group.size, keep)
-        names = tuple(b.name for b in self.blocks if b.name in removed)
+        names = tuple(b.name for b in self.blocks if b.name in state.removed)
         return Plan(self.analysis.program.source.sha256, groups, names, {"strategy": "budgeted-greedy"})
 
 
-def levels(group: ChannelGroup, grid: int) -> list[int]:
-    """Kept unit counts from full to fewest, on the target's channel grid.
+def _saving(key: str, limit: float, before: Mapping[str, float], after: Mapping[str, float]) -> float:
+    """What a step brings towards one limit, as a share of it; nothing once that holds."""
+    excess, summed = max(before[key] - limit, 0.0), f"{key} {EXCESS}"
+    if excess > 0 and before.get(summed, 0.0) > 0:
+        return (1.0 - after[summed] / before[summed]) * excess / limit
+    if excess > 0:
+        return min(before[key] - after[key], excess * 1.5) / limit
+    return 0.0
+
+
+def levels(group: ChannelGroup, grid: int, most: int = 16) -> list[int]:
+    """About `most` kept unit counts from full to fewest, on the target's channel grid.
 
     A group of no more channels than the grid goes in steps of 4 channels (the least that keeps the vector
     path of the runtimes), and of no more than 4 in single units.
@@ -214,7 +289,7 @@ def levels(group: ChannelGroup, grid: int) -> list[int]:
     channels = group.size * group.granularity
     step = grid if channels > grid else 4 if channels > 4 else 1
     units = max(1, step // math.gcd(step, group.granularity))
-    units = max(units, math.ceil(group.size / 16 / units) * units)  # at most about 16 levels
+    units = max(units, math.ceil(group.size / most / units) * units)
     fewest = max(1, min(units, group.size), math.ceil(group.size * _FEWEST_SHARE))
     counts = range((group.size - 1) // units * units, 0, -units)
     return [group.size, *(c for c in counts if c >= fewest)]
