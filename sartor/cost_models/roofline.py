@@ -115,9 +115,20 @@ class Roofline:
 
     # ---- whole networks ------------------------------------------------------------------------
     def estimate_batch(
-        self, workload: Workload, fractions: Fractions | None = None, removed: Removed | None = None
+        self,
+        workload: Workload,
+        fractions: Fractions | None = None,
+        removed: Removed | None = None,
+        *,
+        batches: float = 1.0,
     ) -> np.ndarray:
         """Latency in seconds of a population of plans, an array `[plans]` (0-d for a single plan).
+
+        Args:
+            workload: what the plans belong to.
+            fractions: kept fraction per group.
+            removed: removed blocks.
+            batches: how many times the program's own batch goes through at once.
 
         Raises:
             PlanError: a removed block is not in the workload.
@@ -125,14 +136,19 @@ class Roofline:
         workload.check_removed(removed or {})
         plans = Population(fractions or {}, removed or {})
         total: Any = np.full(plans.shape, self.constants.call_s)
-        for item, found, network in self._priced(workload, plans):
+        for item, found, network in self._priced(workload, plans, batches):
             total = total + _count(item, plans) * self._terms_of(item, found, network).seconds
         return np.asarray(total)
 
     def estimate(
-        self, workload: Workload, fractions: Fractions | None = None, removed: Removed | None = None
+        self,
+        workload: Workload,
+        fractions: Fractions | None = None,
+        removed: Removed | None = None,
+        *,
+        batches: float = 1.0,
     ) -> CostEstimate:
-        """Price one plan (scalars), with a breakdown per kernel.
+        """Price one plan (scalars), with a breakdown per kernel; arguments as of `estimate_batch`.
 
         The error of published constants is not known, so that there is no interval. `energy_j` is there for
         devices whose description has energy constants.
@@ -147,7 +163,7 @@ class Roofline:
         macs: float = 0.0
         traffic: float = 0.0
         priced = {}
-        for item, found, network in self._priced(workload, plans):
+        for item, found, network in self._priced(workload, plans, batches):
             priced[_key(item.kernel, item.signature)] = item, found, network
         for kernel in workload.kernels:
             if not float(plans.present(presence(kernel))):
@@ -177,7 +193,7 @@ class Roofline:
         spec = item.signature.spec if item.signature else {"op": item.kernel.op_type, "inputs": []}
         return self.terms(spec, found, network)
 
-    def _priced(self, workload: Workload, plans: Population) -> list[tuple[_Item, Work, Any]]:
+    def _priced(self, workload: Workload, plans: Population, batches: float) -> list[tuple[_Item, Work, Any]]:
         """Items, their work under every plan, and the weight bytes of the whole network."""
         found = []
         network: Any = 0.0
@@ -189,7 +205,7 @@ class Roofline:
                 mine = work(item.signature, [plans.quantity(v) for v in item.signature.variables])
                 narrow = narrowing(item.signature.spec, self.precision)
             network = network + _count(item, plans) * mine.weight_bytes * narrow
-            found.append((item, mine))
+            found.append((item, mine if batches == 1.0 else mine.times(batches)))
         return [(item, mine, network) for item, mine in found]
 
     def _items(self, workload: Workload) -> list[_Item]:

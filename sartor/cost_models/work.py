@@ -59,6 +59,11 @@ class Work:
         """All bytes: weights, and activations read and written."""
         return self.weight_bytes + self.read + self.written
 
+    def times(self, batches: float) -> Work:
+        """The same kernel on `batches` times as many inputs: everything grows but its weights."""
+        grown = {name: getattr(self, name) * batches for name in ("macs", "read", "written", "rows")}
+        return dataclasses.replace(self, **grown)
+
 
 def work(signature: Signature, sizes: Sequence[Any]) -> Work:
     """Work of a kernel.
