@@ -68,7 +68,7 @@ class Ladder:
                 f"Law or interval of the device profile is malformed ({type(error).__name__}: {error}); build it "
                 "again with 'sartor profile'."
             ) from error
-        self._cache = cache_bytes(profile)
+        self.cache_bytes = cache_bytes(profile)
         self._failed = {key_of(f["spec"]): str(f["reason"]) for f in profile.failures}
         self._bound: weakref.WeakKeyDictionary[Workload, tuple[Item, ...]] = weakref.WeakKeyDictionary()
         self._observe(observations)
@@ -124,7 +124,7 @@ class Ladder:
 
     def terms(self, workload: Workload, plans: Population) -> Terms:
         """Seconds of a population by term of the law, before the law."""
-        return terms(self.items(workload), plans, self.tiers, self.profile.call_s, self._cache)
+        return terms(self.items(workload), plans, self.tiers, self.profile.call_s, self.cache_bytes)
 
     def estimate_batch(
         self, workload: Workload, fractions: Fractions | None = None, removed: Removed | None = None
@@ -178,7 +178,7 @@ class Ladder:
     def _kernels(
         self, workload: Workload, plans: Population
     ) -> tuple[tuple[KernelCost, ...], tuple[str, ...]]:
-        share = cold_weights(self.items(workload), plans, self._cache)
+        share = cold_weights(self.items(workload), plans, self.cache_bytes)
         item_of = {id(kernel): item for item in self.items(workload) for kernel in item.kernels}
         costs: list[KernelCost] = []
         unmodelled: list[str] = []

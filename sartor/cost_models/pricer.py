@@ -1,0 +1,321 @@
+"""Prices populations of plans by looking tables up: nothing of a model is evaluated per plan.
+
+Bound once to a ladder and a workload. What a kernel takes depends on the kept units of one or two groups, as a
+rule, so its times over all of them are a table, and the tables of kernels that depend on the same groups are
+added up before any plan is priced. Tables of two large groups stay on the knots of the kernel's surface, where
+four entries are interpolated with weights that are tables, too. Equal to `Ladder.estimate_batch`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from sartor.cost_models.items import Item, full_weights
+from sartor.cost_models.ladder import Ladder
+from sartor.cost_models.law import Law, cold_share
+from sartor.cost_models.surface import gathered
+from sartor.errors import PlanError, UsageError
+from sartor.ir.plan import Plan
+from sartor.ir.quantities import Quantity
+from sartor.ir.workload import Population, Presence, Workload
+
+_MOST_CELLS = 1 << 16
+_WARM, _EXTRA, _STORED = range(3)
+"""Columns of a table: scaled seconds; seconds that cold weights add; bytes of weights."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PlanBatch:
+    """Plans as columns.
+
+    Attributes:
+        kept: kept units, integers `[plans, groups]`.
+        removed: removed blocks, bool `[plans, blocks]`.
+    """
+
+    kept: np.ndarray
+    removed: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Dense:
+    """Sums over all kept units of at most two groups: `[units + 1 per group, columns]`."""
+
+    columns: tuple[int, ...]
+    table: np.ndarray
+
+    def rows(self, kept: np.ndarray, _: Any) -> np.ndarray:
+        return self.table[tuple(kept[c] for c in self.columns)]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Knotted:
+    """One kernel of two large groups: its surface, with the weights of an axis per kept unit of its group."""
+
+    columns: tuple[int, ...]
+    weights: tuple[tuple[np.ndarray, np.ndarray, np.ndarray], ...]
+    seconds: np.ndarray
+    stored: np.ndarray  # `[2, 2]` coefficients of 1, k and k · l
+    item: Item
+    times: int
+    width: int
+
+    def rows(self, kept: np.ndarray, _: Any) -> np.ndarray:
+        at = [kept[c] for c in self.columns]
+        chosen = [tuple(part[k] for part in w) for w, k in zip(self.weights, at, strict=True)]
+        result = np.zeros((len(at[0]), self.width))
+        result[:, _WARM] = gathered(self.seconds, chosen)  # type: ignore[arg-type]
+        if self.width > 1:
+            a, b = (k.astype(float) for k in at)
+            c = self.stored
+            result[:, _STORED] = c[0, 0] + c[1, 0] * a + (c[0, 1] + c[1, 1] * a) * b
+            result[:, _EXTRA] = self.item.extra_s(result[:, _STORED])
+        return self.times * result
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Direct:
+    """A kernel of more groups: evaluated as the ladder does."""
+
+    item: Item
+    ladder: Ladder
+    scale: float
+    width: int
+
+    def rows(self, _: Any, plans: Population) -> np.ndarray:
+        return _columns(self.item, plans, self.ladder, self.width) * _scaled(self.scale, self.width)
+
+
+_Part = _Dense | _Knotted | _Direct
+
+
+class Pricer:
+    """See the module docstring.
+
+    A ladder that is calibrated changes what its pricer says: the tables are then added up again.
+    """
+
+    def __init__(self, ladder: Ladder, workload: Workload, sizes: Mapping[str, int]):
+        """Fill the tables.
+
+        Args:
+            ladder: what prices.
+            workload: whose plans.
+            sizes: units before pruning per group, as in a plan. Groups that price nothing may be in it.
+
+        Raises:
+            UsageError: a group of the workload has no size.
+        """
+        missing = sorted(workload.groups - set(sizes))
+        if missing:
+            raise UsageError(
+                f"The sizes of groups {missing} are needed to price this workload; pass all of them."
+            )
+        self.ladder, self.workload = ladder, workload
+        self.groups = tuple(sorted(sizes))
+        self.sizes = {name: int(sizes[name]) for name in self.groups}
+        self._column = {name: i for i, name in enumerate(self.groups)}
+        self._items = ladder.items(workload)
+        cold = full_weights(self._items) > ladder.cache_bytes > 0
+        self._width = 3 if cold else 1
+        self._raw: dict[int, np.ndarray] = {}
+        self._law: Law | None = None
+        self._bind()
+
+    # ---- plans -----------------------------------------------------------------------------
+    def batch(self, plans: Sequence[Plan]) -> PlanBatch:
+        """Plans as columns.
+
+        Raises:
+            PlanError: a plan names a block or a group that is not in the workload, or another size of a group.
+        """
+        pairs = [(name, self.sizes[name]) for name in self.groups]
+        blocks = {name: i for i, name in enumerate(self.workload.blocks)}
+        removed = np.zeros((len(plans), len(blocks)), bool)
+        rows = []
+        for number, plan in enumerate(plans):
+            groups = plan.groups
+            rows.append([len(groups[n].keep) if n in groups else size for n, size in pairs])
+            for block in plan.blocks:
+                if block not in blocks:
+                    self.workload.check_removed({block: True})
+                removed[number, blocks[block]] = True
+        self._check(plans)
+        return PlanBatch(np.array(rows, np.intp).reshape(len(plans), len(pairs)), removed)
+
+    def _check(self, plans: Sequence[Plan]) -> None:
+        named = {(name, g.size) for plan in plans for name, g in plan.groups.items()}
+        wrong = sorted((n, s) for n, s in named if self.sizes.get(n) != s)
+        if wrong:
+            name, size = wrong[0]
+            raise PlanError(
+                f"A plan gives group '{name}' {size} units, and this workload {self.sizes.get(name, 'no such group')}; "
+                "price it with the model that it was made for."
+            )
+
+    def fractions(self, fractions: Mapping[str, Any], removed: Mapping[str, Any] | None = None) -> PlanBatch:
+        """Plans as columns, from kept fractions and removed blocks as `Workload.evaluate` takes them."""
+        removed = removed or {}
+        self.workload.check_removed(removed)
+        shape = np.broadcast_shapes(*(np.shape(v) for v in (*fractions.values(), *removed.values())), (1,))
+        kept = np.empty((*shape, len(self.groups)), np.intp)
+        for number, name in enumerate(self.groups):
+            kept[:, number] = np.rint(np.asarray(fractions.get(name, 1.0)) * self.sizes[name])
+        gone = np.zeros((*shape, len(self.workload.blocks)), bool)
+        for number, name in enumerate(self.workload.blocks):
+            gone[:, number] = removed.get(name, False)
+        return PlanBatch(kept, gone)
+
+    # ---- pricing ---------------------------------------------------------------------------
+    def estimate_batch(self, plans: PlanBatch | Sequence[Plan]) -> np.ndarray:
+        """Latency in seconds, `[plans]`.
+
+        Raises:
+            PlanError: a plan is not of this workload, or keeps none or more than all units of a group.
+        """
+        batch = plans if isinstance(plans, PlanBatch) else self.batch(plans)
+        if self.ladder.law is not self._law:
+            self._bind()
+        kept = np.ascontiguousarray(batch.kept.T)
+        self._check_units(kept)
+        removed = dict(zip(self.workload.blocks, batch.removed.T, strict=True))
+        plain = Population(self._as_fractions(kept), removed)
+        gone = Population({}, removed)
+        total = np.zeros((len(batch.kept), self._width))
+        for when, parts in self._parts.items():
+            mine = sum((part.rows(kept, plain) for part in parts), np.zeros(total.shape))
+            if when:
+                count: Any = sum(gone.present(one) for one in when)
+                mine = mine * np.broadcast_to(count, len(total))[:, None]
+            total += mine
+        law = self.ladder.law
+        latency = total[:, _WARM] + self.ladder.constant_s
+        if self._width > 1:
+            share = cold_share(total[:, _STORED], self.ladder.cache_bytes)
+            latency = latency + law.scale_of("cold") * share * total[:, _EXTRA]
+        return latency
+
+    def _check_units(self, kept: np.ndarray) -> None:
+        most = np.array([self.sizes[name] for name in self.groups])[:, None]
+        wrong = np.argwhere((kept < 1) | (kept > most))
+        if len(wrong):
+            row, plan = wrong[0]
+            name = self.groups[row]
+            raise PlanError(
+                f"Plan {plan} keeps {kept[row, plan]} units of group '{name}', which has {self.sizes[name]}; at least "
+                "one stays, and no more than there are."
+            )
+
+    def _as_fractions(self, kept: np.ndarray) -> dict[str, np.ndarray]:
+        if not self._direct:
+            return {}
+        return {name: kept[self._column[name]] / self.sizes[name] for name in self._direct}
+
+    # ---- tables ----------------------------------------------------------------------------
+    def _bind(self) -> None:
+        """Add up the tables under the ladder's current law."""
+        self._law = self.ladder.law
+        dense: dict[tuple[tuple[Presence, ...], tuple[int, ...]], np.ndarray] = {}
+        parts: dict[tuple[Presence, ...], list[_Part]] = {}
+        self._direct: set[str] = set()
+        for number, item in enumerate(self._items):
+            always = all(not when.blocks and not when.instead_of for when in item.when)
+            when, times = ((), len(item.when)) if always else (item.when, 1)
+            scale = self._law.scale_of(item.kernel.family)
+            columns = tuple(sorted(self._column[name] for name in _groups(item)))
+            cells = int(np.prod([self.sizes[self.groups[c]] + 1 for c in columns], dtype=np.int64))
+            if len(columns) <= 2 and cells <= _MOST_CELLS:
+                table = times * self._table(number, item, columns) * _scaled(scale, self._width)
+                dense[when, columns] = dense[when, columns] + table if (when, columns) in dense else table
+            elif (knotted := self._knotted(item, scale, times)) is not None:
+                parts.setdefault(when, []).append(knotted)
+            else:
+                parts.setdefault(when, []).extend([_Direct(item, self.ladder, scale, self._width)] * times)
+                self._direct |= _groups(item)
+        for (when, columns), table in dense.items():
+            parts.setdefault(when, []).append(_Dense(columns, table))
+        self._parts = {when: tuple(found) for when, found in parts.items()}
+
+    def _table(self, number: int, item: Item, columns: tuple[int, ...]) -> np.ndarray:
+        """Columns of one kernel before the law, over all kept units of its groups."""
+        if number not in self._raw:
+            names = [self.groups[c] for c in columns]
+            # A group never keeps nothing; the entry is there so that kept units are the index.
+            mesh = np.meshgrid(*(np.maximum(np.arange(self.sizes[n] + 1), 1) for n in names), indexing="ij")
+            plans = Population({n: m.ravel() / self.sizes[n] for n, m in zip(names, mesh, strict=True)}, {})
+            found = _columns(item, plans, self.ladder, self._width)
+            self._raw[number] = found.reshape(*(self.sizes[n] + 1 for n in names), self._width)
+        return self._raw[number]
+
+    def _knotted(self, item: Item, scale: float, times: int) -> _Knotted | None:
+        """A kernel of which each of two variables depends on a group of its own; None for others."""
+        if item.signature is None or item.surface is None:
+            return None
+        variables = item.signature.variables
+        varying = [i for i, v in enumerate(variables) if v.groups]
+        owners = [tuple(variables[i].groups) for i in varying]
+        if len(varying) != 2 or any(len(o) != 1 for o in owners) or owners[0] == owners[1]:
+            return None
+        names = [o[0] for o in owners]
+        weights = []
+        for place, variable in enumerate(variables):
+            axis = item.surface.axes[place]
+            if place in varying:
+                weights.append(axis.weights(_over_units(variable, names[varying.index(place)], self.sizes)))
+        seconds = item.surface.seconds
+        for place in reversed([i for i in range(len(variables)) if i not in varying]):
+            seconds = np.take(seconds, 0, place)  # what no plan changes has one knot
+        stored = self._bilinear(item, names)
+        columns = tuple(self._column[n] for n in names)
+        return _Knotted(columns, tuple(weights), scale * seconds, stored, item, times, self._width)
+
+    def _bilinear(self, item: Item, names: Sequence[str]) -> np.ndarray:
+        """Coefficients of the stored bytes: a product of widths, each linear in the kept units of one group."""
+        # Not at zero: a convolution without groups has no channels per group.
+        corner = np.array([[0.5, 0.5], [0.5, 1.0], [1.0, 0.5], [1.0, 1.0]]).T
+        found = np.asarray(item.weight_bytes(Population(dict(zip(names, corner, strict=True)), {})), float)
+        to_zero = np.array([[2.0, -1.0], [0.0, 1.0]])  # from values at (1/2, 1) to those at (0, 1)
+        at = to_zero @ np.broadcast_to(found, 4).reshape(2, 2) @ to_zero.T
+        first, second = (float(self.sizes[n]) for n in names)
+        return np.array(
+            [
+                [at[0, 0], (at[0, 1] - at[0, 0]) / second],
+                [
+                    (at[1, 0] - at[0, 0]) / first,
+                    (at[1, 1] - at[1, 0] - at[0, 1] + at[0, 0]) / (first * second),
+                ],
+            ]
+        )
+
+
+def _over_units(variable: Quantity, name: str, sizes: Mapping[str, int]) -> np.ndarray:
+    """Values of a variable over all kept units of the one group that it depends on."""
+    plans = Population({name: np.arange(sizes[name] + 1) / sizes[name]}, {})
+    return np.asarray(plans.quantity(variable), float)
+
+
+def _groups(item: Item) -> frozenset[str]:
+    if item.signature is not None:
+        return frozenset(name for v in item.signature.variables for name in v.groups)
+    kernel = item.kernel
+    return kernel.macs.groups | kernel.bytes_read.groups | kernel.bytes_written.groups
+
+
+def _columns(item: Item, plans: Population, ladder: Ladder, width: int) -> np.ndarray:
+    """Seconds, and with cold weights what they add and how many there are, `[plans, width]`."""
+    warm, _ = item.seconds(plans, ladder.tiers)
+    shape = plans.shape or (1,)
+    parts = [warm]
+    if width > 1:
+        stored = np.asarray(item.weight_bytes(plans), float)
+        parts += [item.extra_s(stored), stored]
+    return np.stack([np.broadcast_to(np.asarray(p, float), shape) for p in parts], -1)
+
+
+def _scaled(scale: float, width: int) -> np.ndarray:
+    """Factors of the columns: the law scales what is warm per family, what is cold as one."""
+    return np.array([scale, 1.0, 1.0][:width])
