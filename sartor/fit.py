@@ -42,6 +42,8 @@ if TYPE_CHECKING:
     from sartor.backends.protocol import Artifact
     from sartor.data import Data
     from sartor.lowered import Lowered
+    from sartor.study import Storage, Study
+    from sartor.tasks import Runner
 
 __all__ = ["FitOptions", "FitResult", "fit"]
 
@@ -84,6 +86,9 @@ def fit(
     data: Data | None,
     out_dir: str | os.PathLike[str],
     progress: Any = None,
+    *,
+    runner: Runner | None = None,
+    storage: Storage | None = None,
 ) -> FitResult:
     """Fit `program` to a budget and write the bundle to `out_dir`.
 
@@ -93,6 +98,8 @@ def fit(
         data: splits for importance, recovery and scores; None leaves the quality unmeasured.
         out_dir: folder of the bundle; an earlier bundle there is replaced.
         progress: callable with a line of text, with `stage` and `advance`; silent by default.
+        runner: where candidates are measured and scored, see `sartor.tasks.open_runner`; this machine by default.
+        storage: of a study that keeps measured candidates beside the journal, to be shared; see `sartor.study`.
 
     Raises:
         UsageError: options that cannot be met, such as a limit below the feasible floor; nothing is written.
@@ -104,7 +111,7 @@ def fit(
     folder = Path(out_dir)
     check_destination(folder)
     missing = [path for path in folder.parents if not path.exists()]
-    this = _Fit(program, options, data, folder, progress or Silent())
+    this = _Fit(program, options, data, folder, progress or Silent(), runner, storage)
     resumable = this.journal_path.exists()
     try:
         return this.run()
@@ -125,7 +132,16 @@ def fit(
 
 
 class _Fit:
-    def __init__(self, program: Program, options: FitOptions, data: Data | None, folder: Path, progress: Any):
+    def __init__(
+        self,
+        program: Program,
+        options: FitOptions,
+        data: Data | None,
+        folder: Path,
+        progress: Any,
+        runner: Runner | None,
+        storage: Storage | None,
+    ):
         if data is None and options.recovery_s > 0:
             raise UsageError("Recovery needs data to train on; give data, or use recovery none.")
         if options.recovery_s > 0 and not program.batch.symbolic:
@@ -135,6 +151,7 @@ class _Fit:
             )
         self.program, self.options, self.data = program, options, data
         self.folder, self.progress = folder, progress
+        self.runner, self.storage = runner, storage
         self.decisions: list[str] = []
         self.history: list[dict[str, Any]] = []
         self.untouched = False
@@ -157,6 +174,8 @@ class _Fit:
             "versions": versions(self.options.target),
             "data": self.data.fingerprint() if self.data is not None else None,
         }
+        if self.runner is not None and self.runner.device:
+            key["device"] = self.runner.device  # what was measured on another is not resumed from
         with (
             Journal(self.journal_path, key) as self.journal,
             tempfile.TemporaryDirectory(prefix="sartor-fit-") as work,
@@ -164,7 +183,9 @@ class _Fit:
             if self.journal.find("delivered"):  # killed before it could be put away: a finished run, not ours
                 self.journal.clear()
             self.progress.stage("baseline")
-            self.bench = Workbench(self.program, self.options, self.data, Path(work))
+            self.bench = Workbench(
+                self.program, self.options, self.data, Path(work), self.runner, self._study(key)
+            )
             with contextlib.closing(self.bench):
                 if self.data is not None:
                     if self.data.test_is_evaluate:
@@ -178,6 +199,13 @@ class _Fit:
                         f"in {self.bench.exact.precision}"
                     )
                 return self._deliver(*self._select())
+
+    def _study(self, key: dict[str, Any]) -> Study | None:
+        if self.storage is None:
+            return None
+        from sartor.study import study_of
+
+        return study_of(self.storage, key, self.options, self.program, self.analysis.groups, self.blocks)
 
     # ---- stages ----------------------------------------------------------------------------
     def _select(self) -> tuple[Plan, float]:

@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     from sartor.backends.measure import Measurement
     from sartor.backends.protocol import Artifact, TargetOptions
     from sartor.data import Data
+    from sartor.ir.plan import Plan
     from sartor.lowered import Lowered
+    from sartor.study import Study
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +62,7 @@ class Workbench:
         folder: scratch folder for artifacts.
         runner: where candidates are measured and scored; this machine by default. Lowering, verification and what
             scores agree with stay here in any case. The caller closes it.
+        study: where measured candidates are shared, or None.
     """
 
     def __init__(
@@ -69,6 +72,7 @@ class Workbench:
         data: Data | None,
         folder: Path,
         runner: Runner | None = None,
+        study: Study | None = None,
     ):
         from sartor import backends
         from sartor.backends import isolation
@@ -77,6 +81,7 @@ class Workbench:
 
         self.program, self.options, self.data, self.folder = program, options, data, folder
         self.runner: Runner = runner or LocalRunner()
+        self.study = study
         self.backend = backends.get(options.target)
         self.target = TargetOptions(threads=options.threads, precision=options.precision)
         self.baseline = self.exact = self.lower(program, folder / "baseline")
@@ -143,6 +148,27 @@ class Workbench:
         batches = getattr(self.data, split)
         answers = Predictions(self.runner, artifact, self._run_as(artifact), batches)
         return score(answers.predict, answers, self.data.metric, self.original)
+
+    def shared(self, digest: str) -> dict[str, Any] | None:
+        """What another run measured of a plan, as fields of the journal; None without a study."""
+        return None if self.study is None else self.study.find(digest)
+
+    def share(
+        self, plan: Plan, fields: Mapping[str, Any], limits: Mapping[str, float], baseline_s: float
+    ) -> None:
+        """Put a measured candidate into the study, if there is one.
+
+        Args:
+            plan: of the candidate.
+            fields: of the journal.
+            limits: absolute limit by budget key.
+            baseline_s: latency of the baseline, which makes seconds of a ratio.
+        """
+        if self.study is None:
+            return
+        values = {**fields["static"], "latency": fields["ci95"][1] * baseline_s}
+        over = {f"{key} <= {limit:.6g}": values[key] / limit - 1 for key, limit in limits.items()}
+        self.study.record(plan, fields, over)
 
     def original(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Outputs of the original model to agree with: those that are understood, if there are any."""

@@ -169,4 +169,4 @@ def test_the_vendor_alone_would_have_done_it(vendor, tmp_path):
 
 def test_the_opt_out_reaches_the_children():
     environment = process._environment(1)
-    assert environment["ORT_DISABLE_TELEMETRY"] == "1"
+    assert environment["ORT_DISABLE_TELEMETRY"] == "1" and environment["RAY_USAGE_STATS_ENABLED"] == "0"

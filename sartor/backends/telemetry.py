@@ -7,6 +7,7 @@
   telemetry package cannot be imported, in which case it uses its own stub. nncf shares that package.
 
 * litert-torch imports transformers and with it huggingface_hub, whose requests carry usage data unless told not to.
+* A Ray cluster reports its usage unless told not to before it is started; the workers of one inherit that.
 
 Reference: ONNX Runtime pull requests 27379 and 29843; `openvino/tools/ovc/telemetry_stub.py`.
 """
@@ -22,16 +23,18 @@ from sartor.errors import UsageError
 
 _STUBBED = ("openvino_telemetry",)
 # The released library reads the first name; its development branch has also used the second.
-_OPT_OUTS = (
-    *("ORT_DISABLE_TELEMETRY", "ORT_TELEMETRY_DISABLED"),
-    *("HF_HUB_DISABLE_TELEMETRY", "DO_NOT_TRACK"),
-)
+_OPT_OUTS = {
+    "ORT_DISABLE_TELEMETRY": "1",
+    "ORT_TELEMETRY_DISABLED": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "DO_NOT_TRACK": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
 
 
 def disable() -> None:
     """Opt out of telemetry for the rest of this process and for its children."""
-    for name in _OPT_OUTS:
-        os.environ[name] = "1"
+    os.environ.update(_OPT_OUTS)
     for name in _STUBBED:
         sys.modules[name] = None  # type: ignore[assignment]  # documented: makes `import name` raise
 

@@ -7,13 +7,20 @@ before recovery, pruned.onnx and masked.onnx. A missed budget (exit 3) or qualit
 from __future__ import annotations
 
 import argparse
+import contextlib
 import re
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from sartor.budget import parse_budget
+from sartor.budget import Limit, parse_budget
 from sartor.cli import arguments
 from sartor.cli.output import Result
 from sartor.cli.progress import Progress
 from sartor.errors import UsageError
+
+if TYPE_CHECKING:
+    from sartor.study import Storage
+    from sartor.tasks import Runner
 
 EXAMPLE = (
     "sartor fit model.onnx --target onnxruntime --budget latency=0.5x --data data.py:digits "
@@ -49,6 +56,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--out", required=True, metavar="DIR", help="folder of the bundle")
     parser.add_argument(
+        "--workers",
+        default="local",
+        metavar="local|ray://HOST:PORT[/DEVICE]",
+        help="where candidates are measured and scored: here, or on the devices of a Ray cluster that you trust; see "
+        "docs/scale_out.md (local)",
+    )
+    parser.add_argument(
+        "--study",
+        metavar="FILE|URL",
+        help="also keep what is measured in an Optuna study, which other runs and machines share: a file for SQLite, "
+        "or the URL of a database",
+    )
+    parser.add_argument(
         "--keep-source",
         action="store_true",
         help="also write model.onnx.provenance.json: module paths and source lines per node",
@@ -82,11 +102,27 @@ def parse_recovery(text: str | None, has_data: bool) -> float:
 def run(options: argparse.Namespace) -> Result:
     """Check everything that can be checked before the first expensive step, then fit."""
     from sartor import backends
+    from sartor.study import Storage
+    from sartor.tasks import open_runner
 
     budget = parse_budget(options.budget)
     recovery_s = parse_recovery(options.recovery, options.data is not None)
     backends.get(options.target)
     folder = arguments.output_folder(options.out)
+    storage = None if options.study is None else Storage(options.study)
+    runner = open_runner(options.workers, options.target, options.threads)
+    with contextlib.closing(runner):
+        return _fit(options, budget, recovery_s, folder, runner, storage)
+
+
+def _fit(
+    options: argparse.Namespace,
+    budget: dict[str, Limit],
+    recovery_s: float,
+    folder: Path,
+    runner: Runner,
+    storage: Storage | None,
+) -> Result:
     program = arguments.open_program(options)
     data = None
     if options.data is not None:
@@ -110,7 +146,7 @@ def run(options: argparse.Namespace) -> Result:
         keep=tuple(options.keep),
     )
     with Progress.on_stderr() as progress:
-        result = fit(program, fit_options, data, folder, progress)
+        result = fit(program, fit_options, data, folder, progress, runner=runner, storage=storage)
     if options.keep_source:
         arguments.write_provenance(program, folder / "model.onnx")
         refresh_manifest(folder)

@@ -21,6 +21,6 @@ def open_runner(workers: str | None, target: str, threads: int = 1) -> Runner:
     """
     if workers is None or workers == "local":
         return LocalRunner()
-    from sartor.tasks.cluster import RayRunner, parse_workers
+    from sartor.tasks.ray import RayRunner, parse_workers
 
     return RayRunner(parse_workers(workers), target, threads)
