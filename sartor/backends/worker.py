@@ -21,6 +21,7 @@ from sartor import backends
 from sartor.backends import host
 from sartor.backends.arrays import load_arrays, save_arrays
 from sartor.backends.inputs import random_inputs
+from sartor.backends.kernel_timing import time_kernels
 from sartor.backends.precision import as_lowered
 from sartor.backends.protocol import Artifact, Backend, Session, TargetOptions
 from sartor.backends.rounds import Round, run_rounds
@@ -219,6 +220,7 @@ COMMANDS: Mapping[str, Command] = {
     "run": run,
     "measure": measure,
     "time_models": time_models,
+    "time_kernels": time_kernels,
     "profile": profile,
 }
 

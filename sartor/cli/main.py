@@ -24,6 +24,7 @@ COMMANDS = {
     "apply": "replay a plan, byte-identically",
     "lower": "write the artifact of a target",
     "layers": "what quantizing each layer costs, and which to keep in float",
+    "profile": "build the profile of this machine for a target, or check one",
     "measure": "measure latency on a target, alone or interleaved with another model",
     "verify": "compare the outputs of two ONNX files",
     "targets": "list the targets, or describe one",

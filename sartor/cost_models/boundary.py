@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from sartor.cost_models.samples import empty_model, identity_model
+from sartor.cost_models.samples import channels_of, empty_model, identity_model
 from sartor.cost_models.signatures import Signature
 
 LAYOUT_FAMILIES = ("conv", "depthwise")
@@ -38,7 +38,7 @@ class Boundary:
     call_s: float
     gaps: Mapping[Map, tuple[tuple[int, ...], tuple[float, ...]]]
 
-    def own_s(self, signature: Signature, sizes: Sequence[int], total_s: float) -> float:
+    def own_s(self, signature: Signature, sizes: Sequence[float], total_s: float) -> float:
         """The kernel's own share of a sample that took `total_s`."""
         beyond = self.call_s
         if signature.family in LAYOUT_FAMILIES:
@@ -48,19 +48,35 @@ class Boundary:
         return total_s - min(max(beyond, 0.0), _MOST_SHARE * total_s)
 
     def _gap(self, where: Map, channels: int) -> float:
-        if where not in self.gaps:
+        if where in self.gaps:
+            axis, seconds = self.gaps[where]
+            within = float(np.interp(channels, axis, seconds))
+            return self.call_s + (within - self.call_s) * max(1.0, channels / axis[-1])
+        return self._between(where, channels)
+
+    def _between(self, where: Map, channels: int) -> float:
+        """The gap of a map that was not probed: from the probed ones of nearest size, per element."""
+        rows = [math.prod(other) for other in self.gaps]
+        if not rows:
             return math.nan
-        axis, seconds = self.gaps[where]
-        return float(np.interp(channels, axis, seconds))
+        wanted = math.prod(where)
+        below = max((r for r in rows if r <= wanted), default=min(rows))
+        above = min((r for r in rows if r >= wanted), default=max(rows))
+        found = [
+            (self._gap(other, channels) - self.call_s) / size
+            for other, size in zip(self.gaps, rows, strict=True)
+            if size in (below, above)
+        ]
+        return self.call_s + wanted * sum(found) / len(found)
 
 
-def ends_of(signature: Signature, sizes: Sequence[int]) -> list[tuple[Map, int]]:
+def ends_of(signature: Signature, sizes: Sequence[float]) -> list[tuple[Map, int]]:
     """Feature maps, with channels, that a convolution's sample model reads and writes."""
     spec: dict[str, Any] = signature.spec
-    c_out = sizes[0] * spec["multiplier"] if len(sizes) == 1 else sizes[1]
+    c_in, c_out = channels_of(spec, sizes)
     inner, outer = (spec["batch"], *spec["spatial"]), (spec["batch"], *spec["out"])
     residuals = sum(op_type == "Add" for op_type, _ in spec["epilogue"])
-    return [(inner, sizes[0]), *[(outer, c_out)] * (1 + residuals)]
+    return [(inner, c_in), *[(outer, c_out)] * (1 + residuals)]
 
 
 def probes(wanted: Iterable[tuple[Map, int]]) -> list[tuple[Map, int]]:

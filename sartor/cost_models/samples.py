@@ -118,6 +118,12 @@ def weight_bytes(spec: Spec, sizes: Sequence[float]) -> float:
     return item * (left * bool(spec["stored"][0]) + right * bool(spec["stored"][1]))
 
 
+def channels_of(spec: Spec, sizes: Sequence[float]) -> tuple[int, int]:
+    """Channels that a convolution reads and makes."""
+    groups, inner, outer = _per_group(spec, [max(1, round(size)) for size in sizes])
+    return groups * inner, groups * outer
+
+
 def item_bytes(dtype: str) -> float:
     """Bytes per element of an ONNX type name."""
     return float(ir.DataType[dtype].itemsize)

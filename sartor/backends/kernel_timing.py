@@ -1,0 +1,145 @@
+"""Runs in the worker: warm and cold times of many small models, a reference between them, pinned where possible.
+
+A network's weights are in the caches or they are not, and its activations nearly always are. A *warm* run
+follows others of the same kernel. Before a *cold* one the caches are filled with something else, and the
+inputs are then read again, so that it is the weights that come from memory. One such eviction serves a whole
+batch: what the other models leave in the caches is not what this one needs.
+"""
+
+from __future__ import annotations
+
+import gc
+import random
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sartor import backends
+from sartor.backends import host
+from sartor.backends.inputs import random_inputs
+from sartor.backends.protocol import TargetOptions
+from sartor.backends.serving import Send
+from sartor.backends.visits import Visit, visit_all
+
+_REFERENCE_RUNS = 3
+_FEWEST_RUNS, _MOST_RUNS = 3, 300
+_COLD_ROUNDS = 10
+_LINE_BYTES = 64
+_ASSUMED_CACHE_BYTES = 32 << 20
+
+Run = Callable[[], object]
+
+
+class _Subject:
+    """One compiled model with its inputs."""
+
+    def __init__(self, backend: Any, model: bytes, options: TargetOptions, seed: int, cold: bool):
+        session = backend.compile(model, options)
+        self._inputs = random_inputs(session.inputs, options.shapes, seed)
+        session.run(self._inputs)  # checks names, types and shapes before anything is timed
+        self.run: Run = session.prepare(self._inputs)
+        self._session = session  # what `prepare` gave may not keep it alive
+        self.cold = cold
+
+    def warm_up(self, visit_s: float) -> None:
+        """Run until the first runs' allocations are over, and choose how many runs a visit has."""
+        seconds = min(_seconds(self.run) for _ in range(3))
+        wanted = round(visit_s / max(seconds, 1e-7))
+        self.runs = max(_FEWEST_RUNS if seconds < 0.5 else 1, min(_MOST_RUNS, wanted))
+
+    def visit(self, quantile: float) -> float:
+        """One warm visit."""
+        self.run()  # discarded: another model's data are in the caches
+        return float(np.quantile([_seconds(self.run) for _ in range(self.runs)], quantile))
+
+    def touch(self) -> None:
+        """Bring the inputs, and nothing else, into the caches."""
+        for array in self._inputs.values():
+            if array.size:
+                np.ascontiguousarray(array).reshape(-1).view(np.uint8)[::_LINE_BYTES].max()
+
+
+def time_kernels(request: Mapping[str, Any], send: Send) -> dict[str, Any]:
+    """Visits of many models. See `sartor.profiling.timing.KernelTimer`.
+
+    Of the models in `request["models"]`, index -1 is the reference.
+    """
+    gc.disable()
+    pinned = host.pin(int(request["threads"])) if request["pin"] else ()
+    backend = backends.get(request["backend"])
+    options = TargetOptions.from_dict(request["options"])
+    deadline = time.monotonic() + request["limit_s"]
+    subjects: dict[int, _Subject] = {}
+    for index, path, cold in request["models"]:
+        if subjects and time.monotonic() >= deadline:
+            send({"event": "failed", "index": index, "reason": "the time limit was reached"})
+            continue
+        send({"event": "starting", "index": index})  # if it crashes here, this one is to blame
+        try:
+            subject = _Subject(backend, Path(path).read_bytes(), options, request["seed"], cold)
+            subject.warm_up(request["visit_s"])
+        except Exception as error:
+            send({"event": "failed", "index": index, "reason": f"{type(error).__name__}: {error}"})
+            continue
+        subjects[index] = subject
+    send({"event": "loaded"})
+    reference = subjects.pop(-1, None)
+    if reference is None:
+        return {"conditions": {}, "reference_failed": True}
+    quantile = float(request["quantile"])
+    visits = visit_all(
+        {i: _visitor(subject, quantile) for i, subject in subjects.items()},
+        lambda: _reference_s(reference.run),
+        half_width=request["half_width"],
+        fewest=request["fewest"],
+        most=request["most"],
+        deadline=deadline,
+        clock=time.monotonic,
+        seed=request["seed"],
+    )
+    cold = _cold_visits(subjects, reference.run, request["seed"])
+    for index, found in visits.items():
+        entries = [[v.own_s, v.before_s, v.after_s] for v in found]
+        frozen = [[v.own_s, v.before_s, v.after_s] for v in cold.get(index, [])]
+        send({"event": "timed", "index": index, "visits": entries, "cold": frozen})
+    conditions = {**host.conditions(), "runtime": backend.capabilities().version, "pinned": list(pinned)}
+    return {"conditions": conditions}
+
+
+def _visitor(subject: _Subject, quantile: float) -> Callable[[], float]:
+    return lambda: subject.visit(quantile)
+
+
+def _reference_s(run: Run) -> float:
+    run()
+    return min(_seconds(run) for _ in range(_REFERENCE_RUNS))
+
+
+def _cold_visits(subjects: Mapping[int, _Subject], reference: Run, seed: int) -> dict[int, list[Visit]]:
+    chosen = [index for index, subject in subjects.items() if subject.cold]
+    if not chosen:
+        return {}
+    generator = random.Random(seed)
+    buffer = np.zeros(2 * (host.last_level_cache_bytes() or _ASSUMED_CACHE_BYTES) // 8)
+    found: dict[int, list[Visit]] = {index: [] for index in chosen}
+    for _ in range(_COLD_ROUNDS):
+        before = _reference_s(reference)
+        np.add(buffer, 1.0, out=buffer)  # reads and writes all of it
+        generator.shuffle(chosen)
+        taken = {}
+        for index in chosen:
+            subjects[index].touch()
+            taken[index] = _seconds(subjects[index].run)
+        after = _reference_s(reference)
+        for index, seconds in taken.items():
+            found[index].append(Visit(seconds, before, after))
+    return found
+
+
+def _seconds(run: Run) -> float:
+    begin = time.perf_counter_ns()
+    run()
+    return (time.perf_counter_ns() - begin) * 1e-9

@@ -1,0 +1,181 @@
+"""Whether a profile still holds on this machine: a few of its kernels are timed again, in the same way."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import random
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from sartor.backends import host
+from sartor.backends.protocol import TargetOptions
+from sartor.cost_models.boundary import boundary_from
+from sartor.cost_models.profile import DeviceProfile, Sample
+from sartor.cost_models.samples import sample_model
+from sartor.errors import BackendError, UsageError
+from sartor.profiling import layout
+from sartor.profiling.design import Point
+from sartor.profiling.timing import BATCH, Effort, Job, KernelTimer, Timer
+
+SAMPLES = 48
+TOLERANCE = 0.10
+"""A family whose kernels take this much more or less than the profile says, by their median, has changed."""
+_PRECISE = 0.05  # samples with a wider interval say little
+_FEWEST = 3  # of one family
+_SLOWER = 0.15  # of the reference itself: other clocks, another machine
+
+
+@dataclasses.dataclass(frozen=True)
+class Check:
+    """What was found.
+
+    Attributes:
+        changes: sentences, each a reason why the profile no longer holds.
+        notes: differences that need not matter.
+        families: per family the median of time now over time then, its interval, and how many kernels.
+        reference_s: the reference kernel, now.
+    """
+
+    changes: tuple[str, ...]
+    notes: tuple[str, ...]
+    families: Mapping[str, tuple[float, float, float, int]]
+    reference_s: float
+
+    @property
+    def holds(self) -> bool:
+        """Nothing that matters has changed."""
+        return not self.changes
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready form."""
+        families = {
+            name: {"ratio": ratio, "ci95": [low, high], "kernels": count}
+            for name, (ratio, low, high, count) in self.families.items()
+        }
+        return {
+            "holds": self.holds,
+            "changes": list(self.changes),
+            "notes": list(self.notes),
+            "families": families,
+            "reference_s": self.reference_s,
+        }
+
+
+def check_profile(profile: DeviceProfile, timer: Timer | None = None, *, seed: int = 0) -> Check:
+    """Compare target and machine, then times.
+
+    Args:
+        profile: as it was built.
+        timer: instead of the profile's target, for tests.
+        seed: of the choice of kernels.
+
+    Raises:
+        UsageError: the profile has no samples, or its target is not installed.
+        BackendError: the target cannot run even a convolution.
+    """
+    from sartor import backends
+
+    chosen = _chosen(profile, seed)
+    if not chosen:
+        raise UsageError(
+            "The profile has no samples that could be timed again; build it with 'sartor profile'."
+        )
+    target = profile.target
+    backend = backends.get(target["name"])
+    changes, notes = _facts(profile, backend.capabilities().version)
+    options = TargetOptions(threads=int(target["threads"]), precision=target["precision"])
+    own = None
+    if timer is None:
+        pin = bool(target.get("settings", {}).get("pinned", True))
+        own = timer = KernelTimer(target["name"], options, pin=pin, seed=seed)
+    try:
+        ratios, reference_s = _again(chosen, timer, float(profile.protocol["reference_s"]))
+    finally:
+        if own is not None:
+            own.close()
+    families = {name: _median(found) for name, found in sorted(ratios.items()) if len(found) >= _FEWEST}
+    then = float(profile.protocol["reference_s"])
+    change = reference_s / then - 1
+    if abs(change) > _SLOWER:
+        changes.append(
+            f"the reference kernel takes {_percent(change)} than then ({reference_s * 1e6:.0f} us, then "
+            f"{then * 1e6:.0f} us): the clock, or the machine, is another"
+        )
+    for name, (ratio, low, high, count) in families.items():
+        if abs(math.log(ratio)) > math.log1p(TOLERANCE) and not low <= 1.0 <= high:
+            changes.append(
+                f"kernels of family '{name}' take {_percent(ratio - 1)} than then ({count} timed again)"
+            )
+    return Check(tuple(changes), tuple(notes), families, reference_s)
+
+
+def _facts(profile: DeviceProfile, version: str) -> tuple[list[str], list[str]]:
+    """What differs in words: reasons, and what need not matter."""
+    changes, notes = [], []
+    if version != profile.target["version"]:
+        changes.append(f"'{profile.target['name']}' is version {version}, then {profile.target['version']}")
+    now = host.device()
+    for key, what in (
+        ("cpu", "the processor is"),
+        ("isa", "its instruction sets are"),
+        ("caches", "its caches are"),
+    ):
+        if key in profile.device and now[key] != profile.device[key]:
+            changes.append(f"{what} {now[key]}, then {profile.device[key]}")
+    for key in ("cores", "memory_bytes", "platform"):
+        if key in profile.device and now[key] != profile.device[key]:
+            notes.append(f"{key} {now[key]}, then {profile.device[key]}")
+    then = profile.device.get("clocks", {}).get("governor")
+    if then is not None and now["clocks"]["governor"] != then:
+        notes.append(f"clock governor '{now['clocks']['governor']}', then '{then}'")
+    return changes, notes
+
+
+def _chosen(profile: DeviceProfile, seed: int) -> list[Sample]:
+    """Well-known samples, the same number of every family where there are enough."""
+    by_family: dict[str, list[Sample]] = {}
+    for sample in profile.samples:
+        if sample.half_width <= _PRECISE:
+            by_family.setdefault(sample.family, []).append(sample)
+    rng = random.Random(seed)
+    each = max(_FEWEST, SAMPLES // max(len(by_family), 1))
+    return [
+        sample
+        for _, samples in sorted(by_family.items())
+        for sample in rng.sample(samples, min(each, len(samples)))
+    ]
+
+
+def _again(chosen: Sequence[Sample], timer: Timer, then_s: float) -> tuple[dict[str, list[float]], float]:
+    """Times now over times then by family, both in units of the reference; and the reference's seconds."""
+    points = [Point(sample.spec, sample.at, sample.family) for sample in chosen]
+    probes = layout.probes_of(layout.edges_of(points))
+    ratios, reference = layout.time_probes(probes, timer)
+    boundary = boundary_from(probes, ratios)
+    found: dict[str, list[float]] = {}
+    for start in range(0, len(chosen), BATCH):
+        part = points[start : start + BATCH]
+        batch = timer([Job(sample_model(p.spec, p.at)) for p in part], Effort(most=12))
+        reference.append(batch.reference_s)
+        for point, sample, timed in zip(part, chosen[start : start + BATCH], batch.times, strict=True):
+            if timed.warm is not None:
+                own = boundary.own_s(point.signature, point.at, timed.warm.ratio)
+                found.setdefault(sample.family, []).append(own * then_s / sample.warm_s)
+    if not found:
+        raise BackendError("None of the profile's kernels could be timed; look at 'sartor targets'.")
+    return found, min(reference)
+
+
+def _median(ratios: Sequence[float]) -> tuple[float, float, float, int]:
+    """Median and a 95 % interval of it, from the median deviation."""
+    logs = [math.log(max(r, 1e-9)) for r in ratios]
+    middle = statistics.median(logs)
+    spread = 1.4826 * statistics.median(abs(x - middle) for x in logs)
+    half = 1.96 * 1.2533 * spread / math.sqrt(len(logs))  # sqrt(pi / 2): a median's error beside a mean's
+    return math.exp(middle), math.exp(middle - half), math.exp(middle + half), len(logs)
+
+
+def _percent(change: float) -> str:
+    return f"{abs(change):.0%} {'longer' if change > 0 else 'less'}"

@@ -1,0 +1,261 @@
+"""Times of single kernels and of whole small networks, in units of a reference kernel of the same runtime."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from sartor.backends import process
+from sartor.backends.protocol import TargetOptions
+from sartor.backends.visits import QUANTILE, Summary, Visit, summarise
+from sartor.cost_models.samples import empty_model, sample_model
+from sartor.errors import BackendError, UsageError
+
+BATCH = 32
+"""Models that are held, and visited, together."""
+_START_S = 120.0
+_MOST_RESTARTS = 10
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A model to time.
+
+    Attributes:
+        model: serialized ONNX.
+        cold: time it also with its weights out of the caches.
+    """
+
+    model: bytes
+    cold: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Effort:
+    """How long a batch is timed.
+
+    Attributes:
+        half_width: of a time's 95 % interval, as a share of it, that is good enough.
+        fewest: visits of each model, at least.
+        most: visits of each model, at most.
+        visit_s: length of a visit, seconds.
+        quantile: of the runs of one visit.
+        limit_s: no round of visits starts after it.
+    """
+
+    half_width: float = 0.02
+    fewest: int = 3
+    most: int = 9
+    visit_s: float = 0.004
+    quantile: float = QUANTILE
+    limit_s: float = 60.0
+
+
+NETWORKS = Effort(half_width=0.01, fewest=6, most=16, visit_s=0.04, quantile=0.5, limit_s=120.0)
+"""Whole networks: the median of a visit, because an inference is not always undisturbed."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Timed:
+    """What is known of one model after a batch.
+
+    Attributes:
+        warm: time in units of the reference; None where it failed.
+        cold: the same with its weights out of the caches; None where that was not asked for.
+        reason: why it failed.
+    """
+
+    warm: Summary | None
+    cold: Summary | None = None
+    reason: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """Times of one batch.
+
+    Attributes:
+        times: per job.
+        call: an empty call, timed with the batch.
+        reference_s: the reference at its fastest.
+        conditions: machine, runtime, processors pinned to.
+    """
+
+    times: tuple[Timed, ...]
+    call: Timed
+    reference_s: float
+    conditions: Mapping[str, Any]
+
+
+Timer = Callable[[Sequence[Job], Effort], Batch]
+"""Times at most `BATCH` jobs together."""
+
+
+@functools.cache
+def reference_model() -> bytes:
+    """A 3x3 convolution with Relu, 48 channels on 28 x 28: about 0.3 ms on one core with AVX-512."""
+    spec = {
+        "op": "Conv",
+        "dtype": "FLOAT",
+        "batch": 1,
+        "spatial": [28, 28],
+        "out": [28, 28],
+        "attributes": {"strides": [1, 1], "dilations": [1, 1], "pads": [1] * 4, "kernel_shape": [3, 3]},
+        "group": 1,
+        "epilogue": [["Relu", {}]],
+    }
+    return sample_model(spec, (48, 48))
+
+
+class KernelTimer:
+    """Times models on a target in a subprocess, which is started again where a model crashes it.
+
+    Between any two visits the reference kernel runs in the same runtime, and the subprocess is pinned to as
+    many of the least busy processors as there are threads, where the system can do that.
+
+    Args:
+        backend_name: registered backend.
+        options: threads and precision.
+        pin: keep the subprocess on a few processors.
+        seed: of inputs and of the order of visits.
+    """
+
+    def __init__(
+        self, backend_name: str, options: TargetOptions | None = None, *, pin: bool = True, seed: int = 0
+    ):
+        self._backend = backend_name
+        self._options = dataclasses.replace(options or TargetOptions(), flush_denormals=True)
+        self._pin, self._seed = pin, seed
+        self._worker: process.Worker | None = None
+
+    def __enter__(self) -> KernelTimer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the subprocess."""
+        if self._worker is not None:
+            self._worker.close()
+            self._worker = None
+
+    def __call__(self, jobs: Sequence[Job], effort: Effort) -> Batch:
+        """Time a batch.
+
+        Raises:
+            UsageError: more than `BATCH` jobs, or options that the backend refuses.
+            BackendError: the subprocess does not start, or cannot run even the reference kernel.
+        """
+        if len(jobs) > BATCH:
+            raise UsageError(f"{len(jobs)} models are more than the {BATCH} of a batch; split them.")
+        with tempfile.TemporaryDirectory(prefix="sartor-kernels-") as folder:
+            everything = [Job(reference_model()), *jobs, Job(empty_model(), cold=True)]
+            paths = [Path(folder) / f"{number}.onnx" for number in range(len(everything))]
+            for path, job in zip(paths, everything, strict=True):
+                path.write_bytes(job.model)
+            entries = [[number - 1, str(paths[number]), job.cold] for number, job in enumerate(everything)]
+            return self._batch(entries, len(jobs), effort)
+
+    def _batch(self, entries: list[list[Any]], count: int, effort: Effort) -> Batch:
+        failed: dict[int, str] = {}
+        for _ in range(_MOST_RESTARTS + 1):
+            starting: list[int] = []
+            timed: dict[int, tuple[list[Visit], list[Visit]]] = {}
+            collect = functools.partial(_collect, starting=starting, timed=timed, failed=failed)
+            todo = [entry for entry in entries if entry[0] not in failed]
+            try:
+                answer = self._ask(todo, effort, collect)
+            except BackendError as error:
+                self.close()
+                if not starting or starting[0] < 0:
+                    raise
+                failed[starting[0]] = str(error)
+                continue
+            if answer.get("reference_failed"):
+                raise BackendError(
+                    f"Target '{self._backend}' cannot run the reference kernel, a 3x3 convolution: "
+                    f"{failed.get(-1, 'no reason given')}."
+                )
+            return _batch(timed, failed, count, answer["conditions"])
+        raise BackendError(
+            f"{_MOST_RESTARTS + 1} models of one batch ended the subprocess of '{self._backend}', the last of them "
+            f"with: {failed[starting[0]]}."
+        )
+
+    def _ask(
+        self, todo: list[list[Any]], effort: Effort, collect: Callable[[dict[str, Any]], None]
+    ) -> dict[str, Any]:
+        threads = self._options.threads
+        if self._worker is None:
+            self._worker = process.Worker(threads=threads)
+        request = {
+            "command": "time_kernels",
+            "backend": self._backend,
+            "options": self._options.to_dict(),
+            "threads": threads,
+            "pin": self._pin,
+            "seed": self._seed,
+            "models": todo,
+            **dataclasses.asdict(effort),
+        }
+        return self._worker.ask(request, time_limit_s=_START_S + 3 * effort.limit_s, on_event=collect)
+
+
+def _collect(
+    message: dict[str, Any],
+    *,
+    starting: list[int],
+    timed: dict[int, tuple[list[Visit], list[Visit]]],
+    failed: dict[int, str],
+) -> None:
+    if message["event"] == "starting":
+        starting[:] = [message["index"]]
+    elif message["event"] == "loaded":
+        starting.clear()
+    elif message["event"] == "failed":
+        failed[message["index"]] = message["reason"]
+    else:
+        warm, cold = ([Visit(*map(float, v)) for v in message[key]] for key in ("visits", "cold"))
+        timed[message["index"]] = (warm, cold)
+
+
+def _batch(
+    timed: Mapping[int, tuple[list[Visit], list[Visit]]],
+    failed: Mapping[int, str],
+    count: int,
+    conditions: Mapping[str, Any],
+) -> Batch:
+    references = [s for warm, cold in timed.values() for v in (*warm, *cold) for s in (v.before_s, v.after_s)]
+    best = min(references, default=math.nan)
+    found = []
+    for index in range(count + 1):
+        warm, cold = timed.get(index, ([], []))
+        if warm:
+            found.append(Timed(summarise(warm, best), summarise(_faster_half(cold), best) if cold else None))
+        else:
+            found.append(Timed(None, None, failed.get(index, "it was not reached")))
+    return Batch(tuple(found[:-1]), found[-1], best, conditions)
+
+
+def _faster_half(cold: Sequence[Visit]) -> list[Visit]:
+    """A cold visit is one run, which keeps no fast one of many; so the fast ones of many visits are kept."""
+    return sorted(cold, key=lambda v: v.ratio)[: len(cold) // 2 + 1]
+
+
+def cold_extra(timed: Timed, call: Timed) -> float | None:
+    """What cold weights add to a run, in units of the reference; None where that was not timed.
+
+    An empty call is slower with cold caches, too; that part is not the kernel's.
+    """
+    if timed.warm is None or timed.cold is None:
+        return None
+    fixed = 0.0
+    if call.warm is not None and call.cold is not None:
+        fixed = max(0.0, call.cold.ratio - call.warm.ratio)
+    return max(0.0, timed.cold.ratio - timed.warm.ratio - fixed)

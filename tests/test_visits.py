@@ -1,0 +1,98 @@
+"""Visits on a machine that drifts, is interrupted, and is noisy: what is left of them is the truth."""
+
+from __future__ import annotations
+
+import math
+import random
+import statistics
+
+import pytest
+
+from sartor.backends.visits import Visit, summarise, visit_all
+
+REFERENCE_S = 3e-4
+
+
+class Machine:
+    """Runs take their true time, times a slow drift, noise, and now and then an interruption."""
+
+    def __init__(self, seed=0, noise=0.01, drift=0.3, interrupted=0.05):
+        self.random, self.noise, self.drift, self.interrupted = random.Random(seed), noise, drift, interrupted
+        self.now = 0.0
+
+    def run(self, seconds: float) -> float:
+        self.now += 0.01
+        factor = 1 + self.drift * (1 - math.cos(self.now / 0.3)) / 2
+        factor *= 1 + abs(self.random.gauss(0, self.noise))
+        if self.random.random() < self.interrupted:
+            factor *= 1 + 3 * self.random.random()
+        return seconds * factor
+
+    def visits(self, truth, **options):
+        settings = {"half_width": 0.01, "fewest": 3, "most": 12, "deadline": math.inf, "seed": 1, **options}
+        subjects = {i: (lambda s=s: self.run(s)) for i, s in enumerate(truth)}
+        return visit_all(subjects, lambda: self.run(REFERENCE_S), clock=lambda: self.now, **settings)
+
+
+TRUTH = [3e-6 * 1.7**i for i in range(12)]
+
+
+def errors(machine, **options):
+    found = machine.visits(TRUTH, **options)
+    return [summarise(found[i]).ratio * REFERENCE_S / s - 1 for i, s in enumerate(TRUTH)]
+
+
+def test_the_truth_is_recovered_through_drift_and_interruptions():
+    found = [e for seed in range(8) for e in errors(Machine(seed))]
+    assert statistics.median(map(abs, found)) < 0.005
+    assert sorted(map(abs, found))[int(0.95 * len(found))] < 0.02
+
+
+def test_without_the_reference_drift_would_remain():
+    machine = Machine(drift=0.6, interrupted=0)
+    visits = machine.visits(TRUTH, fewest=6, most=6)
+    plain = [statistics.median(v.own_s for v in visits[i]) / s - 1 for i, s in enumerate(TRUTH)]
+    divided = [summarise(visits[i]).ratio * REFERENCE_S / s - 1 for i, s in enumerate(TRUTH)]
+    assert max(map(abs, divided)) < 0.03 < max(map(abs, plain))
+
+
+def test_the_interval_covers_the_truth():
+    covered = total = 0
+    for seed in range(40):
+        machine = Machine(seed, noise=0.03, drift=0.1, interrupted=0)
+        visits = machine.visits(TRUTH, fewest=8, most=8)
+        for index, seconds in enumerate(TRUTH):
+            summary = summarise(visits[index])
+            covered += abs(summary.ratio * REFERENCE_S / seconds - 1) <= summary.half_width
+            total += 1
+    assert 0.85 < covered / total <= 1.0
+
+
+def test_one_interrupted_visit_and_one_with_a_changing_reference_are_thrown_away():
+    good = [Visit(1e-3 * (1 + e), 1e-4, 1e-4) for e in (0.0, 0.002, -0.002, 0.001, -0.001)]
+    disturbed = [Visit(2e-3, 1e-4, 1e-4), Visit(1.4e-3, 1e-4, 1.6e-4)]
+    summary = summarise([*good, *disturbed])
+    assert summary.ratio == pytest.approx(10.0, rel=1e-3)
+    assert (summary.used, summary.visits) == (5, 7)
+    assert summary.half_width < 0.005
+
+
+def test_a_whole_slow_phase_is_no_measurement_while_there_are_better_ones():
+    slow = [Visit(2.4e-3, 2e-4, 2e-4)] * 3  # twice as slow a reference, and the kernel slowed by more
+    good = [Visit(1e-3, 1e-4, 1e-4)] * 3
+    assert summarise([*slow, *good], best_reference_s=1e-4).ratio == pytest.approx(10.0)
+    assert summarise(slow, best_reference_s=1e-4).ratio == pytest.approx(12.0)  # better than nothing
+
+
+def test_two_visits_have_no_interval():
+    assert summarise([Visit(1.0, 1.0, 1.0)] * 2).half_width == math.inf
+
+
+def test_what_agrees_is_visited_no_more_and_a_deadline_ends_the_rest():
+    quiet = Machine(noise=0.0005, drift=0, interrupted=0)
+    visits = quiet.visits(TRUTH)
+    assert {len(v) for v in visits.values()} == {3}
+    noisy = Machine(noise=0.2, drift=0, interrupted=0)
+    assert {len(v) for v in noisy.visits(TRUTH).values()} == {12}
+    late = Machine(noise=0.2, drift=0, interrupted=0)
+    assert {len(v) for v in late.visits(TRUTH, deadline=0.0).values()} == {1}
