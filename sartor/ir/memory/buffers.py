@@ -59,7 +59,7 @@ class BufferGraph:
         inputs: buffers that are full when it begins.
         outputs: buffers that have to stay until it ends.
         inputs_held: inputs belong to the caller: they stay, and nothing is written over them.
-        constants: bytes by constant.
+        constants: bytes by constant, those included that no step reads.
     """
 
     steps: tuple[Step, ...]
@@ -112,8 +112,8 @@ class BufferGraph:
         return dataclasses.replace(self, steps=tuple(self.steps[i] for i in order))
 
     def constant_bytes(self) -> int:
-        """Bytes of the constants that some step reads, each once."""
-        return sum(self.constants[name] for name in {c for step in self.steps for c in step.constants})
+        """Bytes of the constants: what has to lie in flash, or in memory beside the activations."""
+        return sum(self.constants.values())
 
     def traffic_bytes(self) -> int:
         """Bytes that the steps read and write, constants included: memory traffic if no cache held anything.

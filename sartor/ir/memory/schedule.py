@@ -65,6 +65,7 @@ class _Problem:
         self.needs = [sum(graph.sizes[b] for b in (*s.writes, *s.scratch)) for s in graph.steps]
         self.readers = [0] * len(number)
         self.before = [0] * self.count  # direct predecessors
+        self.behind = [0] * self.count  # direct successors
         self.permits: list[tuple[_Permit, ...]] = []
         producer = {number[b]: i for i, step in enumerate(graph.steps) for b in step.writes}
         self.held = {number[b] for b in graph.held}
@@ -73,6 +74,7 @@ class _Problem:
                 self.readers[buffer] |= 1 << index
                 if buffer in producer:
                     self.before[index] |= 1 << producer[buffer]
+                    self.behind[producer[buffer]] |= 1 << index
         self.left = []  # of what a step writes, the bytes that outlive it
         for step in graph.steps:
             kept = [number[b] for b in step.writes if self.readers[number[b]] or number[b] in self.held]
@@ -102,10 +104,14 @@ class _Problem:
         after = live + self.left[step] - sum(self.size[b] for b in freed)
         return live + self.needs[step] - gain, after
 
-    def ready(self, done: int, within: int) -> Iterator[int]:
-        for step in _bits(within & ~done):
-            if not self.before[step] & ~done:
-                yield step
+    def first(self, done: int, region: int) -> int:
+        """Steps of `region` that may run after `done`."""
+        return sum(1 << step for step in _bits(region) if not self.before[step] & ~done)
+
+    def following(self, done: int, ready: int, step: int) -> int:
+        """Steps that may run after `step`, which was one of those that could; `done` contains it."""
+        new = sum(1 << s for s in _bits(self.behind[step]) if not self.before[s] & ~done)
+        return (ready | new) & ~(1 << step)
 
     def unavoidable(self, step: int) -> int:
         """Bytes that exist while `step` runs, whatever the order: what it touches, what passes over it."""
@@ -197,10 +203,10 @@ def _region(
     return _search(problem, done, region, floor, known, live, budget)
 
 
-def _moves(problem: _Problem, done: int, region: int, live: int, highest: int) -> list[tuple[int, int, int]]:
+def _moves(problem: _Problem, done: int, ready: int, live: int, highest: int) -> list[tuple[int, int, int]]:
     """Steps that may come next: (step, peak with it, live after it); one only if it costs nothing."""
     found = []
-    for step in problem.ready(done, region):
+    for step in _bits(ready):
         during, after = problem.run(done, live, step)
         if during <= highest and after <= live:
             return [(step, highest, after)]
@@ -208,20 +214,25 @@ def _moves(problem: _Problem, done: int, region: int, live: int, highest: int) -
     return found
 
 
+_State = tuple[int, int, tuple, int]
+"""Peak so far, bytes that are live, steps as nested pairs, steps that may come next."""
+
+
 def _beam(problem: _Problem, done: int, region: int, live: int, floor: int, width: int) -> _Found:
     """Beam search: of the downsets of each size, those with the lowest peak, and of these the emptiest."""
     goal = done | region
-    layer: dict[int, tuple[int, int, tuple]] = {done: (floor, live, ())}
+    layer: dict[int, _State] = {done: (floor, live, (), problem.first(done, region))}
     for _ in range(region.bit_count()):
-        following: dict[int, tuple[int, int, tuple]] = {}
-        for mask, (highest, held, path) in layer.items():
-            for step, during, after in _moves(problem, mask, region, held, highest):
+        following: dict[int, _State] = {}
+        for mask, (highest, held, path, ready) in layer.items():
+            for step, during, after in _moves(problem, mask, ready, held, highest):
                 key = mask | 1 << step
                 if key not in following or during < following[key][0]:
-                    following[key] = (during, after, (path, step))
+                    then = problem.following(key, ready, step) & region
+                    following[key] = (during, after, (path, step), then)
         kept = sorted(following.items(), key=lambda item: (item[1][0], item[1][1], item[0]))[:width]
         layer = dict(kept)
-    highest, held, path = layer[goal]
+    highest, held, path, _ = layer[goal]
     return _Found(_unrolled(path), highest, floor, held, 0)
 
 
@@ -238,12 +249,12 @@ def _search(
 ) -> _Found:
     """Best first over downsets; `known` is the schedule to beat."""
     goal = done | region
-    heap = [(floor, 0, done, live)]
+    heap = [(floor, 0, done, live, problem.first(done, region))]
     best = {done: floor}
     came: dict[int, tuple[int, int]] = {}
     closed: set[int] = set()
     while heap:
-        highest, depth, mask, held = heapq.heappop(heap)
+        highest, depth, mask, held, ready = heapq.heappop(heap)
         if mask == goal:
             return _Found(_walked(came, done, goal), highest, highest, held, len(closed))
         if mask in closed:
@@ -251,11 +262,12 @@ def _search(
         if len(closed) >= budget:
             return dataclasses.replace(known, bound=max(floor, highest), states=len(closed))
         closed.add(mask)
-        for step, during, after in _moves(problem, mask, region, held, highest):
+        for step, during, after in _moves(problem, mask, ready, held, highest):
             key = mask | 1 << step
             if during < min(known.peak, best.get(key, known.peak)):
                 best[key], came[key] = during, (mask, step)
-                heapq.heappush(heap, (during, depth - 1, key, after))
+                then = problem.following(key, ready, step) & region
+                heapq.heappush(heap, (during, depth - 1, key, after, then))
     return dataclasses.replace(known, bound=known.peak, states=len(closed))
 
 
