@@ -198,6 +198,32 @@ def test_packages_that_do_not_fit_are_a_problem(monkeypatch):
     assert "asks for 'openvino>=9999'" in found["openvino"] and "nope" not in found
 
 
+def test_extras_say_what_they_bring_and_what_of_it_is_not_there(few, monkeypatch, capsys):
+    import importlib.metadata
+    from email.message import Message
+
+    metadata = Message()
+    for name, requirements in {
+        "theirs": ("numpy", "a-package-that-nobody-has>=2"),
+        "whole": ("networkx>=1",),
+        "all": ("sartor[theirs]",),
+        "test": ("pytest",),
+    }.items():
+        metadata["Provides-Extra"] = name
+        for requirement in requirements:
+            metadata["Requires-Dist"] = f"{requirement}; extra == '{name}'"
+    metadata["Requires-Dist"] = "torch"
+    monkeypatch.setattr(importlib.metadata, "metadata", lambda name: metadata)
+    found = {e["name"]: (e["packages"], e["missing"]) for e in doctor._extras()}
+    assert found == {
+        "theirs": (["a-package-that-nobody-has", "numpy"], ["a-package-that-nobody-has"]),
+        "whole": (["networkx"], []),
+    }
+    assert main(["doctor"]) == 5
+    text = capsys.readouterr().out
+    assert "pip install 'sartor[theirs]'" in text and "pip install 'sartor[whole]'" not in text
+
+
 def test_targets_hides_nothing_because_of_one(few, capsys):
     assert main(["targets", "--json"]) == 0
     entries = {e["name"]: e for e in json.loads(capsys.readouterr().out)["targets"]}

@@ -41,6 +41,12 @@ def _text(document: dict[str, Any]) -> str:
             ("package", "version", "problem"),
         ),
     ]
+    extras = [
+        (e["name"], ", ".join(e["packages"]), e["install"] if e["missing"] else "installed")
+        for e in environment["extras"]
+    ]
+    if extras:
+        lines += ["", table(extras, ("extra", "packages", ""))]
     for group, entries in document["plugins"].items():
         if not entries:
             continue

@@ -14,6 +14,7 @@ from sartor.conformance.diagnosis import registries, unread_groups
 from sartor.conformance.run import diagnose_apart
 
 _DISTRIBUTION = "sartor"
+_FOR_DEVELOPERS = ("bench", "demo", "dev", "test")
 _INSTRUCTIONS = (
     *("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_bf16", "amx_int8"),
     *("asimd", "asimddp", "i8mm", "bf16", "sve"),
@@ -47,7 +48,7 @@ def examine(on_plugin: Callable[[], None] = lambda: None) -> dict[str, Any]:
     broken += [p["name"] for p in packages if p["problem"]]
     return {
         "schema": "sartor.doctor/1",
-        "environment": {**_machine(), "packages": packages},
+        "environment": {**_machine(), "packages": packages, "extras": _extras()},
         "plugins": found,
         "unread_groups": unread_groups(),
         "broken": broken,
@@ -74,6 +75,41 @@ def _instructions() -> list[str]:
     lines = (line.partition(":") for line in text.splitlines())
     flags = next((value.split() for key, _, value in lines if key.strip() in ("flags", "Features")), [])
     return [name for name in _INSTRUCTIONS if name in flags]
+
+
+def _extras() -> list[dict[str, Any]]:
+    """What can be installed beside what is required, and which of its packages are not."""
+    from packaging.requirements import Requirement
+
+    try:
+        metadata = importlib.metadata.metadata(_DISTRIBUTION)
+    except importlib.metadata.PackageNotFoundError:
+        return []
+    requirements = [Requirement(text) for text in metadata.get_all("Requires-Dist") or ()]
+    entries = []
+    for extra in metadata.get_all("Provides-Extra") or ():
+        if extra in _FOR_DEVELOPERS:
+            continue
+        own = {
+            r.name
+            for r in requirements
+            if r.marker is not None
+            and r.marker.evaluate({"extra": extra})
+            and not r.marker.evaluate({"extra": ""})
+        } - {_DISTRIBUTION}
+        if own:  # else it names other extras only
+            missing = sorted(name for name in own if not _is_installed(name))
+            install = f"pip install '{_DISTRIBUTION}[{extra}]'"
+            entries.append({"name": extra, "packages": sorted(own), "missing": missing, "install": install})
+    return sorted(entries, key=lambda entry: str(entry["name"]))
+
+
+def _is_installed(name: str) -> bool:
+    try:
+        importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
 
 
 def _packages() -> list[dict[str, Any]]:
