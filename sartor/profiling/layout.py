@@ -17,7 +17,7 @@ _EFFORT = Effort(half_width=0.03, most=6)
 
 def probes_of(edges: Iterable[int] = (*SIDES, *INPUT_SIDES)) -> list[tuple[Map, int]]:
     """(feature map, channels) to probe: up to three widths for every square map."""
-    found = []
+    found: list[tuple[Map, int]] = []
     for edge in sorted(set(edges)):
         widest = max(8, _MOST_ELEMENTS // (edge * edge))
         found += [((1, edge, edge), c) for c in sorted({min(c, widest) for c in _CHANNELS})]

@@ -1,0 +1,149 @@
+"""The timer of kernels and its subprocess: crashes cost one model; what is cold; the command line around it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+
+import null_backend
+import pytest
+from profile_machine import Machine
+
+from sartor import backends
+from sartor.backends import host
+from sartor.backends.visits import Summary
+from sartor.cli.main import main
+from sartor.cost_models.profile import DeviceProfile
+from sartor.errors import BackendError, UsageError
+from sartor.profiling import build, timing
+from sartor.profiling.timing import BATCH, Effort, Job, KernelTimer, Timed, cold_extra, reference_model
+
+QUICK = Effort(half_width=0.5, fewest=3, most=3, visit_s=0.001)
+
+
+@pytest.fixture
+def null(tmp_path, monkeypatch):
+    """The null backend: a model takes 0.2 ms for every byte, and some bytes crash."""
+    null_backend.install(tmp_path / "site", null_backend.ENTRIES)
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    backends.REGISTRY.refresh()
+    monkeypatch.setattr(timing, "reference_model", lambda: b"12345")
+    monkeypatch.setattr(timing, "empty_model", lambda: b"1")
+    yield "null"
+    monkeypatch.undo()
+    backends.REGISTRY.refresh()
+
+
+def test_a_model_that_crashes_or_fails_costs_only_itself(null):
+    with KernelTimer(null) as timer:
+        jobs = [Job(b"1234567890"), Job(b"crash"), Job(b"12345", cold=True), Job(b"fail")]
+        batch = timer(jobs, QUICK)
+        assert batch.times[0].warm.ratio == pytest.approx(2.0, rel=0.1)
+        assert batch.times[2].cold.ratio == pytest.approx(1.0, rel=0.1)
+        assert batch.call.warm.ratio == pytest.approx(0.2, rel=0.1)
+        assert "SIGABRT" in batch.times[1].reason and "planted failure" in batch.times[3].reason
+        assert batch.reference_s > 0
+        again = timer([Job(b"12345")], QUICK)  # the same subprocess answers
+        assert again.times[0].warm.ratio == pytest.approx(1.0, rel=0.1)
+
+
+def test_the_worker_is_pinned_and_says_where(null):
+    with KernelTimer(null) as timer:
+        pinned = timer([Job(b"1")], QUICK).conditions["pinned"]
+    assert len(pinned) == 1
+    with KernelTimer(null, pin=False) as timer:
+        assert timer([Job(b"1")], QUICK).conditions["pinned"] == []
+
+
+def test_a_target_without_a_reference_is_an_error(null, monkeypatch):
+    monkeypatch.setattr(timing, "reference_model", lambda: b"fail")
+    with KernelTimer(null) as timer, pytest.raises(BackendError, match=r"reference kernel.*planted failure"):
+        timer([Job(b"1")], QUICK)
+    with KernelTimer(null) as timer, pytest.raises(UsageError, match="33 models"):
+        timer([Job(b"1")] * (BATCH + 1), QUICK)
+
+
+def test_what_a_cold_call_costs_is_not_the_weights():
+    call = Timed(Summary(0.01, 0, 3, 3), Summary(0.05, 0, 3, 3))
+    kernel = Timed(Summary(1.0, 0, 3, 3), Summary(1.5, 0, 3, 3))
+    assert cold_extra(kernel, call) == pytest.approx(0.46)
+    assert cold_extra(Timed(Summary(1.0, 0, 3, 3)), call) is None
+    faster = Timed(Summary(1.0, 0, 3, 3), Summary(0.9, 0, 3, 3))
+    assert cold_extra(faster, call) == 0.0
+
+
+def test_a_real_kernel_is_timed_on_a_real_target():
+    with KernelTimer("onnxruntime") as timer:
+        batch = timer([Job(reference_model(), cold=True)], dataclasses.replace(QUICK, fewest=4, most=6))
+    (timed,) = batch.times
+    assert timed.warm.ratio == pytest.approx(1.0, rel=0.5)  # it is the reference
+    assert timed.cold is not None and batch.reference_s > 0 and math.isfinite(batch.call.warm.ratio)
+
+
+def test_the_machine_is_described():
+    device = host.device()
+    assert device["cores"] >= device["cores_allowed"] >= 1 and device["memory_bytes"] > 1 << 20
+    assert set(device["clocks"]) >= {"governor"}
+    assert all(size > 0 for size in device["caches"].values())
+    assert host.least_busy([3, 1, 2], 3) == (1, 2, 3)
+
+
+def test_the_least_busy_processors_are_chosen(monkeypatch):
+    looks = iter([{0: 100, 1: 100, 2: 100}, {0: 101, 1: 109, 2: 105}])
+    monkeypatch.setattr(host, "_idle_ticks", lambda: next(looks))
+    assert host.least_busy([0, 1, 2], 2, look_s=0.0) == (1, 2)
+
+
+# ---- command line --------------------------------------------------------------------------------
+@pytest.fixture
+def synthetic(monkeypatch):
+    """`sartor profile` on a synthetic machine, without models."""
+    machine = Machine(noise=0.002)
+
+    class Timer:
+        def __init__(self, *_, **__):
+            pass
+
+        def __call__(self, jobs, effort):
+            return machine(jobs, effort)
+
+        def close(self):
+            pass
+
+    monkeypatch.setattr(build, "KernelTimer", Timer)
+    monkeypatch.setattr("sartor.profiling.check.KernelTimer", Timer)
+    monkeypatch.setattr(build, "default_fit", lambda profile: profile)
+    return machine
+
+
+def test_profile_and_check_from_the_command_line(tmp_path, capsys, synthetic):
+    out = tmp_path / "device.json"
+    assert main(["profile", "--target", "onnxruntime", "--out", str(out), "--minutes", "0.001", "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["schema"] == "sartor.profile/1" and document["kernels"] > 20
+    assert DeviceProfile.load(out).target["threads"] == 1
+    assert main(["profile", "--check", str(out)]) == 0
+    assert "The profile holds." in capsys.readouterr().out
+    synthetic.speed["Conv"] = 1.6
+    assert main(["profile", "--check", str(out), "--json"]) == 5
+    found = json.loads(capsys.readouterr().out)
+    assert found["holds"] is False and any("'conv'" in change for change in found["changes"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--target", "onnxruntime"], "--out FILE"),
+        (["--check", "a.json", "--target", "onnxruntime"], "leave out"),
+        (["--check", "a.json"], "cannot be read"),
+        (["--target", "onnxruntime", "--out", "d.json", "--precision", "int8"], "one by one"),
+        (["--target", "tensorrt", "--out", "d.json"], "tensorrt"),
+        (["--target", "nothing", "--out", "d.json"], "nothing"),
+    ],
+)
+def test_what_cannot_be_done_is_said_in_one_sentence(arguments, says, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["profile", *arguments]) == 2
+    assert says in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
