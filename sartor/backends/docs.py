@@ -169,7 +169,7 @@ def _fusion(fuses: Mapping[str, tuple[str, ...]]) -> list[str]:
     if not fuses:
         return ["None is declared: every operator counts as a kernel of its own."]
     lines = [
-        "What runs inside the kernel of an operator when it follows it:",
+        "What runs inside the kernel of an operator when it follows it (names: `sartor/ir/fusion_rules.py`):",
         "",
         "| kernel of | takes in |",
         "|---|---|",

@@ -28,15 +28,42 @@ class Origin:
             if node.input and node.input[0] in self._values
         }
 
+        # A proto without its weights has no initializers, so they are what no node makes and no input gives.
+        given = {value.name for value in graph.input} - {tensor.name for tensor in graph.initializer}
+        self._inputs = {
+            node.name: [self._values.get(v, "") for v in node.input if v in given or v in self._values]
+            for node in graph.node
+        }
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready form, for an artifact's metadata."""
-        return {"values": self._values, "types": self._types, "before": self._before}
+        return {
+            "values": self._values,
+            "types": self._types,
+            "before": self._before,
+            "inputs": self._inputs,
+        }
+
+    @property
+    def types(self) -> Mapping[str, str]:
+        """Operator type per node, in execution order."""
+        return self._types
+
+    @property
+    def inputs(self) -> Mapping[str, list[str]]:
+        """Nodes that make a node's inputs, `""` for an input of the graph; initializers are left out."""
+        return self._inputs
+
+    def named(self, name: str) -> str | None:
+        """The node that is called so, or that makes the value that is called so."""
+        return name if name in self._types else self._values.get(name)
 
     @staticmethod
     def from_dict(data: Mapping[str, Any]) -> Origin:
         """Inverse of `to_dict`."""
         made = Origin.__new__(Origin)
         made._values, made._types, made._before = data["values"], data["types"], data["before"]
+        made._inputs = data.get("inputs", {name: [before] for name, before in data["before"].items()})
         return made
 
     def nodes(self, names: Iterable[str], op_types: Iterable[str]) -> tuple[str, ...]:

@@ -79,7 +79,8 @@ class Capabilities:
         max_rank: largest tensor rank.
         notes: what a reader of a measurement should know.
         fuses: operator type → what runs inside its kernel when it follows: operator types, `Bias` for an Add of
-            one number per channel, `Add` for one of two activations, `Silu` for x * sigmoid(x).
+            one number per channel, `Add` for one of two activations, `Silu` for x * sigmoid(x), and the rest of
+            the vocabulary of `sartor.ir.fusion_rules`.
         not_run_here: why this machine lowers for the target and cannot run it; empty where it can.
     """
 

@@ -1,8 +1,8 @@
 """Fused kernels: how runtimes group the nodes of a program, with sizes as functions of a plan.
 
-One kernel is a contraction (Conv, ConvTranspose, Gemm, MatMul) with what runtimes execute inside it:
-a following BatchNormalization, a bias or residual Add, one activation. Every other node is a kernel of
-its own; nodes that only change metadata cost nothing and belong to no kernel.
+One kernel is a contraction (Conv, ConvTranspose, Gemm, MatMul) with what a runtime executes inside it:
+a following BatchNormalization, a bias or residual Add, one activation; and whatever else its `FusionRules` say.
+Every other node is a kernel of its own; nodes that only change metadata cost nothing and belong to no kernel.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ import onnx_ir as ir
 
 from sartor.errors import InternalError
 from sartor.ir.bodies import body_graphs, read_values
-from sartor.ir.extents import Extent
-from sartor.ir.fusion import ACTIVATIONS, CONTRACTIONS, Fused, json_attributes, partition
+from sartor.ir.extents import Extent, quotient
+from sartor.ir.fusion import Fused, Group, json_attributes, partition
+from sartor.ir.fusion_rules import ACTIVATIONS, CONTRACTIONS, GENERIC, FusionRules
 from sartor.ir.program import Program
 from sartor.ir.quantities import Quantity, largest
 from sartor.ir.subgraphs import body_shapes
@@ -29,6 +30,7 @@ _ARITHMETIC = frozenset(
     {"Add", "Sub", "Mul", "Div", "Pow", "Sqrt", "Reciprocal", "Neg", "Abs", "Exp", "Log", "Erf"}
     | {"Where", "PRelu", "Min", "Max", "Cast"}
 )
+_PARTS = frozenset({"Slice", "Gather"})
 _FREE_INTEGER_ELEMENTS = 64  # shape arithmetic: a few integers cost nothing beside any kernel
 _KEEP_VALUE_ELEMENTS = 64  # constants that decide what a node does (bounds, axes, scales), not weights
 
@@ -71,6 +73,12 @@ class Kernel:
         inputs: operands of the leading node (None where an optional one is absent).
         outputs: values that leave the kernel.
         epilogue: what is fused behind the leading node, BatchNormalization excepted: it folds away.
+        prologue: what is fused in front of it, on one of its inputs: `Transpose`, `Scale`, `Add`. Its `inputs` are
+            still those of the leading node; what is read from memory is in `bytes_read`.
+        groups: of a convolution, the number of its groups, which falls when a plan removes whole groups; 1 where it
+            is not grouped, the number of channels where it is depthwise. None for everything else.
+        in_per_group: input channels of one group of a convolution.
+        out_per_group: output channels of one group of a convolution.
         macs: multiply-accumulates (1 MAC = 2 FLOP).
         bytes_read: activations and initializers read.
         bytes_written: activations written.
@@ -92,6 +100,10 @@ class Kernel:
     bytes_written: Quantity
     blocks: tuple[str, ...] = ()
     instead_of: tuple[str, ...] = ()
+    prologue: tuple[Fused, ...] = ()
+    groups: Extent | None = None
+    in_per_group: Extent | None = None
+    out_per_group: Extent | None = None
 
 
 class Tensors:
@@ -160,25 +172,28 @@ def build_kernels(
     program: Program,
     extents: Mapping[str, tuple[Extent, ...]] | None,
     blocks_of: Mapping[str, tuple[str, ...]],
+    rules: FusionRules = GENERIC,
 ) -> tuple[Kernel, ...]:
     """Kernels of the main graph in execution order.
 
     Args:
         extents: dimensions per value name; values that are absent keep their reference shape.
         blocks_of: names of the removable blocks that contain a node, by node name.
+        rules: what the runtime executes as one kernel.
     """
     tensors = Tensors(program, extents)
     kernels: list[Kernel] = []
-    for nodes, epilogue in partition(program, blocks_of):
-        if _is_free(nodes[0], tensors):
+    for group in partition(program, blocks_of, rules):
+        if all(_is_free(node, tensors) for node in group.nodes):
             continue
-        lead_blocks = blocks_of.get(nodes[0].name or "", ())
-        kernels.append(_kernel(program, tensors, nodes, epilogue, lead_blocks, ()))
-        for node in nodes[1:]:
+        lead_blocks = blocks_of.get(group.lead.name or "", ())
+        kernels.append(_kernel(program, tensors, group, lead_blocks, ()))
+        for node in group.nodes:
             own = blocks_of.get(node.name or "", ())
             gone = tuple(b for b in lead_blocks if b not in own)
-            if gone and node.op_type != "BatchNormalization":
-                kernels.append(_kernel(program, tensors, [node], (), own, gone))
+            folds = node.op_type == "BatchNormalization" or _is_free(node, tensors)
+            if gone and node is not group.lead and not folds:
+                kernels.append(_kernel(program, tensors, Group(node, (node,)), own, gone))
     return tuple(kernels)
 
 
@@ -194,12 +209,12 @@ def _is_free(node: ir.Node, tensors: Tensors) -> bool:
 def _kernel(
     program: Program,
     tensors: Tensors,
-    nodes: Sequence[ir.Node],
-    epilogue: Sequence[Fused],
+    group: Group,
     blocks: tuple[str, ...],
     instead_of: tuple[str, ...],
 ) -> Kernel:
-    lead, inside = nodes[0], set(nodes)
+    lead, nodes = group.lead, group.nodes
+    inside = set(nodes)
     made = {o for node in nodes for o in node.outputs}
     read: dict[ir.Value, None] = {}
     for node in nodes:
@@ -214,23 +229,67 @@ def _kernel(
     inputs = tuple(None if v is None else tensors[v] for v in lead.inputs)
     outputs = tuple(tensors[o] for o in written) or tuple(tensors[o] for o in lead.outputs if o.name)
     first = tensors[lead.outputs[0]]
+    op_type = lead.op_type
+    grouped: dict[str, Extent] = {}
+    if op_type in _PARTS and len(outputs) > 1:  # several parts of one value: what runs is a Split
+        op_type, attributes, inputs = "Split", *_as_split(attributes, inputs, outputs)
     if lead.op_type in ("Conv", "ConvTranspose"):
         attributes = convolution_attributes(attributes, inputs, first)
+        grouped = channels_per_group(lead.op_type, inputs, first)
+    work = [
+        macs(
+            node.op_type,
+            json_attributes(node),
+            [None if v is None else tensors[v] for v in node.inputs],
+            tensors[node.outputs[0]],
+        )
+        for node in nodes
+    ]
     return Kernel(
         name=lead.name or "",
-        op_type=lead.op_type,
+        op_type=op_type,
         family=_family(lead, attributes, inputs),
         nodes=tuple(n.name or "" for n in nodes),
         attributes=attributes,
         inputs=inputs,
         outputs=outputs,
-        epilogue=tuple(epilogue),
-        macs=macs(lead.op_type, attributes, inputs, first) + tensors.body_macs(lead),
+        epilogue=group.after,
+        macs=sum(work, Quantity()) + tensors.body_macs(lead),
         bytes_read=sum((tensors[v].bytes for v in read), Quantity()),
         bytes_written=sum((tensors[v].bytes for v in written), Quantity()),
         blocks=blocks,
         instead_of=instead_of,
+        prologue=group.before,
+        **grouped,
     )
+
+
+def _as_split(
+    attributes: Mapping[str, Any], inputs: Sequence[Operand | None], outputs: Sequence[Operand]
+) -> tuple[dict[str, Any], tuple[Operand | None, ...]]:
+    """Attributes and inputs of the Split that makes the same parts as Slices or Gathers of one value."""
+    source, part = _dims(inputs[0]), outputs[0].dims
+    axis = attributes.get("axis", 0)
+    if len(source) == len(part):
+        axis = next(i for i, (s, p) in enumerate(zip(source, part, strict=True)) if s.full != p.full)
+    gathered = len(source) != len(part)
+    sizes = [1 if gathered else round(o.dims[axis].full) for o in outputs]
+    lengths = Operand("", (Extent.constant(len(sizes)),), 8, "INT64", True, sizes)
+    return {"axis": axis}, (inputs[0], lengths)
+
+
+def channels_per_group(op_type: str, inputs: Sequence[Operand | None], output: Operand) -> dict[str, Extent]:
+    """`groups`, `in_per_group` and `out_per_group` of a convolution as functions of a plan.
+
+    The weight says how many channels one group has; how many groups there are follows from the channels: a plan may
+    narrow every group or remove whole ones.
+    """
+    x, w = _dims(inputs[0]), _dims(inputs[1])
+    if op_type == "Conv":
+        groups = quotient(x[1], w[1])
+        return {"groups": groups, "in_per_group": w[1], "out_per_group": quotient(output.dims[1], groups)}
+    groups = quotient(output.dims[1], w[1])
+    return {"groups": groups, "in_per_group": quotient(x[1], groups), "out_per_group": w[1]}
 
 
 def macs(

@@ -17,6 +17,7 @@ import onnx_ir as ir
 from sartor.errors import PlanError
 from sartor.ir.bodies import read_values
 from sartor.ir.extents import Extent
+from sartor.ir.fusion_rules import GENERIC, FusionRules
 from sartor.ir.kernels import Kernel, Operand, Tensors, build_kernels
 from sartor.ir.liveness import Liveness, build_liveness
 from sartor.ir.program import Program
@@ -248,6 +249,7 @@ def build_workload(
     program: Program,
     extents: Mapping[str, tuple[Extent, ...]] | None = None,
     blocks: Sequence[RemovableBlock] = (),
+    rules: FusionRules = GENERIC,
 ) -> Workload:
     """Describe the cost of `program` as a function of channel groups and removed blocks.
 
@@ -256,6 +258,7 @@ def build_workload(
         extents: dimensions per value name (activations and initializers) from the channel analysis.
             None: every dimension is constant.
         blocks: removable residual blocks; removing one removes the kernels of its nodes.
+        rules: what the runtime executes as one kernel: `FusionRules.of(backend.capabilities().fuses)`.
 
     Raises:
         InternalError: `extents` do not belong to this program.
@@ -266,7 +269,7 @@ def build_workload(
         for node in block.nodes:
             contains[node] = (*contains.get(node, ()), block.name)
     return Workload(
-        kernels=build_kernels(program, extents, contains),
+        kernels=build_kernels(program, extents, contains, rules),
         stored=_stored(program, extents, contains),
         blocks=tuple(block.name for block in blocks),
         liveness=build_liveness(program, extents, blocks),

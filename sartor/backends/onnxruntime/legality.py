@@ -54,18 +54,24 @@ MAX_OPSET = 26  # ONNX Runtime 1.31.1 rejects newer ones
 MAX_IR_VERSION = 13
 MAX_RANK = 8
 _GRID_OPS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+_CONVOLUTION = ("BatchNormalization", "Bias", "BlockedAdd")
+_INSIDE = ("Relu", "Clip", "LeakyRelu", "Sigmoid", "Tanh", "HardSigmoid", "HardSwish")
 FUSES = {
-    "Conv": (
-        *("BatchNormalization", "Bias", "Add", "Relu", "Clip", "LeakyRelu", "Sigmoid", "Tanh", "HardSigmoid"),
-    ),
+    "BatchNormalization": _INSIDE,
+    "Conv": (*_CONVOLUTION, *_INSIDE),
     "ConvTranspose": ("BatchNormalization",),
+    "Gather": ("Siblings",),
     "Gemm": (
         *("Relu", "LeakyRelu", "Elu", "Selu", "Sigmoid", "Tanh", "HardSigmoid", "Softplus", "Softsign"),
         "ThresholdedRelu",
     ),
-    "MatMul": ("Bias",),
+    "LayerNormalization": ("Add before",),
+    "MatMul": ("Bias", "Scale before", "Transpose before"),
+    "Sigmoid": ("Silu",),
+    "Slice": ("Siblings",),
 }
-"""As its profiler shows it: the pair is one kernel."""
+"""As its profiler shows it: the pair is one kernel. In the blocked layout a BatchNormalization that follows no
+convolution becomes a depthwise one, and takes an activation in."""
 
 
 def _dialect_has_bodies(program: Program, options: TargetOptions) -> Check:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import re
 import statistics
 import tempfile
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,13 +13,12 @@ from typing import Any
 from sartor.backends.artifact import verify_files
 from sartor.backends.inputs import random_inputs
 from sartor.backends.onnxruntime import run
+from sartor.backends.onnxruntime.executed import INSERTED, executed_nodes, unnamed
 from sartor.backends.origin import Origin
 from sartor.backends.precision import require_lowered_for
 from sartor.backends.protocol import Artifact, KernelTime, TargetOptions
 
 _SUFFIX = "_kernel_time"
-_INSERTED = re.compile(r"_nchwc$|_token_\d+$")
-"""What a layout transformation adds to the name of the value or node that a kernel is named after."""
 _WARM_UP_RUNS = 3
 
 
@@ -38,17 +37,24 @@ def profile(artifact: Artifact, options: TargetOptions, runs: int) -> list[Kerne
     with tempfile.TemporaryDirectory(prefix="sartor-profile-") as folder:
         made.enable_profiling = True
         made.profile_file_prefix = str(Path(folder) / "profile")
+        made.optimized_model_filepath = str(Path(folder) / "executed.onnx")
         session = run.create(str(artifact.main_file), made)
         wrapped = run.OnnxRuntimeSession(session, artifact.inputs, fixed, settings)
         once = wrapped.prepare(random_inputs(artifact.inputs, {**artifact.shapes, **options.shapes}, seed=0))
         for _ in range(_WARM_UP_RUNS + runs):
             once()
         events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
-    origin = Origin(onnx.load(str(artifact.main_file), load_external_data=False).graph)
-    return _collect(events, origin, runs)
+        original = onnx.load(str(artifact.main_file), load_external_data=False).graph
+        graph = onnx.load(str(Path(folder) / "executed.onnx"), load_external_data=False).graph
+    return _collect(events, Origin(original), executed_nodes(original, graph), runs)
 
 
-def _collect(events: list[Mapping[str, Any]], origin: Origin, runs: int) -> list[KernelTime]:
+def _collect(
+    events: list[Mapping[str, Any]],
+    origin: Origin,
+    executed: Mapping[str, tuple[str, ...]],
+    runs: int,
+) -> list[KernelTime]:
     # Inserted nodes share a name (several `ReorderInput`), so kernels are told apart by their index.
     durations: dict[tuple[str, str], list[float]] = {}
     types: dict[tuple[str, str], str] = {}
@@ -58,15 +64,33 @@ def _collect(events: list[Mapping[str, Any]], origin: Origin, runs: int) -> list
         key = (event["name"].removesuffix(_SUFFIX), str(event["args"].get("node_index", "")))
         durations.setdefault(key, []).append(event["dur"] * 1e-6)
         types[key] = event["args"].get("op_name", "")
+    found = _nodes(types, origin, executed)
     return [
         KernelTime(
             name=key[0],
             op_type=types[key],
-            # In the blocked layout a kernel is named after the value it writes.
-            nodes=origin.nodes([_INSERTED.sub("", key[0])], [types[key].removeprefix("Fused")]),
+            nodes=found[key],
             median_s=statistics.median(samples[-runs:]),
             runs=min(runs, len(samples)),
             implementation="nchwc" if key[0].endswith("_nchwc") else "",
         )
         for key, samples in durations.items()
     ]
+
+
+def _nodes(
+    types: Mapping[tuple[str, str], str], origin: Origin, executed: Mapping[str, tuple[str, ...]]
+) -> dict[tuple[str, str], tuple[str, ...]]:
+    """Nodes per kernel. A node without a name is called `TYPE_INDEX` by the profiler."""
+    found = {}
+    counts: Counter[str] = Counter()
+    for key in sorted(types, key=lambda key: int(key[1] or 0)):
+        name, op_type = key[0], types[key]
+        if name not in executed and name == f"{op_type}_{key[1]}":
+            counts[op_type] += 1
+            name = unnamed(op_type, counts[op_type])
+        if name in executed:
+            found[key] = executed[name]
+        else:  # inside a body, where names are the original's
+            found[key] = origin.nodes([INSERTED.sub("", name)], [op_type.removeprefix("Fused")])
+    return found

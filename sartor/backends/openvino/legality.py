@@ -53,13 +53,34 @@ _GRID_OPS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 _ACTIVATIONS = (
     *("Relu", "Clip", "LeakyRelu", "Elu", "Gelu", "HardSwish", "Mish", "Sigmoid", "Silu", "Softplus", "Tanh"),
 )
+_CHAINS = (
+    *(
+        "Add",
+        "Sub",
+        "Mul",
+        "Div",
+        "Pow",
+        "Sqrt",
+        "Reciprocal",
+        "Neg",
+        "Abs",
+        "Exp",
+        "Min",
+        "Max",
+        "BatchNormalization",
+    ),
+    *("Relu", "Clip", "LeakyRelu", "Elu", "Gelu", "HardSwish", "Sigmoid", "Tanh", "Erf"),
+)
 FUSES = {
-    "Conv": ("BatchNormalization", "Bias", "Add", *_ACTIVATIONS),
+    "Conv": ("BatchNormalization", "Bias", "InPlaceAdd", "Scale", "Chain", *_ACTIVATIONS),
     "ConvTranspose": ("BatchNormalization", "Bias"),
-    "Gemm": ("Bias", *_ACTIVATIONS),
-    "MatMul": ("Bias", *_ACTIVATIONS),
+    "Elementwise": _CHAINS,
+    "Gather": ("Siblings",),
+    "Gemm": ("Bias", "Scale", "Chain", *_ACTIVATIONS),
+    "MatMul": ("Attention", "Bias", "Scale", "Chain", *_ACTIVATIONS),
+    "Slice": ("Siblings",),
 }
-"""As its profiler shows it: the pair is one kernel."""
+"""As its profiler shows it: the pair is one kernel; any chain of elementwise operators is one (`Subgraph`)."""
 
 
 @functools.cache

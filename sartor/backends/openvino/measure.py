@@ -4,21 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
-from collections.abc import Mapping
 
 from sartor.backends.inputs import random_inputs
 from sartor.backends.openvino import run
+from sartor.backends.openvino.executed import Layer, executed_nodes
 from sartor.backends.origin import Origin
 from sartor.backends.protocol import Artifact, KernelTime, TargetOptions
 
 _WARM_UP_RUNS = 3
-_ONNX_TYPES: Mapping[str, tuple[str, ...]] = {
-    "Convolution": ("Conv",),
-    "GroupConvolution": ("Conv",),
-    "Deconvolution": ("ConvTranspose",),
-    "FullyConnected": ("Gemm", "MatMul"),
-    "MatMul": ("Gemm", "MatMul"),
-}
 
 
 def profile(artifact: Artifact, options: TargetOptions, runs: int) -> list[KernelTime]:
@@ -45,12 +38,12 @@ def profile(artifact: Artifact, options: TargetOptions, runs: int) -> list[Kerne
             durations.setdefault(entry.node_name, []).append(entry.real_time.total_seconds())
             kinds[entry.node_name] = (entry.node_type, entry.exec_type)
     origin = Origin.from_dict(artifact.metadata["origin"])
-    layers = _layer_names(session)
+    executed = executed_nodes(origin, _layers(session))
     return [
         KernelTime(
             name=name,
             op_type=kinds[name][0],
-            nodes=origin.nodes(layers.get(name, (name,)), _ONNX_TYPES.get(kinds[name][0], ())),
+            nodes=executed.get(name, ()),
             median_s=statistics.median(samples),
             runs=len(samples),
             implementation=kinds[name][1],
@@ -59,12 +52,16 @@ def profile(artifact: Artifact, options: TargetOptions, runs: int) -> list[Kerne
     ]
 
 
-def _layer_names(session: run.OpenVinoSession) -> dict[str, tuple[str, ...]]:
-    """Original layer names per executed kernel, from the runtime model."""
-    found = {}
-    for layer in session.compiled.get_runtime_model().get_ops():
+def _layers(session: run.OpenVinoSession) -> list[Layer]:
+    """The execution graph, sources first, without constants."""
+    found = []
+    for layer in session.compiled.get_runtime_model().get_ordered_ops():
         info = layer.get_rt_info()
-        if "originalLayersNames" in info:
-            names = str(info["originalLayersNames"].value).split(",")
-            found[layer.get_friendly_name()] = tuple(name for name in names if name)
+        kind = str(info["layerType"].value) if "layerType" in info else ""
+        if kind == "Const":
+            continue
+        names = str(info["originalLayersNames"].value) if "originalLayersNames" in info else ""
+        sources = [value.get_source_output().get_node().get_friendly_name() for value in layer.inputs()]
+        original = tuple(name for name in names.split(",") if name)
+        found.append(Layer(layer.get_friendly_name(), kind, original, tuple(sources)))
     return found

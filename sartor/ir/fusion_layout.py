@@ -1,0 +1,64 @@
+"""Which activations ONNX Runtime keeps in its blocked layout (NCHWc), where alone a sum runs inside a convolution.
+
+Follows `onnxruntime/core/optimizer/nchwc_transformer.cc`: convolutions of suitable widths make the layout, poolings,
+sums, concatenations and activations of blocked values hand it on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import onnx_ir as ir
+
+from sartor.ir.program import Program
+
+_ALIGNMENT = 4
+"""Channels that a value needs to be reordered at all."""
+_BLOCK = 16
+"""Floats of one block where the vectors have 512 bits; grouped convolutions need whole blocks per group."""
+_POOLS = frozenset({"MaxPool", "AveragePool"})
+_KEEP = frozenset({"Relu", "Clip", "LeakyRelu", "Sigmoid", "Tanh", "HardSigmoid", "HardSwish", "Gelu"})
+
+
+def blocked_values(program: Program) -> frozenset[str]:
+    """Names of the activations in the blocked layout, at the widths before any pruning."""
+    shapes = program.shapes()
+    blocked: set[str] = set()
+    for node in program.nodes():
+        if node.outputs and _is_blocked(node, shapes, blocked):
+            blocked.add(node.outputs[0].name or "")
+    return frozenset(blocked)
+
+
+def _is_blocked(node: ir.Node, shapes: Mapping[str, tuple[int, ...]], blocked: set[str]) -> bool:
+    inputs = [value.name or "" for value in node.inputs if value is not None]
+    if node.op_type == "Conv":
+        return _convolution(shapes[inputs[0]], shapes[inputs[1]], node)
+    if node.op_type in _POOLS or node.op_type == "BatchNormalization":
+        shape = shapes[inputs[0]]
+        whole = len(shape) == 4 and shape[1] % _BLOCK == 0
+        return inputs[0] in blocked or (whole and node.op_type in _POOLS)
+    if node.op_type == "Concat":
+        axis = node.attributes.get_int("axis", 0)
+        return axis == 1 and all(v in blocked and shapes[v][1] % _BLOCK == 0 for v in inputs)
+    if node.op_type == "Add":
+        same = len(inputs) == 2 and shapes[inputs[0]] == shapes[inputs[1]]
+        return same and all(v in blocked for v in inputs)
+    if node.op_type == "Mul":  # x * sigmoid(x)
+        gated = len(inputs) == 2 and shapes[inputs[0]] == shapes[inputs[1]]
+        return gated and all(v in blocked for v in inputs)
+    return node.op_type in _KEEP and inputs[0] in blocked
+
+
+def _convolution(x: tuple[int, ...], w: tuple[int, ...], node: ir.Node) -> bool:
+    if len(x) != 4:
+        return False
+    group = node.attributes.get_int("group", 1)
+    channels, out = x[1], w[0]
+    if out % _ALIGNMENT:
+        return False
+    if group == 1:
+        return channels < _BLOCK or channels % _ALIGNMENT == 0
+    if group == channels and group == out:
+        return True
+    return (channels // group) % _BLOCK == 0 and (out // group) % _BLOCK == 0

@@ -1,0 +1,69 @@
+"""A workload's kernels are those that the runtimes execute, on small networks of four kinds."""
+
+from __future__ import annotations
+
+import pytest
+from fusion_networks import NETWORKS, Builder
+
+from sartor import backends
+from sartor.backends.protocol import KernelTime, TargetOptions
+from sartor.ir.fusion_rules import GENERIC, FusionRules
+from sartor.ir.workload import build_workload
+from sartor.profiling.fusion_check import check_fusion, profile_fusion
+
+CASES = [(target, name) for target in ("onnxruntime", "openvino") for name in NETWORKS]
+
+OPTIONS = TargetOptions()
+
+
+@pytest.mark.parametrize(("target", "name"), CASES)
+def test_kernels_are_those_that_run(target, name, tmp_path):
+    report = profile_fusion(target, NETWORKS[name](), tmp_path / "a")
+    assert report.kernels > 5
+    assert report.agreement >= 0.95, "\n".join(map(str, report.differences))
+
+
+@pytest.mark.parametrize("target", ["onnxruntime", "openvino"])
+def test_rules_of_nobody_in_particular_disagree(target, tmp_path):
+    """The check can fail: the generic rules do not describe either runtime."""
+    program = NETWORKS["squeezed" if target == "onnxruntime" else "dense"]()
+    backend = backends.get(target)
+    executed = backend.profile(backend.lower(program, tmp_path / "a", OPTIONS), OPTIONS, 2)
+    report = check_fusion(program, build_workload(program), executed)
+    assert report.agreement < 0.9 and report.differences
+    own = FusionRules.of(backend.capabilities().fuses)
+    assert check_fusion(program, build_workload(program, rules=own), executed).agreement > report.agreement
+
+
+def kernel(op_type, *nodes):
+    return KernelTime(op_type.lower(), op_type, nodes, 1e-6, 1)
+
+
+def test_what_is_apart_joined_and_inserted_is_named():
+    b = Builder((1, 8, 6, 6))
+    b.op("Relu", b.norm(b.conv("x", 8, 8, name="c", bias=False), 8, "n"), name="r")
+    b.op("Relu", b.conv("r", 8, 8, name="d"), name="s")
+    b.op("Neg", name="last")
+    program = b.program()
+    executed = [
+        kernel("Reorder"),
+        kernel("Conv", "c", "n", "r"),
+        kernel("Conv", "d"),
+        kernel("Chain", "s", "last"),
+        kernel("Pad"),
+        kernel("Reorder"),
+    ]
+    report = check_fusion(program, build_workload(program, rules=GENERIC), executed)
+    assert (report.kernels, report.agreed, report.inserted) == (3, 1, {"Reorder": 2, "Pad": 1})
+    apart, joined = report.differences
+    assert apart.kernel == "d" and apart.apart and joined.kernel == "last" and not joined.apart
+    assert str(joined) == "Kernel 'last' is [last (Neg)]; executed is [s (Relu), last (Neg)]."
+    assert report.to_dict()["agreement"] == pytest.approx(1 / 3) and report.to_dict()["apart"] == 1
+
+
+def test_a_kernel_that_is_not_executed_disagrees():
+    b = Builder((1, 8, 6, 6))
+    b.op("Neg", b.conv("x", 8, 8, name="c"), name="last")
+    program = b.program()
+    report = check_fusion(program, build_workload(program), [kernel("Conv", "c")])
+    assert report.agreement == 0.5 and "executed is [nothing]" in str(report.differences[0])
