@@ -25,6 +25,7 @@ from sartor.ir.extents import Extent
 from sartor.ir.kernels import Kernel, Operand
 from sartor.ir.quantities import Quantity
 from sartor.ir.workload import build_workload
+from sartor.profiling.shapes import activations_product, moving
 
 
 def grouped(kept_groups: bool, groups=4, inner=8, outer=6, op="Conv"):
@@ -167,3 +168,48 @@ def test_random_weights_keep_the_variance_and_have_no_subnormals():
     w = onnx.numpy_helper.to_array(onnx.load_from_string(blob).graph.initializer[0])
     assert float(np.var(w)) * 256 * 9 == pytest.approx(2.0, rel=0.05)
     assert float(np.abs(w).min()) > 1e-30 and math.isfinite(float(w.sum()))
+
+
+def ops_of(blob: bytes) -> list[str]:
+    return [n.op_type for n in onnx.load_from_string(blob).graph.node]
+
+
+def fused(op, dims, out, epilogue=(), prologue=(), outputs=1, **attributes):
+    """The spec of a kernel that moves data and has something fused into it."""
+    norm = [[dims[-1]]] * 2 if op == "LayerNormalization" else []
+    spec = moving(op, [dims, *norm], [out] * outputs, attributes, stored=[1, 2] if norm else [])
+    return {**spec, "epilogue": [[name, {}] for name in epilogue], "prologue": list(prologue)}
+
+
+PRODUCT = {**activations_product(2, 5, 8, 7), "prologue": ["Transpose", "Scale"]}
+ATTENTION = {
+    **activations_product(2, 5, 8, 5),
+    "epilogue": [[e, {}] for e in ("Mul", "Add", "Softmax", "MatMul")],
+}
+ROW, MAP = [1, 5, "*"], [1, "*", 4, 4]
+
+
+@pytest.mark.parametrize(
+    ("spec", "expected"),
+    [
+        (PRODUCT, ["Transpose", "Mul", "MatMul"]),
+        (ATTENTION, ["MatMul", "Mul", "Add", "Softmax", "MatMul"]),
+        (fused("Sigmoid", MAP, MAP, ["Silu"]), ["Sigmoid", "Mul"]),
+        (fused("LayerNormalization", ROW, ROW, prologue=["Add"]), ["Add", "LayerNormalization"]),
+        (fused("LayerNormalization", ROW, ROW, prologue=["Add"], outputs=2), ["Add", "LayerNormalization"]),
+        (fused("Gather", [3, 4, "*"], [4, "*"], outputs=3, axis=0), ["Split"]),
+        (fused("Exp", MAP, MAP, ["Mul", "Sqrt"]), ["Exp", "Mul", "Sqrt"]),
+    ],
+    ids=["transposed", "attention", "silu", "skip-norm", "skip-norm-2", "siblings", "chain"],
+)
+def test_what_a_runtime_fuses_is_in_the_sample(spec, expected):
+    at = [moved_bytes(spec, 8)] if "inputs" in spec else []
+    blob = sample_model(spec, at)
+    assert ops_of(blob) == expected
+    assert len(onnx.load_from_string(blob).graph.output) == (len(spec["outputs"]) if "inputs" in spec else 1)
+    runs(blob)
+    if "inputs" in spec:
+        tensors = [*onnx.load_from_string(blob).graph.input, *onnx.load_from_string(blob).graph.output]
+        moved = sum(4 * math.prod(d.dim_value for d in t.type.tensor_type.shape.dim) for t in tensors)
+        moved += weight_bytes(spec, at)
+        assert moved == at[0] and nearest_sizes(spec, at) == tuple(at)

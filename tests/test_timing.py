@@ -39,13 +39,12 @@ def test_a_model_that_crashes_or_fails_costs_only_itself(null):
     with KernelTimer(null) as timer:
         jobs = [Job(b"1234567890"), Job(b"crash"), Job(b"12345", cold=True), Job(b"fail")]
         batch = timer(jobs, QUICK)
-        assert batch.times[0].warm.ratio == pytest.approx(2.0, rel=0.1)
-        assert batch.times[2].cold.ratio == pytest.approx(1.0, rel=0.1)
-        assert batch.call.warm.ratio == pytest.approx(0.2, rel=0.1)
+        assert batch.call.warm.ratio < 0.5 < batch.times[2].warm.ratio < 1.5 < batch.times[0].warm.ratio
+        assert batch.times[2].cold.ratio > 0.5 and batch.times[0].cold is None
         assert "SIGABRT" in batch.times[1].reason and "planted failure" in batch.times[3].reason
         assert batch.reference_s > 0
         again = timer([Job(b"12345")], QUICK)  # the same subprocess answers
-        assert again.times[0].warm.ratio == pytest.approx(1.0, rel=0.1)
+        assert 0.5 < again.times[0].warm.ratio < 1.5
 
 
 def test_the_worker_is_pinned_and_says_where(null):

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 OPSET, IR_VERSION = 21, 10
+TWO_OPERANDS = frozenset({"Add", "Sub", "Mul", "Div", "Pow", "Min", "Max", "PRelu"})
 _PATTERN = 1 << 16  # random numbers that weights repeat: drawing millions would take longer than timing them
 
 
@@ -31,6 +32,7 @@ class ModelBuilder:
         self._inputs: list[Any] = []
         self._weights: list[Any] = []
         self._last: list[str] = []
+        self._also: list[str] = []
         self.value = ""
 
     def input(self, name: str, dims: Sequence[int], dtype: str | None = None) -> str:
@@ -75,11 +77,19 @@ class ModelBuilder:
         self._last = names
         return self.value
 
+    def scale(self, value: str) -> str:
+        """Multiply by one number."""
+        return self.node("Mul", [value, self.constant(f"scale{len(self._nodes)}", 0.5, self._dtype)], {})
+
+    def also(self, value: str) -> None:
+        """Make a value an output beside those of the last node."""
+        self._also.append(value)
+
     def fuse(self, op_type: str, attributes: Mapping[str, Any], shape: Sequence[int]) -> None:
-        """Append one epilogue operation on `shape`."""
+        """Append one epilogue operation on `shape`; a second operand is an input of that shape."""
         source = self.value
-        if op_type == "Add":
-            self.node("Add", [source, self.input(f"residual{len(self._nodes)}", shape)], {})
+        if op_type in TWO_OPERANDS:
+            self.node(op_type, [source, self.input(f"other{len(self._nodes)}", shape)], attributes)
         elif op_type == "Clip":
             bounds = [
                 self.constant(f"clip_{key}", attributes[key], self._dtype) if key in attributes else ""
@@ -97,7 +107,8 @@ class ModelBuilder:
         from onnx import TensorProto, helper
         from onnx.shape_inference import infer_shapes
 
-        outputs = [helper.make_tensor_value_info(n, TensorProto.UNDEFINED, None) for n in self._last]
+        names = [*self._last, *self._also]
+        outputs = [helper.make_tensor_value_info(n, TensorProto.UNDEFINED, None) for n in names]
         graph = helper.make_graph(self._nodes, "sample", self._inputs, outputs, self._weights)
         opset = [helper.make_opsetid("", OPSET)]
         model = helper.make_model(graph, opset_imports=opset, ir_version=IR_VERSION)

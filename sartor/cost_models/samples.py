@@ -13,12 +13,14 @@ from typing import Any
 
 import onnx_ir as ir
 
-from sartor.cost_models.model_builder import ModelBuilder
+from sartor.cost_models.model_builder import TWO_OPERANDS, ModelBuilder
 from sartor.cost_models.signatures import Signature, signature_of
 from sartor.errors import InternalError
 from sartor.ir.kernels import RECURRENT
 from sartor.ir.workload import Fractions, Population, Removed, Workload, presence
 
+GATED = {"Sigmoid": "Silu", "HardSigmoid": "HardSwish"}
+_SIBLINGS = frozenset({"Slice", "Gather"})
 Spec = Mapping[str, Any]
 Sizes = tuple[float, ...]
 
@@ -53,8 +55,14 @@ def sample_model(spec: Spec, sizes: Sequence[float]) -> bytes:
         raise InternalError(
             f"A kernel '{spec.get('op')}' is given {len(sizes)} sizes ({error}); pass one per variable."
         ) from error
-    for op_type, attributes in spec.get("epilogue", ()):
-        model.fuse(op_type, attributes, shape)
+    epilogue = spec.get("epilogue", ())
+    if spec["op"] in GATED and [op_type for op_type, _ in epilogue] == [GATED[spec["op"]]]:
+        model.node("Mul", ["i0", model.value], {})
+    elif any(op_type == "Softmax" for op_type, _ in epilogue):
+        _attention(model, epilogue, shape, spec, whole)
+    else:
+        for op_type, attributes in epilogue:
+            model.fuse(op_type, attributes, shape)
     return model.finish()
 
 
@@ -175,12 +183,34 @@ def _roles(spec: Spec, sizes: Sequence[int]) -> tuple[int, ...]:
 def _product(model: ModelBuilder, spec: Spec, sizes: Sequence[int]) -> tuple[int, ...]:
     batch, m, k, n = _roles(spec, sizes)
     left, right = (batch, m, k), (1 if spec["shared"] else batch, k, n)
+    before = spec.get("prologue", ())
+    turned = "Transpose" in before and not spec["stored"][1]
+    if turned:
+        right = (right[0], n, k)
     names = [
         model.weight(name, dims, k) if stored else model.input(name, dims)
         for name, dims, stored in zip("ab", (left, right), spec["stored"], strict=True)
     ]
+    if turned:
+        names[1] = model.node("Transpose", [names[1]], {"perm": [0, 2, 1]})
+    if "Scale" in before:
+        names[0] = model.scale(names[0])
     model.node("MatMul", names, {})
     return (batch, m, n)
+
+
+def _attention(
+    model: ModelBuilder, epilogue: Sequence[Any], shape: tuple[int, ...], spec: Spec, sizes: Sequence[int]
+) -> None:
+    """Scale, mask, softmax and the second product, which are one kernel in some runtimes."""
+    batch, _, k, n = _roles(spec, sizes)
+    for op_type, attributes in epilogue:
+        if op_type in ("Mul", "Div"):
+            model.scale(model.value)
+        elif op_type == "MatMul":
+            model.node("MatMul", [model.value, model.input("values", (batch, n, k))], {})
+        else:
+            model.fuse(op_type, attributes, shape)
 
 
 def _recurrent(model: ModelBuilder, spec: Spec, sizes: Sequence[int]) -> bytes:
@@ -216,10 +246,11 @@ def shapes_at(spec: Spec, sizes: Sequence[float]) -> Shapes:
 
 def moved_bytes(spec: Spec, unit: int) -> float:
     """Bytes that a kernel reads and writes where `*` in its spec stands for `unit` channels."""
-    total = sum(math.prod(_at(e["dims"], unit)) * item_bytes(e["dtype"]) for e in _operands(spec))
+    read = [math.prod(_at(e["dims"], unit)) * item_bytes(e["dtype"]) for e in _operands(spec)]
     written = [math.prod(_at(dims, unit)) * item_bytes(dtype) for dims, dtype in _outputs(spec)]
-    residuals = sum(op_type == "Add" for op_type, _ in spec.get("epilogue", ()))
-    return total + sum(written) + residuals * sum(written[:1])
+    others = sum(op_type in TWO_OPERANDS for op_type, _ in spec.get("epilogue", ()))
+    addends = sum(name == "Add" for name in spec.get("prologue", ()))
+    return sum(read) + sum(written) + others * sum(written[:1]) + addends * sum(read[:1])
 
 
 def _operands(spec: Spec) -> list[Mapping[str, Any]]:
@@ -251,6 +282,8 @@ def _unit_length(spec: Spec, sizes: Sequence[float]) -> int:
 
 
 def _movement(model: ModelBuilder, spec: Spec, unit: int) -> tuple[int, ...]:
+    if spec["op"] in _SIBLINGS and len(spec["outputs"]) > 1:
+        return _siblings(model, spec, unit)
     names: list[str] = []
     for index, entry in enumerate(spec["inputs"]):
         if entry is None:
@@ -268,7 +301,29 @@ def _movement(model: ModelBuilder, spec: Spec, unit: int) -> tuple[int, ...]:
         else:
             model.input(name, dims, entry["dtype"])
         names.append(name)
-    model.node(spec["op"], names, spec["attributes"], spec["output_count"])
+    outputs = spec["output_count"]
+    if "Add" in spec.get("prologue", ()):
+        first = spec["inputs"][0]
+        names[0] = model.node(
+            "Add", [names[0], model.input("addend", _at(first["dims"], unit), first["dtype"])], {}
+        )
+        if outputs > 1:  # the sum, too, is read by others
+            model.also(names[0])
+            outputs -= 1
+    model.node(spec["op"], names, spec["attributes"], outputs)
+    return _at(spec["outputs"][0], unit)
+
+
+def _siblings(model: ModelBuilder, spec: Spec, unit: int) -> tuple[int, ...]:
+    """Slices or Gathers that together take all of one axis: a Split, which is what they are."""
+    first = spec["inputs"][0]
+    dims = _at(first["dims"], unit)
+    axis = spec["attributes"].get("axis", 0)
+    if spec["op"] == "Slice":
+        given = spec["inputs"][3] if len(spec["inputs"]) > 3 else None
+        axis = given["value"][0] if given is not None else 0
+    source = model.input("i0", dims, first["dtype"])
+    model.node("Split", [source], {"axis": axis, "num_outputs": len(spec["outputs"])}, len(spec["outputs"]))
     return _at(spec["outputs"][0], unit)
 
 

@@ -60,7 +60,13 @@ def signature_of(kernel: Kernel) -> Signature | None:
     else:
         return _movement(kernel)
     spec, variables = described
-    spec = {"op": kernel.op_type, "dtype": _dtype(kernel), **spec, "epilogue": _epilogue(kernel)}
+    spec = {
+        "op": kernel.op_type,
+        "dtype": _dtype(kernel),
+        **spec,
+        "epilogue": _epilogue(kernel),
+        **_prologue(kernel),
+    }
     return Signature(key_of(spec), kernel.family, "contraction", spec, variables)
 
 
@@ -86,6 +92,12 @@ def variable_names(spec: Mapping[str, Any]) -> tuple[str, ...]:
 
 def _epilogue(kernel: Kernel) -> list[list[Any]]:
     return [[f.op_type, dict(f.attributes)] for f in kernel.epilogue if f.op_type != "Bias"]
+
+
+def _prologue(kernel: Kernel) -> Spec:
+    """What is fused in front, by name; no entry where nothing is."""
+    fused = getattr(kernel, "prologue", ())
+    return {"prologue": [entry.op_type for entry in fused]} if fused else {}
 
 
 def _dtype(kernel: Kernel) -> str:
@@ -209,6 +221,7 @@ def _movement(kernel: Kernel) -> Signature | None:
         "output_dtypes": [o.dtype for o in kernel.outputs],
         "output_count": len(kernel.outputs),
         "epilogue": _epilogue(kernel),
+        **_prologue(kernel),
     }
     moved = kernel.bytes_read + kernel.bytes_written
     return Signature(key_of(spec), kernel.family, "movement", spec, (moved,), scalable)
