@@ -25,6 +25,7 @@ COMMANDS = {
     "lower": "write the artifact of a target",
     "layers": "what quantizing each layer costs, and which to keep in float",
     "profile": "build the profile of this machine for a target, or check one",
+    "predict": "predict latency from a profile or a description, with its interval and what bounds it",
     "measure": "measure latency on a target, alone or interleaved with another model",
     "verify": "compare the outputs of two ONNX files",
     "targets": "list the targets, or describe one",

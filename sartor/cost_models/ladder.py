@@ -10,7 +10,7 @@ import dataclasses
 import json
 import math
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,15 +30,12 @@ from sartor.ir.files import write_atomic
 from sartor.ir.kernels import Kernel
 from sartor.ir.workload import Fractions, Population, Removed, Workload, presence
 
-__all__ = ["SCHEMA", "Ladder", "Measure", "fit_profile"]
+__all__ = ["SCHEMA", "Ladder", "fit_profile"]
 
 SCHEMA = "sartor.ladder/1"
 _MEASUREMENT_SD = 0.015
 """Of one measured network of a run, and of how its plans differ beyond what scales can say."""
 _T90 = (6.31, 2.92, 2.35, 2.13, 2.02, 1.94, 1.89, 1.86, 1.83, 1.81)  # Student, by degrees of freedom
-
-Measure = Callable[[Workload, Fractions, Removed], tuple[float, tuple[float, float]]]
-"""Measures a plan as a whole: seconds, and their interval."""
 
 
 class Ladder:
@@ -254,7 +251,12 @@ class Ladder:
 
     def _law_after(self, observations: tuple[Observation, ...]) -> Law:
         if self._known is not None:
-            start = self._known.for_network(self._interval.common, self._interval.family)
+            common = self._interval.common
+            if observations:  # of a network in another precision, say, all that carries over is how plans differ
+                first = observations[0]
+                predicted = float(self._known.predict(first.seconds))
+                common = max(common, abs(math.log(first.latency_s / predicted)))
+            start = self._known.for_network(common, self._interval.family)
         else:
             start = Law.prior()
             if observations:
