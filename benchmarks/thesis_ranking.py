@@ -1,4 +1,4 @@
-"""How well rooflines from data sheets rank the networks of the thesis' tables (document 000).
+"""How well rooflines from data sheets rank the networks of the thesis' tables (`tests/fixtures/thesis_tables.json`).
 
 For every (table, device, precision): Spearman's rank correlation of measured and predicted latency, for the
 roofline priced layer by layer (networks that can be rebuilt), for one from MACs and parameters alone, and for

@@ -7,8 +7,8 @@ The backward pass computes a gradient of the inputs and one of the weights, each
 pass: the source counts training FLOPs as exactly three times those of inference. A kernel keeps what leaves it,
 and once more what it normalises; activations in place keep nothing of their own.
 
-Reference: "Adaptive Neural Networks for Edge Intelligence" (thesis), section 5.2 (TICO), equations 5.15 and 5.16
-for the resolution of each epoch, table 5.11 for measured steps.
+Reference: H. Kong, "Adaptive Neural Networks for Edge Intelligence", PhD thesis, NTU, 2023, section 5.2 (TICO):
+equations 5.15 and 5.16 for the resolution of each epoch, table 5.11 for measured steps.
 """
 
 from __future__ import annotations

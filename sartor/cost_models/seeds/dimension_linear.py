@@ -8,7 +8,8 @@ by least squares, per dimension, on networks of which one dimension alone was cu
 one dimension. Ours: a network cut along several has its cuts subtracted one after the other, from the lines'
 values for the whole network, each weighted by its share of the cut, so that for one dimension (5.4) is left.
 
-Reference: "Adaptive Neural Networks for Edge Intelligence" (thesis), section 5.1 (TECO), equations 5.3 to 5.5.
+Reference: H. Kong, "Adaptive Neural Networks for Edge Intelligence", PhD thesis, NTU, 2023, section 5.1 (TECO),
+equations 5.3 to 5.5.
 """
 
 from __future__ import annotations

@@ -9,7 +9,8 @@ the whole image. One predictor per (P, k) and per metric (latency, memory).
 The work of a tile is `(1 - c)²` inside the supernet, where both sides of a layer are cut, so that the source's basis
 is misspecified; `basis="work"` uses that instead (ours).
 
-Reference: "NeuLens", sections 5.2 and 5.3, figure 8 (a).
+Reference: X. Hou, Y. Guan, T. Han, "NeuLens: spatial-based dynamic acceleration of convolutional neural networks
+on edge", MobiCom 2022, sections 5.2 and 5.3, figure 8 (a).
 """
 
 from __future__ import annotations

@@ -9,7 +9,8 @@ it; one predictor per metric. The source fits on 100 sampled networks and valida
 are not given. Ours: divided by the largest value of the networks fitted on; degree 2, or the best on held-out networks
 with `chosen`; the second half of the draws is near the best of the first.
 
-Reference: "Adaptive Neural Networks for Edge Intelligence" (thesis), section 5.2 (TICO), equations 5.12 to 5.14.
+Reference: H. Kong, "Adaptive Neural Networks for Edge Intelligence", PhD thesis, NTU, 2023, section 5.2 (TICO),
+equations 5.12 to 5.14.
 """
 
 from __future__ import annotations
