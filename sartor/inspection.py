@@ -25,6 +25,7 @@ def inspect_program(program: Program, keep: Sequence[str] = (), layers: Sequence
 
     - `source` `{kind, name, sha256}`; `ops`, number of nodes by operator; `macs`, `parameters`,
       `weight_bytes`, `peak_activation_bytes` as in `sartor.cost_models.static`.
+    - `memory`: `sartor.cost_models.memory.memory_report`: what a runtime needs that fuses kernels and writes in place.
     - `groups` `[{name, size, granularity, macs_share, members, saving, layers}]`, in execution order. `macs_share` is
       the share of all MACs in work that scales with the group's width; groups overlap (a convolution scales
       with its input and its output), so shares do not add up to one. `members`
@@ -59,6 +60,7 @@ def inspect_program(program: Program, keep: Sequence[str] = (), layers: Sequence
     Raises:
         UsageError: a glob or a layer matches nothing.
     """
+    from sartor.cost_models.memory import memory_report
     from sartor.cost_models.static import static_cost
     from sartor.ir.blocks import residual_blocks
     from sartor.ir.channels import channel_groups
@@ -103,6 +105,7 @@ def inspect_program(program: Program, keep: Sequence[str] = (), layers: Sequence
         "parameters": int(cost.parameters),
         "weight_bytes": int(cost.weight_bytes),
         "peak_activation_bytes": int(cost.peak_activation_bytes),
+        "memory": memory_report(program),
         "prunable": {
             "macs_share": _rounded(prunable / total),
             "halved": {"macs": round(float(left.macs)), "parameters": round(float(left.parameters))},

@@ -196,7 +196,7 @@ def build_liveness(
                 node.name or "",
                 tuple(v.name or "" for v in read_values(node) if v.name not in stored),
                 tuple(v.name or "" for v in writes),
-                largest([_body_peak(body, node.op_type, tensors) for body in body_graphs(node)]),
+                largest([body_peak(body, node.op_type, tensors) for body in body_graphs(node)]),
             )
         )
     return Liveness(
@@ -219,7 +219,7 @@ def _name(value: Any) -> str:
     return value if isinstance(value, str) else value.name
 
 
-def _body_peak(body: ir.Graph, owner: str, tensors: Tensors) -> Quantity:
+def body_peak(body: ir.Graph, owner: str, tensors: Tensors) -> Quantity:
     """Highest bytes of values that belong to `body` itself, nested bodies included."""
     nodes = list(body)
     # An If's node already owns its branch outputs; a Loop's carried values exist twice, as read and as made.
@@ -241,6 +241,6 @@ def _body_peak(body: ir.Graph, owner: str, tensors: Tensors) -> Quantity:
     moments = [sum((tensors.inner(v).bytes for v in born if born[v] < 0), Quantity())]
     for index, node in enumerate(nodes):
         live = [tensors.inner(v).bytes for v in born if born[v] <= index <= last[v]]
-        nested = largest([_body_peak(g, node.op_type, tensors) for g in body_graphs(node)])
+        nested = largest([body_peak(g, node.op_type, tensors) for g in body_graphs(node)])
         moments.append(sum(live, nested))
     return largest(moments)

@@ -89,6 +89,8 @@ def _head(document: Document, size: Size) -> list[str]:
         size.width,
     )
     lines += _wrapped(f"operators: {operators(document['ops'])}", size.width)
+    if "memory" in document:  # absent from documents of earlier versions
+        lines += _wrapped(_memory(document["memory"]), size.width)
     prunable = document["prunable"]
     if prunable["macs_share"] > 0.0:
         left = prunable["halved"]
@@ -99,6 +101,20 @@ def _head(document: Document, size: Size) -> list[str]:
         )
         lines += _wrapped(text, size.width)
     return lines
+
+
+def _memory(memory: Document) -> str:
+    highest, best = memory["peak"], memory.get("best_order")
+    text = f"memory: {count(highest['bytes'], 'B')} at its peak"
+    text += f", at '{visible(highest['at'])}'" if highest["at"] else ""
+    if best is not None and best["peak_bytes"] < highest["bytes"]:
+        text += f"; in another order of the nodes {count(best['peak_bytes'], 'B')}"
+    elif best is not None and best["optimal"]:
+        text += ", and no order of the nodes needs less"
+    return (
+        f"{text}; {count(memory['arena_bytes'], 'B')} in one arena, {count(memory['traffic_bytes'], 'B')} of traffic "
+        f"an inference ({memory['rules']})"
+    )
 
 
 def _left(document: Document, size: Size) -> list[str]:

@@ -3,18 +3,26 @@
 from sartor.ir.memory.arena import Allocation, Arena, best_fit, greedy_by_size, plan_arena
 from sartor.ir.memory.buffers import BufferGraph, InPlace, Step
 from sartor.ir.memory.peak import peak
+from sartor.ir.memory.programs import ProgramBuffers, program_buffers
+from sartor.ir.memory.rules import DEFAULT, MICROCONTROLLER, PLAIN, Rules
 from sartor.ir.memory.schedule import Schedule, schedule
 
 __all__ = [
+    "DEFAULT",
+    "MICROCONTROLLER",
+    "PLAIN",
     "Allocation",
     "Arena",
     "BufferGraph",
     "InPlace",
+    "ProgramBuffers",
+    "Rules",
     "Schedule",
     "Step",
     "best_fit",
     "greedy_by_size",
     "peak",
     "plan_arena",
+    "program_buffers",
     "schedule",
 ]

@@ -1,0 +1,241 @@
+"""Which values of a program share a buffer, and which steps are left, under the rules of a runtime."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Iterator, Mapping
+
+from sartor.errors import InternalError
+from sartor.ir.memory.buffers import BufferGraph, InPlace, Step
+from sartor.ir.memory.rules import ALIASES, ELEMENTWISE, METADATA, Rules
+from sartor.ir.quantities import Quantity, largest
+
+
+@dataclasses.dataclass(frozen=True)
+class NodeBuffers:
+    """A node of the main graph.
+
+    Attributes:
+        reads: activations.
+        writes: activations.
+        stored: initializers that it reads.
+        first: its first input, wherever that comes from.
+        scratch: bytes that its bodies need.
+        plane: of a depthwise convolution, bytes of a channel: of what it reads or writes, the larger.
+    """
+
+    name: str
+    op_type: str
+    reads: tuple[str, ...]
+    writes: tuple[str, ...]
+    stored: tuple[str, ...]
+    first: str
+    scratch: Quantity
+    plane: Quantity | None
+
+
+@dataclasses.dataclass(frozen=True)
+class KernelNodes:
+    """Nodes that run as one step, and the one that it is named after."""
+
+    lead: str
+    nodes: tuple[NodeBuffers, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Bypass:
+    """A removable block: its nodes, and which value takes the place of each of its outputs."""
+
+    nodes: frozenset[str]
+    replaced: Mapping[str, str]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Parts:
+    """What a graph is assembled from. `sizes` (bytes) and `shapes` are by value, `constants` (bytes) by initializer."""
+
+    rules: Rules
+    kernels: tuple[KernelNodes, ...]
+    sizes: Mapping[str, Quantity]
+    shapes: Mapping[str, tuple[int, ...]]
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    constants: Mapping[str, Quantity]
+    bypasses: Mapping[str, Bypass]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Assembled:
+    """Buffers at full width, and the sizes of buffers and constants as functions of a plan."""
+
+    graph: BufferGraph
+    sizes: Mapping[str, Quantity]
+    constants: Mapping[str, Quantity]
+
+
+def assemble(parts: Parts, removed: Iterable[str] = ()) -> Assembled:
+    """The graph without these blocks."""
+    return _Assembly(parts, frozenset(removed)).result()
+
+
+class _Assembly:
+    """The graph without some blocks."""
+
+    def __init__(self, source: Parts, removed: frozenset[str]):
+        self.source, self.rules = source, source.rules
+        self.renamed: dict[str, str] = {}
+        gone: set[str] = set()
+        for name in removed:
+            gone |= source.bypasses[name].nodes
+            self.renamed.update(source.bypasses[name].replaced)
+        self.kernels = [part for kernel in source.kernels for part in _staying(kernel, gone)]
+        self.outputs = [self.resolve(v) for v in source.outputs]
+        self.writer = {value: node for node in self.nodes() for value in node.writes}
+        self.readers: dict[str, list[NodeBuffers]] = {}
+        for node in self.nodes():
+            for value in self.reads(node):
+                self.readers.setdefault(value, []).append(node)
+        self.root: dict[str, str] = {}
+        self.constant: dict[str, tuple[str, ...]] = {}  # values that are initializers, dequantized
+        self.free = {k.lead for k in self.kernels if len(k.nodes) == 1 and self.is_free(k.nodes[0])}
+        self.sizes = self.buffers()
+
+    def nodes(self) -> Iterator[NodeBuffers]:
+        for kernel in self.kernels:
+            yield from kernel.nodes
+
+    def resolve(self, value: str) -> str:
+        while value in self.renamed:
+            value = self.renamed[value]
+        return value
+
+    def reads(self, node: NodeBuffers) -> list[str]:
+        if self.rules.aliases and node.op_type in METADATA:
+            return []
+        # What depends on no input may be in no kernel: it was computed when the model was loaded.
+        resolved = [self.resolve(value) for value in node.reads]
+        return [value for value in resolved if value in self.writer or value in self.source.inputs]
+
+    def buffer(self, value: str) -> str:
+        return self.root.get(value, value)
+
+    def is_free(self, node: NodeBuffers) -> bool:
+        """Whether the node is no step; if so, what it writes is given the buffer or the constant that it reads."""
+        kind, first = node.op_type, self.resolve(node.first)
+        if self.rules.quantized and kind == "DequantizeLinear" and not set(node.writes) & set(self.outputs):
+            if node.stored and not self.reads(node):
+                self.constant[node.writes[0]] = node.stored
+                return True
+            alias = first in self.reads(node)
+        elif self.rules.quantized and kind == "QuantizeLinear":
+            alone = len(self.readers.get(first, ())) == 1 and first not in self.outputs
+            made = self.writer.get(first)
+            alias = alone and made is not None and made.op_type != "DequantizeLinear"
+        else:
+            alias = self.rules.aliases and kind in ALIASES and first in self.reads(node)
+        if alias:
+            for value in node.writes[:1]:
+                self.root[value] = self.buffer(first)
+        return alias
+
+    def buffers(self) -> dict[str, Quantity]:
+        """Bytes by buffer: of the values that share it, the smallest."""
+        sizes: dict[str, Quantity] = {}
+        for value in (*self.source.inputs, *(v for node in self.nodes() for v in node.writes)):
+            own, name = self.source.sizes[value], self.buffer(value)
+            if name not in sizes or own.full < sizes[name].full:
+                sizes[name] = own
+        return sizes
+
+    def result(self) -> Assembled:
+        steps = _sorted([self.step(k) for k in self.kernels if k.lead not in self.free], self.source.inputs)
+        used = {*self.source.inputs, *(b for s in steps for b in (*s.writes, *s.scratch))}
+        used |= {permit.extra for step in steps for permit in step.in_place if permit.extra}
+        sizes = {name: size for name, size in self.sizes.items() if name in used}
+        read = {name for node in self.nodes() for name in node.stored}
+        lost = {
+            name for kernel in self.source.kernels for node in kernel.nodes for name in node.stored
+        } - read
+        constants = {name: size for name, size in self.source.constants.items() if name not in lost}
+        graph = BufferGraph(
+            steps=tuple(steps),
+            sizes={name: math.ceil(size.full) for name, size in sizes.items()},
+            inputs=self.source.inputs,
+            outputs=tuple(dict.fromkeys(self.buffer(v) for v in self.outputs if self.buffer(v) in sizes)),
+            inputs_held=self.rules.inputs_held,
+            constants={name: math.ceil(size.full) for name, size in constants.items()},
+        )
+        return Assembled(graph, sizes, constants)
+
+    def step(self, kernel: KernelNodes) -> Step:
+        nodes = kernel.nodes
+        own = {value for node in nodes for value in node.writes}
+        inside = set()
+        for value in own - set(self.outputs):
+            users = self.readers.get(value, ())
+            if users and all(user in nodes for user in users):
+                inside.add(value)
+        read = [v for node in nodes for v in self.reads(node) if v not in own and v not in self.constant]
+        written = [v for node in nodes for v in node.writes if v not in inside]
+        stored = [name for node in nodes for name in node.stored]
+        stored += [c for node in nodes for v in self.reads(node) for c in self.constant.get(v, ())]
+        scratch = [f"<scratch> {kernel.lead}"] if any(node.scratch.full for node in nodes) else []
+        for name in scratch:
+            self.sizes[name] = largest([node.scratch for node in nodes])
+        return Step(
+            name=kernel.lead,
+            reads=tuple(dict.fromkeys(map(self.buffer, read))),
+            writes=tuple(dict.fromkeys(map(self.buffer, written))),
+            in_place=tuple(self.permits(kernel, own, written)),
+            scratch=tuple(scratch),
+            constants=tuple(dict.fromkeys(stored)),
+        )
+
+    def permits(self, kernel: KernelNodes, own: set[str], written: list[str]) -> Iterator[InPlace]:
+        """What the step may write over what."""
+        result = written[-1] if written else ""
+        elementwise = True  # from here to the end of the kernel
+        for node in reversed(kernel.nodes if written else ()):
+            elementwise &= node.op_type in ELEMENTWISE
+            for value in self.reads(node):
+                if value in own or value in self.constant:
+                    continue
+                if self.rules.in_place and elementwise and self.fits(value, result):
+                    yield InPlace(self.buffer(value), self.buffer(result))
+                if self.rules.depthwise and node.plane is not None and value == self.resolve(node.first):
+                    extra = f"<channel> {node.name}"
+                    self.sizes[extra] = self.scaled(node.plane, value)
+                    yield InPlace(self.buffer(value), self.buffer(result), extra)
+
+    def fits(self, value: str, result: str) -> bool:
+        shapes = self.source.shapes
+        same = self.sizes[self.buffer(value)].full == self.sizes[self.buffer(result)].full
+        return same and shapes.get(value) == shapes.get(result)
+
+    def scaled(self, plane: Quantity, value: str) -> Quantity:
+        """`plane` in the type in which `value` exists, where it is quantized."""
+        ratio = self.sizes[self.buffer(value)].full / (self.source.sizes[value].full or 1.0)
+        return Quantity(tuple((c * ratio, factors) for c, factors in plane.terms))
+
+
+def _staying(kernel: KernelNodes, gone: set[str]) -> list[KernelNodes]:
+    """What is left of a kernel: all of it, or of one whose lead is gone, each node that stays."""
+    if kernel.lead not in gone:
+        return [kernel]
+    return [KernelNodes(node.name, (node,)) for node in kernel.nodes if node.name not in gone]
+
+
+def _sorted(steps: list[Step], inputs: Iterable[str]) -> list[Step]:
+    """In an order that can be run, as close to the given one as that allows: a kernel waits for its addend."""
+    made, left, ordered = set(inputs), list(steps), []
+    while left:
+        step = next((s for s in left if made.issuperset(s.reads)), None)
+        if step is None:
+            raise InternalError(
+                f"Kernel '{left[0].name}' waits for itself; its nodes cannot run as one kernel."
+            )
+        left.remove(step)
+        ordered.append(step)
+        made.update(step.writes)
+    return ordered

@@ -1,0 +1,227 @@
+"""Buffers of a program, by rules that say what runtimes do: what is fused, renamed, and written in place."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from sartor.ir.bodies import body_graphs, read_values
+from sartor.ir.extents import Extent
+from sartor.ir.fusion import json_attributes, partition
+from sartor.ir.kernels import Tensors
+from sartor.ir.liveness import body_peak
+from sartor.ir.memory.assembly import Assembled, Bypass, KernelNodes, NodeBuffers, Parts, assemble
+from sartor.ir.memory.buffers import BufferGraph, moments
+from sartor.ir.memory.peak import peaks
+from sartor.ir.memory.rules import DEFAULT, Rules
+from sartor.ir.program import Program
+from sartor.ir.quantities import Quantity, largest, whole
+
+Fractions = Mapping[str, Any]
+Removed = Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ProgramBuffers:
+    """Buffers of a program with sizes as functions of a plan. Made by `program_buffers`."""
+
+    parts: Parts
+    _made: dict[frozenset[str], Assembled] = dataclasses.field(default_factory=dict, repr=False)
+
+    def graph(self, removed: Iterable[str] = ()) -> BufferGraph:
+        """Buffers at full width, without these blocks."""
+        return self._assembled(frozenset(removed)).graph
+
+    def at(self, fractions: Fractions | None = None, removed: Removed | None = None) -> BufferGraph:
+        """Buffers under one plan."""
+        gone = frozenset(
+            name for name, flag in (removed or {}).items() if flag and name in self.parts.bypasses
+        )
+        made = self._assembled(gone)
+
+        def under_plan(sizes: Mapping[str, Quantity]) -> dict[str, int]:
+            return {name: _bytes(size.evaluate(fractions or {})) for name, size in sizes.items()}
+
+        constants = under_plan(made.constants)
+        return dataclasses.replace(made.graph, sizes=under_plan(made.sizes), constants=constants)
+
+    def peaks(
+        self,
+        fractions: Fractions | None = None,
+        removed: Removed | None = None,
+        order: Sequence[int] | None = None,
+    ) -> np.ndarray:
+        """Peak bytes of a population of plans, an array `[plans]` (0-d for a single plan).
+
+        Args:
+            fractions: kept fraction per group; scalars or arrays of one common length.
+            removed: removed blocks; scalars or bool arrays of the same length.
+            order: steps of `graph()` in another order; where a block is removed, the steps that stay keep to it.
+        """
+        names = None if order is None else [self.graph().steps[i].name for i in order]
+
+        def of(made: Assembled, kept: Fractions) -> Any:
+            graph = made.graph if names is None else _in_order(made.graph, names)
+            return peaks(moments(graph), {name: size.evaluate(kept) for name, size in made.sizes.items()})
+
+        return self._over_plans(of, fractions, removed)
+
+    def traffic_bytes(self, fractions: Fractions | None = None, removed: Removed | None = None) -> np.ndarray:
+        """Bytes that steps read and write, constants included, `[plans]`; arguments as of `peaks`."""
+
+        def of(made: Assembled, kept: Fractions) -> Any:
+            sizes = {**made.sizes, **made.constants}
+            moved = [b for s in made.graph.steps for b in (*s.reads, *s.writes, *s.constants)]
+            return sum(
+                sizes[name].evaluate(kept) * times for name, times in collections.Counter(moved).items()
+            )
+
+        return self._over_plans(of, fractions, removed)
+
+    def constant_bytes(
+        self, fractions: Fractions | None = None, removed: Removed | None = None
+    ) -> np.ndarray:
+        """Bytes of initializers, `[plans]`; arguments as of `peaks`."""
+
+        def of(made: Assembled, kept: Fractions) -> Any:
+            return sum(size.evaluate(kept) for size in made.constants.values())
+
+        return self._over_plans(of, fractions, removed)
+
+    def _over_plans(
+        self,
+        of: Callable[[Assembled, Fractions], Any],
+        fractions: Fractions | None,
+        removed: Removed | None,
+    ) -> np.ndarray:
+        """`of` for each plan; it is asked once per set of removed blocks."""
+        kept = {name: np.asarray(value, float) for name, value in (fractions or {}).items()}
+        gone = {name: np.asarray(value, bool) for name, value in (removed or {}).items()}
+        names = [name for name in self.parts.bypasses if name in gone]
+        shape = np.broadcast_shapes(*(v.shape for v in kept.values()), *(v.shape for v in gone.values()))
+        flags = np.zeros((*shape, len(names)), bool)
+        for index, name in enumerate(names):
+            flags[..., index] = gone[name]
+        flat = flags.reshape(math.prod(shape), len(names))
+        result = np.zeros(flat.shape[0])
+        columns = {name: np.broadcast_to(value, shape).reshape(-1) for name, value in kept.items()}
+        for row in np.unique(flat, axis=0) if names else flat[:1]:
+            where = (flat == row).all(-1)
+            part = {name: value[where] for name, value in columns.items()}
+            without = frozenset(n for n, flag in zip(names, row, strict=True) if flag)
+            result[where] = whole(of(self._assembled(without), part))
+        return result.reshape(shape)
+
+    def _assembled(self, removed: frozenset[str]) -> Assembled:
+        if removed not in self._made:
+            self._made[removed] = assemble(self.parts, removed)
+        return self._made[removed]
+
+
+def _bytes(size: Any) -> int:
+    return math.ceil(float(whole(size)))
+
+
+def _in_order(graph: BufferGraph, names: Sequence[str]) -> BufferGraph:
+    """As close to the order of `names` as the graph allows: steps that are not among them run when they can."""
+    rank = {name: i for i, name in enumerate(names)}
+    made = set(graph.inputs)
+    left = list(range(len(graph.steps)))
+    order: list[int] = []
+    while left:
+        ready = [i for i in left if made.issuperset(graph.steps[i].reads)]
+        step = min(ready, key=lambda i: (rank.get(graph.steps[i].name, -1), i))
+        order.append(step)
+        left.remove(step)
+        made.update(graph.steps[step].writes)
+    return graph.reordered(order)
+
+
+def program_buffers(
+    program: Program,
+    rules: Rules = DEFAULT,
+    extents: Mapping[str, tuple[Extent, ...]] | None = None,
+    blocks: Sequence[Any] = (),
+) -> ProgramBuffers:
+    """Buffers of the main graph.
+
+    Args:
+        program: at its reference shapes.
+        rules: of the runtime.
+        extents: dimensions per value name; values that are absent keep their reference shape.
+        blocks: removable blocks with `name`, `nodes`, `inputs` and `outputs`: without one, what reads its output
+            reads its input instead.
+
+    Raises:
+        ModelError: a shape depends on data.
+    """
+    tensors = Tensors(program, extents)
+    blocks_of: dict[str, tuple[str, ...]] = {}
+    for block in blocks:
+        for name in block.nodes:
+            blocks_of[name] = (*blocks_of.get(name, ()), block.name)
+    if rules.fusion is None:
+        grouped: list[tuple[ir.Node, Sequence[ir.Node]]] = [(node, [node]) for node in program.nodes()]
+    else:
+        grouped = [(group.lead, group.nodes) for group in partition(program, blocks_of, rules.fusion)]
+    stored = set(program.initializers)
+    values = [v for v in program.graph.inputs if v.name not in stored]
+    values += [v for node in program.nodes() for v in node.outputs if v.name]
+    constants = {name: tensors[value].bytes for name, value in program.initializers.items()}
+    bypasses = {}
+    for block in blocks:
+        if block.inputs:
+            replaced = dict.fromkeys(map(_name, block.outputs), _name(block.inputs[0]))
+            bypasses[block.name] = Bypass(frozenset(block.nodes), replaced)
+    kernels = [
+        KernelNodes(lead.name or "", tuple(_node(node, stored, tensors) for node in nodes))
+        for lead, nodes in grouped
+    ]
+    parts = Parts(
+        rules=rules,
+        kernels=tuple(kernels),
+        sizes={v.name or "": tensors[v].bytes for v in values},
+        shapes=program.shapes(),
+        inputs=tuple(v.name or "" for v in program.graph.inputs if v.name not in stored),
+        outputs=tuple(v.name or "" for v in program.graph.outputs),
+        constants=constants,
+        bypasses=bypasses,
+    )
+    return ProgramBuffers(parts)
+
+
+def _name(value: Any) -> str:
+    return value if isinstance(value, str) else value.name
+
+
+def _node(node: ir.Node, stored: set[str], tensors: Tensors) -> NodeBuffers:
+    read = dict.fromkeys(v.name or "" for v in read_values(node))
+    first = node.inputs[0].name or "" if node.inputs and node.inputs[0] is not None else ""
+    return NodeBuffers(
+        name=node.name or "",
+        op_type=node.op_type if node.domain in ("", "ai.onnx") else f"{node.domain}.{node.op_type}",
+        reads=tuple(name for name in read if name not in stored),
+        writes=tuple(v.name for v in node.outputs if v.name),
+        stored=tuple(name for name in read if name in stored),
+        first=first,
+        scratch=largest([body_peak(body, node.op_type, tensors) for body in body_graphs(node)]),
+        plane=_plane(node, tensors),
+    )
+
+
+def _plane(node: ir.Node, tensors: Tensors) -> Quantity | None:
+    if node.op_type != "Conv" or node.inputs[0] is None:
+        return None
+    data, result = tensors[node.inputs[0]], tensors[node.outputs[0]]
+    channels = round(data.dims[1].full)
+    groups = int(json_attributes(node).get("group", 1))
+    if not 1 < groups == channels == round(result.dims[1].full):
+        return None
+    planes = [Quantity.product(t.item_bytes, (t.dims[0], *t.dims[2:])) for t in (data, result)]
+    return largest(planes)
