@@ -32,7 +32,7 @@ def test_utilisation_and_efficiency_follow_from_the_other_columns():
         for row in ROWS["4.1"]
         if row["utilization_gmacs"] / row["power_w"] != pytest.approx(row["gmac_per_j"], abs=0.011)
     ]
-    assert off == ["VGG19"]  # printed as 1.64; its other columns give 1.61
+    assert off == ["VGG19", "Dollar"]  # printed as 1.64 and 1.70; their other columns give 1.61 and 1.72
 
 
 def test_tables_that_repeat_each_other_agree():
