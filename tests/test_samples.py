@@ -22,7 +22,7 @@ from sartor.cost_models.samples import (
 from sartor.cost_models.signatures import key_of, signature_of, variable_names
 from sartor.errors import InternalError
 from sartor.ir.extents import Extent
-from sartor.ir.kernels import Kernel, Operand
+from sartor.ir.kernels import Kernel, Operand, channels_per_group
 from sartor.ir.quantities import Quantity
 from sartor.ir.workload import build_workload
 from sartor.profiling.shapes import activations_product, moving
@@ -45,10 +45,9 @@ def grouped(kept_groups: bool, groups=4, inner=8, outer=6, op="Conv"):
     )
     inputs = (Operand("x", size, 4, "FLOAT"), Operand("w", w, 4, "FLOAT", stored=True))
     attributes = {"group": groups, "kernel_shape": [3, 3], "pads": [1] * 4, "strides": [1, 1]}
-    zero = Quantity()
-    return Kernel(
-        "k", op, "conv", ("k",), attributes, inputs, (Operand("y", out, 4, "FLOAT"),), (), zero, zero, zero
-    )
+    zero, y = Quantity(), Operand("y", out, 4, "FLOAT")
+    per_group = channels_per_group(op, inputs, y)
+    return Kernel("k", op, "conv", ("k",), attributes, inputs, (y,), (), zero, zero, zero, **per_group)
 
 
 def weights_of(blob: bytes) -> list[tuple[int, ...]]:

@@ -59,7 +59,7 @@ def run(options: argparse.Namespace) -> Result:
     if options.target is None or options.out is None:
         raise UsageError("'sartor profile' needs '--target' and '--out FILE', or '--check FILE'.")
     from sartor.backends.protocol import TargetOptions
-    from sartor.profiling.build import build_profile
+    from sartor.profiling.build import build_profile, learned_uncertainty
 
     target = TargetOptions(threads=options.threads, precision=options.precision)
     with Progress.on_stderr() as progress:
@@ -71,6 +71,7 @@ def run(options: argparse.Namespace) -> Result:
             progress=progress,
             seed=options.seed,
             pin=not options.no_pin,
+            uncertainty_of=learned_uncertainty,
         )
     document = {"schema": SCHEMA, "out": str(options.out), **_summary(profile)}
     return Result(document, _text(document))

@@ -96,8 +96,7 @@ def _epilogue(kernel: Kernel) -> list[list[Any]]:
 
 def _prologue(kernel: Kernel) -> Spec:
     """What is fused in front, by name; no entry where nothing is."""
-    fused = getattr(kernel, "prologue", ())
-    return {"prologue": [entry.op_type for entry in fused]} if fused else {}
+    return {"prologue": [entry.op_type for entry in kernel.prologue]} if kernel.prologue else {}
 
 
 def _dtype(kernel: Kernel) -> str:
@@ -132,26 +131,8 @@ def _convolution(kernel: Kernel) -> tuple[Spec, tuple[Quantity, ...]]:
         return spec, (_one(c_in),)
     if group == 1:
         return {**spec, "group": 1}, (_one(c_in), _one(c_out))
-    return {**spec, "group": "*"}, _group_variables(group, c_in, c_out, w.dims[1], transposed)
-
-
-def _group_variables(
-    group: int, c_in: Extent, c_out: Extent, stored: Extent, transposed: bool
-) -> tuple[Quantity, Quantity, Quantity]:
-    """Groups and the channels of one on either side, of which a plan changes the one or the other.
-
-    Where the weight's own channel axis stays while the channels that it is of vary, whole groups go.
-    """
-    wide, own = (c_out, c_in) if transposed else (c_in, c_out)
-    if wide.groups and not stored.groups:
-        groups = Quantity.product(1 / stored.full, (wide,))
-        other = Quantity.product(own.full / group, ())
-        sides = (Quantity.product(stored.full, ()), other)
-    else:
-        groups = Quantity.product(group, ())
-        sides = (_one(stored), Quantity.product(1 / group, (own,)))
-    inner, outer = reversed(sides) if transposed else sides
-    return groups, inner, outer
+    per_group = (kernel.groups, kernel.in_per_group, kernel.out_per_group)
+    return {**spec, "group": "*"}, tuple(_one(extent) for extent in per_group if extent is not None)
 
 
 def _product(kernel: Kernel) -> tuple[Spec, tuple[Quantity, ...]]:

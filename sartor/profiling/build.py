@@ -13,11 +13,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
+
 from sartor.backends import host
 from sartor.backends.protocol import Backend, TargetOptions
 from sartor.cost_models.boundary import Boundary, boundary_from
-from sartor.cost_models.profile import DeviceProfile
+from sartor.cost_models.profile import DeviceProfile, of_role
 from sartor.cost_models.samples import sample_model
+from sartor.cost_models.signatures import Signature
 from sartor.errors import UsageError
 from sartor.ir.fusion import CONTRACTIONS
 from sartor.ir.fusion_rules import GENERIC, FusionRules
@@ -30,6 +33,7 @@ from sartor.profiling.timing import BATCH, NETWORKS, Batch, Effort, Job, KernelT
 _NETWORKS_AT_ONCE = len(networks.KINDS)
 _DRAWN, _REFINED, _TIMED = 0.40, 0.64, 0.94
 """Of the minutes: until when kernels are drawn, chosen by uncertainty, and networks timed. The rest is the fit."""
+_REFINEMENTS, _MOST_AT_ONCE = 3, 40  # fits between batches; batches after one
 PRECISIONS = ("f32", "bf16")
 
 Fit = Callable[[DeviceProfile], DeviceProfile]
@@ -63,7 +67,7 @@ def build_profile(
     pin: bool = True,
     timer: Timer | None = None,
     fit: Fit | None = None,
-    uncertainty_of: Callable[[DeviceProfile], Uncertainty] | None = None,
+    uncertainty_of: Callable[[DeviceProfile], Uncertainty | None] | None = None,
     clock: Callable[[], float] = time.monotonic,
 ) -> DeviceProfile:
     """Build the profile of this machine as `target` uses it, and write it.
@@ -78,8 +82,8 @@ def build_profile(
         pin: keep the measuring process on the least busy processors.
         timer: instead of the target, for tests.
         fit: what fits the models; by default `sartor.cost_models.ladder.fit_profile`.
-        uncertainty_of: the model that chooses later samples, from the profile so far; by default the distance
-            to what was sampled.
+        uncertainty_of: what chooses later samples, from the profile so far; by default, and where it has none,
+            the distance to what was sampled.
         clock: monotonic seconds.
 
     Raises:
@@ -145,6 +149,27 @@ def fusion_rules(backend: Backend) -> FusionRules:
     return FusionRules.of(fuses) if fuses else GENERIC
 
 
+def learned_uncertainty(profile: DeviceProfile) -> Uncertainty | None:
+    """That of a learned model which is fitted to the samples so far; None without LightGBM, or if they are too few."""
+    import importlib.util
+
+    from sartor.cost_models import learned, rates
+    from sartor.errors import SartorError
+
+    if importlib.util.find_spec("lightgbm") is None:
+        return None
+    samples = of_role(profile.samples, "fit")
+    try:
+        model = learned.fit(samples, rates.fitted(samples)).model
+    except SartorError:
+        return None
+
+    def unsure(signature: Signature, sizes: Sequence[np.ndarray]) -> np.ndarray:
+        return model.predict(signature, sizes)[1] if model.knows(signature) else np.array(math.inf)
+
+    return unsure
+
+
 def default_fit(profile: DeviceProfile) -> DeviceProfile:
     """Models, law, interval and errors; without LightGBM the learned tier is left out."""
     import importlib.util
@@ -186,7 +211,9 @@ class _Builder:
         self._progress, self._seconds, self._seed = progress, seconds, seed
         self.records = Records(journal, clock)
 
-    def measure(self, timer: Timer, uncertainty_of: Callable[[DeviceProfile], Uncertainty] | None) -> str:
+    def measure(
+        self, timer: Timer, uncertainty_of: Callable[[DeviceProfile], Uncertainty | None] | None
+    ) -> str:
         """All stages that the journal does not hold yet; what ended them."""
         self._progress.stage("layout and calls")
         boundary = self._boundary(timer)
@@ -196,11 +223,12 @@ class _Builder:
         self._progress.stage("sampling where it is unsure")
         while self.records.spent_s < _REFINED * self._seconds:
             points = [*self.records.points()]
-            unsure: Uncertainty = Novelty(points)
+            unsure: Uncertainty | None = None
             if uncertainty_of is not None:
                 unsure = uncertainty_of(self.records.profile({}, host.device(), 0.0, ""))
             number, taken = self.records.next("refine"), [p.key for p in points]
-            chosen = self._design.refine(number, 4 * BATCH, unsure, taken)
+            count = BATCH * self._batches_of_a_refinement()
+            chosen = self._design.refine(number, count, unsure or Novelty(points), taken)
             for start in range(0, len(chosen), BATCH):
                 if self.records.spent_s < _REFINED * self._seconds or not start:
                     self._kernels(timer, boundary, "refine", chosen[start : start + BATCH])
@@ -208,6 +236,12 @@ class _Builder:
         while self.records.spent_s < _TIMED * self._seconds or self.records.next("networks") < 2:
             self._networks(timer)
         return "minutes"
+
+    def _batches_of_a_refinement(self) -> int:
+        """A third of what the time allows, so that the model learns twice from what it asked for."""
+        done = self.records.batches("design")
+        pace = max(sum(float(r["spent_s"]) for r in done) / len(done), 1e-3)
+        return max(1, min(_MOST_AT_ONCE, int((_REFINED - _DRAWN) * self._seconds / pace / _REFINEMENTS)))
 
     def _boundary(self, timer: Timer) -> Boundary:
         chosen = layout.probes_of()
