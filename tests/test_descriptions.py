@@ -86,6 +86,7 @@ def test_every_table_of_a_file_is_read(tmp_path):
     path = tmp_path / "board.toml"
     path.write_text(GOOD)
     constants = load_description(path).constants
+    assert describe_target(str(path)) == load_description(path)
     assert {place: number.value for place, number in constants.numbers().items()} == {
         "macs_per_s.int8": 1e9,
         "units": 4,

@@ -287,6 +287,12 @@ def test_energy_by_hand_and_only_where_the_file_has_it():
     assert estimate.read("energy_j") == pytest.approx(
         model.energy_j(estimate.read("macs"), estimate.read("traffic_bytes"), estimate.latency_s)
     )
+    plans = {"a": np.array([1.0, 0.5])}
+    together = Roofline(board, "int8").evaluate(workload_of(), plans)
+    for i, kept in enumerate(plans["a"]):
+        alone = Roofline(board, "int8").estimate(workload_of(), {"a": kept})
+        assert {name: values[i] for name, values in together.items()} == pytest.approx(dict(alone.metrics))
+    assert "energy_j" not in Roofline("jetson-nano", "f16").evaluate(workload_of())
     assert EnergyModel.of(describe_target("jetson-nano"), "f16") is None
     assert EnergyModel.of(board, "f32") is None
 

@@ -76,11 +76,19 @@ def described_devices() -> tuple[str, ...]:
 def describe_target(name: str) -> TargetDescription:
     """The description of a target or of a device.
 
+    Args:
+        name: one that is shipped, or the path of a description of your own, which ends in `.toml`.
+
     Raises:
-        UsageError: there is none; targets of plugins need not have one.
+        UsageError: there is none; targets of plugins need not have one. Or your own breaks a rule of the form.
     """
+    if name.endswith(".toml"):
+        return load_description(name)
     if name not in _names():
-        raise UsageError(f"No description of target '{name}'; described targets are {list(_names())}.")
+        raise UsageError(
+            f"No description of target '{name}'; described targets are {list(_names())}. Give a file of your own as a "
+            "path that ends in '.toml'."
+        )
     return _shipped(name)
 
 

@@ -133,12 +133,41 @@ class Roofline:
         Raises:
             PlanError: a removed block is not in the workload.
         """
+        return self.evaluate(workload, fractions, removed, batches=batches)["latency_s"]
+
+    def evaluate(
+        self,
+        workload: Workload,
+        fractions: Fractions | None = None,
+        removed: Removed | None = None,
+        *,
+        batches: float = 1.0,
+    ) -> dict[str, np.ndarray]:
+        """Every metric of a population of plans, as `estimate` names them, each an array `[plans]`.
+
+        Raises:
+            PlanError: a removed block is not in the workload.
+        """
         workload.check_removed(removed or {})
         plans = Population(fractions or {}, removed or {})
-        total: Any = np.full(plans.shape, self.constants.call_s)
+        macs: Any = np.zeros(plans.shape)
+        traffic: Any = np.zeros(plans.shape)
+        latency: Any = np.full(plans.shape, self.constants.call_s)
         for item, found, network in self._priced(workload, plans, batches):
-            total = total + _count(item, plans) * self._terms_of(item, found, network).seconds
-        return np.asarray(total)
+            count = _count(item, plans)
+            latency = latency + count * self._terms_of(item, found, network).seconds
+            macs = macs + count * found.macs
+            traffic = traffic + count * found.moved * self._narrowing(item)
+        return self._metrics(np.asarray(latency), np.asarray(macs), np.asarray(traffic))
+
+    def _metrics(self, latency: Any, macs: Any, traffic: Any) -> dict[str, Any]:
+        metrics = {"latency_s": latency, "macs": macs, "traffic_bytes": traffic}
+        if self._energy is not None:
+            metrics["energy_j"] = self._energy.energy_j(macs, traffic, latency)
+        return metrics
+
+    def _narrowing(self, item: _Item) -> float:
+        return narrowing(item.signature.spec, self.precision) if item.signature else 1.0
 
     def estimate(
         self,
@@ -176,17 +205,13 @@ class Roofline:
                 )
             )
             macs += float(found.macs)
-            traffic += float(found.moved) * (
-                narrowing(item.signature.spec, self.precision) if item.signature else 1.0
-            )
+            traffic += float(found.moved) * self._narrowing(item)
             if item.signature is None:
                 unmodelled.append(
                     f"{kernel.name} ({kernel.op_type}): what runs inside it, priced as one kernel"
                 )
         latency = sum(c.latency_s for c in costs) + self.constants.call_s
-        metrics = {"latency_s": latency, "macs": macs, "traffic_bytes": traffic}
-        if self._energy is not None:
-            metrics["energy_j"] = float(self._energy.energy_j(macs, traffic, latency))
+        metrics = self._metrics(latency, macs, traffic)
         return CostEstimate(self.method, metrics, {}, tuple(costs), (*unmodelled, *self._leaves_out))
 
     def _terms_of(self, item: _Item, found: Work, network: Any) -> Terms:
@@ -200,11 +225,9 @@ class Roofline:
         for item in self._items(workload):
             if item.signature is None:
                 mine = _opaque(item.kernel, plans)
-                narrow = 1.0
             else:
                 mine = work(item.signature, [plans.quantity(v) for v in item.signature.variables])
-                narrow = narrowing(item.signature.spec, self.precision)
-            network = network + _count(item, plans) * mine.weight_bytes * narrow
+            network = network + _count(item, plans) * mine.weight_bytes * self._narrowing(item)
             found.append((item, mine if batches == 1.0 else mine.times(batches)))
         return [(item, mine, network) for item, mine in found]
 
