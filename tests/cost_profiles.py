@@ -14,7 +14,7 @@ from sartor.cost_models.profile import DeviceProfile, NetworkTime, Sample
 from sartor.cost_models.work import work_of_spec
 
 STEP = 16
-CACHE = 8e6
+CACHE = 2e6
 CALL_S = 5e-6
 
 

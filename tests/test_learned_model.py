@@ -1,0 +1,285 @@
+"""Features, trees as arrays, and the learned model of kernel times on a machine whose law is known."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+
+import numpy as np
+import pytest
+from cost_profiles import conv_spec, depthwise_spec, draw_kernel, gemm_spec, grouped_spec, sample, true_s
+
+from sartor.cost_models import learned
+from sartor.cost_models.features import alignment, family_of, features, names_of
+from sartor.cost_models.learned import BoostedResidual, as_signature, signature_at
+from sartor.cost_models.profile import Sample
+from sartor.cost_models.protocol import KernelModel
+from sartor.cost_models.rates import Rates, fitted
+from sartor.cost_models.scores import ranks, spearman, summary
+from sartor.cost_models.table import KernelTable, corrections
+from sartor.cost_models.trees import Trees, from_lightgbm
+from sartor.errors import MetricUnavailableError, UsageError
+
+
+def drawn(count, seed=0, noise=0.02):
+    rng = np.random.default_rng(seed)
+    return [sample(*draw_kernel(rng), rng, noise) for _ in range(count)]
+
+
+@pytest.fixture(scope="module")
+def samples():
+    """A draw, and depthwise convolutions next to multiples of 16."""
+    rng = np.random.default_rng(1)
+    near = [
+        (depthwise_spec(int(rng.choice([7, 14, 28]))), 16 * rng.integers(1, 20) - rng.integers(0, 4))
+        for _ in range(70)
+    ]
+    return drawn(500) + [sample(spec, (float(c),), rng, 0.02) for spec, c in near]
+
+
+@pytest.fixture(scope="module")
+def base(samples):
+    return fitted(samples)
+
+
+@pytest.fixture(scope="module")
+def fit(samples, base):
+    return learned.fit(samples, base)
+
+
+def predicted(model, spec, at):
+    seconds, _ = model.predict(signature_at(spec, family_of(spec), at), [np.array([float(v)]) for v in at])
+    return float(seconds[0])
+
+
+# ---- features ------------------------------------------------------------------------------------
+def test_every_kind_of_kernel_has_its_columns():
+    pool = {
+        "op": "MaxPool",
+        "attributes": {"kernel_shape": [3, 3], "strides": [2, 2]},
+        "inputs": [{"slot": 0, "dims": [1, "*", 28, 28], "dtype": "FLOAT", "stored": False}],
+        "outputs": [[1, "*", 14, 14]],
+        "output_dtypes": ["FLOAT"],
+        "output_count": 1,
+        "epilogue": [],
+    }
+    cases = [(conv_spec(14), 2), (depthwise_spec(14), 1), (grouped_spec(14), 3), (gemm_spec(), 2), (pool, 1)]
+    for spec, variables in cases:
+        rows = features(spec, [np.array([16.0, 32.0, 33.0])] * variables)
+        assert rows.shape == (3, len(names_of(spec))) and np.isfinite(rows).all()
+        assert (rows[0] != rows[1]).any() and (rows[1] != rows[2]).any()
+
+
+def test_groups_are_features_of_their_own():
+    """Equal work in and out, other groups: another kernel."""
+    names = names_of(conv_spec(14))
+    dense = dict(zip(names, features(conv_spec(14), [[64.0], [64.0]])[0], strict=True))
+    grouped = dict(zip(names, features(grouped_spec(14), [[8.0], [8.0], [8.0]])[0], strict=True))
+    deep = dict(zip(names, features(depthwise_spec(14), [[64.0]])[0], strict=True))
+    for name in ("log_c_in", "log_c_out", "log_rows", "log_written", "align_out"):
+        assert dense[name] == pytest.approx(grouped[name]) == pytest.approx(deep[name])
+    assert grouped["log_groups"] == pytest.approx(np.log(8)) and deep["log_groups"] == pytest.approx(
+        np.log(64)
+    )
+    assert dense["log_macs"] - grouped["log_macs"] == pytest.approx(np.log(8))
+    assert dense["log_macs"] - deep["log_macs"] == pytest.approx(np.log(64))
+    assert grouped["log_channels"] == pytest.approx(np.log(8)) and deep["log_channels"] == 0.0
+
+
+def test_alignment_counts_powers_of_two_up_to_a_vector():
+    np.testing.assert_array_equal(alignment([1, 2, 12, 16, 32, 64, 46, 2.5]), [0, 1, 2, 4, 5, 5, 1, 0])
+
+
+# ---- trees ---------------------------------------------------------------------------------------
+def test_trees_say_what_lightgbm_says_on_thresholds_too():
+    lightgbm = pytest.importorskip("lightgbm")
+    rng = np.random.default_rng(0)
+    rows = rng.integers(0, 20, (400, 5)).astype(float)  # few values: many rows lie exactly on a threshold
+    target = rows[:, 0] * rows[:, 1] + 10 * (rows[:, 2] > 7) + rng.standard_normal(400)
+    options = {"num_leaves": 15, "min_data_in_leaf": 3, "verbose": -1, "num_threads": 1}
+    booster = lightgbm.train(options, lightgbm.Dataset(rows, target), num_boost_round=30)
+    trees = from_lightgbm(booster.dump_model())
+    thresholds = trees.number[trees.feature == 0]
+    asked = np.vstack([rows, np.tile(thresholds[:, None], (1, 5)), rng.normal(10, 20, (300, 5))])
+    np.testing.assert_allclose(trees.predict(asked), booster.predict(asked), rtol=1e-12)
+    again = Trees.from_dict(json.loads(json.dumps(trees.to_dict())))
+    np.testing.assert_array_equal(again.predict(asked), trees.predict(asked))
+
+
+def test_many_rows_are_walked_in_chunks(fit, monkeypatch):
+    trees = fit.model.families["conv"].folds[0]
+    rows = np.random.default_rng(0).normal(3, 3, (100, len(fit.model.families["conv"].names) + 1))
+    whole = trees.predict(rows)
+    monkeypatch.setattr("sartor.cost_models.trees._CELLS", 7 * len(trees.roots))
+    np.testing.assert_allclose(trees.predict(rows), whole, rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"right": [2, 1, 9]},
+        {"right": [0, 1, 2]},
+        {"number": [1.0]},
+        {"roots": [5]},
+        {"number": [1, 2, np.inf]},
+    ],
+)
+def test_arrays_that_are_no_trees_are_refused(change):
+    good = {"feature": [0, -1, -1], "number": [0.5, 1.0, 2.0], "right": [2, 1, 2], "roots": [0]}
+    np.testing.assert_array_equal(Trees.from_dict(good).predict(np.array([[0.5], [0.6]])), [1.0, 2.0])
+    with pytest.raises(ValueError, match="trees"):
+        Trees.from_dict({**good, **change})
+
+
+# ---- the learned model ---------------------------------------------------------------------------
+def test_unseen_kernels_are_predicted_far_better_than_by_the_roofline(fit, base):
+    unseen = [s for s in drawn(150, seed=9, noise=0.0) if s.family in fit.families]
+    truth = [s.warm_s for s in unseen]
+    scores = {
+        name: summary([predicted(model, s.spec, s.at) for s in unseen], truth)
+        for name, model in (("learned", fit.model), ("roofline", base))
+    }
+    assert scores["learned"]["mape"] < 0.08 < 0.12 < scores["roofline"]["mape"]
+    assert scores["learned"]["spearman"] > 0.99 and abs(scores["learned"]["bias"]) < 0.02
+    assert isinstance(fit.model, KernelModel) and isinstance(base, KernelModel)
+
+
+def test_what_it_says_of_its_error_is_what_its_error_is(fit):
+    unseen = [s for s in drawn(200, seed=5) if s.family in fit.families]
+    scores = []
+    for one in unseen:
+        seconds, sd = fit.model.predict(as_signature(one), [np.array([v]) for v in one.at])
+        scores.append(float(np.log(one.warm_s / seconds[0]) / np.hypot(sd[0], 0.02)))
+    assert 0.6 < np.sqrt(np.mean(np.square(scores))) < 1.6
+
+
+def test_grouped_and_wide_convolutions_are_not_taken_for_each_other(fit):
+    """ResNeXt-50 32x4d and Wide ResNet-50-2 have equal widths, and a thirty-second of the work in between."""
+    resnext, wide = (grouped_spec(14), (32, 8, 8)), (conv_spec(14), (256, 256))
+    truth = true_s(*wide) / true_s(*resnext)
+    assert truth > 8
+    assert predicted(fit.model, *wide) / predicted(fit.model, *resnext) == pytest.approx(truth, rel=0.35)
+
+
+def test_widths_off_the_grid_are_known_to_be_slow(fit):
+    slow, fast = (predicted(fit.model, depthwise_spec(14), (c,)) for c in (126, 128))
+    assert slow / fast == pytest.approx(3.0, rel=0.3)
+
+
+def test_a_sample_says_nothing_to_the_fold_that_judges_it(samples):
+    number = learned._folds(samples, seed=0)
+    by_key = {}
+    for one, fold in zip(samples, number, strict=True):
+        by_key.setdefault(as_signature(one).key, set()).add(int(fold))
+    assert all(len(folds) == 1 for folds in by_key.values()) and set(number) == {0, 1, 2, 3}
+
+
+def test_fitting_is_deterministic_and_survives_its_file(fit, samples, base):
+    few = samples[:200]
+    first, second = learned.fit(few, base).model.save(), learned.fit(few, base).model.save()
+    assert first == second
+    again = BoostedResidual.load(json.loads(json.dumps(fit.model.save())), Rates.load(base.save()))
+    at = (conv_spec(28), (48, 80))
+    assert predicted(again, *at) == predicted(fit.model, *at)
+    with pytest.raises(ValueError, match="kind"):
+        BoostedResidual.load({"conv": {**first["conv"], "kind": "other"}}, base)
+
+
+def test_families_with_few_samples_are_left_to_the_roofline(samples, base):
+    few = [s for s in samples if s.family != "gemm"]
+    few += [s for s in samples if s.family == "gemm"][: learned.FEWEST - 1]
+    model = learned.fit(few, base).model
+    gemm = signature_at(gemm_spec(), "gemm", (64.0, 64.0))
+    assert not model.knows(gemm) and model.knows(signature_at(conv_spec(14), "conv", (64.0, 64.0)))
+    transposed = signature_at({**conv_spec(14), "op": "ConvTranspose"}, "conv", (64.0, 64.0))
+    assert not model.knows(transposed)  # of the family, but no sample had this operator
+
+
+def test_without_the_library_fitting_says_what_to_install_and_predicting_works(
+    fit, samples, base, monkeypatch
+):
+    monkeypatch.setitem(sys.modules, "lightgbm", None)
+    with pytest.raises(UsageError, match=r"pip install 'sartor\[profile\]'"):
+        learned.fit(samples, base)
+    model = BoostedResidual.load(fit.model.save(), base)
+    assert predicted(model, conv_spec(28), (48, 80)) > 0
+
+
+def test_updating_replaces_the_families_of_the_new_samples_only(fit, samples):
+    slower = [dataclasses.replace(s, warm_s=2 * s.warm_s) for s in samples if s.family == "gemm"]
+    model = fit.model.update(slower)
+    gemm, conv = (gemm_spec(), (512, 512)), (conv_spec(14), (64, 64))
+    assert predicted(model, *gemm) / predicted(fit.model, *gemm) == pytest.approx(2.0, rel=0.1)
+    assert predicted(model, *conv) == predicted(fit.model, *conv)
+
+
+# ---- the roofline of kernels ---------------------------------------------------------------------
+def test_a_law_of_three_terms_is_recovered():
+    def law(spec, at):
+        from sartor.cost_models.work import work_of_spec
+
+        found = work_of_spec(spec, [np.asarray(float(v)) for v in at])
+        return 2e-6 + float(found.macs) / 30e9 + float(found.moved) / 10e9
+
+    rng = np.random.default_rng(0)
+    kernels = [
+        (conv_spec(int(rng.choice([7, 28, 56])), int(rng.choice([1, 3]))), tuple(rng.integers(8, 256, 2)))
+        for _ in range(60)
+    ]
+    samples = [Sample(s, tuple(map(float, at)), "conv", law(s, at)) for s, at in kernels]
+    rate = fitted(samples).by_family["conv"]
+    assert rate.launch_s == pytest.approx(2e-6, rel=1e-3)
+    assert 1 / rate.per_mac_s == pytest.approx(30e9, rel=1e-3)
+    assert 1 / rate.per_byte_s == pytest.approx(10e9, rel=1e-3)
+    assert fitted(samples).bound("conv", 1e9, 1e3) == "compute"
+    assert fitted(samples).bound("conv", 0.0, 1e8) == "bandwidth"
+    assert fitted(samples).bound("conv", 0.0, 10.0) == "launch"
+    with pytest.raises(MetricUnavailableError, match="could be timed"):
+        fitted([])
+
+
+def test_coefficients_are_never_negative():
+    rng = np.random.default_rng(1)
+    samples = [dataclasses.replace(s, warm_s=float(rng.uniform(1e-6, 1e-3))) for s in drawn(200)]
+    for rate in fitted(samples).by_family.values():
+        assert min(rate.launch_s, rate.per_mac_s, rate.per_byte_s) >= 0
+
+
+# ---- the measured tier ---------------------------------------------------------------------------
+def test_samples_are_reproduced_and_the_error_grows_away_from_them(base):
+    spec = conv_spec(28)
+    at = [(32.0, 32.0), (32.0, 128.0), (128.0, 64.0)]  # fills no rectangle
+    table = KernelTable((base,), corrections([Sample(spec, p, "conv", true_s(spec, p)) for p in at], (base,)))
+    signature = signature_at(spec, "conv", (128.0, 128.0))
+    assert table.knows(signature) and not table.knows(signature_at(conv_spec(14), "conv", (8.0, 8.0)))
+    seconds, sd = table.predict(signature, [np.array([p[i] for p in at]) for i in (0, 1)])
+    np.testing.assert_allclose(seconds, [true_s(spec, p) for p in at], rtol=0.02)
+    far, far_sd = table.predict(signature, [np.array([48.0, 1000.0]), np.array([48.0, 1000.0])])
+    assert sd.max() < far_sd[0] < far_sd[1]
+    roofline = predicted(base, spec, (48, 48))
+    assert abs(np.log(far[0] / true_s(spec, (48, 48)))) < abs(np.log(roofline / true_s(spec, (48, 48))))
+
+
+def test_leaving_one_out_in_closed_form_is_leaving_one_out(base):
+    spec = conv_spec(28)
+    rng = np.random.default_rng(0)
+    points = [sample(spec, tuple(map(float, rng.integers(8, 256, 2))), rng, 0.02) for _ in range(8)]
+    (found,) = corrections(points, (base,)).values()
+    errors, expected = found.left_out()
+    for index, left in enumerate(points):
+        rest = points[:index] + points[index + 1 :]
+        table = KernelTable((base,), corrections(rest, (base,)))
+        seconds, _ = table.predict(as_signature(left), [np.array([v]) for v in left.at])
+        assert errors[index] == pytest.approx(float(np.log(left.warm_s / seconds[0])), abs=1e-9)
+        assert expected[index] > 0
+
+
+# ---- scores --------------------------------------------------------------------------------------
+def test_scores():
+    np.testing.assert_array_equal(ranks([3.0, 1.0, 3.0, 2.0]), [2.5, 0.0, 2.5, 1.0])
+    assert spearman([1, 2, 3, 4], [10, 20, 30, 25]) == pytest.approx(0.8)
+    assert spearman([1, 1, 1], [1, 2, 3]) is None
+    found = summary([1.0, 2.0, 3.6], [1.0, 2.5, 3.0], [(0.9, 1.1), (1.9, 2.1), (3.0, 3.5)])
+    assert found["mape"] == pytest.approx((0 + 0.2 + 0.2) / 3) and found["within_10"] == pytest.approx(1 / 3)
+    assert found["coverage_90"] == pytest.approx(2 / 3) and summary([], []) == {"n": 0}
