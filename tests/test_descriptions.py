@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 
@@ -15,6 +17,7 @@ from sartor.cost_models.descriptions import (
     load_description,
     parse_description,
 )
+from sartor.cost_models.roofline import Roofline
 from sartor.errors import UsageError
 
 GOOD = """
@@ -149,6 +152,14 @@ def test_unreadable_files_and_unknown_names(tmp_path):
         load_description(tmp_path / "none.toml")
     with pytest.raises(UsageError, match=r"'abacus'.*jetson-nano"):
         describe_target("abacus")
+
+
+def test_the_example_of_the_documentation_is_read():
+    text = (Path(__file__).parents[1] / "docs" / "devices.md").read_text()
+    (example,) = re.findall(r"```toml\n(.*?)```", text, re.DOTALL)
+    description = parse_description(example, "board.toml")
+    assert description.constants.energy is not None and description.constants.caches[0].holds == "activations"
+    assert Roofline(description, "int8").constants.units == 4
 
 
 def test_command_lists_devices(capsys):
