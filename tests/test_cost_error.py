@@ -1,0 +1,123 @@
+"""The truth harness of predictions: its statistics against hand-made cases, its plans, its resuming."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+import cost_error
+import error_statistics
+from cost_networks import residual, residual_blocks
+
+from sartor.cost_models.profile import DeviceProfile, NetworkTime
+from sartor.ir.channels import channel_groups
+from sartor.passes.prune import apply_plan
+
+
+def rows(errors, networks=20, width=0.1, noise=0.005):
+    """Plans of networks whose sizes span a decade; `errors[i]` of the i-th plan of every network."""
+    found = []
+    for network in range(networks):
+        for plan, error in enumerate(errors):
+            measured = 1e-3 * 10 ** (network / networks) * (1 - 0.08 * plan)
+            predicted = measured * (1 + error)
+            found.append(
+                {
+                    "network": f"net{network}",
+                    "plan": plan,
+                    "measured_s": measured,
+                    "ci95": [measured * (1 - noise), measured * (1 + noise)],
+                    "predicted_s": predicted,
+                    "interval": [predicted / (1 + width), predicted * (1 + width)],
+                    "flops_s": measured * (2 if network % 2 else 0.5),
+                    "roofline_s": measured * 1.2,
+                }
+            )
+    return found
+
+
+def test_errors_are_what_was_planted():
+    summary = error_statistics.summarise(rows([0.04, -0.04, 0.12, 0.0]))
+    assert summary["mape"] == pytest.approx(0.05)
+    assert summary["within_10"] == 0.75
+    assert summary["coverage_90"] == 0.75  # 12 % is outside an interval of 10 %
+    assert summary["networks"] == 20 and summary["n"] == 80
+    assert summary["truth_half_width_median"] == pytest.approx(0.005)
+    assert summary["roofline"]["mape"] == pytest.approx(0.2) and summary["roofline"]["spearman"] == 1.0
+    assert summary["flops"]["mape"] == pytest.approx(0.75) and summary["flops"]["spearman"] < 0.8
+    assert summary["flops"]["spearman_within"] == 1.0
+    assert "coverage" in error_statistics.table(summary)
+
+
+def test_an_order_that_is_wrong_within_networks_is_seen_although_all_together_look_right():
+    summary = error_statistics.summarise(rows([-0.2, 0.0, 0.2]))
+    assert summary["spearman_within"] == -1.0 < 0.8 < summary["spearman"]
+
+
+def test_wilson_is_the_textbook_interval():
+    low, high = error_statistics.wilson(81, 90)
+    assert (low, high) == (pytest.approx(0.8208, abs=1e-3), pytest.approx(0.9466, abs=1e-3))
+    assert error_statistics.wilson(10, 10)[1] == 1.0 and error_statistics.wilson(0, 10)[0] == 0.0
+
+
+def test_plans_of_one_network_are_not_counted_as_independent():
+    """Half of the networks wrong in all plans: the interval over networks is wider than over plans."""
+    good, bad = rows([0.0] * 8, networks=10), rows([0.5] * 8, networks=10)
+    for row in bad:
+        row["network"] = "bad" + row["network"]
+    summary = error_statistics.summarise([*good, *bad])
+    plans = summary["coverage_90_wilson"][1] - summary["coverage_90_wilson"][0]
+    networks = summary["coverage_90_by_network"][1] - summary["coverage_90_by_network"][0]
+    assert summary["coverage_90"] == 0.5 and networks > 1.5 * plans
+
+
+def test_plans_are_on_the_grid_next_to_it_and_without_blocks():
+    net = residual({g: 64 for g in ("a", "b", "e", "m0", "m1", "m2")})
+    program = net.program(("logits",))
+    analysis, blocks = channel_groups(program), residual_blocks()
+    plans = cost_error.random_plans(program, analysis, [], 8, 12, "seed")
+    again = cost_error.random_plans(program, analysis, [], 8, 12, "seed")
+    assert plans == again and plans != cost_error.random_plans(program, analysis, [], 8, 12, "other")
+    kept = [[len(g.keep) for g in plan.groups.values()] for plan in plans]
+    assert all(c % 8 == 0 for even in kept[::2] for c in even)
+    assert any(c % 8 for odd in kept[1::2] for c in odd)
+    with_blocks = cost_error.random_plans(program, analysis, blocks, 8, 30, "seed")
+    assert any(plan.blocks for plan in with_blocks[2::3])
+    assert not any(plan.blocks for plan in with_blocks[::3])
+    for plan in plans[:4]:
+        apply_plan(program, plan, analysis)
+
+
+def test_references_are_of_different_kinds_and_well_known():
+    def network(name, half, latency=5e-3):
+        return NetworkTime(name, (), 0.0, latency, (latency * (1 - half), latency * (1 + half)))
+
+    profile = DeviceProfile(
+        *({}, {}, {}, 0.0),
+        networks=(
+            *(network("plain-0-0", 0.02), network("plain-0-1", 0.001), network("vit-0-0", 0.01)),
+            *(network("dense-0-0", 0.005, latency=1.0), network("residual-0-0", 0.03)),
+        ),
+    )
+    assert [n.name for n in cost_error.references_of(profile)] == ["plain-0-1", "vit-0-0", "residual-0-0"]
+
+
+def test_none_of_the_measured_networks_is_in_a_profile():
+    from sartor.profiling.networks import KINDS
+
+    assert len(cost_error.NETWORKS) >= 20 and len(set(cost_error.NETWORKS)) == len(cost_error.NETWORKS)
+    assert not {name.partition("/")[2].partition("@")[0] for name in cost_error.NETWORKS} & set(KINDS)
+    assert all(64 <= int(name.partition("@")[2]) <= 256 for name in cost_error.NETWORKS)
+
+
+def test_a_summary_is_json():
+    summary = error_statistics.summarise(rows([0.01, 0.02, 0.03]))
+    assert json.loads(json.dumps(summary, allow_nan=False))["mape"] == pytest.approx(0.02)
+    assert math.isfinite(summary["bias"]) and np.isfinite(summary["spearman"])
