@@ -158,12 +158,16 @@ def mobilenet_v2() -> Net:
     return net
 
 
-def residual(kept: Mapping[str, int] | None = None, skip_blocks: tuple[int, ...] = ()) -> Net:
+def residual(
+    kept: Mapping[str, int] | None = None,
+    skip_blocks: tuple[int, ...] = (),
+    shape: tuple[int, ...] = (2, 3, 16, 16),
+) -> Net:
     """Stem, three basic residual blocks (the second one strided), a depthwise block, head.
 
     `skip_blocks` builds the network without those residual blocks.
     """
-    net = Net((2, 3, 16, 16), kept)
+    net = Net(shape, kept)
     a, b, e = ("a", 16), ("b", 24), ("e", 40)
     x = net.unary("Relu", net.bn(net.conv("x", a, 3, "stem"), "stem.bn"), "stem.relu")
     stages = [(("m0", 16), a, 1), (("m1", 24), b, 2), (("m2", 24), b, 1)]

@@ -42,12 +42,15 @@ class Builder:
         )
 
     def program(self, output=None):
-        return program_from_nodes(self.nodes, {"x": list(self.shape)}, [output or self.value], self.weights)
+        """With a free batch whose reference is the first dimension."""
+        dims = {"x": ["N", *self.shape[1:]]}
+        size = {"N": self.shape[0]}
+        return program_from_nodes(self.nodes, dims, [output or self.value], self.weights, reference=size)
 
 
-def residual(side=32, width=64):
+def residual(side=32, width=64, batch=1):
     """Convolution, BatchNormalization, Relu, a residual block with a convolution on its shortcut, and a plain one."""
-    b = Builder((1, 3, side, side))
+    b = Builder((batch, 3, side, side))
     b.op("Relu", b.norm(b.conv("x", 3, width, name="stem", bias=False), width, "stem.bn"), name="stem.relu")
     x = b.value
     down = b.norm(b.conv(x, width, 2 * width, 1, "down", stride=2, bias=False), 2 * width, "down.bn")
@@ -63,9 +66,9 @@ def residual(side=32, width=64):
     return b.program()
 
 
-def squeezed(side=32, width=64):
+def squeezed(side=32, width=64, batch=1):
     """An inverted residual: expansion, depthwise, both with SiLU, a squeeze-and-excite gate, projection, sum."""
-    b = Builder((1, 3, side, side))
+    b = Builder((batch, 3, side, side))
 
     def silu(x, name):
         gate = b.op("Sigmoid", x, name=f"{name}.gate")
@@ -86,9 +89,9 @@ def squeezed(side=32, width=64):
     return b.program()
 
 
-def transformer(tokens=64, width=128, heads=4):
+def transformer(tokens=64, width=128, heads=4, batch=1):
     """LayerNormalization, attention, sum, LayerNormalization, a perceptron with Gelu, sum."""
-    b = Builder((1, tokens, width))
+    b = Builder((batch, tokens, width))
     size = width // heads
 
     def norm(x, name):
@@ -103,8 +106,8 @@ def transformer(tokens=64, width=128, heads=4):
         return b.op("Add", y, b.weight(f"{name}.b", cout), name=name)
 
     h = norm("x", "norm1")
-    b.constant("split_heads", np.array([1, tokens, heads, size]))
-    b.constant("merged", np.array([1, tokens, width]))
+    b.constant("split_heads", np.array([0, 0, heads, size]))
+    b.constant("merged", np.array([0, 0, width]))
     b.constant("scale", np.asarray(size**-0.5, np.float32))
 
     def head(name, perm):
@@ -122,9 +125,9 @@ def transformer(tokens=64, width=128, heads=4):
     return b.program()
 
 
-def dense(side=32, width=64):
+def dense(side=32, width=64, batch=1):
     """Concatenations with BatchNormalization and Relu in front of every convolution."""
-    b = Builder((1, 3, side, side))
+    b = Builder((batch, 3, side, side))
     x = b.conv("x", 3, width, name="stem")
     channels = width
     for i in range(2):

@@ -7,6 +7,10 @@ from collections.abc import Mapping
 
 import numpy as np
 
+SIZE, BATCH = "<size>", "<batch>"
+"""Beside the kept fractions: which of the declared input sizes, an index, and how many samples. No group has such a
+name."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Extent:
@@ -33,6 +37,15 @@ class Extent:
         """Names of the groups this extent depends on."""
         return frozenset(name for _, names in self.terms for name in names)
 
+    @property
+    def varies(self) -> bool:
+        """Whether anything changes it: a plan, the size of the input, the batch."""
+        return bool(self.groups)
+
+    def at(self, size: int, batch: int) -> Extent:
+        """The same length with the input's size and the batch fixed."""
+        return self
+
     def evaluate(self, fractions: Mapping[str, np.ndarray | float]) -> np.ndarray | float:
         """Length under a plan or a population of plans.
 
@@ -49,6 +62,43 @@ class Extent:
 
 
 @dataclasses.dataclass(frozen=True)
+class Sized(Extent):
+    """A length that depends on the size of the input or on the batch.
+
+    Attributes:
+        lengths: per declared size `(fixed, per_sample)`: before pruning the length is
+            `fixed + per_sample · batch`. A plan shortens it by the share by which it shortens `terms`, which hold the
+            length at the reference shapes.
+    """
+
+    lengths: tuple[tuple[float, float], ...] = ()
+
+    @property
+    def varies(self) -> bool:
+        """See `Extent.varies`."""
+        return True
+
+    def at(self, size: int, batch: int) -> Extent:
+        """See `Extent.at`."""
+        fixed, per_sample = self.lengths[size]
+        share = (fixed + per_sample * batch) / self.full
+        return Extent(tuple((float(_whole(length * share)), names) for length, names in self.terms))
+
+    def evaluate(self, fractions: Mapping[str, np.ndarray | float]) -> np.ndarray | float:
+        """See `Extent.evaluate`; without a size and a batch, the length at the reference shapes."""
+        pruned = super().evaluate(fractions)
+        if SIZE not in fractions:
+            return pruned
+        size = np.asarray(fractions[SIZE], np.int64)
+        fixed, per_sample = np.asarray(self.lengths).T
+        return pruned * ((fixed[size] + per_sample[size] * fractions[BATCH]) / self.full)
+
+
+def _whole(value: float) -> float:
+    return float(round(value)) if abs(value - round(value)) < 1e-6 * max(1.0, abs(value)) else value
+
+
+@dataclasses.dataclass(frozen=True)
 class Ratio(Extent):
     """One length in units of another: how many groups a convolution has left.
 
@@ -60,6 +110,15 @@ class Ratio(Extent):
     over: Extent = Extent(())
     under: Extent = Extent(())
 
+    @property
+    def varies(self) -> bool:
+        """See `Extent.varies`."""
+        return self.over.varies or self.under.varies
+
+    def at(self, size: int, batch: int) -> Extent:
+        """See `Extent.at`."""
+        return quotient(self.over.at(size, batch), self.under.at(size, batch))
+
     def evaluate(self, fractions: Mapping[str, np.ndarray | float]) -> np.ndarray | float:
         """See `Extent.evaluate`."""
         under = self.under.evaluate(fractions)
@@ -68,7 +127,7 @@ class Ratio(Extent):
 
 def quotient(over: Extent, under: Extent) -> Extent:
     """`over / under`; a plain extent where the groups of `under` cancel, or where `under` is constant."""
-    if len(under.terms) == 1:
+    if len(under.terms) == 1 and not any(isinstance(e, (Sized, Ratio)) for e in (over, under)):
         length, names = under.terms[0]
         if length and all(set(names) <= set(own) for _, own in over.terms):
             return Extent(tuple((of / length, _without(own, names)) for of, own in over.terms))

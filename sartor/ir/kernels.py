@@ -59,6 +59,10 @@ class Operand:
         """Size in bytes."""
         return Quantity.product(self.item_bytes, self.dims)
 
+    def at(self, size: int, batch: int) -> Operand:
+        """The same with the input's size and the batch fixed."""
+        return dataclasses.replace(self, dims=tuple(e.at(size, batch) for e in self.dims))
+
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
@@ -105,6 +109,22 @@ class Kernel:
     in_per_group: Extent | None = None
     out_per_group: Extent | None = None
 
+    def at(self, size: int, batch: int) -> Kernel:
+        """The same with the input's size and the batch fixed."""
+
+        def fixed(part: Any) -> Any:
+            return None if part is None else part.at(size, batch)
+
+        return dataclasses.replace(
+            self,
+            inputs=tuple(map(fixed, self.inputs)),
+            outputs=tuple(map(fixed, self.outputs)),
+            **{name: fixed(getattr(self, name)) for name in _EXTENTS},
+        )
+
+
+_EXTENTS = ("macs", "bytes_read", "bytes_written", "groups", "in_per_group", "out_per_group")
+
 
 class Tensors:
     """Operands of a program's values, from the reference shapes and the analysed extents."""
@@ -140,7 +160,7 @@ class Tensors:
         stored = name in self._program.initializers
         constant = None
         decides = not dtype.is_floating_point() or not shape or (len(shape) == 1 and shape[0] <= 8)
-        fixed = math.prod(shape) <= _KEEP_VALUE_ELEMENTS and not any(e.groups for e in dims)
+        fixed = math.prod(shape) <= _KEEP_VALUE_ELEMENTS and not any(e.varies for e in dims)
         if stored and decides and fixed:
             constant = self._program.initializer_array(name).tolist()
         return Operand(name, tuple(dims), dtype.itemsize, dtype.name, stored, constant)
@@ -165,7 +185,8 @@ class Tensors:
         if self._inner is None:
             self._inner = body_shapes(self._program)
         shape, dtype = self._inner[name]
-        return Operand(name, tuple(Extent.constant(d) for d in shape), dtype.itemsize, dtype.name)
+        dims = self._extents.get(name) or tuple(Extent.constant(d) for d in shape)
+        return Operand(name, dims, dtype.itemsize, dtype.name)
 
 
 def build_kernels(

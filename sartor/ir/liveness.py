@@ -73,6 +73,12 @@ class Liveness:
     sizes: Mapping[str, Quantity]
     bypasses: tuple[_Bypass, ...] = ()
 
+    def at(self, size: int, batch: int) -> Liveness:
+        """The same with the input's size and the batch fixed."""
+        steps = tuple(dataclasses.replace(s, body_bytes=s.body_bytes.at(size, batch)) for s in self.steps)
+        sizes = {name: quantity.at(size, batch) for name, quantity in self.sizes.items()}
+        return dataclasses.replace(self, steps=steps, sizes=sizes)
+
     def peak(self) -> Peak:
         """The peak before any pruning."""
         steps, live = self._live(frozenset())

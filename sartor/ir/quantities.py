@@ -25,7 +25,7 @@ class Quantity:
         """`coefficient · Π dims`."""
         varying = []
         for extent in dims:
-            if extent.groups:
+            if extent.varies:
                 varying.append(extent)
             else:
                 coefficient *= extent.full
@@ -38,6 +38,16 @@ class Quantity:
     def full(self) -> float:
         """The value before any pruning."""
         return sum(c * math.prod(e.full for e in factors) for c, factors in self.terms)
+
+    @property
+    def varies(self) -> bool:
+        """Whether anything changes it: a plan, the size of the input, the batch."""
+        return any(extent.varies for _, factors in self.terms for extent in factors)
+
+    def at(self, size: int, batch: int) -> Quantity:
+        """The same cost with the input's size and the batch fixed."""
+        products = (Quantity.product(c, [e.at(size, batch) for e in factors]) for c, factors in self.terms)
+        return sum(products, Quantity())
 
     @property
     def groups(self) -> frozenset[str]:
@@ -71,6 +81,16 @@ class Largest(Extent):
 
     options: tuple[Quantity, ...] = ()
 
+    @property
+    def varies(self) -> bool:
+        """See `Extent.varies`."""
+        return any(quantity.varies for quantity in self.options)
+
+    def at(self, size: int, batch: int) -> Extent:
+        """See `Extent.at`."""
+        options = tuple(quantity.at(size, batch) for quantity in self.options)
+        return Largest(((max(q.full for q in options), tuple(sorted(self.groups))),), options)
+
     def evaluate(self, fractions: Mapping[str, np.ndarray | float]) -> np.ndarray | float:
         """See `Extent.evaluate`."""
         values = [quantity.evaluate(fractions) for quantity in self.options]
@@ -84,6 +104,6 @@ def largest(options: Sequence[Quantity]) -> Quantity:
     full = max((quantity.full for quantity in options), default=0.0)
     if len(options) == 1:
         return options[0]
-    if not groups:
+    if not any(quantity.varies for quantity in options):
         return Quantity(((full, ()),))
     return Quantity(((1.0, (Largest(((full, groups),), options),)),))

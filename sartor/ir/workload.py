@@ -16,12 +16,13 @@ import onnx_ir as ir
 
 from sartor.errors import PlanError
 from sartor.ir.bodies import read_values
-from sartor.ir.extents import Extent
+from sartor.ir.extents import BATCH, SIZE, Extent
 from sartor.ir.fusion_rules import GENERIC, FusionRules
 from sartor.ir.kernels import Kernel, Operand, Tensors, build_kernels
 from sartor.ir.liveness import Liveness, build_liveness
 from sartor.ir.program import Program
 from sartor.ir.quantities import Quantity, whole
+from sartor.ir.sizes import Sweep, sized_extents, sweep
 
 Fractions = Mapping[str, Any]
 """Kept fraction per group name, each a scalar or an array `[plans]`; 1.0 where absent."""
@@ -97,12 +98,14 @@ class Workload:
         stored: initializers of the main graph.
         blocks: names of the removable blocks, in the order given.
         liveness: lifetimes of activations.
+        sweep: declared input sizes, and whether the batch is free; None: both are those of the program.
     """
 
     kernels: tuple[Kernel, ...]
     stored: tuple[Stored, ...]
     blocks: tuple[str, ...]
     liveness: Liveness
+    sweep: Sweep | None = None
     _compiled: dict[str, Any] = dataclasses.field(default_factory=dict, repr=False)
 
     @property
@@ -112,27 +115,83 @@ class Workload:
         operands += [s.operand for s in self.stored]
         return frozenset(g for o in operands for e in o.dims for g in e.groups)
 
-    def evaluate(self, fractions: Fractions | None = None, removed: Removed | None = None) -> Priced:
+    def evaluate(
+        self,
+        fractions: Fractions | None = None,
+        removed: Removed | None = None,
+        *,
+        size: Any = None,
+        batch: Any = None,
+    ) -> Priced:
         """Price a population of plans.
 
         Args:
             fractions: kept fraction per group; scalars or arrays of one common length `[plans]`.
             removed: removed blocks; scalars or bool arrays of the same length.
+            size: which of the declared input sizes, an index or an array of them; default the first.
+            batch: samples, a number or an array; default that of the declared size.
 
         Raises:
-            PlanError: a removed block is not in this workload.
+            PlanError: a removed block is not in this workload; a size or batch that it does not have.
         """
-        fractions, removed = fractions or {}, removed or {}
+        removed = removed or {}
         self.check_removed(removed)
-        plans = Population(fractions, removed)
+        plans = Population(self.lengths(fractions or {}, size, batch), removed)
         return Priced(**{name: plans.total(parts) for name, parts in self._parts().items()})
 
     def peak_activation_bytes(
-        self, fractions: Fractions | None = None, removed: Removed | None = None, above: float | None = None
+        self,
+        fractions: Fractions | None = None,
+        removed: Removed | None = None,
+        above: float | None = None,
+        *,
+        size: Any = None,
+        batch: Any = None,
     ) -> np.ndarray:
         """Peak activation bytes of a population of plans; definition and `above` in `sartor.ir.liveness`."""
         self.check_removed(removed or {})
-        return self.liveness.evaluate(fractions or {}, removed or {}, above)
+        return self.liveness.evaluate(self.lengths(fractions or {}, size, batch), removed or {}, above)
+
+    def at(self, size: int = 0, batch: int | None = None) -> Workload:
+        """The workload of the program at one declared size and one batch.
+
+        Raises:
+            PlanError: as `evaluate`.
+        """
+        given = self.lengths({}, size, batch)
+        if SIZE not in given:
+            return self
+        one, samples = int(given[SIZE]), int(given[BATCH])
+        return Workload(
+            tuple(kernel.at(one, samples) for kernel in self.kernels),
+            tuple(dataclasses.replace(s, operand=s.operand.at(one, samples)) for s in self.stored),
+            self.blocks,
+            self.liveness.at(one, samples),
+        )
+
+    def lengths(self, fractions: Fractions, size: Any = None, batch: Any = None) -> Fractions:
+        """What extents are evaluated with: fractions and, where sizes are declared, size and batch.
+
+        Raises:
+            PlanError: a size or batch that this workload does not have.
+        """
+        if self.sweep is None:
+            if size is not None or batch is not None:
+                raise PlanError(
+                    "This workload was built for one input size; declare sizes with build_workload(..., sizes=[...])."
+                )
+            return fractions
+        index = np.asarray(0 if size is None else size)
+        count = len(self.sweep.shapes)
+        if index.dtype.kind not in "iu" or (index.size and not 0 <= index.min() <= index.max() < count):
+            raise PlanError(f"Input size {size} is not declared; there are {count}, numbered from 0.")
+        usual = np.asarray(self.sweep.batches)[index]
+        samples = usual if batch is None else np.asarray(batch)
+        if samples.dtype.kind not in "iu" or (samples.size and samples.min() < 1):
+            raise PlanError(f"The batch is {batch}; it must be a whole number, at least 1.")
+        if self.sweep.fixed_batch and batch is not None and (samples != usual).any():
+            raise PlanError(f"The batch of this program is fixed: {self.sweep.fixed_batch}.")
+        return {**fractions, SIZE: index, BATCH: samples}
 
     def macs_of_nodes(self, nodes: Iterable[str]) -> float:
         """MACs, before any pruning, of the kernels whose leading node is in `nodes`."""
@@ -250,6 +309,7 @@ def build_workload(
     extents: Mapping[str, tuple[Extent, ...]] | None = None,
     blocks: Sequence[RemovableBlock] = (),
     rules: FusionRules = GENERIC,
+    sizes: Sequence[Mapping[str, tuple[int, ...]]] | None = None,
 ) -> Workload:
     """Describe the cost of `program` as a function of channel groups and removed blocks.
 
@@ -259,11 +319,17 @@ def build_workload(
             None: every dimension is constant.
         blocks: removable residual blocks; removing one removes the kernels of its nodes.
         rules: what the runtime executes as one kernel: `FusionRules.of(backend.capabilities().fuses)`.
+        sizes: input shapes that plans may choose from, besides any batch where the program's is free. None: those
+            of the program alone.
 
     Raises:
         InternalError: `extents` do not belong to this program.
-        ModelError: a shape depends on data.
+        ModelError: a shape depends on data; the program is not valid at one of `sizes`.
+        PlanError: one of `sizes` does not fit the program's inputs.
     """
+    declared = None if sizes is None else sweep(program, sizes)
+    if declared is not None:
+        extents = sized_extents(program, extents, declared)
     contains: dict[str, tuple[str, ...]] = {}
     for block in blocks:
         for node in block.nodes:
@@ -273,6 +339,7 @@ def build_workload(
         stored=_stored(program, extents, contains),
         blocks=tuple(block.name for block in blocks),
         liveness=build_liveness(program, extents, blocks),
+        sweep=declared,
     )
 
 
