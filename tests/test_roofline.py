@@ -233,6 +233,17 @@ def test_weights_beyond_the_cache_are_what_makes_the_edge_tpu_slow():
     assert small.latency_s < 0.004
 
 
+def test_what_does_not_fit_a_microcontroller_is_said():
+    estimate = Roofline("stm32f746", "int8").estimate(workload_of(mobilenet_v2()))
+    said = [line for line in estimate.unmodelled if "does not fit" in line]
+    assert len(said) == 2 and "bytes of weights, 1,048,576 bytes of flash" in said[0]
+    assert (
+        "1,505,280 bytes of activations of one kernel, 327,680 bytes of SRAM" in said[1]
+    )  # b2.dw: 96 channels
+    small = Roofline("stm32f746", "int8").estimate(workload_of())
+    assert not any("fit" in line for line in small.unmodelled)
+
+
 def test_precision_changes_rates_and_bytes():
     workload = workload_of(resnet50())
     f32, f16, int8 = (Roofline("jetson-agx-xavier", p).estimate(workload) for p in ("f32", "f16", "int8"))

@@ -85,7 +85,7 @@ class DeviceConstants:
         grid_out: output channels are computed in steps of it, by precision.
         grid_in: input channels likewise.
         caches: innermost first.
-        limits: `sram_bytes`, `flash_bytes`.
+        limits: `sram_bytes` for activations and `flash_bytes` for weights, where there is nothing behind them.
         energy: None where it is not known.
     """
 

@@ -74,6 +74,7 @@ class Roofline:
             raise UsageError(f"Precision '{precision}' is not one of {sorted(PRECISION_BYTES)}.")
         self._energy: EnergyModel | None = None
         self._leaves_out: tuple[str, ...] = ()
+        self._limits: dict[str, float] = {}
         if isinstance(constants, TargetDescription):
             if precision is None:
                 raise UsageError(
@@ -81,6 +82,8 @@ class Roofline:
                 )
             self._energy = EnergyModel.of(constants, precision)
             self._leaves_out, name = constants.unmodelled, name or constants.name
+            if constants.constants is not None:
+                self._limits = {key: number.value for key, number in constants.constants.limits.items()}
             constants = RooflineConstants.of(constants, precision)
         self.constants = constants
         self.precision = precision
@@ -191,6 +194,8 @@ class Roofline:
         unmodelled: list[str] = []
         macs: float = 0.0
         traffic: float = 0.0
+        weights: float = 0.0
+        largest: float = 0.0
         priced = {}
         for item, found, network in self._priced(workload, plans, batches):
             priced[_key(item.kernel, item.signature)] = item, found, network
@@ -206,13 +211,25 @@ class Roofline:
             )
             macs += float(found.macs)
             traffic += float(found.moved) * self._narrowing(item)
+            weights = float(network)
+            largest = max(largest, float(found.read + found.written) * self._narrowing(item))
             if item.signature is None:
                 unmodelled.append(
                     f"{kernel.name} ({kernel.op_type}): what runs inside it, priced as one kernel"
                 )
         latency = sum(c.latency_s for c in costs) + self.constants.call_s
         metrics = self._metrics(latency, macs, traffic)
+        unmodelled += self._too_large(flash_bytes=weights, sram_bytes=largest)
         return CostEstimate(self.method, metrics, {}, tuple(costs), (*unmodelled, *self._leaves_out))
+
+    def _too_large(self, **needs: float) -> list[str]:
+        """What does not fit the device, so that it cannot run there as it was priced."""
+        words = {"flash_bytes": ("weights", "flash"), "sram_bytes": ("activations of one kernel", "SRAM")}
+        return [
+            f"it does not fit: {count:,.0f} bytes of {words[key][0]}, {self._limits[key]:,.0f} bytes of {words[key][1]}"
+            for key, count in needs.items()
+            if count > self._limits.get(key, math.inf)
+        ]
 
     def _terms_of(self, item: _Item, found: Work, network: Any) -> Terms:
         spec = item.signature.spec if item.signature else {"op": item.kernel.op_type, "inputs": []}
