@@ -88,7 +88,8 @@ class Kernel:
         bytes_written: activations written.
         blocks: removable blocks that contain it; it disappears with any of them.
         instead_of: when not empty, the kernel exists only if one of these blocks is removed: it is what
-            remains of a fused kernel whose leading node went with the block.
+            remains of a fused kernel whose leading node went with the block. A runtime may fuse it with what
+            is then in front of it; here it stays a kernel of its own.
     """
 
     name: str
