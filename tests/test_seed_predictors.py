@@ -12,9 +12,11 @@ from sartor.cost_models.roofline import Roofline
 from sartor.cost_models.roofline_law import RooflineConstants
 from sartor.cost_models.seeds import (
     KINDS,
+    AccuracyCurve,
     Bilinear,
     DimensionLinear,
     FlopsProportional,
+    PowerLaw,
     RandomGuess,
     TileLinear,
     UnifiedStatistic,
@@ -185,6 +187,33 @@ def test_bilinear_is_right_about_a_compute_bound_network_and_groups():
     assert kernel_products(workload, {}, {"block0": True}).sum() == full.sum() - 2 * 16 * 16
 
 
+# ---- curves ------------------------------------------------------------------------------------
+def test_power_law_is_fitted_to_values_and_not_to_their_logarithms():
+    widths = np.array([[16.0], [24], [32], [48], [64], [96]])
+    exact = 0.3 * widths[:, 0] ** -0.7
+    model = PowerLaw().update(widths, exact)
+    assert (model.coefficients["a"], model.coefficients["b"]) == (pytest.approx(0.3), pytest.approx(-0.7))
+    noisy = exact * np.exp(0.2 * RNG.standard_normal(6))
+    model = PowerLaw().update(widths, noisy)
+    a, b = float(model.coefficients["a"]), float(model.coefficients["b"])
+    slopes = np.stack([widths[:, 0] ** b, a * np.log(widths[:, 0]) * widths[:, 0] ** b])
+    assert slopes @ (model.predict(widths) - noisy) == pytest.approx([0, 0], abs=1e-9)  # least squares
+    with pytest.raises(UsageError, match="above 0"):
+        PowerLaw().update([[0.0], [1.0]], [1.0, 2.0])
+    with pytest.raises(UsageError, match="channels above 0"):
+        model.predict([[0.0]])
+
+
+def test_accuracy_curve_passes_through_the_whole_network():
+    macs = np.array([[1.0], [2.0], [3.0]])
+    values = -1.5 * (macs[:, 0] - 4.1) ** 2 + 0.8 * (macs[:, 0] - 4.1) + 76.8
+    model = AccuracyCurve(4.1, 76.8).update(macs, values)
+    assert model.coefficients["ab"] == pytest.approx([-1.5, 0.8])
+    assert model.predict([[4.1]]) == pytest.approx([76.8])
+    with pytest.raises(UsageError, match="MACs of the whole network"):
+        AccuracyCurve(0, 1)
+
+
 # ---- baselines and the protocol ----------------------------------------------------------------
 def test_flops_proportional_is_the_median_rate():
     model = FlopsProportional().update([[1e9], [2e9], [4e9], [1e9]], [1.0, 2.0, 4.0, 50.0])
@@ -209,6 +238,10 @@ def some(kind):
         return DimensionLinear(MACS), *along_one()
     if kind == "tile-linear":
         return TileLinear(1, ("a", "b")), rows, rows @ [1, 2, 3]
+    if kind == "accuracy-curve":
+        return AccuracyCurve(1.0, 70.0), rows[:, :1], 70 + (rows[:, 0] - 1) ** 2
+    if kind == "power-law":
+        return PowerLaw(), rows[:, :1], rows[:, 0] ** 0.5
     if kind == "flops-proportional":
         return FlopsProportional(), rows[:, :1], rows[:, 0] * 2
     return KINDS[kind](), rows, rows @ [1, 2, 3]

@@ -11,6 +11,7 @@ from typing import Any
 from sartor.cost_models.seeds.base import SeedPredictor
 from sartor.cost_models.seeds.baselines import FlopsProportional, RandomGuess
 from sartor.cost_models.seeds.bilinear import Bilinear
+from sartor.cost_models.seeds.curves import AccuracyCurve, PowerLaw
 from sartor.cost_models.seeds.dimension_linear import DimensionLinear
 from sartor.cost_models.seeds.tile_linear import TileLinear
 from sartor.cost_models.seeds.unified_statistic import UnifiedStatistic
@@ -18,9 +19,11 @@ from sartor.errors import UsageError
 
 __all__ = [
     "KINDS",
+    "AccuracyCurve",
     "Bilinear",
     "DimensionLinear",
     "FlopsProportional",
+    "PowerLaw",
     "RandomGuess",
     "SeedPredictor",
     "TileLinear",
@@ -30,7 +33,10 @@ __all__ = [
 
 KINDS: dict[str, type[SeedPredictor]] = {
     cls.kind: cls
-    for cls in (Bilinear, DimensionLinear, FlopsProportional, RandomGuess, TileLinear, UnifiedStatistic)
+    for cls in (
+        *(AccuracyCurve, Bilinear, DimensionLinear, FlopsProportional),
+        *(PowerLaw, RandomGuess, TileLinear, UnifiedStatistic),
+    )
 }
 
 
