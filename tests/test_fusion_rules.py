@@ -166,7 +166,8 @@ def test_products_take_in_what_scales_and_turns_their_operands():
     (group,) = [g for g in partition(program, rules=FusionRules.of({"MatMul": both})) if g.before]
     assert [f.op_type for f in group.before] == ["Scale", "Transpose"] and group.lead.name == "scores"
     assert groups(program, MatMul=("Attention",)) == [("turned", "scores", "soft", "mix")]
-    kernel = build_workload(program, rules=FusionRules.of({"MatMul": ("Attention",)})).kernels[0]
+    kernel = build_workload(program, rules=FusionRules.of({"MatMul": ("Attention",)})).kernels[1]
+    assert kernel.name == "scores"
     assert kernel.macs.full == 2 * (2 * 6 * 6 * 8) and kernel.bytes_written.full == 2 * 6 * 8 * 4
     assert [f.op_type for f in kernel.prologue] == ["Transpose"]
 
@@ -198,7 +199,7 @@ def test_plans_are_priced_as_smaller_networks_under_the_rules_of_a_target(target
         for metric in METRICS:
             ours, theirs = float(getattr(priced, metric)), float(getattr(real, metric))
             bound = bool(skip) and target == "openvino" and metric.startswith("bytes")
-            assert ours == theirs or (bound and theirs < ours < 1.3 * theirs), (skip, metric)
+            assert ours == theirs or (bound and theirs < ours < 1.6 * theirs), (skip, metric)
 
 
 @pytest.mark.parametrize("target", ["onnxruntime", "openvino", "tflite"])
