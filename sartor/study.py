@@ -36,7 +36,7 @@ _EXTRA = "sartor[study]"
 _PIECE = 30_000
 """Characters of a plan per attribute: a text column of MySQL holds 64 KiB."""
 _BUSY_S = 60.0
-_ATTEMPTS = 5
+_ATTEMPTS = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -279,7 +279,8 @@ def _without_password(url: str) -> str:
 
 def _may_pass(error: BaseException) -> bool:
     """Two processes that make the tables at once: one of them finds what the other has just made."""
-    return "already exists" in str(error) or "locked" in str(error)
+    said = str(error).lower()
+    return any(word in said for word in ("already exists", "locked", "unique constraint", "duplicate"))
 
 
 def _reason(error: BaseException) -> str:
