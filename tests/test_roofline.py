@@ -21,7 +21,8 @@ from sartor.cost_models.roofline import Roofline
 from sartor.cost_models.roofline_law import UNFITTED_LOG_SD, Level, RooflineConstants
 from sartor.cost_models.signatures import signature_of
 from sartor.cost_models.work import work_of_spec
-from sartor.errors import MetricUnavailableError, UsageError
+from sartor.errors import MetricUnavailableError, PlanError, UsageError
+from sartor.ir.program import Batch
 from sartor.ir.workload import build_workload
 
 PLAIN = RooflineConstants(macs_per_s=1e9, bytes_per_s=1e8, launch_s=1e-6)
@@ -205,6 +206,32 @@ def test_population_is_its_plans_one_by_one_and_parts_sum_to_the_whole(plans):
         alone = model.estimate(workload, {g: n / GROUPS[g] for g, n in widths.items()}, {"block0": gone})
         assert alone.latency_s == pytest.approx(together[i], rel=1e-9)
         assert sum(k.latency_s for k in alone.kernels) + 3e-5 == pytest.approx(alone.latency_s)
+
+
+def test_sizes_and_batches_are_those_of_programs_made_at_them():
+    net = residual(shape=(1, 3, 16, 16))
+    program = net.program(("logits",))
+    program.batch = Batch(symbolic=True, inputs=("x",))
+    declared = [{"x": (1, 3, 16, 16)}, {"x": (1, 3, 21, 33)}]
+    workload = build_workload(program, net.extents, residual_blocks(), sizes=declared)
+    model = Roofline(CPU)
+    rng = np.random.default_rng(5)
+    size, batch = rng.integers(0, 2, 7), rng.integers(1, 4, 7)
+    fractions = {"a": rng.integers(1, 17, 7) / 16, "m1": rng.integers(1, 25, 7) / 24}
+    removed = {"block0": rng.random(7) < 0.5}
+    together = model.estimate_batch(workload, fractions, removed, size=size, batch=batch)
+    for i in range(7):
+        shape = (int(batch[i]), *declared[size[i]]["x"][1:])
+        real = residual(shape=shape)
+        alone = build_workload(real.program(("logits",)), real.extents, residual_blocks())
+        plan = {g: v[i] for g, v in fractions.items()}, {"block0": bool(removed["block0"][i])}
+        assert together[i] == pytest.approx(model.estimate(alone, *plan).latency_s)
+        one = model.estimate(workload, *plan, size=int(size[i]), batch=int(batch[i]))
+        assert together[i] == pytest.approx(one.latency_s)
+    assert model.estimate_batch(workload, fractions).shape == (7,)
+    assert model.estimate_batch(workload, size=1) > model.estimate_batch(workload)
+    with pytest.raises(PlanError, match="not declared"):
+        model.estimate_batch(workload, size=2)
 
 
 # ---- networks, metrics, what is not known ------------------------------------------------------

@@ -27,6 +27,7 @@ from sartor.cost_models.roofline_law import (
 from sartor.cost_models.signatures import Signature, signature_of
 from sartor.cost_models.work import Work, work
 from sartor.errors import UsageError
+from sartor.ir.extents import BATCH, SIZE
 from sartor.ir.kernels import Kernel
 from sartor.ir.workload import Fractions, Population, Presence, Removed, Workload, presence
 
@@ -89,6 +90,9 @@ class Roofline:
         self.precision = precision
         self.name = name
         self._bound: weakref.WeakKeyDictionary[Workload, list[_Item]] = weakref.WeakKeyDictionary()
+        self._sized: weakref.WeakKeyDictionary[Workload, dict[tuple[int, int], Workload]] = (
+            weakref.WeakKeyDictionary()
+        )
 
     @property
     def method(self) -> str:
@@ -123,6 +127,8 @@ class Roofline:
         fractions: Fractions | None = None,
         removed: Removed | None = None,
         *,
+        size: Any = None,
+        batch: Any = None,
         batches: float = 1.0,
     ) -> np.ndarray:
         """Latency in seconds of a population of plans, an array `[plans]` (0-d for a single plan).
@@ -131,12 +137,15 @@ class Roofline:
             workload: what the plans belong to.
             fractions: kept fraction per group.
             removed: removed blocks.
-            batches: how many times the program's own batch goes through at once.
+            size: which of the workload's declared input sizes, an index or an array `[plans]`.
+            batch: samples, a number or an array `[plans]`; for workloads with declared sizes.
+            batches: how many times that batch goes through at once.
 
         Raises:
             PlanError: a removed block is not in the workload.
         """
-        return self.evaluate(workload, fractions, removed, batches=batches)["latency_s"]
+        found = self.evaluate(workload, fractions, removed, size=size, batch=batch, batches=batches)
+        return found["latency_s"]
 
     def evaluate(
         self,
@@ -144,15 +153,47 @@ class Roofline:
         fractions: Fractions | None = None,
         removed: Removed | None = None,
         *,
+        size: Any = None,
+        batch: Any = None,
         batches: float = 1.0,
     ) -> dict[str, np.ndarray]:
         """Every metric of a population of plans, as `estimate` names them, each an array `[plans]`.
 
+        Arguments as of `estimate_batch`.
+
         Raises:
-            PlanError: a removed block is not in the workload.
+            PlanError: a removed block, a size or a batch is not in the workload.
         """
         workload.check_removed(removed or {})
-        plans = Population(fractions or {}, removed or {})
+        plans = {**(fractions or {}), **(removed or {})}
+        given = workload.lengths({}, size, batch)
+        if SIZE not in given:
+            return self._evaluate(workload, fractions or {}, removed or {}, batches)
+        varying = [np.asarray(v) for v in (given[SIZE], given[BATCH], *plans.values())]
+        shape = np.broadcast_shapes(*(v.shape for v in varying))
+        sizes, samples = (np.broadcast_to(v, shape) for v in varying[:2])
+        metrics: dict[str, np.ndarray] = {}
+        for one, many in sorted({*zip(sizes.ravel().tolist(), samples.ravel().tolist(), strict=True)}):
+            here = (sizes == one) & (samples == many)
+            kept, gone = (
+                {name: np.broadcast_to(v, shape)[here] for name, v in part.items()}
+                for part in (fractions or {}, removed or {})
+            )
+            for name, values in self._evaluate(self._at(workload, one, many), kept, gone, batches).items():
+                metrics.setdefault(name, np.zeros(shape))[here] = values
+        return metrics
+
+    def _at(self, workload: Workload, size: int, batch: int) -> Workload:
+        """Kept, because what is known of a workload is known of that very object."""
+        known = self._sized.setdefault(workload, {})
+        if (size, batch) not in known:
+            known[size, batch] = workload.at(size, batch)
+        return known[size, batch]
+
+    def _evaluate(
+        self, workload: Workload, fractions: Fractions, removed: Removed, batches: float
+    ) -> dict[str, np.ndarray]:
+        plans = Population(fractions, removed)
         macs: Any = np.zeros(plans.shape)
         traffic: Any = np.zeros(plans.shape)
         latency: Any = np.full(plans.shape, self.constants.call_s)
@@ -178,6 +219,8 @@ class Roofline:
         fractions: Fractions | None = None,
         removed: Removed | None = None,
         *,
+        size: int | None = None,
+        batch: int | None = None,
         batches: float = 1.0,
     ) -> CostEstimate:
         """Price one plan (scalars), with a breakdown per kernel; arguments as of `estimate_batch`.
@@ -189,6 +232,9 @@ class Roofline:
             PlanError: a removed block is not in the workload.
         """
         workload.check_removed(removed or {})
+        given = workload.lengths({}, size, batch)
+        if SIZE in given:
+            workload = self._at(workload, int(given[SIZE]), int(given[BATCH]))
         plans = Population(fractions or {}, removed or {})
         costs: list[KernelCost] = []
         unmodelled: list[str] = []

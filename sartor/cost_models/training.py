@@ -84,11 +84,12 @@ class TrainingModel:
     def evaluate(
         self, workload: Workload, fractions: Fractions | None = None, removed: Removed | None = None
     ) -> TrainingCost:
-        """Price a population of plans.
+        """Price a population of plans, at the first of the input sizes where several are declared.
 
         Raises:
             PlanError: a removed block is not in the workload.
         """
+        workload = workload.at()
         workload.check_removed(removed or {})
         plans = Population(fractions or {}, removed or {})
         priced = workload.evaluate(fractions, removed)
