@@ -179,7 +179,7 @@ def test_fitting_is_deterministic_and_survives_its_file(fit, samples, base):
     few = samples[:200]
     first, second = learned.fit(few, base).model.save(), learned.fit(few, base).model.save()
     assert first == second
-    again = BoostedResidual.load(json.loads(json.dumps(fit.model.save())), Rates.load(base.save()))
+    again = BoostedResidual.load(json.loads(json.dumps(fit.model.save())), Rates.load(base.save(), {}))
     at = (conv_spec(28), (48, 80))
     assert predicted(again, *at) == predicted(fit.model, *at)
     with pytest.raises(ValueError, match="kind"):

@@ -73,7 +73,7 @@ def fit_profile(profile: DeviceProfile, *, learned: bool = True) -> DeviceProfil
         UsageError: LightGBM is not installed.
     """
     samples = of_role(profile.samples, "fit")
-    rates = roofline.fitted(samples)
+    rates = roofline.fitted(samples, profile.target.get("channel_grid", {}))
     fit = boosting.fit(samples, rates) if learned else None
     model = fit.model if fit is not None and fit.families else None
     models: dict[str, Any] = {"roofline": rates.save(), "cold": _plain(fitted_cold(samples).by_family)}

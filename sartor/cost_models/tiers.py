@@ -25,10 +25,6 @@ from sartor.errors import UsageError
 
 _ANY = "*"
 _FEW = 8
-_STEPPED = frozenset(
-    {"channels", "c_in", "c_out", "in_per_group", "out_per_group", "k", "n", "input", "hidden"}
-)
-"""Variables that are widths of a tensor; groups, rows and bytes have no grid."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +72,9 @@ class Tiers:
         samples = of_role(profile.samples, "fit")
         models = profile.models
         try:
-            rates = Rates.load(models["roofline"]) if "roofline" in models else roofline.fitted(samples)
+            grid = {str(k): int(v) for k, v in profile.target.get("channel_grid", {}).items()}
+            known = models.get("roofline")
+            rates = Rates.load(known, grid) if known is not None else roofline.fitted(samples, grid)
             learned = BoostedResidual.load(models["learned"], rates) if models.get("learned") else None
             cold = models["cold"] if "cold" in models else fitted_cold(samples).by_family
             base = below(rates, learned)
@@ -87,7 +85,6 @@ class Tiers:
                 f"The models of the device profile are malformed ({type(error).__name__}: {str(error)[:200]}); build "
                 "it again with 'sartor profile'."
             ) from error
-        grid = {str(k): int(v) for k, v in profile.target.get("channel_grid", {}).items()}
         return Tiers(rates, learned, table, Cold(coefficients), grid)
 
     def model_for(self, signature: Signature) -> KernelModel:
@@ -99,9 +96,9 @@ class Tiers:
         fulls = tuple(v.full for v in signature.variables)
         key = (signature.key, fulls, tuple(varies))
         if key not in self._surfaces:
-            step = self.grid.get(signature.family, self.grid.get(signature.spec["op"], 1))
+            step = roofline.grid_step(self.grid, signature.family, signature.spec["op"])
             names = variable_names(signature.spec)
-            steps = {n: step for n in names if n in _STEPPED}
+            steps = {names[i]: step for i in roofline.stepped(signature.spec)}
             model = self.model_for(signature)
             self._surfaces[key] = build(
                 ranges_of(names, fulls, varies, steps), lambda sizes: _predict(model, signature, sizes)
