@@ -13,6 +13,7 @@ from sartor.cost_models.roofline import Roofline
 from sartor.cost_models.roofline_law import RooflineConstants
 from sartor.cost_models.training import TrainingModel, adaptive_share, epoch_resolutions
 from sartor.errors import MetricUnavailableError, UsageError
+from sartor.ir.program import Batch
 from sartor.ir.workload import build_workload
 
 TABLES = json.loads((Path(__file__).parent / "fixtures" / "thesis_tables.json").read_text())["tables"]
@@ -61,6 +62,19 @@ def test_the_batch_scales_activations_and_time_but_not_state():
     one, two = (TrainingModel(FORWARD, batch=n).evaluate(small(True)) for n in (32, 64))
     assert two.activation_bytes == 2 * one.activation_bytes and two.state_bytes == one.state_bytes
     assert float(two.step_s) == pytest.approx(2 * float(one.step_s), rel=1e-2)
+
+
+def test_of_several_input_sizes_the_first_is_priced():
+    net = residual(shape=(1, 3, 16, 16))
+    program = net.program(("logits",))
+    program.batch = Batch(symbolic=True, inputs=("x",))
+    sizes = [{"x": (1, 3, 24, 24)}, {"x": (1, 3, 16, 16)}]
+    other = residual(shape=(1, 3, 24, 24))
+    model = TrainingModel(FORWARD, batch=8)
+    found = model.evaluate(build_workload(program, net.extents, sizes=sizes))
+    real = model.evaluate(build_workload(other.program(("logits",)), other.extents))
+    assert float(found.activation_bytes) == float(real.activation_bytes)
+    assert float(found.macs) == float(real.macs) and float(found.step_s) == pytest.approx(float(real.step_s))
 
 
 def test_metrics_have_names_and_latency_is_not_one_of_them():

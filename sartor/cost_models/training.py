@@ -89,7 +89,7 @@ class TrainingModel:
         Raises:
             PlanError: a removed block is not in the workload.
         """
-        workload = workload.at()
+        workload = workload if workload.sweep is None else workload.at()
         workload.check_removed(removed or {})
         plans = Population(fractions or {}, removed or {})
         priced = workload.evaluate(fractions, removed)
