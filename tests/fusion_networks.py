@@ -131,8 +131,8 @@ def dense(side=32, width=64, batch=1):
     x = b.conv("x", 3, width, name="stem")
     channels = width
     for i in range(2):
-        y = b.op("Relu", b.norm(x, channels, f"n{i}"), name=f"r{i}")
-        y = b.op("Relu", b.norm(b.conv(y, channels, width, 1, f"in{i}"), width, f"m{i}"), name=f"s{i}")
+        y = b.op("Relu", b.norm(x, channels, f"first{i}"), name=f"r{i}")
+        y = b.op("Relu", b.norm(b.conv(y, channels, width, 1, f"in{i}"), width, f"second{i}"), name=f"s{i}")
         y = b.conv(y, width, width, 3, f"out{i}")
         x = b.op("Concat", x, y, name=f"cat{i}", axis=1)
         channels += width

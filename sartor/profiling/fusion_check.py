@@ -54,12 +54,15 @@ class FusionReport:
         agreed: those whose nodes are exactly those of one executed kernel.
         differences: the others.
         inserted: executed kernels that compute no node of the program, by type: changes of layout, padding.
+        in_parts: of those that agree, how many are executed as several kernels with the same nodes: a runtime
+            without the operator. A sample model of the kernel is executed so, too.
     """
 
     kernels: int
     agreed: int
     differences: tuple[Difference, ...]
     inserted: Mapping[str, int]
+    in_parts: int = 0
 
     @property
     def agreement(self) -> float:
@@ -75,6 +78,7 @@ class FusionReport:
             "apart": sum(d.apart for d in self.differences),
             "differences": [str(d) for d in self.differences],
             "inserted": dict(sorted(self.inserted.items())),
+            "in_parts": self.in_parts,
         }
 
 
@@ -97,19 +101,34 @@ def check_fusion(program: Program, workload: Workload, executed: Sequence[Kernel
             sets.append(_without_folded(mine - free, own))
         elif not mine:
             inserted[kernel.op_type] += 1
-    agreed, differences, kernels = 0, [], 0
-    whole = set(sets)
+    sets = _distinct(sets)
+    parts = Counter(sets)
+    differences, agreed = [], []
     for ours in workload.kernels:
         nodes = _without_folded(frozenset(ours.nodes) - free, own)
         if not nodes or ours.instead_of:
             continue
-        kernels += 1
-        if nodes in whole:
-            agreed += 1
+        if nodes in parts:
+            agreed.append(parts[nodes])
             continue
-        theirs = [_described(names, own) for names in dict.fromkeys(sets) if names & nodes]
+        theirs = [_described(names, own) for names in parts if names & nodes]
         differences.append(Difference(ours.name, _described(nodes, own), tuple(theirs)))
-    return FusionReport(kernels, agreed, tuple(differences), inserted)
+    return FusionReport(
+        kernels=len(agreed) + len(differences),
+        agreed=len(agreed),
+        differences=tuple(differences),
+        inserted=inserted,
+        in_parts=sum(number > 1 for number in agreed),
+    )
+
+
+def _distinct(sets: Sequence[frozenset[str]]) -> list[frozenset[str]]:
+    """A node that some kernel has for itself is taken from the others that name it, too."""
+    distinct = []
+    for names in sets:
+        smaller = [other for other in set(sets) if other < names]
+        distinct.append(names.difference(*smaller) or names)
+    return distinct
 
 
 def profile_fusion(

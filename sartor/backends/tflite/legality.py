@@ -46,6 +46,7 @@ _TYPES = frozenset({"FLOAT", "FLOAT16", "INT32", "INT64", "BOOL"})
 _GRID_OPS = ("Conv", "Gemm", "MatMul")
 _FUSED = ("Bias", "Relu", "Clip")  # of Clip the bounds 0 and 6, the flatbuffer's RELU6
 FUSES = {
+    "Add": ("Relu", "Clip"),
     "Conv": ("BatchNormalization", *_FUSED),
     "ConvTranspose": ("BatchNormalization", *_FUSED),
     "Gemm": _FUSED,

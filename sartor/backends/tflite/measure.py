@@ -20,7 +20,7 @@ from sartor.backends.tflite import legality, profiler, run
 
 _WARM_UP_RUNS = 3
 _KERNELS: Mapping[str, tuple[str, ...]] = {
-    "CONV_2D": ("Convolution",),
+    "CONV_2D": ("Convolution", "Fully Connected"),
     "DEPTHWISE_CONV_2D": ("Convolution",),
     "TRANSPOSE_CONV": ("Deconvolution",),
     "BATCH_MATMUL": ("Batch Matrix Multiply", "Fully Connected"),
@@ -33,7 +33,7 @@ _KERNELS: Mapping[str, tuple[str, ...]] = {
     "NEG": ("Negate",),
     "PAD": ("Constant Pad",),
     "PADV2": ("Constant Pad",),
-    "RESHAPE": ("Copy",),
+    "RESHAPE": ("Copy", "Static Reshape"),
     "EXPAND_DIMS": ("Copy",),
     "SQUEEZE": ("Copy",),
     "CONCATENATION": ("Copy", "Concat"),
