@@ -71,6 +71,26 @@ Scratch = Callable[[Call], Sequence[int]]
 """Bytes of each buffer that a kernel needs while it runs."""
 
 
+def builtin_scratch(call: Call) -> tuple[int, ...]:
+    """What the kernels of LiteRT itself (without XNNPACK) ask for: the patches of a convolution as a matrix.
+
+    A convolution of more than one place, or that skips places, writes `[N, H_out, W_out, K_h * K_w * C_in]` first.
+    """
+    if call.op_type != "CONV_2D" or call.inputs[0] is None or call.inputs[1] is None or call.options is None:
+        return ()
+    _, height, width, channels = call.inputs[1].shape
+    steps = (
+        call.options.strideH,
+        call.options.strideW,
+        call.options.dilationHFactor,
+        call.options.dilationWFactor,
+    )
+    if (height, width) == (1, 1) and set(steps) == {1}:
+        return ()
+    places = math.prod(call.outputs[0].shape[:3])
+    return (places * height * width * channels * _ITEM_BITS[call.inputs[0].dtype] // 8,)
+
+
 @dataclasses.dataclass(frozen=True)
 class Flat:
     """A subgraph: its tensors, its operators in execution order, the subgraphs in them."""

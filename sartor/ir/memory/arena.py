@@ -2,9 +2,9 @@
 
 `greedy_by_size` places the largest buffers first, each at the lowest offset at which it meets no placed buffer that
 lives at the same time: the planner of TensorFlow Lite Micro (David et al., "TensorFlow Lite Micro: embedded machine
-learning for TinyML systems", MLSys 2021, section 4.4.2) and, by comparison the better of the two rules of Pisarchyk and
-Lee ("Efficient memory management for deep neural net inference", 2020). `best_fit` places buffers in the order in
-which they come up, each in the smallest gap that holds it, as allocators do that do not know what follows.
+learning for TinyML systems", MLSys 2021, section 4.4.2). `best_fit_by_size` takes the smallest gap instead of the
+lowest: that of TensorFlow Lite (Pisarchyk and Lee, "Efficient memory management for deep neural net inference", 2020).
+`best_fit` places buffers in the order in which they come up, as allocators do that do not know what follows.
 
 A buffer written in place lies where the one it replaces begins.
 """
@@ -80,6 +80,21 @@ def greedy_by_size(graph: BufferGraph, alignment: int = ALIGNMENT) -> Arena:
     return _placed(graph, ordered, shared, _lowest)
 
 
+def best_fit_by_size(graph: BufferGraph, alignment: int = ALIGNMENT) -> Arena:
+    """What lives throughout first, then the largest, each in the smallest gap that holds it.
+
+    The planner of TensorFlow Lite: of equals, the one that comes up first is first.
+    """
+    chains, shared = _chains(graph, alignment)
+    end = len(graph.steps) - 1
+
+    def rank(chain: Chain) -> tuple[bool, int]:
+        throughout = chain[0].first <= 0 and max(life.last for life in chain) == end
+        return not throughout, -_largest(chain)
+
+    return _placed(graph, sorted(chains, key=rank), shared, _smallest_gap)
+
+
 def best_fit(graph: BufferGraph, alignment: int = ALIGNMENT) -> Arena:
     """In order of production, each in the smallest gap that holds it."""
     chains, shared = _chains(graph, alignment)
@@ -87,8 +102,37 @@ def best_fit(graph: BufferGraph, alignment: int = ALIGNMENT) -> Arena:
 
 
 def plan_arena(graph: BufferGraph, alignment: int = ALIGNMENT) -> Arena:
-    """The smaller of the two."""
-    return min(greedy_by_size(graph, alignment), best_fit(graph, alignment), key=lambda arena: arena.bytes)
+    """The smallest of the three."""
+    planned = (planner(graph, alignment) for planner in (greedy_by_size, best_fit_by_size, best_fit))
+    return min(planned, key=lambda arena: arena.bytes)
+
+
+def peak_with_reuse(graph: BufferGraph) -> int:
+    """Peak of an allocator that hands a buffer over to the next one of its size, and keeps it until that comes.
+
+    ONNX Runtime's allocation plan: what is dead is not given back if a later value of the same size is there to take
+    it, so that it stays allocated between the two. The one that died last is taken first.
+    """
+    chains, _ = _chains(graph, 1)
+    fixed = {*graph.inputs, *graph.outputs}
+    taken: dict[int, list[_Lifetime]] = {}  # by the number of the chain that had the memory first
+    dead: list[tuple[int, int, int]] = []  # when it died, its size, that number
+    for number, chain in enumerate(chains):
+        size = _largest(chain)
+        own = number
+        if chain[0].buffer not in fixed and not any(life.buffer in fixed for life in chain):
+            usable = [entry for entry in dead if entry[1] == size and entry[0] < chain[0].first]
+            if usable:
+                dead.remove(max(usable))
+                own = max(usable)[2]
+            dead.append((max(life.last for life in chain), size, own))
+        taken.setdefault(own, []).extend(chain)
+    totals = [0] * (len(graph.steps) + 1)
+    for lives in taken.values():
+        size = max(life.bytes for life in lives)
+        for moment in range(min(life.first for life in lives), max(life.last for life in lives) + 1):
+            totals[moment + 1] += size
+    return max(totals)
 
 
 def _largest(chain: Chain) -> int:
