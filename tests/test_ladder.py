@@ -15,10 +15,12 @@ from sartor.cost_models.features import family_of
 from sartor.cost_models.fitting import fit_profile
 from sartor.cost_models.ladder import Ladder
 from sartor.cost_models.law import FAMILIES
+from sartor.cost_models.pricer import Pricer
 from sartor.cost_models.profile import DeviceProfile, Sample
 from sartor.cost_models.protocol import CostModel
 from sartor.cost_models.signatures import signature_of
 from sartor.errors import MetricUnavailableError, PlanError, UsageError
+from sartor.ir.batch import Batch
 from sartor.ir.extents import Extent
 from sartor.ir.workload import build_workload
 
@@ -274,3 +276,32 @@ def test_a_profile_whose_models_do_not_belong_together_is_refused(fitted):
     document["models"]["learned"]["conv"]["folds"][0]["right"][0] = 10**6
     with pytest.raises(UsageError, match="models of the device profile are malformed"):
         Ladder(DeviceProfile.from_json(json.dumps(document)))
+
+
+# ---- input size and batch ------------------------------------------------------------------------
+def test_input_sizes_and_batches_are_priced_as_networks_of_that_size():
+    def network(edge, batch):
+        net = Net((batch, 3, edge, edge))
+        x = net.unary("Relu", net.conv("x", ("c", 64), 3, "c1"), "r1")
+        return net, net.head(net.conv(x, 32, 1, "c2"), 10)
+
+    net, _ = network(16, 1)
+    shapes = [{"x": (1, 3, 16, 16)}, {"x": (1, 3, 32, 32)}]
+    program = net.program(("logits",))
+    program.batch = Batch(symbolic=True, inputs=("x",))
+    workload = build_workload(program, net.extents, sizes=shapes)
+    ladder = Ladder(make_profile(120))
+    sizes, batches = np.array([0, 1, 1, 0]), np.array([1, 1, 4, 4])
+    kept = {"c": np.array([1.0, 0.5, 0.25, 0.75])}
+    together = ladder.estimate_batch(workload, kept, size=sizes, batch=batches)
+    for i in range(4):
+        other, _ = network((16, 32)[sizes[i]], int(batches[i]))
+        alone = build_workload(other.program(("logits",)), other.extents)
+        assert together[i] == pytest.approx(float(ladder.estimate_batch(alone, {"c": kept["c"][i]})))
+        one = ladder.estimate(workload, {"c": kept["c"][i]}, size=int(sizes[i]), batch=int(batches[i]))
+        assert one.latency_s == pytest.approx(together[i])
+        tables = Pricer(ladder, workload, {"c": 64}, size=int(sizes[i]), batch=int(batches[i]))
+        assert tables.estimate_batch(tables.fractions({"c": kept["c"][i]}))[0] == pytest.approx(together[i])
+    assert together[2] > 2 * together[1]
+    with pytest.raises(PlanError, match="not declared"):
+        ladder.estimate_batch(workload, {}, size=2)

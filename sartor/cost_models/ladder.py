@@ -19,13 +19,14 @@ import numpy as np
 from sartor.cost_models.features import is_movement
 from sartor.cost_models.fitting import cache_bytes, fit_profile
 from sartor.cost_models.interval import NORMAL, Interval
-from sartor.cost_models.items import Item, Terms, bind, cold_weights, terms
+from sartor.cost_models.items import Item, Terms, bind, by_size, cold_weights, terms
 from sartor.cost_models.law import FAMILIES, Law, Observation
 from sartor.cost_models.profile import DeviceProfile
 from sartor.cost_models.protocol import CostEstimate, KernelCost
 from sartor.cost_models.signatures import Signature, key_of
 from sartor.cost_models.tiers import Tiers
 from sartor.errors import MetricUnavailableError, UsageError
+from sartor.ir.extents import BATCH, SIZE
 from sartor.ir.files import write_atomic
 from sartor.ir.kernels import Kernel
 from sartor.ir.workload import Fractions, Population, Removed, Workload, presence
@@ -67,6 +68,9 @@ class Ladder:
             ) from error
         self.cache_bytes = cache_bytes(profile)
         self._failed = {key_of(f["spec"]): str(f["reason"]) for f in profile.failures}
+        self._sized: weakref.WeakKeyDictionary[Workload, dict[tuple[int, int], Workload]] = (
+            weakref.WeakKeyDictionary()
+        )
         self._bound: weakref.WeakKeyDictionary[Workload, tuple[Item, ...]] = weakref.WeakKeyDictionary()
         self._observe(observations)
 
@@ -113,6 +117,21 @@ class Ladder:
         return self.profile.call_s * self._law.scale_of("call") + self._law.offset_s
 
     # ---- pricing ---------------------------------------------------------------------------
+    def at(self, workload: Workload, size: int | None = None, batch: int | None = None) -> Workload:
+        """The workload at one declared input size and batch; the same object each time, so that it stays bound.
+
+        Raises:
+            PlanError: the workload does not have that size or batch.
+        """
+        given = workload.lengths({}, size, batch)
+        if SIZE not in given:
+            return workload
+        key = (int(given[SIZE]), int(given[BATCH]))
+        known = self._sized.setdefault(workload, {})
+        if key not in known:
+            known[key] = workload.at(*key)
+        return known[key]
+
     def items(self, workload: Workload) -> tuple[Item, ...]:
         """Kernels of a workload with their surfaces; made once per workload."""
         if workload not in self._bound:
@@ -124,28 +143,54 @@ class Ladder:
         return terms(self.items(workload), plans, self.tiers, self.profile.call_s, self.cache_bytes)
 
     def estimate_batch(
-        self, workload: Workload, fractions: Fractions | None = None, removed: Removed | None = None
+        self,
+        workload: Workload,
+        fractions: Fractions | None = None,
+        removed: Removed | None = None,
+        *,
+        size: Any = None,
+        batch: Any = None,
     ) -> np.ndarray:
         """Latency in seconds of a population of plans, an array `[plans]` (0-d for a single plan).
 
+        Args:
+            workload: what the plans belong to.
+            fractions: kept fraction per group.
+            removed: removed blocks.
+            size: which of the workload's declared input sizes, an index or an array `[plans]`.
+            batch: samples, a number or an array `[plans]`; for workloads with declared sizes.
+
         Raises:
-            PlanError: a removed block is not in the workload.
+            PlanError: a removed block, a size or a batch is not in the workload.
         """
-        workload.check_removed(removed or {})
-        plans = Population(fractions or {}, removed or {})
-        return np.zeros(plans.shape) + self._law.predict(self.terms(workload, plans).seconds)
+        plans = (fractions or {}, removed or {}, size, batch)
+        return by_size(workload, *plans, self.at, self._latency_of)[0]
 
     def intervals_batch(
-        self, workload: Workload, fractions: Fractions | None = None, removed: Removed | None = None
+        self,
+        workload: Workload,
+        fractions: Fractions | None = None,
+        removed: Removed | None = None,
+        *,
+        size: Any = None,
+        batch: Any = None,
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Latency and its 90 % interval for a population of plans, three arrays `[plans]`.
 
+        Arguments as of `estimate_batch`.
+
         Raises:
-            PlanError: a removed block is not in the workload.
+            PlanError: a removed block, a size or a batch is not in the workload.
             MetricUnavailableError: the error is not known.
         """
-        workload.check_removed(removed or {})
-        plans = Population(fractions or {}, removed or {})
+        plans = (fractions or {}, removed or {}, size, batch)
+        found = by_size(workload, *plans, self.at, self._interval_around)
+        return found[0], found[1], found[2]
+
+    def _latency_of(self, workload: Workload, plans: Population) -> tuple[Any]:
+        return (self._law.predict(self.terms(workload, plans).seconds),)
+
+    def _interval_around(self, workload: Workload, plans: Population) -> tuple[Any, Any, Any]:
         priced = self.terms(workload, plans)
         latency = np.zeros(plans.shape) + self._law.predict(priced.seconds)
         found = self._interval_of(latency, priced)
@@ -153,16 +198,23 @@ class Ladder:
             raise MetricUnavailableError(
                 f"The error of '{self.method}' is not known; calibrate it with at least two measured networks first."
             )
-        return latency, np.asarray(found[0]), np.asarray(found[1])
+        return latency, *found
 
     def estimate(
-        self, workload: Workload, fractions: Fractions | None = None, removed: Removed | None = None
+        self,
+        workload: Workload,
+        fractions: Fractions | None = None,
+        removed: Removed | None = None,
+        *,
+        size: int | None = None,
+        batch: int | None = None,
     ) -> CostEstimate:
-        """Price one plan (scalars), with a breakdown per kernel.
+        """Price one plan (scalars), with a breakdown per kernel; arguments as of `estimate_batch`.
 
         Raises:
-            PlanError: a removed block is not in the workload.
+            PlanError: a removed block, the size or the batch is not in the workload.
         """
+        workload = self.at(workload, size, batch)
         workload.check_removed(removed or {})
         plans = Population(fractions or {}, removed or {})
         priced = self.terms(workload, plans)
@@ -224,6 +276,9 @@ class Ladder:
         latency_s: float,
         fractions: Fractions | None = None,
         removed: Removed | None = None,
+        *,
+        size: int | None = None,
+        batch: int | None = None,
     ) -> None:
         """Add a whole-network measurement: the baseline first, then measured candidates.
 
@@ -232,13 +287,16 @@ class Ladder:
             latency_s: measured, on the target and with the options of the profile.
             fractions: kept fraction per group of the measured plan; nothing for the baseline.
             removed: blocks that the measured plan removes.
+            size: declared input size that it was measured at.
+            batch: samples of one inference.
 
         Raises:
             UsageError: the latency is not a positive number.
-            PlanError: a removed block is not in the workload.
+            PlanError: a removed block, the size or the batch is not in the workload.
         """
         if not (math.isfinite(latency_s) and latency_s > 0):
             raise UsageError(f"A latency of {latency_s} s cannot calibrate; pass positive seconds.")
+        workload = self.at(workload, size, batch)
         workload.check_removed(removed or {})
         plans = Population(fractions or {}, removed or {})
         seconds = {term: float(v) for term, v in self.terms(workload, plans).seconds.items()}
@@ -252,7 +310,9 @@ class Ladder:
     def _law_after(self, observations: tuple[Observation, ...]) -> Law:
         if self._known is not None:
             common = self._interval.common
-            if observations:  # of a network in another precision, say, all that carries over is how plans differ
+            if (
+                observations
+            ):  # of a network in another precision, say, all that carries over is how plans differ
                 first = observations[0]
                 predicted = float(self._known.predict(first.seconds))
                 common = max(common, abs(math.log(first.latency_s / predicted)))

@@ -100,17 +100,29 @@ class Pricer:
     A ladder that is calibrated changes what its pricer says: the tables are then added up again.
     """
 
-    def __init__(self, ladder: Ladder, workload: Workload, sizes: Mapping[str, int]):
+    def __init__(
+        self,
+        ladder: Ladder,
+        workload: Workload,
+        sizes: Mapping[str, int],
+        *,
+        size: int | None = None,
+        batch: int | None = None,
+    ):
         """Fill the tables.
 
         Args:
             ladder: what prices.
             workload: whose plans.
             sizes: units before pruning per group, as in a plan. Groups that price nothing may be in it.
+            size: which of the workload's declared input sizes; every one has tables of its own.
+            batch: samples of one inference.
 
         Raises:
             UsageError: a group of the workload has no size.
+            PlanError: the workload does not have that input size or batch.
         """
+        workload = ladder.at(workload, size, batch)
         missing = sorted(workload.groups - set(sizes))
         if missing:
             raise UsageError(
