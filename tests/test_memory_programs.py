@@ -11,7 +11,7 @@ from onnx import helper
 from test_liveness import KB, program, small_then, with_if
 
 from sartor.ir.liveness import peak_activation
-from sartor.ir.memory import PLAIN, Rules, peak, plan_arena, program_buffers, schedule
+from sartor.ir.memory import MICROCONTROLLER, PLAIN, Rules, peak, plan_arena, program_buffers, schedule
 from sartor.ir.workload import build_workload
 
 
@@ -215,3 +215,60 @@ def test_a_large_network_is_solved_and_laid_out():
     found = schedule(graph)
     assert found.optimal and found.peak_bytes <= peak(graph).bytes
     assert plan_arena(graph, 1).bytes <= 1.05 * peak(graph).bytes
+
+
+def test_pads_that_tensorflow_has_no_name_for_are_a_copy():
+    """At stride 2 it pads only behind; the copy of the first such depthwise convolution is MobileNetV2's peak."""
+    model = mobilenet_v2().program(("logits",))
+    found = peak(program_buffers(model, MICROCONTROLLER).graph())
+    assert (
+        found.bytes == 4 * 96 * (112**2 + 114**2) == 9_807_360
+    )  # as TensorFlow Lite Micro's allocator plans
+    assert found.at_node.endswith("(pad)")
+    steps = {s.name for s in program_buffers(model, MICROCONTROLLER).graph().steps}
+    assert len([name for name in steps if name.endswith("(pad)")]) == 5  # one for each stride of 2
+
+
+@pytest.mark.parametrize(
+    ("length", "kernel", "stride", "pads", "copied"),
+    [
+        *(
+            (8, 3, 1, (1, 1), False),
+            (8, 3, 2, (1, 1), True),
+            (7, 3, 2, (1, 1), False),
+            (8, 3, 2, (0, 1), False),
+        ),
+        *(
+            (8, 3, 1, (0, 0), False),
+            (8, 3, 1, (2, 2), True),
+            (8, 2, 2, (0, 0), False),
+            (9, 1, 2, (0, 0), False),
+        ),
+    ],
+)
+def test_which_pads_are_a_copy(length, kernel, stride, pads, copied):
+    node = helper.make_node(
+        "MaxPool", ["x"], ["y"], name="pool", kernel_shape=[kernel], strides=[stride], pads=list(pads)
+    )
+    model = make_program([node], {"x": (1, 3, length)}, ["y"], {})
+    graph = program_buffers(model, MICROCONTROLLER).graph()
+    assert [s.name for s in graph.steps] == (["pool (pad)", "pool"] if copied else ["pool"])
+    if copied:
+        assert graph.sizes["<padded> pool"] == 4 * 3 * (length + sum(pads))
+
+
+def test_transposed_convolutions_in_int8_have_accumulators():
+    constants = {"s": np.float32(0.1), "z": np.int8(0), "w": np.ones((8, 4, 2, 2), np.int8)}
+    nodes = [
+        helper.make_node("QuantizeLinear", ["x", "s", "z"], ["xq"], name="q"),
+        helper.make_node("DequantizeLinear", ["xq", "s", "z"], ["xd"], name="dq"),
+        helper.make_node("DequantizeLinear", ["w", "s", "z"], ["wd"], name="dw"),
+        helper.make_node("ConvTranspose", ["xd", "wd"], ["c"], name="up", strides=[2, 2]),
+        helper.make_node("QuantizeLinear", ["c", "s", "z"], ["cq"], name="cq"),
+        helper.make_node("DequantizeLinear", ["cq", "s", "z"], ["y"], name="y"),
+    ]
+    model = make_program(nodes, {"x": (1, 8, 4, 4)}, ["y"], constants)
+    graph = program_buffers(model, MICROCONTROLLER).graph()
+    (step,) = [s for s in graph.steps if s.scratch]
+    assert step.name == "up" and graph.sizes[step.scratch[0]] == 4 * 4 * 8 * 8
+    assert not any(s.scratch for s in graph_of(model).steps)

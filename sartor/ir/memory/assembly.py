@@ -23,6 +23,8 @@ class NodeBuffers:
         first: its first input, wherever that comes from.
         scratch: bytes that its bodies need.
         plane: of a depthwise convolution, bytes of a channel: of what it reads or writes, the larger.
+        padded: of its first input with the pads that it asks for, where TensorFlow has no name for those.
+        accumulators: one of 32 bits for each number that it writes, of operators that sum up beside their result.
     """
 
     name: str
@@ -33,6 +35,8 @@ class NodeBuffers:
     first: str
     scratch: Quantity
     plane: Quantity | None
+    padded: Quantity | None = None
+    accumulators: Quantity | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,7 +153,8 @@ class _Assembly:
         return sizes
 
     def result(self) -> Assembled:
-        steps = _sorted([self.step(k) for k in self.kernels if k.lead not in self.free], self.source.inputs)
+        kernels = [kernel for kernel in self.kernels if kernel.lead not in self.free]
+        steps = _sorted([step for kernel in kernels for step in self.steps(kernel)], self.source.inputs)
         used = {*self.source.inputs, *(b for s in steps for b in (*s.writes, *s.scratch))}
         used |= {permit.extra for step in steps for permit in step.in_place if permit.extra}
         sizes = {name: size for name, size in self.sizes.items() if name in used}
@@ -168,6 +173,19 @@ class _Assembly:
         )
         return Assembled(graph, sizes, constants)
 
+    def steps(self, kernel: KernelNodes) -> list[Step]:
+        """The kernel, and in front of it what pads its input."""
+        step = self.step(kernel)
+        lead = next(node for node in kernel.nodes if node.name == kernel.lead)
+        source = self.buffer(self.resolve(lead.first))
+        if not self.rules.padded or lead.padded is None or source not in step.reads:
+            return [step]
+        padded = f"<padded> {lead.name}"
+        self.sizes[padded] = self.scaled(lead.padded, self.resolve(lead.first))
+        reads = tuple(padded if buffer == source else buffer for buffer in step.reads)
+        pad = Step(f"{step.name} (pad)", (source,), (padded,))
+        return [pad, dataclasses.replace(step, reads=reads)]
+
     def step(self, kernel: KernelNodes) -> Step:
         nodes = kernel.nodes
         own = {value for node in nodes for value in node.writes}
@@ -183,6 +201,10 @@ class _Assembly:
         scratch = [f"<scratch> {kernel.lead}"] if any(node.scratch.full for node in nodes) else []
         for name in scratch:
             self.sizes[name] = largest([node.scratch for node in nodes])
+        for node in nodes:
+            if self.rules.padded and node.accumulators is not None and self.is_narrow(node.writes[0]):
+                scratch.append(f"<accumulators> {node.name}")
+                self.sizes[scratch[-1]] = node.accumulators
         return Step(
             name=kernel.lead,
             reads=tuple(dict.fromkeys(map(self.buffer, read))),
@@ -213,8 +235,12 @@ class _Assembly:
         same = self.sizes[self.buffer(value)].full == self.sizes[self.buffer(result)].full
         return same and shapes.get(value) == shapes.get(result)
 
+    def is_narrow(self, value: str) -> bool:
+        """Whether the value exists in fewer bytes than the program says: quantized."""
+        return self.sizes[self.buffer(value)].full < self.source.sizes[value].full
+
     def scaled(self, plane: Quantity, value: str) -> Quantity:
-        """`plane` in the type in which `value` exists, where it is quantized."""
+        """Bytes of a part of `value`, or of it with pads, in the type in which it exists where it is quantized."""
         ratio = self.sizes[self.buffer(value)].full / (self.source.sizes[value].full or 1.0)
         return Quantity(tuple((c * ratio, factors) for c, factors in plane.terms))
 

@@ -212,6 +212,8 @@ def _node(node: ir.Node, stored: set[str], tensors: Tensors) -> NodeBuffers:
         first=first,
         scratch=largest([body_peak(body, node.op_type, tensors) for body in body_graphs(node)]),
         plane=_plane(node, tensors),
+        padded=_padded(node, tensors),
+        accumulators=_accumulators(node, tensors),
     )
 
 
@@ -225,3 +227,37 @@ def _plane(node: ir.Node, tensors: Tensors) -> Quantity | None:
         return None
     planes = [Quantity.product(t.item_bytes, (t.dims[0], *t.dims[2:])) for t in (data, result)]
     return largest(planes)
+
+
+def _padded(node: ir.Node, tensors: Tensors) -> Quantity | None:
+    """Bytes of a convolution's or pooling's input with its pads; None where TensorFlow has a name for them."""
+    attributes = json_attributes(node)
+    pads = attributes.get("pads", [])
+    if node.op_type not in ("Conv", "MaxPool") or node.inputs[0] is None or not any(pads):
+        return None
+    data, result = tensors[node.inputs[0]], tensors[node.outputs[0]]
+    lengths, outputs = ([round(e.full) for e in tensor.dims[2:]] for tensor in (data, result))
+    rank = len(lengths)
+    kernel = attributes.get("kernel_shape", [])
+    if node.op_type == "Conv" and node.inputs[1] is not None:
+        kernel = [round(e.full) for e in tensors[node.inputs[1]].dims[2:]]
+    strides, dilations = (attributes.get(name, [1] * rank) for name in ("strides", "dilations"))
+    axes = zip(lengths, outputs, kernel, strides, dilations, strict=True)
+    if list(zip(pads[:rank], pads[rank:], strict=True)) == [_same_pads(*axis) for axis in axes]:
+        return None
+    wide = [Extent.constant(n + pads[i] + pads[rank + i]) for i, n in enumerate(lengths)]
+    return Quantity.product(data.item_bytes, (*data.dims[:2], *wide))
+
+
+def _same_pads(length: int, output: int, kernel: int, stride: int, dilation: int) -> tuple[int, int] | None:
+    """Pads of "SAME" along one axis, the odd one behind; None if its result has another length."""
+    if output != -(-length // stride):
+        return None
+    total = max(0, (output - 1) * stride + dilation * (kernel - 1) + 1 - length)
+    return total // 2, total - total // 2
+
+
+def _accumulators(node: ir.Node, tensors: Tensors) -> Quantity | None:
+    if node.op_type not in ("ConvTranspose", "ReduceMean", "ReduceSum", "GlobalAveragePool"):
+        return None
+    return Quantity.product(4, tensors[node.outputs[0]].dims)

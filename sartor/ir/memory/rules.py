@@ -44,6 +44,8 @@ class Rules:
         depthwise: a depthwise convolution writes over its input, with one channel beside it.
         quantized: values between QuantizeLinear and DequantizeLinear exist in integers only.
         inputs_held: inputs of the program belong to the caller.
+        padded: a convolution or pooling whose pads are not those that TensorFlow computes (none, or "SAME") reads a
+            padded copy of its input; transposed convolutions and means in 8 bits have accumulators of 32 bits.
     """
 
     fusion: FusionRules | None = GENERIC
@@ -52,11 +54,15 @@ class Rules:
     depthwise: bool = False
     quantized: bool = True
     inputs_held: bool = True
+    padded: bool = False
 
 
 PLAIN = Rules(fusion=None, aliases=False, in_place=False, quantized=False)
 """Every node allocates all that it writes: the definition of `sartor.ir.liveness`."""
 DEFAULT = Rules()
 """What runtimes have in common, roughly; of no one in particular."""
-MICROCONTROLLER = Rules(in_place=False, inputs_held=False)
-"""TensorFlow Lite Micro: nothing in place, and the input's place is free after its last reader."""
+MICROCONTROLLER = Rules(aliases=False, in_place=False, inputs_held=False, padded=True)
+"""TensorFlow Lite Micro: nothing in place, and the input's place is free after its last reader.
+
+An approximation for planning, before anything is converted; `sartor.backends.tflite_micro.memory` is exact.
+"""
