@@ -2,14 +2,15 @@
 
 * TensorFlow Lite Micro: the arena that its own allocator plans (head and tail), against the one predicted from the
   flatbuffer without it.
+  The head, too, from the program before anything is converted, by rules of what the converter does.
 * LiteRT without XNNPACK: the extent of its tensors' addresses, against the arena of a planner with its rules.
 * ONNX Runtime tells of no allocation in Python. A fresh process without arena and memory pattern, whose malloc takes
   every large block from the system and gives it back at once, runs the model, and the highest resident memory during a
   run, less the resident memory before it, is what the run allocated. The system counts resident pages with an error of
-  up to 64 pages per processor: below some megabytes this says nothing (`resolved` is false). It is compared with two
-  predictions, both with its way of handing buffers on to later ones of the same size: from the program and the
-  target's fusion rules; and from the nodes that the runtime executed (its optimised graph, sizes from its profile),
-  which have the changes of layout that it put in (`executed`).
+  some hundred pages, so the batch is chosen for 64 MB; far below that it says nothing (`resolved` is false). It is
+  compared with two predictions, both with its way of handing buffers on to later ones of the same size: from the
+  program and the target's fusion rules; and from the nodes that the runtime executed (its optimised graph, sizes from
+  its profile), which have the changes of layout that it put in (`executed`).
 * LiteRT with XNNPACK: what anonymous memory grows by. It has packed weights in it, so it is no check, but a bound.
 * MobileNetV2 at 224 x 224 in one byte per number, without its classifier: 1,404,928 bytes if depthwise convolutions are
   done in place, 1,505,280 otherwise, which an independent script computes, too (`--fixture`).
@@ -20,6 +21,7 @@ Needs timm and torchvision and the targets' packages (`pip install 'sartor[bench
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import re
@@ -35,13 +37,16 @@ MODELS = ("digits", "squeezenet1_1", "mobilenet_v2", "unet", "resnet18")
 BY_HAND = {"depthwise in place": 1_404_928, "nothing in place": 1_505_280}
 RESULT = "RESULT "
 _RESOLUTION_BYTES = 64 * 4096
+_RESOLVED_BYTES = 256 * _RESOLUTION_BYTES
 _RUNS = 4
 
 
 # ---- what runtimes do, each in a process of its own ---------------------------------------------------
-def worker(kind: str, model: str) -> dict[str, Any]:
+def worker(kind: str, model: str, batch: int) -> dict[str, Any]:
     """One measurement, in this process."""
-    return {"onnxruntime": _onnxruntime, "litert": _litert, "xnnpack": _xnnpack}[kind](model)
+    if kind == "onnxruntime":
+        return _onnxruntime(model, batch)
+    return {"litert": _litert, "xnnpack": _xnnpack}[kind](model)
 
 
 def _field(name: str, path: str) -> int:
@@ -56,7 +61,7 @@ def _settle() -> None:
     ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
-def _onnxruntime(model: str) -> dict[str, Any]:
+def _onnxruntime(model: str, batch: int) -> dict[str, Any]:
     import numpy as np
     import onnxruntime
 
@@ -72,7 +77,7 @@ def _onnxruntime(model: str) -> dict[str, Any]:
     rng = np.random.default_rng(0)
     feeds = {}
     for value in found.get_inputs():
-        shape = [d if isinstance(d, int) else 1 for d in value.shape]
+        shape = [d if isinstance(d, int) else batch for d in value.shape]
         feeds[value.name] = rng.random(shape, np.float32)
     rows = []
     for _ in range(_RUNS):
@@ -180,10 +185,10 @@ def _xnnpack(model: str) -> dict[str, Any]:
     return {"bytes": _field("Anonymous", "/proc/self/smaps_rollup") - before}
 
 
-def measured(kind: str, model: Path) -> dict[str, Any]:
+def measured(kind: str, model: Path, batch: int = 1) -> dict[str, Any]:
     """`worker` in a fresh process whose malloc maps every block of a page or more."""
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "4096", "MALLOC_TOP_PAD_": "0"}
-    command = [sys.executable, __file__, "--worker", kind, str(model)]
+    command = [sys.executable, __file__, "--worker", kind, str(model), str(batch)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=300)
     lines = [line for line in done.stdout.splitlines() if line.startswith(RESULT)]
     if done.returncode or not lines:
@@ -214,16 +219,24 @@ def compare(name: str) -> list[dict[str, Any]]:
 def _row_of_onnxruntime(name: str, program: Any, saved: Path) -> dict[str, Any]:
     from sartor import backends
     from sartor.ir.fusion import FusionRules
+    from sartor.ir.load import load
     from sartor.ir.memory import Rules, peak, peak_with_reuse, program_buffers
 
     rules = Rules(fusion=FusionRules.of(backends.get("onnxruntime").capabilities().fuses))
+    batch = 1
+    if program.batch.symbolic:  # enough samples for the resolution of resident memory not to matter
+        batch = -(-_RESOLVED_BYTES // peak(program_buffers(program, rules).graph()).bytes)
+        shapes = {
+            n: (batch, *s[1:]) if n in program.batch.inputs else s for n, s in program.input_shapes.items()
+        }
+        program = load(saved, shapes=shapes)
     graph = program_buffers(program, rules).graph()
     held = sum(graph.sizes[i] for i in graph.inputs)
-    row = {"model": name, "runtime": "onnxruntime", "precision": "f32"}
+    row = {"model": name, "runtime": "onnxruntime", "precision": "f32", "batch": batch}
     row |= {"predicted": peak_with_reuse(graph) - held, "peak": peak(graph).bytes - held}
-    found = measured("onnxruntime", saved)
+    found = measured("onnxruntime", saved, batch)
     row |= {"measured": found.get("bytes"), "executed": found.get("executed_bytes"), "all": found.get("all")}
-    row["resolved"] = (found.get("bytes") or 0) > 8 * _RESOLUTION_BYTES
+    row["resolved"] = (found.get("bytes") or 0) > 64 * _RESOLUTION_BYTES
     return {**row, **_error(row), **({"reason": found["reason"]} if "reason" in found else {})}
 
 
@@ -231,16 +244,14 @@ def _rows_of_flatbuffers(name: str, program: Any, precision: str, folder: Path) 
     from sartor import backends
     from sartor.backends.protocol import TargetOptions
     from sartor.backends.tflite.buffers import buffer_graph, builtin_scratch
+    from sartor.backends.tflite.legality import FUSES
     from sartor.backends.tflite_micro import memory
-    from sartor.ir.memory import (
-        MICROCONTROLLER,
-        best_fit_by_size,
-        peak,
-        plan_arena,
-        program_buffers,
-        schedule,
-    )
+    from sartor.ir.fusion import FusionRules
+    from sartor.ir.memory import MICROCONTROLLER, best_fit_by_size, greedy_by_size, peak, plan_arena, schedule
+    from sartor.ir.memory import program_buffers as buffers_of
 
+    rules = dataclasses.replace(MICROCONTROLLER, fusion=FusionRules.of(FUSES))
+    planning = greedy_by_size(buffers_of(program, rules).graph()).bytes
     options = TargetOptions(precision=precision)
     artifact = backends.get("tflite-micro").lower(program, folder / precision, options)
     content, planned = artifact.main_file.read_bytes(), artifact.metadata["arena_bytes"]
@@ -257,8 +268,13 @@ def _rows_of_flatbuffers(name: str, program: Any, precision: str, folder: Path) 
         "best_order": best.peak_bytes,
         "optimal": best.optimal,
         "best_arena": plan_arena(graph.reordered(best.order)).bytes,
-        "program": peak(program_buffers(program, MICROCONTROLLER).graph()).bytes,
     }
+    row = {
+        "runtime": "tflite-micro head, from the program",
+        "measured": planned["head"],
+        "predicted": planning,
+    }
+    rows.append({**common, **row, **_error(row), "resolved": True})
     own = best_fit_by_size(buffer_graph(content, builtin_scratch, inputs_held=True), 64).bytes
     found = measured("litert", artifact.main_file)
     row = {"runtime": "litert arena", "measured": found.get("bytes"), "predicted": own, **common}
@@ -302,7 +318,7 @@ def summary_of(rows: list[dict[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for row in rows:
         if row.get("resolved") and "error" in row:
-            key = row["runtime"].split(",")[0].replace(" ", "_").replace("-", "_") + "_worst"
+            key = re.sub(r"\W+", "_", row["runtime"]) + "_worst"
             found[key] = max(found.get(key, 0.0), abs(row["error"]))
     for row in rows:
         if row["runtime"] == "onnxruntime" and row.get("resolved") and row.get("executed"):
@@ -312,13 +328,11 @@ def summary_of(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def show(rows: list[dict[str, Any]]) -> None:
-    print(f"{'network':<15} {'runtime':<26} {'':<9} {'measured':>11} {'predicted':>11} {'error':>8}")
+    print(f"{'network':<15} {'runtime':<36} {'':<9} {'measured':>11} {'predicted':>11} {'error':>8}")
     for row in rows:
         error = f"{row['error']:+.2%}" if "error" in row else ""
         more = {
-            k: row[k]
-            for k in ("executed", "peak", "best_order", "best_arena", "program", "reason")
-            if k in row
+            k: row[k] for k in ("batch", "executed", "peak", "best_order", "best_arena", "reason") if k in row
         }
         note = " ".join(
             f"{key} {value:,}" if isinstance(value, int) else f"{key} {value}" for key, value in more.items()
@@ -326,7 +340,7 @@ def show(rows: list[dict[str, Any]]) -> None:
         note += "" if row.get("resolved", True) else " (too small to be resolved)"
         figures = [f"{row[k]:>11,.0f}" if row.get(k) else f"{'':>11}" for k in ("measured", "predicted")]
         print(
-            f"{row['model']:<15} {row['runtime']:<26} {row['precision']:<9} {' '.join(figures)} {error:>8} {note}"
+            f"{row['model']:<15} {row['runtime']:<36} {row['precision']:<9} {' '.join(figures)} {error:>8} {note}"
         )
 
 
@@ -337,10 +351,11 @@ def main() -> None:
     parser.add_argument("models", nargs="*", default=list(MODELS))
     parser.add_argument("--fixture", metavar="FILE", help="a script that prints MobileNetV2's peaks in KiB")
     parser.add_argument("--json", metavar="FILE")
-    parser.add_argument("--worker", nargs=2, metavar=("RUNTIME", "MODEL"), help=argparse.SUPPRESS)
+    parser.add_argument("--worker", nargs=3, metavar=("RUNTIME", "MODEL", "BATCH"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
-        print(RESULT + json.dumps(worker(*options.worker)))
+        kind, model, batch = options.worker
+        print(RESULT + json.dumps(worker(kind, model, int(batch))))
         return
     rows = by_hand(options.fixture)
     for name in options.models:
