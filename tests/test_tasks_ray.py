@@ -187,6 +187,7 @@ def test_a_content_that_changed_is_refused(artifact, measured):
     answer = remote.run_task(request, b"changed", *contents[1:])
     expected = hashlib.sha256(b"changed").hexdigest()
     assert answer["error"]["kind"] == "BackendError" and expected in answer["error"]["message"]
+    assert os.uname().nodename in answer["error"]["notes"][-1]
 
 
 @pytest.mark.parametrize("name", ["sartor", "python", "reference"])
@@ -335,6 +336,30 @@ def test_versions_are_compared_when_the_cluster_is_joined(runner, monkeypatch):
         runner(node(sartor_a=1))
 
 
+def test_a_target_that_the_nodes_lack_is_said_with_the_node(runner, monkeypatch):
+    monkeypatch.setattr(remote, "versions", lambda target: {})
+    there = {"error": {"kind": "UsageError", "message": "No module 'x'.", "notes": []}, "node": "b7"}
+    monkeypatch.setattr(remote, "describe", lambda target: there)
+    with pytest.raises(UsageError, match=r"The node 'b7' cannot run 'reference': No module 'x'\."):
+        runner(node(sartor_a=1))
+
+
+def test_a_cluster_without_sartor_is_told_what_to_install(runner, artifact):
+    made, cluster = runner(node(sartor_a=1))
+    cluster.fails = RuntimeError("The remote function failed to import: No module named 'sartor.tasks'")
+    with pytest.raises(UsageError, match=r"cannot import this version .*pip install 'sartor\[ray\]'"):
+        made.run(measure_task(artifact))
+
+
+def test_a_cluster_that_fails_before_its_devices_are_known_is_an_error_of_ours(runner, monkeypatch):
+    def gone(self):
+        raise RuntimeError("gone")
+
+    monkeypatch.setattr(Cluster, "nodes", gone)
+    with pytest.raises(BackendError, match=r"device '\?' of ray://head:1 was lost"):
+        runner(node(sartor_a=1))
+
+
 def test_a_measurement_has_the_device_to_itself_and_scores_share_it(runner, artifact, measured):
     made, cluster = runner(node(sartor_a=1), threads=2)
     made.run(measure_task(artifact))
@@ -388,7 +413,7 @@ def test_an_error_of_a_task_comes_back_as_its_class(runner, artifact, monkeypatc
 
     monkeypatch.setattr("sartor.backends.measure.measure", fails)
     made, _ = runner(node(sartor_a=1))
-    with pytest.raises(UsageError, match=r"^The model is too large\.$"):
+    with pytest.raises(UsageError, match=r"^The model is too large\.\n.*on the node"):
         made.run(measure_task(artifact))
 
 

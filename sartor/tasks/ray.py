@@ -98,9 +98,10 @@ class RayRunner:
         self._workers, self._threads, self._patience_s = workers, threads, patience_s
         self._kept: collections.OrderedDict[str, tuple[Any, int]] = collections.OrderedDict()
         self._versions = remote.versions(target)
+        self.device = workers.device
         self._ray = _connect(workers)
         try:
-            self.device = workers.device or self._only_device()
+            self.device = self.device or self._only_device()
             self._require_devices()
             self._function = self._ray.remote(max_retries=_MOST_RETRIES, retry_exceptions=False)(
                 remote.run_task
@@ -181,7 +182,8 @@ class RayRunner:
         describe = self._ray.remote(max_retries=_MOST_RETRIES)(remote.describe)
         answer = self._wait(self._options(describe, _SHARE).remote(target))
         if "error" in answer:
-            raise error_from_dict(answer["error"])
+            error = error_from_dict(answer["error"])
+            raise type(error)(f"The node '{answer['node']}' cannot run '{target}': {error}")
         remote.require_versions(self._versions, answer["versions"], answer["node"])
 
     # ---- tasks ---------------------------------------------------------------------------------
@@ -253,6 +255,11 @@ class RayRunner:
             raise BackendError(f"The connection to {self._workers.address} was lost: {error}.") from error
         except Exception as error:
             text = str(error).strip()
+            if "No module named 'sartor" in text:
+                raise UsageError(
+                    f"A node of {self._workers.address} cannot import this version of sartor; install it on the head "
+                    f"and on every node with a device: pip install '{_EXTRA}'."
+                ) from error
             lost = BackendError(
                 f"A task on the device '{self.device or '?'}' of {self._workers.address} was lost "
                 f"({type(error).__name__}), and {_MOST_RETRIES} more attempts did not help. See the log of its node; "

@@ -47,10 +47,11 @@ def describe(target: str) -> dict[str, Any]:
     """Versions and machine of the node that runs this, or the error that kept it from saying."""
     from sartor.backends import host
 
+    node = os.uname().nodename
     try:
-        return {"versions": versions(target), "machine": host.conditions(), "node": os.uname().nodename}
+        return {"versions": versions(target), "machine": host.conditions(), "node": node}
     except Exception as error:
-        return {"error": error_to_dict(error)}
+        return {"error": error_to_dict(error), "node": node}
 
 
 def run_task(request: str, *contents: bytes) -> dict[str, Any]:
@@ -79,6 +80,7 @@ def run_task(request: str, *contents: bytes) -> dict[str, Any]:
             "files": result.files,
         }
     except Exception as error:
+        error.add_note(f"That was on the node '{os.uname().nodename}'.")
         return {"error": error_to_dict(error)}
 
 
