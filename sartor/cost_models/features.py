@@ -31,7 +31,8 @@ MOVEMENT = (
     *("rank", "log_fixed", "last", "smallest", "item_bytes", "align", "epilogue"),
 )
 _ELEMENTWISE = frozenset({"Add", "Sub", "Mul", "Div", "Pow", "Sqrt", "Erf", "Exp", "Where", "PRelu"})
-_CHEAP = frozenset({"Relu", "Clip", "LeakyRelu", "Add", "Bias"})
+COSTLY = ACTIVATIONS - {"Relu", "Clip", "LeakyRelu", "HardSigmoid", "HardSwish", "ThresholdedRelu"} | {"Silu"}
+"""Activations that are work themselves: exponentials and the like."""
 _MOST_ALIGNMENT = 5
 
 
@@ -115,7 +116,7 @@ def _contraction(spec: Mapping[str, Any], found: Work) -> list[Any]:
         sum(attributes.get("pads", [0])),
         epilogue.count("Add"),
         sum(op not in ("Add", "Bias") for op in epilogue),
-        sum(op not in _CHEAP for op in epilogue),
+        sum(op in COSTLY for op in epilogue),
         spec.get("op") == "ConvTranspose",
         sum(spec.get("stored", [False, True])),
     ]

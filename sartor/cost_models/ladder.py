@@ -255,7 +255,9 @@ class Ladder:
         if self._interval.kernels:
             interval = self._interval.of_kernel(tier, seconds, sd / max(warm, 1e-12))
         moved = float(plans.quantity(kernel.bytes_read) + plans.quantity(kernel.bytes_written))
-        bound = self.tiers.rates.bound(kernel.family, float(plans.quantity(kernel.macs)), moved)
+        bound = self.tiers.rates.bound(
+            kernel.family, float(plans.quantity(kernel.macs)), moved, kernel.op_type
+        )
         return KernelCost(kernel.name, kernel.op_type, seconds, how, interval, bound)
 
     def _why(self, signature: Signature | None) -> str:

@@ -1,9 +1,12 @@
-"""The fitted roofline of single kernels: per family, `t = launch + macs / rate + bytes / bandwidth`.
+"""The fitted roofline of single kernels: `t = launch + macs / rate + bytes / bandwidth + costly activations`.
 
-Output widths are rounded up to the channel grid first: what a register or a block of channels computes, it computes
-whole. What is left of widths off the grid is then their penalty, and where none was timed, it is none.
+One law for each of the ways in which runtimes compute an operator: convolutions whose channels fill whole vectors
+and those that leave the blocked layout, windows of one position, images of a few channels. A way with few samples
+takes the law of its operator, that of its family, or one law for all. Output widths are rounded up to the channel
+grid first: what a register or a block of channels computes, it computes whole.
+
 The sum, not the maximum, because a sum has a slope everywhere: the learned model corrects it, and what it gets
-wrong between the two regimes is a smooth function of the intensity. Families with few samples share one law.
+wrong between the two regimes is a smooth function of the intensity.
 """
 
 from __future__ import annotations
@@ -15,14 +18,17 @@ from typing import Any
 
 import numpy as np
 
+from sartor.cost_models.features import COSTLY, is_movement
 from sartor.cost_models.profile import Sample
 from sartor.cost_models.signatures import Signature, variable_names
-from sartor.cost_models.work import Work, work_of_spec
+from sartor.cost_models.work import Work, item_bytes, work_of_spec
 from sartor.errors import MetricUnavailableError
 
 _ANY = "*"
-_FEW = 8  # samples below which a family has no law of its own
+_FEW = 8  # samples below which there is no law
 _LEAST_SD = 0.1
+_VECTOR = 4  # channels: what the blocked layouts of CPU runtimes ask for at least
+_IMAGE = 4  # channels: such inputs have kernels of their own
 _STEPPED = frozenset(
     {"channels", "c_in", "c_out", "in_per_group", "out_per_group", "k", "n", "input", "hidden"}
 )
@@ -30,21 +36,24 @@ _STEPPED = frozenset(
 _ROUNDED = frozenset({"channels", "c_out", "n"})
 """Output widths that are computed in whole registers. How a runtime pads the groups of a convolution, if it does,
 is left to what was learned."""
-BOUNDS = ("launch", "compute", "bandwidth")
+BOUNDS = ("launch", "compute", "bandwidth", "compute")
 
 
 @dataclasses.dataclass(frozen=True)
 class Rate:
-    """Coefficients of one family: seconds, seconds per MAC, seconds per byte, and the error of their sum."""
+    """Coefficients of one law: seconds, seconds per MAC, per byte and per costly element, and its error."""
 
     launch_s: float
     per_mac_s: float
     per_byte_s: float
+    per_element_s: float
     sd: float
 
-    def terms(self, macs: Any, moved: Any) -> np.ndarray:
-        """Seconds that go into launch, compute and bandwidth, `[3, …]`."""
-        return np.stack([self.launch_s + 0.0 * moved, self.per_mac_s * macs, self.per_byte_s * moved])
+    def terms(self, macs: Any, moved: Any, costly: Any = 0.0) -> np.ndarray:
+        """Seconds that go into each of `BOUNDS`."""
+        none = 0.0 * moved
+        parts = (self.launch_s, self.per_mac_s * macs, self.per_byte_s * moved, self.per_element_s * costly)
+        return np.stack([part + none for part in parts])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,11 +61,11 @@ class Rates:
     """Satisfies `KernelModel`; knows every kernel that has a signature.
 
     Attributes:
-        by_family: laws.
+        laws: by way of computing: `family/operator/way`, `family/operator`, `family`, and `*` for all others.
         grid: channel grid by family or operator; widths of others are not rounded.
     """
 
-    by_family: Mapping[str, Rate]
+    laws: Mapping[str, Rate]
     grid: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     @property
@@ -70,34 +79,43 @@ class Rates:
 
     def predict(self, signature: Signature, sizes: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         """See `KernelModel`."""
-        found = _work(signature.spec, signature.family, sizes, self.grid)
-        return self.seconds(signature.family, found.macs, found.moved)
+        spec, family = signature.spec, signature.family
+        found = _work(spec, family, sizes, self.grid)
+        costly = _costly(spec, found)
+        ways = _ways(spec, sizes)
+        seconds, sd = np.zeros(found.macs.shape), np.zeros(found.macs.shape)
+        for way in np.unique(ways):
+            law = self._law(family, str(spec["op"]), str(way))
+            here = np.broadcast_to(ways == way, seconds.shape)
+            seconds = np.where(here, law.terms(found.macs, found.moved, costly).sum(0), seconds)
+            sd = np.where(here, law.sd, sd)
+        return np.maximum(seconds, 1e-9), sd
 
     def seconds(self, family: str, macs: Any, moved: Any) -> tuple[np.ndarray, np.ndarray]:
-        """As `predict`, of kernels without a signature, too."""
-        rate = self._rate(family)
-        total = np.maximum(rate.terms(np.asarray(macs, float), np.asarray(moved, float)).sum(0), 1e-9)
-        return total, np.full(total.shape, rate.sd)
+        """As `predict`, of kernels without a signature."""
+        law = self._law(family, "", "")
+        total = np.maximum(law.terms(np.asarray(macs, float), np.asarray(moved, float)).sum(0), 1e-9)
+        return total, np.full(total.shape, law.sd)
 
-    def bound(self, family: str, macs: float, moved: float) -> str:
-        """Which of the three terms is the largest."""
-        return BOUNDS[int(np.argmax(self._rate(family).terms(np.asarray(macs), np.asarray(moved))))]
+    def bound(self, family: str, macs: float, moved: float, op: str = "") -> str:
+        """Which of the terms is the largest."""
+        return BOUNDS[int(np.argmax(self._law(family, op, "").terms(np.asarray(macs), np.asarray(moved))))]
 
     def update(self, samples: Sequence[Sample]) -> Rates:
-        """See `KernelModel`: the families of these samples are fitted anew, to them alone."""
-        return Rates({**self.by_family, **fitted(samples, self.grid).by_family}, self.grid)
+        """See `KernelModel`: the laws of these samples are fitted anew, to them alone."""
+        return Rates({**self.laws, **fitted(samples, self.grid).laws}, self.grid)
 
     def save(self) -> dict[str, Any]:
         """See `KernelModel`."""
-        return {family: dataclasses.asdict(rate) for family, rate in sorted(self.by_family.items())}
+        return {name: dataclasses.asdict(law) for name, law in sorted(self.laws.items())}
 
     @staticmethod
     def load(document: Mapping[str, Any], grid: Mapping[str, int]) -> Rates:
         """Inverse of `save`; the grid is that of the profile."""
-        return Rates({family: Rate(**entry) for family, entry in document.items()}, grid)
+        return Rates({name: Rate(**entry) for name, entry in document.items()}, grid)
 
-    def _rate(self, family: str) -> Rate:
-        return self.by_family.get(family) or self.by_family[_ANY]
+    def _law(self, family: str, op: str, way: str) -> Rate:
+        return next(self.laws[name] for name in _names(family, op, way) if name in self.laws)
 
 
 def grid_step(grid: Mapping[str, int], family: str, op: str) -> int:
@@ -108,15 +126,6 @@ def grid_step(grid: Mapping[str, int], family: str, op: str) -> int:
 def stepped(spec: Mapping[str, Any]) -> list[int]:
     """Which variables are widths that have a grid; the last of them is the output's."""
     return [i for i, name in enumerate(variable_names(spec)) if name in _STEPPED]
-
-
-def _work(spec: Mapping[str, Any], family: str, sizes: Sequence[Any], grid: Mapping[str, int]) -> Work:
-    """Work with the output width rounded up."""
-    step, names = grid_step(grid, family, str(spec["op"])), variable_names(spec)
-    rounded = [np.asarray(s, float) for s in sizes]
-    if step > 1 and names[-1:] and names[-1] in _ROUNDED:
-        rounded[-1] = np.ceil(rounded[-1] / step - 1e-9) * step
-    return work_of_spec(spec, rounded)
 
 
 def fitted(samples: Sequence[Sample], grid: Mapping[str, int] | None = None) -> Rates:
@@ -134,30 +143,67 @@ def fitted(samples: Sequence[Sample], grid: Mapping[str, int] | None = None) -> 
             "No kernel could be timed on the target, so there is nothing to fit a latency to; look at the reasons "
             "that the timer gives."
         )
-    rows: dict[str, list[tuple[float, float, float]]] = {}
+    rows: dict[str, list[tuple[float, ...]]] = {}
     for sample in samples:
         found = _work(sample.spec, sample.family, sample.at, grid or {})
-        row = (float(found.macs), float(found.moved), sample.warm_s)
-        for family in (sample.family, _ANY):
-            rows.setdefault(family, []).append(row)
-    laws = {f: _fit(np.array(r)) for f, r in rows.items() if f == _ANY or len(r) >= _FEW}
+        row = (float(found.macs), float(found.moved), float(_costly(sample.spec, found)), sample.warm_s)
+        way = str(_ways(sample.spec, sample.at))
+        for name in _names(sample.family, str(sample.spec["op"]), way):
+            rows.setdefault(name, []).append(row)
+    laws = {name: _fit(np.array(r)) for name, r in rows.items() if name == _ANY or len(r) >= _FEW}
     return Rates(laws, dict(grid or {}))
 
 
+def _names(family: str, op: str, way: str) -> tuple[str, ...]:
+    """Where the law of a kernel is looked for, its own first."""
+    return tuple(dict.fromkeys((f"{family}/{op}/{way}", f"{family}/{op}", family, _ANY)))
+
+
+def _ways(spec: Mapping[str, Any], sizes: Sequence[Any]) -> np.ndarray:
+    """How runtimes compute a convolution of these sizes; one way for everything else."""
+    if is_movement(spec) or spec["op"] not in ("Conv", "ConvTranspose"):
+        return np.asarray("")
+    found = work_of_spec(spec, [np.asarray(s, float) for s in sizes])
+    c_in, c_out = found.groups * found.channels, found.groups * found.columns
+    blocked = (c_out % _VECTOR == 0) & (c_in % _VECTOR == 0)
+    if "multiplier" not in spec:
+        blocked = np.where(found.groups > 1, blocked & (found.columns % _VECTOR == 0), blocked)
+    window = "window" if found.taps.max(initial=1) > 1 else "point"
+    image = (c_in < _IMAGE) & (found.groups == 1)
+    return np.where(image, "image", np.where(blocked, f"blocked {window}", f"unblocked {window}"))
+
+
+def _costly(spec: Mapping[str, Any], found: Work) -> np.ndarray:
+    """Elements that pass through an activation which is itself work."""
+    count = sum(op in COSTLY for op, _ in spec.get("epilogue", ()))
+    return count * found.written / item_bytes(str(spec.get("dtype", "FLOAT")))
+
+
+def _work(spec: Mapping[str, Any], family: str, sizes: Sequence[Any], grid: Mapping[str, int]) -> Work:
+    """Work with the output width rounded up."""
+    step, names = grid_step(grid, family, str(spec["op"])), variable_names(spec)
+    rounded = [np.asarray(s, float) for s in sizes]
+    if step > 1 and names[-1:] and names[-1] in _ROUNDED:
+        rounded[-1] = np.ceil(rounded[-1] / step - 1e-9) * step
+    return work_of_spec(spec, rounded)
+
+
 def _fit(rows: np.ndarray) -> Rate:
-    """The best of all sets of coefficients that may be zero: there are seven."""
-    macs, moved, seconds = rows.T
-    design = np.stack([np.ones(len(rows)), macs, moved], 1) / seconds[:, None]
+    """The best of all sets of coefficients that may be zero: there are fifteen."""
+    macs, moved, costly, seconds = rows.T
+    columns = np.stack([np.ones(len(rows)), macs, moved, costly], 1)
+    design = columns / seconds[:, None]
     scale = np.maximum(np.abs(design).max(0), 1e-300)
-    best, least = np.zeros(3), np.inf
-    for size in (1, 2, 3):
-        for chosen in itertools.combinations(range(3), size):
-            columns = list(chosen)
-            part, *_ = np.linalg.lstsq(design[:, columns] / scale[columns], np.ones(len(rows)), rcond=None)
-            error = float(np.square(design[:, columns] / scale[columns] @ part - 1.0).sum())
+    best, least = np.zeros(4), np.inf
+    present = [i for i in range(4) if columns[:, i].any()]
+    for size in range(1, len(present) + 1):
+        for chosen in itertools.combinations(present, size):
+            picked = list(chosen)
+            part, *_ = np.linalg.lstsq(design[:, picked] / scale[picked], np.ones(len(rows)), rcond=None)
+            error = float(np.square(design[:, picked] / scale[picked] @ part - 1.0).sum())
             if (part >= 0).all() and error < least * (1 - 1e-9):
-                best, least = np.zeros(3), error
-                best[columns] = part / scale[columns]
-    predicted = np.maximum(np.stack([np.ones(len(rows)), macs, moved], 1) @ best, 1e-12)
+                best, least = np.zeros(4), error
+                best[picked] = part / scale[picked]
+    predicted = np.maximum(columns @ best, 1e-12)
     sd = float(np.sqrt(np.mean(np.square(np.log(predicted / seconds)))))
-    return Rate(float(best[0]), float(best[1]), float(best[2]), max(sd, _LEAST_SD))
+    return Rate(*(float(b) for b in best), sd=max(sd, _LEAST_SD))
