@@ -53,6 +53,13 @@ def test_rules_of_nobody_in_particular_disagree(target, tmp_path):
     assert check_fusion(program, build_workload(program, rules=own), executed).agreement > report.agreement
 
 
+@pytest.mark.parametrize("name", ["residual", "squeezed", "dense"])
+def test_changes_of_layout_are_expected(name, tmp_path):
+    report = profile_fusion("onnxruntime", NETWORKS[name](), tmp_path / "a")
+    assert report.layout == report.inserted
+    assert (report.layout["ReorderInput"] > 0) == (name == "squeezed") and report.layout["ReorderOutput"] > 0
+
+
 def kernel(op_type, *nodes):
     return KernelTime(op_type.lower(), op_type, nodes, 1e-6, 1)
 

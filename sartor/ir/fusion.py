@@ -69,8 +69,7 @@ class _Partition:
         self._taken: set[ir.Node] = set()
         self._found: dict[int, Group] = {}
         self._constant = constant_nodes(program) if rules.folds_constants else frozenset()
-        needs_layout = any(rules.takes(op, "BlockedAdd") for op in rules.fuses)
-        self._blocked = blocked_values(program) if needs_layout else frozenset()
+        self._blocked = blocked_values(program) if rules.has_layout else frozenset()
 
     def groups(self) -> list[Group]:
         """All groups."""

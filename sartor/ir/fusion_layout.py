@@ -1,7 +1,8 @@
 """Which activations ONNX Runtime keeps in its blocked layout (NCHWc), where alone a sum runs inside a convolution.
 
-Follows `onnxruntime/core/optimizer/nchwc_transformer.cc`: convolutions of suitable widths make the layout, poolings,
-sums, concatenations and activations of blocked values hand it on.
+A value that is made in the layout and read outside it is copied, and the other way round: kernels that no node of the
+program names. Follows `onnxruntime/core/optimizer/nchwc_transformer.cc`: convolutions of suitable widths make the
+layout; poolings, sums, concatenations and activations of blocked values hand it on.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ _ALIGNMENT = 4
 """Channels that a value needs to be reordered at all."""
 _BLOCK = 16
 """Floats of one block where the vectors have 512 bits; grouped convolutions need whole blocks per group."""
-_POOLS = frozenset({"MaxPool", "AveragePool"})
+_POOLS = frozenset({"MaxPool", "AveragePool", "GlobalMaxPool", "GlobalAveragePool"})
+_WEIGHTED = frozenset({"Conv", "BatchNormalization"})
 _KEEP = frozenset({"Relu", "Clip", "LeakyRelu", "Sigmoid", "Tanh", "HardSigmoid", "HardSwish", "Gelu"})
 
 
@@ -28,6 +30,27 @@ def blocked_values(program: Program) -> frozenset[str]:
         if node.outputs and _is_blocked(node, shapes, blocked):
             blocked.add(node.outputs[0].name or "")
     return frozenset(blocked)
+
+
+def layout_changes(program: Program) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Names of the values that the runtime copies into the layout, and of those that it copies out of it."""
+    shapes, blocked = program.shapes(), blocked_values(program)
+    into: dict[str, None] = {}
+    out: dict[str, None] = {}
+    for node in program.nodes():
+        inside = bool(node.outputs) and node.outputs[0].name in blocked
+        for index, value in enumerate(node.inputs):
+            if value is None or value.is_initializer() or (index and node.op_type in _WEIGHTED):
+                continue
+            name = value.name or ""
+            # A convolution of few channels reads them as they are, side by side.
+            plain = node.op_type == "Conv" and index == 0 and shapes[name][1] < _BLOCK
+            if name in blocked and (not inside or plain):
+                out[name] = None
+            elif name not in blocked and inside and not plain:
+                into[name] = None
+    out.update((v.name or "", None) for v in program.graph.outputs if v.name in blocked)
+    return tuple(into), tuple(out)
 
 
 def _is_blocked(node: ir.Node, shapes: Mapping[str, tuple[int, ...]], blocked: set[str]) -> bool:
@@ -55,10 +78,8 @@ def _convolution(x: tuple[int, ...], w: tuple[int, ...], node: ir.Node) -> bool:
         return False
     group = node.attributes.get_int("group", 1)
     channels, out = x[1], w[0]
-    if out % _ALIGNMENT:
-        return False
-    if group == 1:
+    if group == 1:  # other output channels are filled up
         return channels < _BLOCK or channels % _ALIGNMENT == 0
     if group == channels and group == out:
-        return True
+        return out % _ALIGNMENT == 0
     return (channels // group) % _BLOCK == 0 and (out // group) % _BLOCK == 0

@@ -66,6 +66,11 @@ class FusionRules:
         """Whether `name` runs inside the kernel of `op_type`."""
         return name in self.fuses.get(op_type, ())
 
+    @property
+    def has_layout(self) -> bool:
+        """Whether the runtime keeps activations in a blocked layout that matters for what it fuses."""
+        return any("BlockedAdd" in names for names in self.fuses.values())
+
     def to_dict(self) -> dict[str, object]:
         """JSON-ready form."""
         return {

@@ -19,6 +19,7 @@ from sartor.ir.bodies import read_values
 from sartor.ir.extents import BATCH, SIZE, Extent
 from sartor.ir.fusion_rules import GENERIC, FusionRules
 from sartor.ir.kernels import Kernel, Operand, Tensors, build_kernels
+from sartor.ir.layout_kernels import build_layout_kernels
 from sartor.ir.liveness import Liveness, build_liveness
 from sartor.ir.program import Program
 from sartor.ir.quantities import Quantity, whole
@@ -98,6 +99,8 @@ class Workload:
         stored: initializers of the main graph.
         blocks: names of the removable blocks, in the order given.
         liveness: lifetimes of activations.
+        layout: copies into and out of the runtime's own layout, where its rules tell of one; not part of `kernels`
+            and of what `evaluate` sums.
         sweep: declared input sizes, and whether the batch is free; None: both are those of the program.
     """
 
@@ -106,6 +109,7 @@ class Workload:
     blocks: tuple[str, ...]
     liveness: Liveness
     sweep: Sweep | None = None
+    layout: tuple[Kernel, ...] = ()
     _compiled: dict[str, Any] = dataclasses.field(default_factory=dict, repr=False)
 
     @property
@@ -167,6 +171,7 @@ class Workload:
             tuple(dataclasses.replace(s, operand=s.operand.at(one, samples)) for s in self.stored),
             self.blocks,
             self.liveness.at(one, samples),
+            layout=tuple(kernel.at(one, samples) for kernel in self.layout),
         )
 
     def lengths(self, fractions: Fractions, size: Any = None, batch: Any = None) -> Fractions:
@@ -340,6 +345,7 @@ def build_workload(
         blocks=tuple(block.name for block in blocks),
         liveness=build_liveness(program, extents, blocks),
         sweep=declared,
+        layout=build_layout_kernels(program, extents, contains) if rules.has_layout else (),
     )
 
 

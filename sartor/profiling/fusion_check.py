@@ -56,6 +56,7 @@ class FusionReport:
         inserted: executed kernels that compute no node of the program, by type: changes of layout, padding.
         in_parts: of those that agree, how many are executed as several kernels with the same nodes: a runtime
             without the operator. A sample model of the kernel is executed so, too.
+        layout: changes of layout that the workload expects, by type; compare `inserted`.
     """
 
     kernels: int
@@ -63,6 +64,7 @@ class FusionReport:
     differences: tuple[Difference, ...]
     inserted: Mapping[str, int]
     in_parts: int = 0
+    layout: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     @property
     def agreement(self) -> float:
@@ -79,6 +81,7 @@ class FusionReport:
             "differences": [str(d) for d in self.differences],
             "inserted": dict(sorted(self.inserted.items())),
             "in_parts": self.in_parts,
+            "layout": dict(sorted(self.layout.items())),
         }
 
 
@@ -119,6 +122,7 @@ def check_fusion(program: Program, workload: Workload, executed: Sequence[Kernel
         differences=tuple(differences),
         inserted=inserted,
         in_parts=sum(number > 1 for number in agreed),
+        layout=Counter(kernel.op_type for kernel in workload.layout),
     )
 
 
