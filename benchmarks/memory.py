@@ -9,8 +9,8 @@
   run, less the resident memory before it, is what the run allocated. The system counts resident pages with an error of
   some hundred pages, so the batch is chosen for 64 MB; far below that it says nothing (`resolved` is false). It is
   compared with two predictions, both with its way of handing buffers on to later ones of the same size: from the
-  program and the target's fusion rules; and from the nodes that the runtime executed (its optimised graph, sizes from
-  its profile), which have the changes of layout that it put in (`executed`).
+  program and the target's rules; and from the nodes that the runtime executed (its optimised graph, sizes from its
+  profile), `executed`.
 * LiteRT with XNNPACK: what anonymous memory grows by. It has packed weights in it, so it is no check, but a bound.
 * MobileNetV2 at 224 x 224 in one byte per number, without its classifier: 1,404,928 bytes if depthwise convolutions are
   done in place, 1,505,280 otherwise, which an independent script computes, too (`--fixture`).
@@ -222,7 +222,7 @@ def _row_of_onnxruntime(name: str, program: Any, saved: Path) -> dict[str, Any]:
     from sartor.ir.load import load
     from sartor.ir.memory import Rules, peak, peak_with_reuse, program_buffers
 
-    rules = Rules(fusion=FusionRules.of(backends.get("onnxruntime").capabilities().fuses))
+    rules = Rules(fusion=FusionRules.of(backends.get("onnxruntime").capabilities().fuses), layout=True)
     batch = 1
     if program.batch.symbolic:  # enough samples for the resolution of resident memory not to matter
         batch = -(-_RESOLVED_BYTES // peak(program_buffers(program, rules).graph()).bytes)

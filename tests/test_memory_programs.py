@@ -6,7 +6,7 @@ import dataclasses
 
 import numpy as np
 import pytest
-from cost_networks import FakeBlock, make_program, mobilenet_v2, residual, residual_blocks, resnet50
+from cost_networks import FakeBlock, Net, make_program, mobilenet_v2, residual, residual_blocks, resnet50
 from onnx import helper
 from test_liveness import KB, program, small_then, with_if
 
@@ -272,3 +272,43 @@ def test_transposed_convolutions_in_int8_have_accumulators():
     (step,) = [s for s in graph.steps if s.scratch]
     assert step.name == "up" and graph.sizes[step.scratch[0]] == 4 * 4 * 8 * 8
     assert not any(s.scratch for s in graph_of(model).steps)
+
+
+def up_and_down(channels=("c", 24)):
+    """A convolution in the blocked layout, a transposed one outside of it, and their concatenation back in."""
+    net = Net((1, 16, 8, 8))
+    net.conv("x", channels, 3, "conv")
+    net.weight("up.weight", (channels, 8, 1, 1))
+    net.node("ConvTranspose", ["conv", "up.weight"], "up", 8, (8, 8))
+    net.node("Concat", ["conv", "up"], "cat", 32, (8, 8), axis=1)
+    net.conv("cat", 16, 3, "last")
+    return net
+
+
+def test_changes_of_layout_are_copies():
+    net = up_and_down()
+    model = net.program(("last",))
+    buffers = program_buffers(model, Rules(layout=True), net.extents)
+    graph = buffers.graph()
+    names = [step.name for step in graph.steps]
+    assert names == [
+        *("x (layout)", "n_conv", "conv (layout)", "n_up", "n_cat"),
+        *("cat (layout)", "n_last", "last (layout)"),
+    ]
+    reads = {step.name: step.reads for step in graph.steps}
+    assert reads["n_conv"] == ("<layout> x",) and reads["n_up"] == ("<layout> conv",)
+    assert set(reads["n_cat"]) == {"<layout> conv", "up"} and graph.outputs == ("<layout> last",)
+    assert graph.sizes["conv"] == 4 * 32 * 64  # 24 channels fill two blocks
+    assert graph.sizes["<layout> conv"] == 4 * 24 * 64
+    half = buffers.at({"c": 0.5})
+    assert (half.sizes["conv"], half.sizes["<layout> conv"]) == (4 * 16 * 64, 4 * 12 * 64)
+    assert graph_of(model).sizes["conv"] == 4 * 24 * 64
+    widths = np.arange(1, 25) / 24
+    one_by_one = [peak(buffers.at({"c": width})).bytes for width in widths]
+    np.testing.assert_array_equal(buffers.peaks({"c": widths}), one_by_one)
+
+
+def test_layouts_only_add():
+    for net in (residual(), mobilenet_v2(), up_and_down()):
+        model = net.program((next(reversed(net.channels)),))
+        assert peak(graph_of(model, layout=True)).bytes >= peak(graph_of(model)).bytes

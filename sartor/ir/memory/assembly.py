@@ -57,7 +57,21 @@ class Bypass:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Parts:
-    """What a graph is assembled from. `sizes` (bytes) and `shapes` are by value, `constants` (bytes) by initializer."""
+    """What a graph is assembled from.
+
+    Attributes:
+        rules: of the runtime.
+        kernels: in an order that can be run, but for addends that are computed later.
+        sizes: bytes by value.
+        shapes: by value.
+        inputs: values.
+        outputs: values.
+        constants: bytes by initializer.
+        bypasses: by removable block.
+        copied: by value, the nodes that read it in another layout; "" stands for the border of the program.
+        copy_sizes: bytes of the copy, by value.
+        copied_early: of those, the ones that are copied as soon as they are there, not when the copy is needed.
+    """
 
     rules: Rules
     kernels: tuple[KernelNodes, ...]
@@ -67,6 +81,9 @@ class Parts:
     outputs: tuple[str, ...]
     constants: Mapping[str, Quantity]
     bypasses: Mapping[str, Bypass]
+    copied: Mapping[str, frozenset[str]] = dataclasses.field(default_factory=dict)
+    copied_early: frozenset[str] = frozenset()
+    copy_sizes: Mapping[str, Quantity] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -95,6 +112,7 @@ class _Assembly:
             self.renamed.update(source.bypasses[name].replaced)
         self.kernels = [part for kernel in source.kernels for part in _staying(kernel, gone)]
         self.outputs = [self.resolve(v) for v in source.outputs]
+        self.copies: dict[str, str] = {}  # value by its copy in another layout
         self.writer = {value: node for node in self.nodes() for value in node.writes}
         self.readers: dict[str, list[NodeBuffers]] = {}
         for node in self.nodes():
@@ -124,6 +142,14 @@ class _Assembly:
     def buffer(self, value: str) -> str:
         return self.root.get(value, value)
 
+    def read(self, value: str, reader: str) -> str:
+        """The buffer in which node `reader` finds `value`: its own, or a copy in another layout."""
+        if reader not in self.source.copied.get(value, ()):
+            return self.buffer(value)
+        copy = f"<layout> {value}"
+        self.copies[copy] = value
+        return copy
+
     def is_free(self, node: NodeBuffers) -> bool:
         """Whether the node is no step; if so, what it writes is given the buffer or the constant that it reads."""
         kind, first = node.op_type, self.resolve(node.first)
@@ -140,7 +166,7 @@ class _Assembly:
             alias = self.rules.aliases and kind in ALIASES and first in self.reads(node)
         if alias:
             for value in node.writes[:1]:
-                self.root[value] = self.buffer(first)
+                self.root[value] = self.read(first, node.name)
         return alias
 
     def buffers(self) -> dict[str, Quantity]:
@@ -154,7 +180,11 @@ class _Assembly:
 
     def result(self) -> Assembled:
         kernels = [kernel for kernel in self.kernels if kernel.lead not in self.free]
-        steps = _sorted([step for kernel in kernels for step in self.steps(kernel)], self.source.inputs)
+        steps = [step for kernel in kernels for step in self.steps(kernel)]
+        outputs = [self.read(value, "") for value in self.outputs]
+        early, late = self.layout_steps()
+        steps = [s for step in steps for s in (step, *(early[b] for b in step.writes if b in early))]
+        steps = _sorted(steps, late, self.source.inputs)
         used = {*self.source.inputs, *(b for s in steps for b in (*s.writes, *s.scratch))}
         used |= {permit.extra for step in steps for permit in step.in_place if permit.extra}
         sizes = {name: size for name, size in self.sizes.items() if name in used}
@@ -167,7 +197,7 @@ class _Assembly:
             steps=tuple(steps),
             sizes={name: math.ceil(size.full) for name, size in sizes.items()},
             inputs=self.source.inputs,
-            outputs=tuple(dict.fromkeys(self.buffer(v) for v in self.outputs if self.buffer(v) in sizes)),
+            outputs=tuple(dict.fromkeys(buffer for buffer in outputs if buffer in sizes)),
             inputs_held=self.rules.inputs_held,
             constants={name: math.ceil(size.full) for name, size in constants.items()},
         )
@@ -194,7 +224,12 @@ class _Assembly:
             users = self.readers.get(value, ())
             if users and all(user in nodes for user in users):
                 inside.add(value)
-        read = [v for node in nodes for v in self.reads(node) if v not in own and v not in self.constant]
+        read = [
+            self.read(value, node.name)
+            for node in nodes
+            for value in self.reads(node)
+            if value not in own and value not in self.constant
+        ]
         written = [v for node in nodes for v in node.writes if v not in inside]
         stored = [name for node in nodes for name in node.stored]
         stored += [c for node in nodes for v in self.reads(node) for c in self.constant.get(v, ())]
@@ -207,7 +242,7 @@ class _Assembly:
                 self.sizes[scratch[-1]] = node.accumulators
         return Step(
             name=kernel.lead,
-            reads=tuple(dict.fromkeys(map(self.buffer, read))),
+            reads=tuple(dict.fromkeys(read)),
             writes=tuple(dict.fromkeys(map(self.buffer, written))),
             in_place=tuple(self.permits(kernel, own, written)),
             scratch=tuple(scratch),
@@ -224,11 +259,25 @@ class _Assembly:
                 if value in own or value in self.constant:
                     continue
                 if self.rules.in_place and elementwise and self.fits(value, result):
-                    yield InPlace(self.buffer(value), self.buffer(result))
+                    yield InPlace(self.read(value, node.name), self.buffer(result))
                 if self.rules.depthwise and node.plane is not None and value == self.resolve(node.first):
                     extra = f"<channel> {node.name}"
                     self.sizes[extra] = self.scaled(node.plane, value)
-                    yield InPlace(self.buffer(value), self.buffer(result), extra)
+                    yield InPlace(self.read(value, node.name), self.buffer(result), extra)
+
+    def layout_steps(self) -> tuple[dict[str, Step], dict[str, Step]]:
+        """What copies values to another layout: early ones by the buffer that they read, others by the copy."""
+        early, late = {}, {}
+        made = {self.buffer(value) for value in self.writer}
+        for copy, value in self.copies.items():
+            source = self.buffer(value)
+            self.sizes[copy] = self.source.copy_sizes[value]
+            step = Step(f"{value} (layout)", (source,), (copy,))
+            if value in self.source.copied_early and source in made and source not in early:
+                early[source] = step
+            else:
+                late[copy] = step
+        return early, late
 
     def fits(self, value: str, result: str) -> bool:
         shapes = self.source.shapes
@@ -252,16 +301,33 @@ def _staying(kernel: KernelNodes, gone: set[str]) -> list[KernelNodes]:
     return [KernelNodes(node.name, (node,)) for node in kernel.nodes if node.name not in gone]
 
 
-def _sorted(steps: list[Step], inputs: Iterable[str]) -> list[Step]:
-    """In an order that can be run, as close to the given one as that allows: a kernel waits for its addend."""
-    made, left, ordered = set(inputs), list(steps), []
+def _sorted(steps: list[Step], late: Mapping[str, Step], inputs: Iterable[str]) -> list[Step]:
+    """In an order that can be run, as close to the given one as that allows: a kernel waits for its addend.
+
+    Args:
+        steps: all others.
+        late: copies, by the buffer that they write: made when the first step comes up that reads them.
+        inputs: buffers that are there.
+    """
+    made, left, copies = set(inputs), list(steps), dict(late)
+    ordered: list[Step] = []
     while left:
-        step = next((s for s in left if made.issuperset(s.reads)), None)
+        step = next((s for s in left if made.issuperset(_sources(s, copies))), None)
         if step is None:
             raise InternalError(
                 f"Kernel '{left[0].name}' waits for itself; its nodes cannot run as one kernel."
             )
         left.remove(step)
+        ordered += [copies.pop(buffer) for buffer in step.reads if buffer in copies]
         ordered.append(step)
-        made.update(step.writes)
-    return ordered
+        made.update((*step.reads, *step.writes))
+    return [*ordered, *copies.values()]  # the last ones are outputs
+
+
+def _sources(step: Step, copies: Mapping[str, Step]) -> set[str]:
+    """Buffers that have to exist before it, or before copies that it reads."""
+    return {
+        source
+        for buffer in step.reads
+        for source in (copies[buffer].reads if buffer in copies else (buffer,))
+    }

@@ -14,7 +14,8 @@ import onnx_ir as ir
 from sartor.ir.bodies import body_graphs, read_values
 from sartor.ir.extents import Extent
 from sartor.ir.fusion import json_attributes, partition
-from sartor.ir.kernels import Tensors
+from sartor.ir.fusion_layout import blocked_values, layout_changes
+from sartor.ir.kernels import Operand, Tensors
 from sartor.ir.liveness import body_peak
 from sartor.ir.memory.assembly import Assembled, Bypass, KernelNodes, NodeBuffers, Parts, assemble
 from sartor.ir.memory.buffers import BufferGraph, moments
@@ -23,6 +24,8 @@ from sartor.ir.memory.rules import DEFAULT, Rules
 from sartor.ir.program import Program
 from sartor.ir.quantities import Quantity, largest, whole
 
+_BLOCK = 16
+"""Channels of one block of the layout where vectors have 512 bits; see `sartor.ir.fusion_layout`."""
 Fractions = Mapping[str, Any]
 Removed = Mapping[str, Any]
 
@@ -193,6 +196,8 @@ def program_buffers(
         constants=constants,
         bypasses=bypasses,
     )
+    if rules.layout:
+        parts = _in_layout(parts, program, {v.name or "": tensors[v] for v in values})
     return ProgramBuffers(parts)
 
 
@@ -227,6 +232,46 @@ def _plane(node: ir.Node, tensors: Tensors) -> Quantity | None:
         return None
     planes = [Quantity.product(t.item_bytes, (t.dims[0], *t.dims[2:])) for t in (data, result)]
     return largest(planes)
+
+
+@dataclasses.dataclass(frozen=True)
+class _RoundedUp(Extent):
+    """A length in whole blocks."""
+
+    inner: Extent = dataclasses.field(default_factory=lambda: Extent(()))
+
+    def evaluate(self, fractions: Mapping[str, np.ndarray | float]) -> np.ndarray | float:
+        """See `Extent.evaluate`."""
+        return _BLOCK * np.ceil(whole(self.inner.evaluate(fractions)) / _BLOCK)
+
+
+def _in_blocks(operand: Operand) -> Quantity:
+    """Bytes of a value in the blocked layout: its channels are filled up."""
+    channels = operand.dims[1]
+    full = float(_BLOCK * math.ceil(channels.full / _BLOCK))
+    wide = _RoundedUp(((full, tuple(sorted(channels.groups))),), channels)
+    return Quantity.product(operand.item_bytes, (operand.dims[0], wide, *operand.dims[2:]))
+
+
+def _in_layout(parts: Parts, program: Program, tensors: Mapping[str, Operand]) -> Parts:
+    """With values in the blocked layout, and copies of those that some nodes read in the other one."""
+    into, out = map(frozenset, layout_changes(program))
+    blocked = blocked_values(program)
+    copied: dict[str, set[str]] = {v.name or "": {""} for v in program.graph.outputs if v.name in out}
+    for node in program.nodes():
+        inside = bool(node.outputs) and node.outputs[0].name in blocked
+        for value in read_values(node):
+            name = value.name or ""
+            if (name in into and inside) or (name in out and not inside):
+                copied.setdefault(name, set()).add(node.name or "")
+    wide = {name: _in_blocks(tensors[name]) for name in {*blocked, *into} if name in tensors}
+    return dataclasses.replace(
+        parts,
+        sizes={name: wide[name] if name in blocked else size for name, size in parts.sizes.items()},
+        copied={name: frozenset(readers) for name, readers in copied.items()},
+        copied_early=out,
+        copy_sizes={**{name: parts.sizes[name] for name in out}, **{name: wide[name] for name in into - out}},
+    )
 
 
 def _padded(node: ir.Node, tensors: Tensors) -> Quantity | None:

@@ -44,6 +44,7 @@ class Rules:
         depthwise: a depthwise convolution writes over its input, with one channel beside it.
         quantized: values between QuantizeLinear and DequantizeLinear exist in integers only.
         inputs_held: inputs of the program belong to the caller.
+        layout: what changes to or from ONNX Runtime's blocked layout is copied (`sartor.ir.fusion_layout`).
         padded: a convolution or pooling whose pads are not those that TensorFlow computes (none, or "SAME") reads a
             padded copy of its input; transposed convolutions and means in 8 bits have accumulators of 32 bits.
     """
@@ -54,6 +55,7 @@ class Rules:
     depthwise: bool = False
     quantized: bool = True
     inputs_held: bool = True
+    layout: bool = False
     padded: bool = False
 
 
