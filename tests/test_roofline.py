@@ -380,6 +380,12 @@ def test_a_wrong_grid_is_seen_in_the_error():
     assert wrong > 1.5 * right
 
 
+def test_the_grid_is_found():
+    assert Roofline.fitted(drawn()).constants.grid_out == 16
+    assert Roofline.fitted(drawn(outliers=0.25)).constants.grid_out == 16
+    assert Roofline.fitted(drawn(), grid_out=4).constants.grid_out == 4
+
+
 def test_update_moves_published_constants_towards_samples_and_knows_how_much_it_rests_on():
     first = Roofline(dataclasses.replace(TRUE, macs_per_s=1.6e11, samples=0))
     updated = first.update(drawn())

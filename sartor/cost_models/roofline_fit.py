@@ -22,6 +22,7 @@ _STEPS = np.linspace(-1.0, 1.0, 11)
 _WIDEST = math.log(30.0)  # first step away from the starting point
 _NARROWING = 0.6
 _COLD_WEIGHT_BYTES = 65536.0  # fewer weights tell nothing about memory
+_GRIDS = (1, 4, 8, 16, 32)  # widths of vector registers, in floats
 _MAD_TO_SD = 1.4826
 _SMALLEST_LOG_SD = 0.02
 
@@ -31,7 +32,7 @@ def fit(
     *,
     prior: RooflineConstants | None = None,
     cache_bytes: float = math.inf,
-    grid_out: int = 1,
+    grid_out: int | None = None,
     precision: str | None = None,
 ) -> RooflineConstants:
     """The constants under which a roofline is nearest to these samples.
@@ -40,7 +41,7 @@ def fit(
         samples: warm times, of which those with cold times also give the bandwidth of main memory.
         prior: constants to start from; they count as much as the samples that they rest on, at least as one.
         cache_bytes: capacity of the last cache level, for weights that are warm.
-        grid_out: step of output channels, where `prior` does not say.
+        grid_out: step of output channels, where `prior` does not say; None: the one that fits best.
         precision: that the samples ran in; None: in that of their tensors.
 
     Raises:
@@ -49,12 +50,22 @@ def fit(
     if not samples:
         raise UsageError("A roofline cannot be fitted to no samples; time some kernels first.")
     works = [work_of_spec(sample.spec, sample.at) for sample in samples]
-    start = prior or _start(samples, works, cache_bytes, grid_out)
-    found = _descend(start, samples, _terms(start, samples, works, precision), prior)
+    times = _times(samples)
+
+    def errors(c: RooflineConstants) -> np.ndarray:
+        predicted = np.array([float(t.seconds) for t in _terms(c, samples, works, precision)])
+        return np.abs(np.log(predicted / times))
+
+    if prior is not None:
+        starts = [prior]
+    else:
+        steps = _GRIDS if grid_out is None else (grid_out,)
+        starts = [_start(samples, works, cache_bytes, step) for step in steps]
+    fits = [_descend(start, samples, _terms(start, samples, works, precision), prior) for start in starts]
+    found = fits[0] if len(fits) == 1 else min(fits, key=lambda c: float(np.mean(errors(c))))
     if prior is None:
         found = _with_memory(found, samples, works, cache_bytes)
-    predicted = np.array([float(t.seconds) for t in _terms(found, samples, works, precision)])
-    sd = _MAD_TO_SD * float(np.median(np.abs(np.log(predicted / _times(samples)))))
+    sd = _MAD_TO_SD * float(np.median(errors(found)))
     known = prior.samples if prior else 0
     if prior:
         sd = math.sqrt((known * prior.log_sd**2 + len(samples) * sd**2) / (known + len(samples)))
