@@ -152,6 +152,26 @@ def test_parts_of_one_value_are_one_split():
     assert kernel.inputs[1].value == [4, 8] and kernel.bytes_written.full == 12 * 5 * 4
 
 
+def test_views_are_no_kernels():
+    b = Builder((1, 12, 5, 5))
+    ends = [b.constant(name, np.array([v])) for name, v in (("s", 0), ("m", 4), ("e", 12), ("a", 1))]
+    b.op("Slice", "x", ends[0], ends[1], ends[3], name="first")
+    b.op("Slice", "x", ends[1], ends[2], ends[3], name="second")
+    b.op(
+        "Transpose", b.op("Concat", "second", "first", name="rolled", axis=1), name="last", perm=[0, 2, 3, 1]
+    )
+    b.op("Neg", b.op("Transpose", b.op("Neg", "last", name="n"), name="back", perm=[0, 3, 1, 2]), name="end")
+    program = b.program()
+
+    def names(**fuses):
+        return [k.name for k in build_workload(program, rules=FusionRules.of(fuses)).kernels]
+
+    everything = ["first", "second", "rolled", "last", "n", "back", "end"]
+    assert names() == everything
+    assert names(Slice=("Views",)) == everything[2:]
+    assert names(Transpose=("Views",)) == [n for n in everything if n != "back"]
+
+
 def test_products_take_in_what_scales_and_turns_their_operands():
     b = Builder((2, 6, 8))
     b.constant("half", np.asarray(0.5, np.float32))

@@ -15,7 +15,7 @@ import onnx_ir as ir
 
 from sartor.ir.bodies import body_graphs
 from sartor.ir.fusion_layout import blocked_values
-from sartor.ir.fusion_patterns import attention, operands_before, siblings
+from sartor.ir.fusion_patterns import attention, is_view, operands_before, siblings
 from sartor.ir.fusion_rules import ACTIVATIONS, CONTRACTIONS, ELEMENTWISE, GATED, GENERIC, FusionRules
 from sartor.ir.program import Program
 
@@ -55,7 +55,8 @@ def partition(
 ) -> list[Group]:
     """Nodes of the main graph grouped as a runtime fuses them, in execution order of their leads.
 
-    Each node is in exactly one group, but those that depend on no input are in none if the rules fold constants.
+    Each node is in exactly one group, but those that depend on no input are in none if the rules fold constants, and
+    those that the rules call views.
     A node that belongs to a removable block which does not contain the lead is not fused.
     """
     return _Partition(program, blocks_of or {}, rules).groups()
@@ -74,6 +75,7 @@ class _Partition:
     def groups(self) -> list[Group]:
         """All groups."""
         self._taken.update(self._constant)
+        self._taken.update(n for n in self._order if self._is_view(n))
         nodes = sorted(self._order, key=self._order.__getitem__)
         if any(self._rules.takes(op, "Attention") for op in CONTRACTIONS):
             for node in nodes:
@@ -89,6 +91,9 @@ class _Partition:
             if node not in self._taken:
                 self._elementwise(node)
         return [self._found[i] for i in sorted(self._found)]
+
+    def _is_view(self, node: ir.Node) -> bool:
+        return self._rules.takes(node.op_type, "Views") and is_view(node, self._shapes)
 
     def _add(self, group: Group) -> None:
         self._taken.update(group.nodes)

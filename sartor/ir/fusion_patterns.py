@@ -95,6 +95,18 @@ def siblings(lead: ir.Node, shapes: Shapes) -> list[ir.Node]:
     return users if at == whole[known[0][0]] else []
 
 
+def is_view(node: ir.Node, shapes: Shapes) -> bool:
+    """Whether a node moves no data in a runtime that keeps images channel-last and cuts values in place."""
+    if node.op_type == "Transpose":
+        return list(node.attributes.get_ints("perm", [])) == [0, 3, 1, 2]
+    value = node.inputs[0]
+    if value is None or not siblings(node, shapes):
+        return False
+    whole = shapes[value.name or ""]
+    part = _part(node, whole)
+    return part is not None and all(length == 1 for length in whole[: part[0]])
+
+
 def _part(node: ir.Node, whole: Sequence[int]) -> tuple[int, int, int] | None:
     """Axis, start and end of what a Slice or Gather takes; None if that is not one stretch of one axis."""
     values = [_constant(v) for v in node.inputs[1:]]

@@ -14,6 +14,7 @@ vocabulary, beside operator types that follow:
     Scale before       a multiplication of an operand by one number
     Add before         an Add of two activations in front of it
     Siblings           the same operator on other parts of the same value, if together they are all of it
+    Views              of those siblings and of a Transpose from channels last to first: no kernel, where no data moves
     Attention          of a product of two activations: mask, Softmax, a second product and its Transpose
 
 The row `Elementwise` lists operators of which any chain is one kernel. A residual Add that two kernels could take
@@ -38,7 +39,9 @@ ELEMENTWISE = "Elementwise"
 """The row of chains."""
 _SUMS = {"BlockedAdd", "InPlaceAdd"}
 _IN_FRONT = {"Add before", "Scale before", "Transpose before"}
-VOCABULARY = frozenset({"Attention", "Bias", "Chain", "Scale", "Siblings", "Silu"} | _IN_FRONT | _SUMS)
+VOCABULARY = frozenset(
+    {"Attention", "Bias", "Chain", "Scale", "Siblings", "Silu", "Views"} | _IN_FRONT | _SUMS
+)
 """Names in a table that are no operator types."""
 
 

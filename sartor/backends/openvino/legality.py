@@ -75,10 +75,11 @@ FUSES = {
     "Conv": ("BatchNormalization", "Bias", "InPlaceAdd", "Scale", "Chain", *_ACTIVATIONS),
     "ConvTranspose": ("BatchNormalization", "Bias"),
     "Elementwise": _CHAINS,
-    "Gather": ("Siblings",),
+    "Gather": ("Siblings", "Views"),
     "Gemm": ("Bias", "Scale", "Chain", *_ACTIVATIONS),
     "MatMul": ("Attention", "Bias", "Scale", "Chain", *_ACTIVATIONS),
-    "Slice": ("Siblings",),
+    "Slice": ("Siblings", "Views"),
+    "Transpose": ("Views",),
 }
 """As its profiler shows it: the pair is one kernel; any chain of elementwise operators is one (`Subgraph`)."""
 
