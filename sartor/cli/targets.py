@@ -62,7 +62,10 @@ def _devices(name: str | None) -> Result:
     if name is not None and name not in names:
         raise UsageError(f"No published device '{name}'; there are {list(names)}.")
     described = [describe_target(each) for each in (names if name is None else (name,))]
-    document: dict[str, Any] = {"schema": "sartor.devices/1", "devices": [each.to_dict() for each in described]}
+    document: dict[str, Any] = {
+        "schema": "sartor.devices/1",
+        "devices": [each.to_dict() for each in described],
+    }
     if name is None:
         rows = []
         for entry in document["devices"]:

@@ -259,7 +259,9 @@ class Roofline:
             traffic += float(found.moved) * self._narrowing(item)
             weights = float(network)
             largest = max(largest, float(found.read + found.written) * self._narrowing(item))
-            if item.signature is None:
+            if (
+                item.signature is None and kernel.nodes
+            ):  # without nodes: a change of layout, which only copies
                 unmodelled.append(
                     f"{kernel.name} ({kernel.op_type}): what runs inside it, priced as one kernel"
                 )
