@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from types import SimpleNamespace
 
 import null_backend
 import pytest
 from profile_machine import Machine
 
 from sartor import backends
-from sartor.backends import host
+from sartor.backends import host, kernel_timing
 from sartor.backends.visits import Summary
 from sartor.cli.main import main
 from sartor.cost_models.profile import DeviceProfile
@@ -118,7 +119,9 @@ def synthetic(monkeypatch):
 
 def test_profile_and_check_from_the_command_line(tmp_path, capsys, synthetic):
     out = tmp_path / "device.json"
-    assert main(["profile", "--target", "onnxruntime", "--out", str(out), "--minutes", "0.001", "--json"]) == 0
+    assert (
+        main(["profile", "--target", "onnxruntime", "--out", str(out), "--minutes", "0.001", "--json"]) == 0
+    )
     document = json.loads(capsys.readouterr().out)
     assert document["schema"] == "sartor.profile/1" and document["kernels"] > 20
     assert DeviceProfile.load(out).target["threads"] == 1
@@ -146,3 +149,37 @@ def test_what_cannot_be_done_is_said_in_one_sentence(arguments, says, tmp_path, 
     assert main(["profile", *arguments]) == 2
     assert says in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+# ---- interruptions -------------------------------------------------------------------------------
+class Scheduler:
+    """A processor that is taken away during some runs: wall time goes on, computing and the counter tell."""
+
+    def __init__(self, monkeypatch, taken):
+        self.wall = self.computed = self.switches = 0
+        self.taken = iter(taken)
+        monkeypatch.setattr(kernel_timing.time, "perf_counter_ns", lambda: self.wall)
+        monkeypatch.setattr(kernel_timing.time, "process_time_ns", lambda: self.computed)
+        usage = SimpleNamespace(RUSAGE_SELF=0, getrusage=lambda _: SimpleNamespace(ru_nivcsw=self.switches))
+        monkeypatch.setattr(kernel_timing, "resource", usage)
+
+    def run(self):
+        away = next(self.taken)
+        self.wall += 1_000_000 + away
+        self.computed += 1_000_000
+        self.switches += away > 0
+
+
+def test_time_that_other_processes_had_is_not_the_kernels(monkeypatch):
+    scheduler = Scheduler(monkeypatch, [0, 3_000_000, 3_000_000])
+    assert kernel_timing._undisturbed(scheduler.run, alone=True) == (1e-3, False)
+    assert kernel_timing._undisturbed(scheduler.run, alone=True) == (1e-3, False)
+    assert kernel_timing._undisturbed(scheduler.run, alone=False) == (4e-3, True)
+
+
+def test_disturbed_runs_count_only_if_there_are_no_others(monkeypatch):
+    subject = kernel_timing._Subject.__new__(kernel_timing._Subject)
+    for taken, expected in (([0, 9, 0, 9], 1e-3), ([0, 9, 9, 9], 1e-3 + 9e-9)):
+        scheduler = Scheduler(monkeypatch, taken)
+        subject.run, subject.runs = scheduler.run, 3
+        assert subject.visit(0.1, alone=False) == pytest.approx(expected, rel=1e-12)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import gc
 import random
+import resource
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -25,8 +26,8 @@ from sartor.backends.serving import Send
 from sartor.backends.visits import Visit, visit_all
 
 _REFERENCE_RUNS = 3
-_FEWEST_RUNS, _MOST_RUNS = 3, 300
-_COLD_ROUNDS = 10
+_FEWEST_RUNS, _MOST_RUNS = 2, 300
+_COLD_ROUNDS = 14
 _LINE_BYTES = 64
 _ASSUMED_CACHE_BYTES = 32 << 20
 
@@ -46,14 +47,16 @@ class _Subject:
 
     def warm_up(self, visit_s: float) -> None:
         """Run until the first runs' allocations are over, and choose how many runs a visit has."""
-        seconds = min(_seconds(self.run) for _ in range(3))
+        seconds = min(_seconds(self.run) for _ in range(2))
         wanted = round(visit_s / max(seconds, 1e-7))
         self.runs = max(_FEWEST_RUNS if seconds < 0.5 else 1, min(_MOST_RUNS, wanted))
 
-    def visit(self, quantile: float) -> float:
-        """One warm visit."""
+    def visit(self, quantile: float, alone: bool) -> float:
+        """One warm visit; `alone`: one thread computes."""
         self.run()  # discarded: another model's data are in the caches
-        return float(np.quantile([_seconds(self.run) for _ in range(self.runs)], quantile))
+        taken = [_undisturbed(self.run, alone) for _ in range(self.runs)]
+        clean = [seconds for seconds, disturbed in taken if not disturbed]
+        return float(np.quantile(clean or [seconds for seconds, _ in taken], quantile))
 
     def touch(self) -> None:
         """Bring the inputs, and nothing else, into the caches."""
@@ -71,7 +74,8 @@ def time_kernels(request: Mapping[str, Any], send: Send) -> dict[str, Any]:
     pinned = host.pin(int(request["threads"])) if request["pin"] else ()
     backend = backends.get(request["backend"])
     options = TargetOptions.from_dict(request["options"])
-    deadline = time.monotonic() + request["limit_s"]
+    marks = [time.monotonic()]
+    deadline = marks[0] + request["limit_s"]
     subjects: dict[int, _Subject] = {}
     for index, path, cold in request["models"]:
         if subjects and time.monotonic() >= deadline:
@@ -89,9 +93,10 @@ def time_kernels(request: Mapping[str, Any], send: Send) -> dict[str, Any]:
     reference = subjects.pop(-1, None)
     if reference is None:
         return {"conditions": {}, "reference_failed": True}
+    marks.append(time.monotonic())
     quantile = float(request["quantile"])
     visits = visit_all(
-        {i: _visitor(subject, quantile) for i, subject in subjects.items()},
+        {i: _visitor(subject, quantile, request["threads"] == 1) for i, subject in subjects.items()},
         lambda: _reference_s(reference.run),
         half_width=request["half_width"],
         fewest=request["fewest"],
@@ -100,17 +105,26 @@ def time_kernels(request: Mapping[str, Any], send: Send) -> dict[str, Any]:
         clock=time.monotonic,
         seed=request["seed"],
     )
-    cold = _cold_visits(subjects, reference.run, request["seed"])
+    marks.append(time.monotonic())
+    cold = _cold_visits(subjects, reference.run, request["seed"], request["threads"] == 1)
     for index, found in visits.items():
         entries = [[v.own_s, v.before_s, v.after_s] for v in found]
         frozen = [[v.own_s, v.before_s, v.after_s] for v in cold.get(index, [])]
         send({"event": "timed", "index": index, "visits": entries, "cold": frozen})
-    conditions = {**host.conditions(), "runtime": backend.capabilities().version, "pinned": list(pinned)}
-    return {"conditions": conditions}
+    marks.append(time.monotonic())
+    phases = ("loading_s", "warm_s", "cold_s")
+    return {
+        "conditions": {
+            **host.conditions(),
+            "runtime": backend.capabilities().version,
+            "pinned": list(pinned),
+            **{name: round(b - a, 3) for name, a, b in zip(phases, marks, marks[1:], strict=False)},
+        }
+    }
 
 
-def _visitor(subject: _Subject, quantile: float) -> Callable[[], float]:
-    return lambda: subject.visit(quantile)
+def _visitor(subject: _Subject, quantile: float, alone: bool) -> Callable[[], float]:
+    return lambda: subject.visit(quantile, alone)
 
 
 def _reference_s(run: Run) -> float:
@@ -118,7 +132,9 @@ def _reference_s(run: Run) -> float:
     return min(_seconds(run) for _ in range(_REFERENCE_RUNS))
 
 
-def _cold_visits(subjects: Mapping[int, _Subject], reference: Run, seed: int) -> dict[int, list[Visit]]:
+def _cold_visits(
+    subjects: Mapping[int, _Subject], reference: Run, seed: int, alone: bool
+) -> dict[int, list[Visit]]:
     chosen = [index for index, subject in subjects.items() if subject.cold]
     if not chosen:
         return {}
@@ -132,11 +148,25 @@ def _cold_visits(subjects: Mapping[int, _Subject], reference: Run, seed: int) ->
         taken = {}
         for index in chosen:
             subjects[index].touch()
-            taken[index] = _seconds(subjects[index].run)
+            taken[index] = _undisturbed(subjects[index].run, alone)[0]
         after = _reference_s(reference)
         for index, seconds in taken.items():
             found[index].append(Visit(seconds, before, after))
     return found
+
+
+def _undisturbed(run: Run, alone: bool) -> tuple[float, bool]:
+    """Seconds of a run, and whether other processes had the processor meanwhile and that could not be taken out.
+
+    Where one thread computes and the scheduler has interrupted it, the time that it computed is known.
+    """
+    switches = resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
+    computed = time.process_time_ns()
+    seconds = _seconds(run)
+    computed = time.process_time_ns() - computed
+    if resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw == switches:
+        return seconds, False
+    return (min(seconds, computed * 1e-9), False) if alone else (seconds, True)
 
 
 def _seconds(run: Run) -> float:

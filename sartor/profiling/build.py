@@ -22,7 +22,6 @@ from sartor.cost_models.profile import DeviceProfile, of_role
 from sartor.cost_models.samples import sample_model
 from sartor.cost_models.signatures import Signature
 from sartor.errors import UsageError
-from sartor.ir.fusion import CONTRACTIONS
 from sartor.ir.fusion_rules import CONTRACTIONS, GENERIC, FusionRules
 from sartor.journal import Journal
 from sartor.profiling import layout, networks

@@ -22,7 +22,7 @@ from sartor.cost_models.work import work_of_spec
 from sartor.profiling import shapes as made
 
 HELD_OUT = 0.2
-MOST_MACS, MOST_WEIGHT_BYTES, MOST_MOVED_BYTES = 8e8, 24 << 20, 24 << 20
+MOST_MACS, MOST_WEIGHT_BYTES, MOST_MOVED_BYTES = 4e8, 24 << 20, 16 << 20
 _COLD_FROM_BYTES = 32 << 10
 _POOL = 6  # candidates looked at for every sample that `refine` takes
 _MOST_ALIKE = 4  # of one signature in one refinement

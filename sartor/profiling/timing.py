@@ -50,7 +50,7 @@ class Effort:
 
     half_width: float = 0.02
     fewest: int = 3
-    most: int = 9
+    most: int = 8
     visit_s: float = 0.004
     quantile: float = QUANTILE
     limit_s: float = 60.0
