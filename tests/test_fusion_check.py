@@ -24,6 +24,12 @@ def test_kernels_are_those_that_run(target, name, tmp_path):
     assert report.agreement >= 0.95, "\n".join(map(str, report.differences))
 
 
+def test_a_width_outside_the_blocked_layout(tmp_path):
+    """18 is no multiple of 4: some convolutions of the network leave ONNX Runtime's layout."""
+    report = profile_fusion("onnxruntime", NETWORKS["residual"](width=18), tmp_path / "a")
+    assert report.agreement == 1 and report.layout == report.inserted and report.layout["ReorderInput"]
+
+
 # LiteRT's names do not tell three products of one value apart, and it moves a scale into weights.
 LITERT = {"residual": 0.95, "squeezed": 0.95, "dense": 0.95, "transformer": 0.6}
 

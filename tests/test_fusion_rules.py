@@ -94,6 +94,9 @@ def test_a_blocked_sum_needs_the_layout_on_both_sides():
     assert groups(program(16, "plain"), Conv=("BlockedAdd",)) == []
     assert groups(program(18, "blocked"), Conv=("BlockedAdd",)) == []  # no multiple of 4
     assert groups(program(18, "plain"), Conv=("Add",)) == taken
+    b = Builder((1, 18, 8, 8))
+    b.op("Relu", b.op("Add", b.conv("x", 18, 18, name="b"), "x", name="sum"), name="r")
+    assert groups(b.program(), Conv=("BlockedAdd", "Relu")) == [("b", "sum", "r")]
     assert {"a", "r", "b"} <= blocked_values(program(16, "plain"))
 
 

@@ -263,16 +263,21 @@ class _Partition:
         if not self._rules.first_operand:
             producer = other.producer()
             return producer is None or self._order.get(producer, len(self._order)) < self._order[lead]
-        if other is node.inputs[0] and self._could_take(other, how):
+        if other is node.inputs[0] and self._could_take(other, how, node):
             return False
         if how == "BlockedAdd":
-            return (other.name or "") in self._blocked and (lead.outputs[0].name or "") in self._blocked
+            if (lead.outputs[0].name or "") in self._blocked:
+                return (other.name or "") in self._blocked
+            users = [
+                use.node for use in node.outputs[0].uses()
+            ]  # in the plain layout only with an activation
+            return len(users) == 1 and users[0].op_type == "Relu" and lead.op_type == "Conv"
         if how == "InPlaceAdd":
             later = [use.node for use in other.uses() if use.node is not node]
             return all(self._order.get(n, len(self._order)) < self._order[node] for n in later)
         return True
 
-    def _could_take(self, value: ir.Value, how: str) -> bool:
+    def _could_take(self, value: ir.Value, how: str, node: ir.Node) -> bool:
         """Whether the kernel that makes `value` is one that takes a sum in, so that this Add is its own."""
         if len(list(value.uses())) != 1 or value.is_graph_output():
             return False
@@ -284,8 +289,10 @@ class _Partition:
             producer = value.producer()
         if producer is None or producer.op_type not in CONTRACTIONS:
             return False
-        blocked = how != "BlockedAdd" or (producer.outputs[0].name or "") in self._blocked
-        return self._rules.takes(producer.op_type, how) and blocked
+        both = all(
+            (v.name or "") in self._blocked for v in (producer.outputs[0], node.inputs[1]) if v is not None
+        )
+        return self._rules.takes(producer.op_type, how) and (how != "BlockedAdd" or both)
 
 
 def constant_nodes(program: Program) -> frozenset[ir.Node]:

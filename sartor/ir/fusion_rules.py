@@ -5,7 +5,8 @@ vocabulary, beside operator types that follow:
 
     Bias               an Add of one number per channel
     Add                an Add of two activations of one shape
-    BlockedAdd         an Add of two activations that are both in the runtime's own blocked layout
+    BlockedAdd         an Add of two activations that are both in the runtime's own blocked layout, or, of a
+                       convolution in the plain layout, one that a Relu follows
     InPlaceAdd         an Add whose other operand nobody reads afterwards
     Scale              a multiplication by one number, or by one per channel
     Silu, HardSwish    x * sigmoid(x), x * hard_sigmoid(x)
