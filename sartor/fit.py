@@ -33,13 +33,14 @@ from sartor.ir.program import Program
 from sartor.journal import Journal
 from sartor.passes.base import Context
 from sartor.passes.remove_blocks import kept_by
-from sartor.selection import Selection
+from sartor.selection import Selection, sampled_precision
 from sartor.strategies.budgeted_greedy import require_strategy
 from sartor.workbench import FitOptions, Workbench, static_costs, versions
 
 if TYPE_CHECKING:
     from sartor.backends.measure import Measurement
     from sartor.backends.protocol import Artifact
+    from sartor.cost_models.profile import DeviceProfile
     from sartor.data import Data
     from sartor.lowered import Lowered
     from sartor.study import Storage, Study
@@ -89,6 +90,7 @@ def fit(
     *,
     runner: Runner | None = None,
     storage: Storage | None = None,
+    profile: DeviceProfile | None = None,
 ) -> FitResult:
     """Fit `program` to a budget and write the bundle to `out_dir`.
 
@@ -100,9 +102,11 @@ def fit(
         progress: callable with a line of text, with `stage` and `advance`; silent by default.
         runner: where candidates are measured and scored, see `sartor.tasks.open_runner`; this machine by default.
         storage: of a study that keeps measured candidates beside the journal, to be shared; see `sartor.study`.
+        profile: of the target on this machine, which predicts; None: the network's own kernels are timed.
 
     Raises:
-        UsageError: options that cannot be met, such as a limit below the feasible floor; nothing is written.
+        UsageError: options that cannot be met, such as a limit below the feasible floor, or a profile of something
+            else; nothing is written.
         VerificationError: an oracle failed or was inconclusive; a reproducer lies beside `out_dir`.
     """
     from sartor.report.bundle import check_destination
@@ -111,7 +115,7 @@ def fit(
     folder = Path(out_dir)
     check_destination(folder)
     missing = [path for path in folder.parents if not path.exists()]
-    this = _Fit(program, options, data, folder, progress or Silent(), runner, storage)
+    this = _Fit(program, options, data, folder, progress or Silent(), runner, storage, profile)
     resumable = this.journal_path.exists()
     try:
         return this.run()
@@ -131,6 +135,27 @@ def fit(
         raise
 
 
+def _require_of_this(profile: DeviceProfile, options: FitOptions) -> None:
+    """Refuse a profile of another target, precision, number of threads, version or machine."""
+    from sartor import backends
+    from sartor.backends import host
+
+    here = {
+        "target": options.target,
+        "precision": sampled_precision(options.precision),
+        "threads": options.threads,
+        "version": backends.get(options.target).capabilities().version,
+        "processor": host.cpu_model(),
+    }
+    then = {**profile.target, "target": profile.target.get("name"), "processor": profile.device.get("cpu")}
+    for what, value in here.items():
+        if then.get(what) != value:
+            raise UsageError(
+                f"The device profile is of {what} '{then.get(what)}', and this fit of '{value}'. Build one with "
+                f"'sartor profile --target {options.target}', or leave --profile away: then kernels are timed first."
+            )
+
+
 class _Fit:
     def __init__(
         self,
@@ -141,7 +166,10 @@ class _Fit:
         progress: Any,
         runner: Runner | None,
         storage: Storage | None,
+        profile: DeviceProfile | None,
     ):
+        if profile is not None:
+            _require_of_this(profile, options)
         if data is None and options.recovery_s > 0:
             raise UsageError("Recovery needs data to train on; give data, or use recovery none.")
         if options.recovery_s > 0 and not program.batch.symbolic:
@@ -151,7 +179,7 @@ class _Fit:
             )
         self.program, self.options, self.data = program, options, data
         self.folder, self.progress = folder, progress
-        self.runner, self.storage = runner, storage
+        self.runner, self.storage, self.profile = runner, storage, profile
         self.decisions: list[str] = []
         self.history: list[dict[str, Any]] = []
         self.untouched = False
@@ -173,6 +201,7 @@ class _Fit:
             "options": dataclasses.asdict(self.options),
             "versions": versions(self.options.target),
             "data": self.data.fingerprint() if self.data is not None else None,
+            "profile": None if self.profile is None else self.profile.sha256(),
         }
         if self.runner is not None and self.runner.device:
             key["device"] = self.runner.device  # what was measured on another is not resumed from
@@ -211,7 +240,9 @@ class _Fit:
     def _select(self) -> tuple[Plan, float]:
         """The plan and its predicted latency, seconds."""
         self.before = static_costs(self.program)
-        selection = Selection(self.bench, self.analysis, self.blocks, self.journal, self.progress)
+        selection = Selection(
+            self.bench, self.analysis, self.blocks, self.journal, self.progress, self.profile
+        )
         values: dict[str, float] = dict(self.before)
         static = {k: v.absolute(values[k]) for k, v in self.options.budget.items() if k != "latency"}
         selection.require_reachable(static, values)

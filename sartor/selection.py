@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from sartor.cost_models.ladder import Ladder
+from sartor.cost_models.profile import DeviceProfile
 from sartor.errors import UsageError
 from sartor.ir.channels import ChannelAnalysis
 from sartor.ir.fusion import CONTRACTIONS, json_attributes
@@ -18,6 +20,7 @@ from sartor.ir.plan import Plan
 from sartor.ir.workload import build_workload
 from sartor.journal import Journal
 from sartor.landing import Landing
+from sartor.profiling.build import fusion_rules
 from sartor.strategies.budgeted_greedy import EXCESS, BudgetedGreedy, Decision, Price, floor
 from sartor.unit_scores import unit_scores
 from sartor.workbench import Workbench, static_costs
@@ -34,6 +37,7 @@ class Selection:
         analysis: channel groups of the original.
         blocks: its residual blocks that may go.
         journal: of the run; what it holds is not measured again.
+        profile: of the target on this machine; None: the network's own kernels are timed.
         progress: see `sartor.fit.fit`.
     """
 
@@ -44,11 +48,14 @@ class Selection:
         blocks: Sequence[Any],
         journal: Journal,
         progress: Any,
+        profile: DeviceProfile | None = None,
     ):
         self.bench, self.analysis, self.blocks, self.journal = bench, analysis, blocks, journal
         self.program, self.options, self.backend = bench.program, bench.options, bench.backend
-        self.progress = progress
-        self.workload = build_workload(self.program, analysis.extents, [b for b in blocks if b.removable])
+        self.progress, self.profile = progress, profile
+        rules = fusion_rules(self.backend)
+        removable = [b for b in blocks if b.removable]
+        self.workload = build_workload(self.program, analysis.extents, removable, rules)
         self.history: list[dict[str, Any]] = []
         self.decisions: list[str] = []
         self._steps: dict[str, int] = {}  # number in the history by the plan's digest
@@ -80,8 +87,9 @@ class Selection:
         self.progress.stage("importance")
         importance, lines = unit_scores(self.bench, self.analysis, self.blocks)
         self.decisions.extend(lines)
-        self.progress.stage("kernel table")
-        self.table = self._kernel_table()
+        self.progress.stage("cost model")
+        self.model = self._cost_model()
+        self.decisions.append(f"latency is predicted by the {self.model.method}")
         self._check_floor(limits, baseline, self._price)
         strategy = BudgetedGreedy(
             self.analysis, self.blocks, importance, self.workload, self._price, self._grid
@@ -108,7 +116,7 @@ class Selection:
     def _predict(self, decision: Decision) -> float:
         """Latency of a decision by the table as it is now, seconds."""
         removed = {name: True for name in decision.plan.blocks}
-        return float(self.table.estimate_batch(self.workload, decision.plan.fractions(), removed))
+        return float(self.model.estimate_batch(self.workload, decision.plan.fractions(), removed))
 
     def _try(self, decision: Decision) -> tuple[int, dict[str, Any]]:
         """Apply, lower and measure a decision, or take it from the journal; its step and its record."""
@@ -149,36 +157,39 @@ class Selection:
         if "latency" in self.limits:
             removed = {name: True for name in decision.plan.blocks}
             latency_s = known["ratio"] * self.baseline["latency"]
-            self.table.calibrate(self.workload, latency_s, decision.plan.fractions(), removed)
+            self.model.calibrate(self.workload, latency_s, decision.plan.fractions(), removed)
         self.progress.advance()
         self.progress(f"step {step}: {known['ratio']:.3f}x measured, {entry['change']}")
         return step, known
 
-    def _kernel_table(self) -> Any:
-        from sartor.cost_models.measured import MeasuredTable
-        from sartor.cost_models.sampling import build_table
-
+    def _cost_model(self) -> Ladder:
+        """What predicts latency: the profile that was given, or one of this network's own kernels."""
         known = self.journal.find("table")
         if known is not None:
-            return MeasuredTable.from_json(known["table"])
-        # One-kernel models are in float32: those of a precision that a pass makes need data. What a step of
-        # pruning saves of each kernel carries over, and the baseline's own latency sets the scale.
-        precision = {"int8": "f32", "f16": "f32"}.get(self.options.precision, self.options.precision)
+            return Ladder.from_json(known["table"])
+        model = Ladder(self.profile or self._sampled())
+        model.calibrate(self.workload, self.baseline["latency"])
+        self.journal.append("table", table=model.to_json())
+        return model
+
+    def _sampled(self) -> DeviceProfile:
+        from sartor.backends import host
+        from sartor.cost_models.sampling import sample_kernels
+
+        precision = sampled_precision(self.options.precision)
         options = dataclasses.replace(self.bench.target, flush_denormals=True, precision=precision)
 
         def timer(models: list[bytes]) -> Any:
             return self.bench.time_models(models, options, repeats=3)
 
-        table = build_table(
+        return sample_kernels(
             self.workload,
             timer,
             target={"name": self.options.target, **self.bench.target.to_dict()},
+            device=host.device(),
             channel_grid=lambda op: self.backend.channel_grid(op, self.options.precision),
             seconds=_TABLE_S,
         )
-        table.calibrate(self.workload, self.baseline["latency"])
-        self.journal.append("table", table=table.to_json())
-        return table
 
     def _price(
         self,
@@ -187,7 +198,7 @@ class Selection:
         limits: Mapping[str, float],
     ) -> Mapping[str, np.ndarray]:
         """Latency always (no step may be slower), the budget's other quantities where it names them."""
-        latency = np.atleast_1d(self.table.estimate_batch(self.workload, fractions, removed))
+        latency = np.atleast_1d(self.model.estimate_batch(self.workload, fractions, removed))
         return {"latency": latency, **self._static(self.limits, fractions, removed, limits)}
 
     def _static(
@@ -233,6 +244,15 @@ class Selection:
                     f"The budget {key}={limit:.6g} is below the feasible floor: the smallest plan is predicted at "
                     f"{least[key]:.6g} ({least[key] / full:.3f}x of {full:.6g}). Raise the limit, or protect less."
                 )
+
+
+def sampled_precision(precision: str) -> str:
+    """What kernels are timed in for a fit in `precision`.
+
+    Those of a precision that a pass makes need data, so float32 stands for them: what a step of pruning saves of each
+    kernel carries over, and the baseline's own latency sets the scale.
+    """
+    return {"int8": "f32", "f16": "f32"}.get(precision, precision)
 
 
 def describe(decision: Decision) -> str:

@@ -112,7 +112,7 @@ def fit(tmp_path, monkeypatch, capsys):
         )
 
     monkeypatch.setattr(Workbench, "measure", measure)
-    monkeypatch.setattr(Selection, "_kernel_table", lambda selection: Table(selection))
+    monkeypatch.setattr(Selection, "_cost_model", lambda selection: Table(selection))
 
     def run(load="made()", budget="macs=0.7x", recovery="none", source=model):
         (tmp_path / "data.py").write_text(f"{DATA}\ndef load():\n    return {load}\n")

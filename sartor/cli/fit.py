@@ -56,6 +56,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--out", required=True, metavar="DIR", help="folder of the bundle")
     parser.add_argument(
+        "--profile",
+        type=Path,
+        metavar="FILE",
+        help="a profile of the target on this machine, from 'sartor profile'; without, the network's own kernels are "
+        "timed",
+    )
+    parser.add_argument(
         "--workers",
         default="local",
         metavar="local|ray://HOST:PORT[/DEVICE]",
@@ -130,6 +137,7 @@ def _fit(
 
         data = load_data(options.data, list(program.input_shapes), options.seed, program=program)
 
+    from sartor.cost_models.profile import DeviceProfile
     from sartor.fit import FitOptions, fit
     from sartor.report import summary
     from sartor.report.bundle import refresh_manifest
@@ -145,8 +153,11 @@ def _fit(
         seed=options.seed,
         keep=tuple(options.keep),
     )
+    profile = None if options.profile is None else DeviceProfile.load(options.profile)
     with Progress.on_stderr() as progress:
-        result = fit(program, fit_options, data, folder, progress, runner=runner, storage=storage)
+        result = fit(
+            program, fit_options, data, folder, progress, runner=runner, storage=storage, profile=profile
+        )
     if options.keep_source:
         arguments.write_provenance(program, folder / "model.onnx")
         refresh_manifest(folder)

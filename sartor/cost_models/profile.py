@@ -7,6 +7,7 @@ It holds plain numbers only: samples, whole networks, and fitted coefficients.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -98,6 +99,10 @@ class DeviceProfile:
         """Deterministic JSON text."""
         document = {"schema": SCHEMA, **dataclasses.asdict(self)}
         return json.dumps(document, indent=1, sort_keys=True, allow_nan=False) + "\n"
+
+    def sha256(self) -> str:
+        """Digest of `to_json()`."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()
 
     def save(self, path: str | Path) -> Path:
         """Write `to_json()` atomically."""

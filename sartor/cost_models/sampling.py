@@ -1,4 +1,4 @@
-"""Building a measured kernel table: which samples to take, in which order, within a time limit."""
+"""A small profile of one network: which of its kernels to time, in which order, within a time limit."""
 
 from __future__ import annotations
 
@@ -17,8 +17,7 @@ from sartor.cost_models.boundary import (
     probe_models,
     probes,
 )
-from sartor.cost_models.grid import Grid
-from sartor.cost_models.measured import MeasuredTable, rates_from
+from sartor.cost_models.profile import DeviceProfile, Sample
 from sartor.cost_models.samples import nearest_sizes, sample_model
 from sartor.cost_models.signatures import Signature, signature_of
 from sartor.errors import MetricUnavailableError
@@ -46,38 +45,79 @@ class _Case:
     coarse: list[Point]
     fine: list[Point]
     weight: float
-    step: int = 1
     found: dict[Point, float] = dataclasses.field(default_factory=dict)
     failed: str = ""
 
 
-def build_table(
+def sample_kernels(
     workload: Workload,
     timer: Timer,
     *,
     target: Mapping[str, Any],
-    channel_grid: Callable[[str], int] = lambda _: 1,
+    device: Mapping[str, Any],
+    channel_grid: Callable[[str], int],
     seconds: float = 25.0,
     fractions: Sequence[float] = FRACTIONS,
     clock: Callable[[], float] = time.monotonic,
-) -> MeasuredTable:
-    """Sample the kernels of `workload` on a target.
+) -> DeviceProfile:
+    """A small profile of one network's own kernels: samples only, nothing learned.
 
     Kernels that differ only in channels share samples. First every signature gets the corners of its
-    grid, the dearest first; then the grids are filled in, the dearest first, until the time is over.
+    range, the dearest first; then the ranges are filled in, the dearest first, until the time is over.
 
     Args:
-        workload: built with the extents of the channel analysis; without, nothing can be interpolated.
+        workload: built with the extents of the channel analysis; without, only full sizes are sampled.
         timer: times serialized one-kernel models on the target, with the options named in `target`.
-        target: JSON values: backend, options, versions; written into the table.
+        target: as in `DeviceProfile`; the channel grid is added.
+        device: as in `DeviceProfile`.
         channel_grid: operator type → channel step of the target; samples lie on it.
         seconds: time limit for sampling. The call of the timer that is running when it ends finishes.
         fractions: of each full channel count, where samples lie.
         clock: monotonic seconds.
 
     Raises:
-        MetricUnavailableError: not a single kernel could be timed.
+        MetricUnavailableError: not a single kernel could be timed, or none of those that compute.
     """
+    begun = clock()
+    cases, boundary, timed = _timed(workload, timer, channel_grid, seconds, fractions, clock)
+    samples = tuple(
+        Sample(dict(case.signature.spec), tuple(map(float, at)), case.signature.family, max(found, 1e-9))
+        for case in cases
+        for at, found in sorted(case.found.items())
+    )
+    kinds = {case.signature.kind for case in cases}
+    if not samples or (
+        "contraction" in kinds and all(c.signature.kind != "contraction" for c in cases if c.found)
+    ):
+        reasons = sorted({case.failed for case in cases if case.failed}) or ["the time limit was reached"]
+        raise MetricUnavailableError(
+            f"None of the {len(cases)} kernels that carry this network's work could be timed on the target, so its "
+            f"latency is unknown: {reasons[0]}."
+        )
+    operators = sorted({case.signature.spec["op"] for case in cases if case.signature.kind == "contraction"})
+    return DeviceProfile(
+        target={**target, "channel_grid": {op: channel_grid(op) for op in operators}},
+        device=device,
+        protocol={"models": timed, "seconds": round(clock() - begun, 3)},
+        call_s=boundary.call_s,
+        samples=samples,
+        failures=tuple(
+            {"spec": dict(case.signature.spec), "reason": case.failed or "the time limit was reached"}
+            for case in cases
+            if not case.found
+        ),
+    )
+
+
+def _timed(
+    workload: Workload,
+    timer: Timer,
+    channel_grid: Callable[[str], int],
+    seconds: float,
+    fractions: Sequence[float],
+    clock: Callable[[], float],
+) -> tuple[list[_Case], Boundary, int]:
+    """Cases with what was found of them in the time, the boundary, and how many models were timed."""
     begun = clock()
     end = begun + seconds
     cases = _cases(workload, channel_grid, fractions)
@@ -99,20 +139,7 @@ def build_table(
             timed += _sample(batch, timer, boundary)
             if timed:
                 pace = max((clock() - start) / timed, 1e-6)
-    grids, failures = _finish(cases)
-    return MeasuredTable(
-        grids,
-        rates_from(workload, grids),
-        target={
-            **target,
-            "sampling": {
-                "samples": timed,
-                "seconds": round(clock() - begun, 3),
-            },
-        },
-        call_s=boundary.call_s,
-        failures=failures,
-    )
+    return cases, boundary, timed
 
 
 # ---- what to sample ------------------------------------------------------------------------------
@@ -146,7 +173,7 @@ def _cases(workload: Workload, channel_grid: Callable[[str], int], fractions: Se
         )
         coarse = sorted(set(coarse), key=lambda p: tuple(-c for c in p))
         fine = sorted(set(fine) - set(coarse))
-        cases.append(_Case(signature, kernels, coarse, fine, weight, step))
+        cases.append(_Case(signature, kernels, coarse, fine, weight))
     # The key breaks ties, so that the order of nodes in the file does not matter.
     return sorted(cases, key=lambda c: (-c.weight, c.signature.key))
 
@@ -241,21 +268,3 @@ def _read(taken: Sequence[float], count: int) -> list[float]:
         except MetricUnavailableError:
             seconds.append(math.nan)
     return seconds
-
-
-def _finish(cases: Sequence[_Case]) -> tuple[dict[str, Grid], dict[str, str]]:
-    grids: dict[str, Grid] = {}
-    failures: dict[str, str] = {}
-    for case in cases:
-        grid = Grid.from_points(case.found, case.step)
-        if grid is None and case.signature.kind == "contraction":  # time ended in the middle: the corners
-            corners = {p: s for p, s in case.found.items() if p in set(case.coarse)}
-            grid = Grid.from_points(corners, case.step)
-        if grid is None and case.found:
-            largest = max(case.found)
-            grid = Grid.from_points({largest: case.found[largest]}, case.step)
-        if grid is None:
-            failures[case.signature.key] = case.failed or "the time limit was reached"
-        else:
-            grids[case.signature.key] = grid
-    return grids, failures

@@ -1,0 +1,92 @@
+"""`sartor fit --profile`: a profile of this target and machine predicts; one of anything else is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+from cost_networks import residual
+from test_kernel_table import STEP, Target
+
+from sartor import backends
+from sartor.backends import host
+from sartor.cli import main
+from sartor.cost_models.sampling import sample_kernels
+from sartor.errors import UsageError
+from sartor.ir.workload import build_workload
+from sartor.selection import Selection, sampled_precision
+
+
+@pytest.fixture(scope="module")
+def profile():
+    program = residual({"a": 16, "b": 24, "e": 40, "m0": 16, "m1": 24, "m2": 24}).program(("logits",))
+    version = backends.get("onnxruntime").capabilities().version
+    return sample_kernels(
+        build_workload(program),
+        Target(),
+        target={"name": "onnxruntime", "version": version, "threads": 1, "precision": "f32"},
+        device=host.device(),
+        channel_grid=lambda _: STEP,
+        seconds=1e9,
+    )
+
+
+@pytest.fixture
+def fit(tmp_path, monkeypatch, capsys):
+    """Runs `sartor fit` on a small network with a profile; returns (exit code, standard error)."""
+    monkeypatch.setenv("CI", "1")
+    monkeypatch.chdir(tmp_path)
+    model = residual({"a": 16, "b": 24, "e": 40, "m0": 16, "m1": 24, "m2": 24}).program(("logits",))
+    model.save(tmp_path / "model.onnx")
+
+    def run(profile, *more):
+        profile.save(tmp_path / "device.json")
+        command = ["fit", "model.onnx", "--target", "onnxruntime", "--budget", "latency=0.8x"]
+        command += ["--recovery", "none", "--out", "out", "--profile", "device.json", *more]
+        return main(command), capsys.readouterr().err
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"name": "openvino"}, "of target 'openvino', and this fit of 'onnxruntime'"),
+        ({"threads": 2}, "of threads '2', and this fit of '1'"),
+        ({"precision": "bf16"}, "of precision 'bf16', and this fit of 'f32'"),
+        ({"version": "0.1"}, "of version '0.1'"),
+    ],
+)
+def test_a_profile_of_something_else_is_refused(fit, profile, change, said, tmp_path):
+    code, error = fit(dataclasses.replace(profile, target={**profile.target, **change}))
+    assert code == 2 and said in error and "sartor profile --target onnxruntime" in error
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["device.json", "model.onnx"]
+
+
+def test_a_profile_of_another_machine_is_refused(fit, profile):
+    code, error = fit(dataclasses.replace(profile, device={**profile.device, "cpu": "another"}))
+    assert code == 2 and "of processor 'another'" in error
+
+
+def test_a_profile_that_fits_predicts(fit, profile, monkeypatch):
+    """Nothing of the network is timed kernel by kernel."""
+
+    seen = []
+
+    def look(selection):
+        selection.baseline = {"latency": 2e-3}
+        model = original(selection)
+        seen.append((model.profile.samples, len(model.observations)))
+        seen.append(float(model.estimate_batch(selection.workload)))
+        raise UsageError("Enough was seen.")
+
+    original = Selection._cost_model
+    monkeypatch.setattr(Selection, "_cost_model", look)
+    monkeypatch.setattr(Selection, "_sampled", lambda _: pytest.fail("kernels were timed"))
+    code, error = fit(profile)
+    assert code == 2 and "Enough was seen" in error
+    assert seen == [(profile.samples, 1), pytest.approx(2e-3, rel=0.05)]
+
+
+def test_kernels_of_precisions_that_passes_make_are_timed_in_float32():
+    assert [sampled_precision(p) for p in ("f32", "bf16", "f16", "int8")] == ["f32", "bf16", "f32", "f32"]
