@@ -12,8 +12,10 @@ from onnx import helper
 from sartor.cost_models.memory import memory_model, memory_report
 from sartor.cost_models.static import static_cost
 from sartor.errors import MetricUnavailableError
+from sartor.inspection import inspect_program
 from sartor.ir.memory import PLAIN, Rules, schedule
 from sartor.ir.workload import build_workload
+from sartor.report.tree import describe
 
 METRICS = (
     *("peak_activation_bytes", "min_peak_activation_bytes", "arena_bytes"),
@@ -95,3 +97,17 @@ def test_the_report_says_where_the_peak_is_and_what_another_order_needs():
     }
     assert report["arena_bytes"] >= report["peak"]["bytes"] and report["flash_bytes"] == 0
     assert report["rules"] == "kernels fused, elementwise in place, inputs held by the caller"
+
+
+def test_inspect_tells_it():
+    document = inspect_program(diamond())
+    assert document["memory"] == memory_report(diamond())
+    text = " ".join(describe(document, width=200).split())
+    assert (
+        "memory: 3.08 kB at its peak, at 's'; in another order of the nodes 2.06 kB; 3.09 kB in one arena"
+        in text
+    )
+    text = " ".join(describe(inspect_program(mobilenet_v2().program(("logits",))), width=200).split())
+    assert "and no order of the nodes needs less" in text
+    del document["memory"]  # of an earlier version
+    assert "memory:" not in describe(document)
