@@ -266,6 +266,31 @@ def test_output_widths_are_rounded_up_to_the_grid():
     assert fitted(drawn(100)).predict(signature_at(conv_spec(28), "conv", (64, 64)), at)[0].std() > 0
 
 
+def test_an_operator_with_few_samples_takes_the_law_of_its_family_times_a_factor():
+    def moves(op, count, per_byte_s):
+        dims = [1, "*", 8, 8]
+        spec = {
+            "op": op,
+            "attributes": {},
+            "inputs": [{"slot": 0, "dims": dims, "dtype": "FLOAT", "stored": False}],
+            "outputs": [dims],
+            "output_dtypes": ["FLOAT"],
+            "output_count": 1,
+            "epilogue": [],
+        }
+        sizes = 512.0 * np.arange(8, 8 + count)
+        return [Sample(spec, (s,), "elementwise", 1e-6 + s * per_byte_s) for s in sizes]
+
+    laws = fitted([*moves("Relu", 40, 1e-10), *moves("Erf", 4, 6e-10)])
+    relu, erf = (laws.laws[f"elementwise/{op}"] for op in ("Relu", "Erf"))
+    assert relu.per_byte_s == pytest.approx(1e-10, rel=0.01)
+    family = laws.laws["elementwise"]
+    assert erf.per_byte_s / family.per_byte_s == pytest.approx(erf.launch_s / family.launch_s)
+    (truth,) = moves("Erf", 1, 6e-10)
+    assert predicted(laws, truth.spec, truth.at) == pytest.approx(truth.warm_s, rel=0.3)
+    assert float(family.terms(0.0, truth.at[0]).sum()) < 0.7 * truth.warm_s
+
+
 def test_coefficients_are_never_negative():
     rng = np.random.default_rng(1)
     samples = [dataclasses.replace(s, warm_s=float(rng.uniform(1e-6, 1e-3))) for s in drawn(200)]

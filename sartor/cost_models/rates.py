@@ -2,8 +2,8 @@
 
 One law for each of the ways in which runtimes compute an operator: convolutions whose channels fill whole vectors
 and those that leave the blocked layout, windows of one position, images of a few channels. A way with few samples
-takes the law of its operator, that of its family, or one law for all. Output widths are rounded up to the channel
-grid first: what a register or a block of channels computes, it computes whole.
+takes the law of its operator, and an operator that of its family, times a factor of its own. Output widths are
+rounded up to the channel grid first: what a register or a block of channels computes, it computes whole.
 
 The sum, not the maximum, because a sum has a slope everywhere: the learned model corrects it, and what it gets
 wrong between the two regimes is a smooth function of the intensity.
@@ -25,8 +25,10 @@ from sartor.cost_models.work import Work, item_bytes, work_of_spec
 from sartor.errors import MetricUnavailableError
 
 _ANY = "*"
-_FEW = 8  # samples below which there is no law
+_FEW = 8  # samples below which there is no law of its own, but a factor
 _LEAST_SD = 0.1
+_LAW_SD = 0.2
+_STEPS, _FAR = 8, 0.7
 _VECTOR = 4  # channels: what the blocked layouts of CPU runtimes ask for at least
 _IMAGE = 4  # channels: such inputs have kernels of their own
 _STEPPED = frozenset(
@@ -129,7 +131,7 @@ def stepped(spec: Mapping[str, Any]) -> list[int]:
 
 
 def fitted(samples: Sequence[Sample], grid: Mapping[str, int] | None = None) -> Rates:
-    """Laws that fit samples best, in relative least squares with coefficients that are not negative.
+    """Laws that fit the logarithms of the samples best, with coefficients that are not negative.
 
     Args:
         samples: timed kernels.
@@ -146,11 +148,23 @@ def fitted(samples: Sequence[Sample], grid: Mapping[str, int] | None = None) -> 
     rows: dict[str, list[tuple[float, ...]]] = {}
     for sample in samples:
         found = _work(sample.spec, sample.family, sample.at, grid or {})
-        row = (float(found.macs), float(found.moved), float(_costly(sample.spec, found)), sample.warm_s)
+        costly = float(_costly(sample.spec, found))
+        # How well a time is known matters only where it is known worse than a law of four numbers can say it.
+        weight = 1.0 / np.hypot(_LAW_SD, sample.half_width / 1.96)
+        row = (float(found.macs), float(found.moved), costly, sample.warm_s, float(weight))
         way = str(_ways(sample.spec, sample.at))
         for name in _names(sample.family, str(sample.spec["op"]), way):
             rows.setdefault(name, []).append(row)
-    laws = {name: _fit(np.array(r)) for name, r in rows.items() if name == _ANY or len(r) >= _FEW}
+    laws: dict[str, Rate] = {}
+    for name in sorted(
+        rows, key=lambda name: (name != _ANY, name.count("/"))
+    ):  # from the general to the special
+        mine = np.array(rows[name])
+        wider = name.rpartition("/")[0]
+        if len(mine) >= _FEW or name == _ANY:
+            laws[name] = _fit(mine)
+        else:
+            laws[name] = _scaled(laws[wider] if wider in laws else laws[_ANY], mine)
     return Rates(laws, dict(grid or {}))
 
 
@@ -189,21 +203,44 @@ def _work(spec: Mapping[str, Any], family: str, sizes: Sequence[Any], grid: Mapp
 
 
 def _fit(rows: np.ndarray) -> Rate:
-    """The best of all sets of coefficients that may be zero: there are fifteen."""
-    macs, moved, costly, seconds = rows.T
+    """Least squares of the logarithm, by Gauss-Newton steps; least *relative* squares would predict too little.
+
+    (A prediction that is far too small is off by 100 % at most, one that is far too large by any share.)
+    """
+    macs, moved, costly, seconds, weight = rows.T
     columns = np.stack([np.ones(len(rows)), macs, moved, costly], 1)
-    design = columns / seconds[:, None]
+    best = _not_negative(columns * (weight / seconds)[:, None], weight)
+    for _ in range(_STEPS):
+        predicted = np.maximum(columns @ best, 1e-3 * seconds)
+        error = np.clip(np.log(seconds / predicted), -_FAR, _FAR)  # a stuck timing is not followed
+        best = _not_negative(columns * (weight / predicted)[:, None], weight * (1.0 + error))
+    predicted = np.maximum(columns @ best, 1e-12)
+    sd = float(np.sqrt(np.mean(np.square(np.log(predicted / seconds)))))
+    launch, mac, byte, element = (float(b) for b in best)
+    return Rate(launch, mac, byte, element, max(sd, _LEAST_SD))
+
+
+def _scaled(law: Rate, rows: np.ndarray) -> Rate:
+    """A law times what its few samples have in common, drawn towards 1 as if one more had said so."""
+    macs, moved, costly, seconds, _ = rows.T
+    error = np.log(seconds / np.maximum(law.terms(macs, moved, costly).sum(0), 1e-12))
+    factor = float(np.exp(error.sum() / (len(error) + 1)))
+    parts = (law.launch_s, law.per_mac_s, law.per_byte_s, law.per_element_s)
+    launch, mac, byte, element = (factor * part for part in parts)
+    return Rate(launch, mac, byte, element, law.sd)
+
+
+def _not_negative(design: np.ndarray, target: np.ndarray) -> np.ndarray:
+    """Least squares without negative coefficients: the best of all fifteen sets of those that are not zero."""
     scale = np.maximum(np.abs(design).max(0), 1e-300)
     best, least = np.zeros(4), np.inf
-    present = [i for i in range(4) if columns[:, i].any()]
+    present = [i for i in range(4) if design[:, i].any()]
     for size in range(1, len(present) + 1):
         for chosen in itertools.combinations(present, size):
             picked = list(chosen)
-            part, *_ = np.linalg.lstsq(design[:, picked] / scale[picked], np.ones(len(rows)), rcond=None)
-            error = float(np.square(design[:, picked] / scale[picked] @ part - 1.0).sum())
+            part, *_ = np.linalg.lstsq(design[:, picked] / scale[picked], target, rcond=None)
+            error = float(np.square(design[:, picked] / scale[picked] @ part - target).sum())
             if (part >= 0).all() and error < least * (1 - 1e-9):
                 best, least = np.zeros(4), error
                 best[picked] = part / scale[picked]
-    predicted = np.maximum(columns @ best, 1e-12)
-    sd = float(np.sqrt(np.mean(np.square(np.log(predicted / seconds)))))
-    return Rate(*(float(b) for b in best), sd=max(sd, _LEAST_SD))
+    return best

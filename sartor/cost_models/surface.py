@@ -195,7 +195,9 @@ def _penalised(surface: Surface, number: int, predict: Predict) -> Axis:
     ]
     seconds, _ = predict(sizes)
     plain, _ = surface.interpolate(sizes)
+    # Never below 1: that a register is not filled cannot save what filling it costs, so less is the model's noise.
     ratio = np.where(inside, (seconds / np.maximum(plain, 1e-12)).reshape(widths.shape), 1.0)
+    ratio = np.maximum(ratio, 1.0)
     return dataclasses.replace(axis, penalties=np.vstack([ratio, np.ones(len(axis.knots))]))
 
 
