@@ -202,6 +202,31 @@ def test_timing_models_keeps_failures_by_their_index(tmp_path):
     assert times[0] > 0 and set(times.failures) == {1} and times.total == 2
 
 
+# ---- a fit's bench ---------------------------------------------------------------------------------
+def test_a_bench_measures_and_scores_nowhere_but_on_its_runner(tmp_path, monkeypatch, in_process):
+    from sartor.backends import measure
+    from sartor.budget import parse_budget
+    from sartor.data import load_data
+    from sartor.workbench import FitOptions, Workbench
+
+    samples = np.concatenate([inputs["x"] for inputs, _ in split(4)])
+    np.savez(tmp_path / "data.npz", x=samples, labels=np.arange(len(samples)) % 10)
+    program = small_cnn(8)
+    data = load_data(str(tmp_path / "data.npz"), ["x"], program=program)
+    answer = measure.Measurement({}, {"cpu": "c"}, (), (), (), "interval")
+    times = measure.ModelTimes({0: 1e-3}, {}, 1e-3, {}, 1)
+    monkeypatch.setattr(measure, "measure", lambda *_, **__: answer)
+    monkeypatch.setattr(measure, "time_models", lambda *_, **__: times)
+    runner = Counting(1 << 30)
+    bench = Workbench(program, FitOptions("reference", parse_budget("macs=0.5x")), data, tmp_path, runner)
+    with InProcess(bench.baseline, TargetOptions()) as session:
+        assert bench.score(bench.baseline, "test") == score(session.run, data.test)
+    assert bench.measure_all([[bench.baseline], [bench.baseline] * 2], 0.1, seed=4) == [answer, answer]
+    assert bench.time_models([b"model"], TargetOptions(), repeats=1) == times
+    assert [task["kind"] for task in runner.seen] == ["score", "measure", "measure", "time-models"]
+    assert [task["payload"]["seed"] for task in runner.seen[1:3]] == [4, 4]
+
+
 # ---- the option ------------------------------------------------------------------------------------
 @pytest.mark.parametrize("workers", [None, "local"])
 def test_this_machine_is_the_default(workers):
