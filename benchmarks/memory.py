@@ -124,7 +124,11 @@ def _executed(optimised: str, events: list[dict[str, Any]]) -> int:
                 count *= length
             sizes[name] = -(-count // 4096) * 4096  # whole pages are what is resident
         reads = [name for name in dict.fromkeys(node.input) if name in sizes]
-        over = reads if node.op_type in ELEMENTWISE else [n for n in node.input[3:4] if n in sizes]
+        over = (
+            reads
+            if node.op_type in ELEMENTWISE
+            else [n for n in node.input[3:4] if n in sizes and n not in node.input[:1]]
+        )
         same = [InPlace(n, names[0]) for n in over if sizes[n] == sizes[names[0]]]
         steps.append(Step(node.name, tuple(reads), tuple(names), tuple(same)))
     inputs = tuple(v.name for v in graph.input if v.name not in stored)

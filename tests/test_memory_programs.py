@@ -312,3 +312,34 @@ def test_layouts_only_add():
     for net in (residual(), mobilenet_v2(), up_and_down()):
         model = net.program((next(reversed(net.channels)),))
         assert peak(graph_of(model, layout=True)).bytes >= peak(graph_of(model)).bytes
+
+
+def test_what_a_convolution_reads_is_not_written_over_by_its_own_sum():
+    """y = Conv(a) + a in one kernel: a place of `a` that is written is read again for its neighbours."""
+    weight = np.zeros((4, 4, 3, 3), np.float32)
+    nodes = [
+        helper.make_node("Relu", ["x"], ["a"], name="relu"),
+        helper.make_node("Conv", ["a", "w"], ["c"], name="conv", pads=[1, 1, 1, 1]),
+        helper.make_node("Add", ["c", "a"], ["s"], name="add"),
+        helper.make_node("Neg", ["s"], ["y"], name="neg"),
+    ]
+    model = make_program(nodes, {"x": (1, 4, 8, 8)}, ["y"], {"w": weight})
+    steps = {step.name: step for step in graph_of(model).steps}
+    assert set(steps["conv"].reads) == {"a"} and not steps["conv"].in_place
+    depthwise = make_program(
+        [
+            nodes[0],
+            helper.make_node("Conv", ["a", "w"], ["c"], name="conv", pads=[1] * 4, group=4),
+            *nodes[2:],
+        ],
+        {"x": (1, 4, 8, 8)},
+        ["y"],
+        {"w": weight[:, :1]},
+    )
+    steps = {step.name: step for step in graph_of(depthwise, depthwise=True).steps}
+    assert not steps["conv"].in_place
+    other = [nodes[0], helper.make_node("Sin", ["x"], ["b"], name="sin"), nodes[1]]
+    other += [helper.make_node("Add", ["c", "b"], ["s"], name="add"), nodes[3]]
+    apart = make_program(other, {"x": (1, 4, 8, 8)}, ["y"], {"w": weight})
+    steps = {step.name: step for step in graph_of(apart).steps}
+    assert [p.read for p in steps["conv"].in_place] == ["b"]

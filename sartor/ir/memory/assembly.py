@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping
 
@@ -250,20 +251,32 @@ class _Assembly:
         )
 
     def permits(self, kernel: KernelNodes, own: set[str], written: list[str]) -> Iterator[InPlace]:
-        """What the step may write over what."""
-        result = written[-1] if written else ""
-        elementwise = True  # from here to the end of the kernel
-        for node in reversed(kernel.nodes if written else ()):
-            elementwise &= node.op_type in ELEMENTWISE
-            for value in self.reads(node):
-                if value in own or value in self.constant:
-                    continue
-                if self.rules.in_place and elementwise and self.fits(value, result):
-                    yield InPlace(self.read(value, node.name), self.buffer(result))
-                if self.rules.depthwise and node.plane is not None and value == self.resolve(node.first):
-                    extra = f"<channel> {node.name}"
-                    self.sizes[extra] = self.scaled(node.plane, value)
-                    yield InPlace(self.read(value, node.name), self.buffer(result), extra)
+        """What the step may write over what: never over what a node of it reads that is not elementwise."""
+        if not written:
+            return
+        result = written[-1]
+        ends = itertools.takewhile(lambda node: node.op_type in ELEMENTWISE, reversed(kernel.nodes))
+        tail = {node.name for node in ends}
+        found = [
+            (node, value, self.read(value, node.name))
+            for node in kernel.nodes
+            for value in self.reads(node)
+            if value not in own and value not in self.constant
+        ]
+        kept = {buffer for node, _, buffer in found if node.name not in tail}
+        for node, value, buffer in found:
+            if self.rules.in_place and buffer not in kept and self.fits(value, result):
+                yield InPlace(buffer, self.buffer(result))
+            alone = sum(other == buffer for _, _, other in found) == 1
+            if (
+                self.rules.depthwise
+                and node.plane is not None
+                and value == self.resolve(node.first)
+                and alone
+            ):
+                extra = f"<channel> {node.name}"
+                self.sizes[extra] = self.scaled(node.plane, value)
+                yield InPlace(buffer, self.buffer(result), extra)
 
     def layout_steps(self) -> tuple[dict[str, Step], dict[str, Step]]:
         """What copies values to another layout: early ones by the buffer that they read, others by the copy."""
