@@ -21,7 +21,7 @@ from sartor.errors import UsageError
 from sartor.ir.fusion_rules import GENERIC, FusionRules
 from sartor.profiling.design import width
 
-_MOST_PARAMETERS = 12_000_000
+_MOST_PARAMETERS, _MOST_MACS = 12_000_000, 2.5e9
 _ACTIVATIONS = ("Relu", "Relu", "Relu6", "Silu", "HardSwish")
 
 
@@ -52,7 +52,7 @@ def network(name: str) -> bytes:
         rng = random.Random(f"{name}/{attempt}")
         net = _Net(rng, rng.choice([64, 96, 112, 128, 160, 192, 224]))
         KINDS[kind](net)
-        if net.parameters <= _MOST_PARAMETERS:
+        if net.parameters <= _MOST_PARAMETERS and net.macs <= _MOST_MACS:
             break
     return net.finish()
 
@@ -87,7 +87,7 @@ class _Net:
         self.model = ModelBuilder()
         self.value = self.model.input("image", (1, 3, edge, edge))
         self.shape: tuple[int, ...] = (1, 3, edge, edge)
-        self.parameters = 0
+        self.parameters, self.macs = 0, 0.0
         self._number = 0
         self.activation = rng.choice(_ACTIVATIONS)
 
@@ -114,6 +114,7 @@ class _Net:
         self.node("Conv", inputs, strides=[stride] * 2, pads=[pad] * 4, group=group)
         out = (edge + 2 * pad - kernel) // stride + 1
         self.shape = (1, c_out, out, out)
+        self.macs += math.prod(self.shape) * c_in // group * kernel * kernel
         return self.act(act) if act else self.value
 
     def act(self, kind: str) -> str:
@@ -179,18 +180,18 @@ def _stem(net: _Net, most: int = 64) -> None:
     kernel, stride = net.rng.choice([(3, 1), (3, 2), (3, 2), (5, 2), (7, 2)])
     if net.shape[2] > 128 and stride == 1:
         stride = 2
-    net.conv(width(net.rng, 8, most), kernel, stride, act=net.activation)
-    if net.shape[2] > 64 and net.rng.random() < 0.6:
+    net.conv(width(net.rng, 16, most), kernel, stride, act=net.activation)
+    if net.shape[2] > 64 and net.rng.random() < 0.5:
         net.pool()
 
 
 def _stages(net: _Net, most: int) -> Iterator[tuple[int, int]]:
     """(width, stride) per block, in stages that halve the map and widen it."""
     c = max(net.shape[1], 8)
-    for _ in range(net.rng.randint(2, 4)):
-        c = min(most, round(c * net.rng.uniform(1.2, 2.2)))
+    for _ in range(net.rng.randint(3, 4)):
+        c = min(most, round(c * net.rng.uniform(1.3, 2.4)))
         chosen = width(net.rng, max(4, int(c * 0.8)), max(8, int(c * 1.2)))
-        for block in range(net.rng.randint(1, 3)):
+        for block in range(net.rng.randint(1, 4)):
             yield chosen, 2 if block == 0 and net.shape[2] > 4 else 1
 
 
@@ -244,9 +245,9 @@ def _inverted(net: _Net) -> None:
 def _grouped(net: _Net) -> None:
     _stem(net)
     groups = net.rng.choice([2, 4, 8, 16, 32])
-    for c, stride in _stages(net, 640):
+    for c, stride in _stages(net, 1024):
         source, shape = net.value, net.shape
-        inner = groups * max(1, round(c / 2 / groups))
+        inner = groups * max(1, round(c * net.rng.choice([0.5, 0.5, 1]) / groups))
         net.conv(inner, 1, act=net.activation)
         net.conv(inner, 3, stride, group=groups, act=net.activation)
         net.conv(c, 1)
@@ -264,8 +265,8 @@ def _dense(net: _Net) -> None:
     """Every layer reads what all before it made; its normalization comes first and does not fold away."""
     _stem(net)
     growth = width(net.rng, 8, 40)
-    for stage in range(net.rng.randint(2, 3)):
-        for _ in range(net.rng.randint(2, 4)):
+    for stage in range(net.rng.randint(2, 4)):
+        for _ in range(net.rng.randint(2, 6)):
             source, shape = net.value, net.shape
             net.batch_norm()
             net.act("Relu")
@@ -273,7 +274,7 @@ def _dense(net: _Net) -> None:
             net.conv(growth, 3)
             net.node("Concat", [source, net.value], axis=1)
             net.shape = (1, shape[1] + growth, *shape[2:])
-        if stage < 2 and net.shape[2] > 4:
+        if stage < 3 and net.shape[2] > 4:
             net.conv(max(8, net.shape[1] // 2), 1, act="Relu")
             net.pool("AveragePool")
     net.head()
@@ -281,8 +282,8 @@ def _dense(net: _Net) -> None:
 
 def _vit(net: _Net) -> None:
     patch = 16 if net.shape[2] % 16 == 0 else 8
-    heads = net.rng.choice([2, 3, 4, 6])
-    d = 8 * net.rng.randint(2, 8)
+    heads = net.rng.choice([2, 3, 4, 6, 8])
+    d = 8 * net.rng.randint(3, 8)
     c = heads * d
     net.conv(c, patch, patch)
     tokens = net.shape[2] ** 2
@@ -293,7 +294,7 @@ def _vit(net: _Net) -> None:
     split = net.model.constant("heads", [1, tokens, heads, d], "INT64")
     joined = net.model.constant("joined", [1, tokens, c], "INT64")
     scale = net.model.constant("scale", d**-0.5, "FLOAT")
-    for _ in range(net.rng.randint(1, 4)):
+    for _ in range(net.rng.randint(2, 6)):
         source = net.value
         normed = net.norm()
         parts = []
