@@ -7,7 +7,9 @@ import dataclasses
 import numpy as np
 import pytest
 from cost_networks import FakeBlock, Net, make_program, mobilenet_v2, residual, residual_blocks, resnet50
+from hypothesis import HealthCheck, given, settings
 from onnx import helper
+from random_graphs import programs
 from test_liveness import KB, program, small_then, with_if
 
 from sartor.ir.liveness import peak_activation
@@ -343,3 +345,25 @@ def test_what_a_convolution_reads_is_not_written_over_by_its_own_sum():
     apart = make_program(other, {"x": (1, 4, 8, 8)}, ["y"], {"w": weight})
     steps = {step.name: step for step in graph_of(apart).steps}
     assert [p.read for p in steps["conv"].in_place] == ["b"]
+
+
+RULES = (
+    *(PLAIN, Rules(), Rules(depthwise=True, inputs_held=False), Rules(layout=True), MICROCONTROLLER),
+    Rules(aliases=False, quantized=False),
+)
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@given(programs())
+def test_generated_programs_under_any_rules(model):
+    """Whatever is fused, renamed or copied: the graph can be run, orders and arenas are sound, plain is `liveness`."""
+    assert peak(program_buffers(model, PLAIN).graph()).bytes == peak_activation(model).bytes
+    for rules in RULES:
+        buffers = program_buffers(model, rules)
+        graph = buffers.graph()
+        found = schedule(graph, max_states=200)
+        assert found.lower_bound_bytes <= found.peak_bytes <= peak(graph).bytes == buffers.peaks()
+        assert peak(graph.reordered(found.order)).bytes == found.peak_bytes
+        assert plan_arena(graph, 1).bytes >= peak(graph).bytes
+        if rules is not PLAIN and not rules.layout and not rules.padded:
+            assert peak(graph).bytes <= peak_activation(model).bytes
