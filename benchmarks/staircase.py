@@ -5,7 +5,8 @@ leaving the runtime's layout costs. Predicted is what a device profile says of t
 kernel that the profile may have are taken out of it first, so that nothing is predicted which was looked up.
 Without --profile, the times at multiples of --stride, and those next to every eighth of them, are the profile.
 
-A step is a pair of neighbouring widths whose times differ by more than their own 95 % intervals explain and by 4 %.
+Every width is measured in two passes of different order. A step is a pair of neighbouring widths whose times differ
+by more than their own 95 % intervals explain, and by 4 %, in the same direction in both passes.
 The prediction has it if its times differ in the same direction, by a third of that (of the logarithm) or more. A
 width that is no multiple of the grid can be slower than the next one; such steps go down.
 """
@@ -57,7 +58,7 @@ def specs(size: int) -> dict[str, tuple[dict[str, Any], tuple[float, ...]]]:
 
 
 def measured(
-    spec: dict[str, Any], before: Sequence[float], widths: Sequence[int], timer: Any, boundary: Any
+    spec: dict[str, Any], before: Sequence[float], widths: Sequence[int], timer: Any, boundary: Any, seed: int
 ) -> list[tuple[float, float]]:
     """Time of the kernel itself in units of the reference and its half width, per width; NaN where it failed."""
     from sartor.cost_models.features import family_of
@@ -66,7 +67,7 @@ def measured(
     from sartor.profiling.timing import BATCH, Effort, Job
 
     found = []
-    shuffled = np.random.default_rng(0).permutation(len(widths))  # drift does not look like a staircase
+    shuffled = np.random.default_rng(seed).permutation(len(widths))  # drift does not look like a staircase
     for start in range(0, len(widths), BATCH):
         chosen = [widths[i] for i in shuffled[start : start + BATCH]]
         jobs = [Job(sample_model(spec, (*before, c))) for c in chosen]
@@ -120,17 +121,18 @@ def own_profile(
 
 
 def steps(
-    widths: Sequence[int], truth: Sequence[tuple[float, float]], said: np.ndarray
+    widths: Sequence[int], passes: Sequence[Sequence[tuple[float, float]]], said: np.ndarray
 ) -> list[dict[str, Any]]:
     """Measured steps, and whether the prediction has them."""
     found = []
     for i in range(1, len(widths)):
-        (low, low_half), (high, high_half) = truth[i - 1], truth[i]
-        if not (math.isfinite(low) and math.isfinite(high)):
+        jumps = [math.log(one[i][0] / one[i - 1][0]) for one in passes]  # NaN where a width failed
+        noise = [math.hypot(one[i - 1][1], one[i][1]) for one in passes]
+        if not all(abs(jump) > max(_LEAST, n) for jump, n in zip(jumps, noise, strict=True)):
             continue
-        jump, noise = math.log(high / low), math.hypot(low_half, high_half)
-        if abs(jump) <= max(_LEAST, noise):
+        if min(jumps) < 0 < max(jumps):
             continue
+        jump = float(np.mean(jumps))
         foreseen = math.log(said[i] / said[i - 1])
         seen = foreseen * jump > 0 and abs(foreseen) >= _SHARE * abs(jump)
         found.append(
@@ -193,7 +195,8 @@ def examine(
 
     spec, before = specs(options.size)[name]
     widths = list(range(1, options.channels + 1))
-    truth = measured(spec, before, widths, timer, boundary)
+    passes = [measured(spec, before, widths, timer, boundary, seed) for seed in (0, 1)]
+    truth = [(math.sqrt(a * b), math.hypot(p, q) / 2) for (a, p), (b, q) in zip(*passes, strict=True)]
     scale = 1e-3 if profile is None else float(profile.protocol["reference_s"])
     seconds = [own * scale for own, _ in truth]
     basis = profile
@@ -205,7 +208,7 @@ def examine(
     said, sd = predicted(spec, before, widths, basis)
     usable = np.isfinite(seconds)
     errors = np.abs(said[usable] / np.asarray(seconds)[usable] - 1)
-    found = steps(widths, truth, said)
+    found = steps(widths, passes, said)
     return {
         "kernel": name,
         "size": options.size,
