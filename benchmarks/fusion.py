@@ -96,6 +96,10 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
                 "agreement_kernels": sum(r["agreed"] for r in mine) / sum(r["kernels"] for r in mine),
                 "generic_mean": statistics.fmean(row["generic_agreement"] for row in mine),
                 "at_least_95_percent": sum(row["agreement"] >= 0.95 for row in mine),
+                "layout_changes_expected": sum(sum(row["layout"].values()) for row in mine),
+                "layout_changes_executed": sum(
+                    count for r in mine for kind, count in r["inserted"].items() if kind.startswith("Reorder")
+                ),
             }
     return result
 
