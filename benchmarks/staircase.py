@@ -3,7 +3,7 @@
 Measured is every width, alone, in units of a reference kernel (`sartor.profiling.timing`), less what entering and
 leaving the runtime's layout costs. Predicted is what a device profile says of the same kernel. Samples of the very
 kernel that the profile may have are taken out of it first, so that nothing is predicted which was looked up.
-Without --profile, the times at multiples of --stride, and those next to every eighth of them, are the profile.
+Without --profile, the times at multiples of --stride, and those next to every second of them, are the profile.
 
 Every width is measured in two passes of different order. A step is a pair of neighbouring widths whose times differ
 by more than their own 95 % intervals explain, and by 4 %, in the same direction in both passes.
@@ -109,7 +109,7 @@ def own_profile(
     from sartor.cost_models.profile import DeviceProfile, Sample
 
     wide = range(stride, len(seconds) + 1, stride)
-    near = {w - k for w in list(wide)[::8] for k in (1, 2, 4, 8) if w > k}
+    near = {w - k for w in list(wide)[::2] for k in (1, 2, 4, 8) if w > k}
     chosen = sorted({1, 2, 4, 8, len(seconds), *wide, *near})
     samples = tuple(
         Sample(spec, (*before, float(w)), family_of(spec), seconds[w - 1])

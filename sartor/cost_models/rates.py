@@ -30,6 +30,7 @@ _LEAST_SD = 0.1
 _LAW_SD = 0.2
 _STEPS, _FAR = 8, 0.7
 _VECTOR = 4  # channels: what the blocked layouts of CPU runtimes ask for at least
+_BLOCK = 16  # channels of a group that such a layout holds without mixing groups
 _IMAGE = 4  # channels: such inputs have kernels of their own
 _STEPPED = frozenset(
     {"channels", "c_in", "c_out", "in_per_group", "out_per_group", "k", "n", "input", "hidden"}
@@ -178,10 +179,13 @@ def _ways(spec: Mapping[str, Any], sizes: Sequence[Any]) -> np.ndarray:
     if is_movement(spec) or spec["op"] not in ("Conv", "ConvTranspose"):
         return np.asarray("")
     found = work_of_spec(spec, [np.asarray(s, float) for s in sizes])
-    c_in, c_out = found.groups * found.channels, found.groups * found.columns
-    blocked = (c_out % _VECTOR == 0) & (c_in % _VECTOR == 0)
+    c_in = found.groups * found.channels
+    blocked = (
+        c_in % _VECTOR == 0
+    )  # channels that are made are padded to whole blocks, those that are read are not
     if "multiplier" not in spec:
-        blocked = np.where(found.groups > 1, blocked & (found.columns % _VECTOR == 0), blocked)
+        whole_groups = (found.channels % _BLOCK == 0) & (found.columns % _BLOCK == 0)
+        blocked = np.where(found.groups > 1, whole_groups, blocked)
     window = "window" if found.taps.max(initial=1) > 1 else "point"
     image = (c_in < _IMAGE) & (found.groups == 1)
     return np.where(image, "image", np.where(blocked, f"blocked {window}", f"unblocked {window}"))
