@@ -126,6 +126,20 @@ def test_quantized_values_exist_in_integers():
     assert peak(plain).bytes > 3 * 512
 
 
+def test_a_float_that_others_read_stays_beside_its_quantized_form():
+    constants = {"s": np.float32(0.1), "z": np.int8(0)}
+    nodes = [
+        helper.make_node("Softmax", ["x"], ["a"], name="a"),
+        helper.make_node("QuantizeLinear", ["a", "s", "z"], ["q"], name="q"),
+        helper.make_node("ReduceSum", ["a"], ["y"], name="y"),
+        helper.make_node("DequantizeLinear", ["q", "s", "z"], ["z_out"], name="z_out"),
+    ]
+    model = make_program(nodes, {"x": (1, 256)}, ["y", "z_out"], constants)
+    graph = graph_of(model)
+    assert [step.name for step in graph.steps] == ["a", "q", "y", "z_out"]
+    assert (graph.sizes["a"], graph.sizes["q"]) == (KB, 256)
+
+
 def test_a_channel_of_a_quantized_depthwise_convolution_is_quantized():
     graph = graph_of(quantized(True), depthwise=True)
     (permit,) = next(s for s in graph.steps if s.name == "conv").in_place
