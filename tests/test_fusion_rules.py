@@ -100,6 +100,22 @@ def test_a_blocked_sum_needs_the_layout_on_both_sides():
     assert {"a", "r", "b"} <= blocked_values(program(16, "plain"))
 
 
+def test_a_change_of_layout_does_a_transpose_beside_it():
+    def kernels(perm):
+        b = Builder((1, 16, 8, 8))
+        b.op(
+            "Softmax",
+            b.op("Transpose", b.conv("x", 16, 16, name="a"), name="t", perm=perm),
+            name="end",
+            axis=-1,
+        )
+        rules = FusionRules.of({"Conv": ("BlockedAdd",)})
+        return [k.name for k in build_workload(b.program(), rules=rules).layout]
+
+    assert kernels([0, 2, 3, 1]) == ["ReorderInput x"]
+    assert kernels([0, 1, 3, 2]) == ["ReorderInput x", "ReorderOutput a"]
+
+
 def test_a_sum_in_place_needs_an_operand_that_nobody_reads_afterwards():
     def program(late):
         b = Builder((1, 16, 8, 8))

@@ -33,7 +33,10 @@ def blocked_values(program: Program) -> frozenset[str]:
 
 
 def layout_changes(program: Program) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Names of the values that the runtime copies into the layout, and of those that it copies out of it."""
+    """Names of the values that the runtime copies into the layout, and of those that it copies out of it.
+
+    A Transpose between channels first and last that stands beside a copy is part of it.
+    """
     shapes, blocked = program.shapes(), blocked_values(program)
     into: dict[str, None] = {}
     out: dict[str, None] = {}
@@ -46,11 +49,20 @@ def layout_changes(program: Program) -> tuple[tuple[str, ...], tuple[str, ...]]:
             # A convolution of few channels reads them as they are, side by side.
             plain = node.op_type == "Conv" and index == 0 and shapes[name][1] < _BLOCK
             if name in blocked and (not inside or plain):
-                out[name] = None
-            elif name not in blocked and inside and not plain:
+                if not _turns(node, (0, 2, 3, 1)):
+                    out[name] = None
+            elif name not in blocked and inside and not plain and not _turns(value.producer(), (0, 3, 1, 2)):
                 into[name] = None
     out.update((v.name or "", None) for v in program.graph.outputs if v.name in blocked)
     return tuple(into), tuple(out)
+
+
+def _turns(node: ir.Node | None, perm: tuple[int, ...]) -> bool:
+    return (
+        node is not None
+        and node.op_type == "Transpose"
+        and tuple(node.attributes.get_ints("perm", ())) == perm
+    )
 
 
 def _is_blocked(node: ir.Node, shapes: Mapping[str, tuple[int, ...]], blocked: set[str]) -> bool:
