@@ -72,10 +72,30 @@ class Machine:
         total = CALL
         for node in graph.node:
             total += self._node(node, shape) * self.speed.get(node.op_type, 1.0)
-        if any(node.op_type == "Conv" for node in graph.node):
+        if any(node.op_type == "Conv" and self._blocked(node, shape) for node in graph.node):
             ends = [v.name for v in (*graph.input, *graph.output)]
-            total += sum(4 * math.prod(shape[name]) for name in ends if len(shape[name]) == 4) / LAYOUT_BYTES
+            sizes = [shape[name] for name in ends if len(shape[name]) == 4]
+            plain = shape[graph.node[0].input[0]] if graph.node[0].op_type == "Conv" else [0, 16]
+            total += sum(4 * math.prod(dims) for dims in sizes) / LAYOUT_BYTES
+            total -= (
+                4 * math.prod(plain) / LAYOUT_BYTES if plain[1] < 16 and not self._depthwise(graph) else 0.0
+            )
         return total, sum(4.0 * math.prod(dims) for dims in weights.values())
+
+    @staticmethod
+    def _depthwise(graph) -> bool:
+        return any(a.name == "group" and a.i > 1 for node in graph.node for a in node.attribute)
+
+    @staticmethod
+    def _blocked(node, shape) -> bool:
+        """Which convolutions have the layout, in words of the machine: channels of one group on both sides."""
+        group = next((a.i for a in node.attribute if a.name == "group"), 1)
+        read, made = shape[node.input[0]][1] // group, shape[node.output[0]][1] // group
+        if group > 1 and read == made == 1:
+            return group % 4 == 0
+        if group > 1:
+            return read % 16 == 0 == made % 16
+        return read < 16 or read % 4 == 0
 
     def _node(self, node, shape) -> float:
         out, x = shape[node.output[0]], shape[node.input[0]]

@@ -14,10 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from sartor.cost_models.samples import channels_of, empty_model, identity_model
+from sartor.cost_models.samples import channels_of, empty_model, identity_model, per_group
 from sartor.cost_models.signatures import Signature
 
 LAYOUT_FAMILIES = ("conv", "depthwise")
+_ALIGNMENT, _BLOCK = 4, 16  # channels that can be converted at all, and floats of one block
 _MOST_PROBES = 40
 _MOST_SHARE = 0.9  # of a sample that is explained by its boundary, at most
 
@@ -33,16 +34,22 @@ class Boundary:
         call_s: an empty call.
         gaps: per feature map, ascending channel counts and the seconds beyond the kernel (call included)
             of a model that reads and writes such a map.
+        aligned_only: convolutions of other widths than `enters` says do not use the layout, and pay nothing.
     """
 
     call_s: float
     gaps: Mapping[Map, tuple[tuple[int, ...], tuple[float, ...]]]
+    aligned_only: bool = False
 
     def own_s(self, signature: Signature, sizes: Sequence[float], total_s: float) -> float:
         """The kernel's own share of a sample that took `total_s`."""
         beyond = self.call_s
         if signature.family in LAYOUT_FAMILIES:
-            ends = [self._gap(where, channels) for where, channels in ends_of(signature, sizes)]
+            crossed = ends_of(signature, sizes)
+            if self.aligned_only:
+                reads, makes = enters(signature.spec, sizes)
+                crossed = crossed[:1] * reads + crossed[1:] * makes
+            ends = [self._gap(where, channels) for where, channels in crossed]
             if all(math.isfinite(gap) for gap in ends):
                 beyond += sum(gap - self.call_s for gap in ends) / 2
         return total_s - min(max(beyond, 0.0), _MOST_SHARE * total_s)
@@ -79,6 +86,24 @@ def ends_of(signature: Signature, sizes: Sequence[float]) -> list[tuple[Map, int
     return [(inner, c_in), *[(outer, c_out)] * (1 + residuals)]
 
 
+def enters(spec: Mapping[str, Any], sizes: Sequence[float]) -> tuple[bool, bool]:
+    """Whether ONNX Runtime converts what a convolution reads, and what it makes, to and from its blocked layout.
+
+    Reference: `onnxruntime/core/optimizer/nchwc_transformer.cc`; as in `sartor.ir.fusion_layout`.
+    """
+    if spec["op"] != "Conv" or len(spec["spatial"]) != 2:
+        return False, False
+    groups, inner, outer = per_group(spec, sizes)
+    if inner == outer == 1:
+        blocked = groups % _ALIGNMENT == 0
+    elif groups == 1:
+        blocked = inner < _BLOCK or inner % _ALIGNMENT == 0
+        return blocked and inner >= _BLOCK, blocked
+    else:
+        blocked = inner % _BLOCK == 0 and outer % _BLOCK == 0
+    return blocked, blocked
+
+
 def probes(wanted: Iterable[tuple[Map, int]]) -> list[tuple[Map, int]]:
     """Which (map, channels) to measure: all that occur, or a spread of channels per map if too many."""
     channels: dict[Map, set[int]] = {}
@@ -103,7 +128,9 @@ def probe_models(chosen: Sequence[tuple[Map, int]]) -> list[bytes]:
     return models
 
 
-def boundary_from(chosen: Sequence[tuple[Map, int]], seconds: Sequence[float]) -> Boundary:
+def boundary_from(
+    chosen: Sequence[tuple[Map, int]], seconds: Sequence[float], *, aligned_only: bool = False
+) -> Boundary:
     """Boundary from the times of `probe_models(chosen)`; NaN where a model could not be timed."""
     call = seconds[0] if math.isfinite(seconds[0]) else 0.0
     found: dict[Map, list[tuple[int, float]]] = {}
@@ -113,4 +140,4 @@ def boundary_from(chosen: Sequence[tuple[Map, int]], seconds: Sequence[float]) -
     gaps = {
         where: (tuple(c for c, _ in points), tuple(g for _, g in points)) for where, points in found.items()
     }
-    return Boundary(call, gaps)
+    return Boundary(call, gaps, aligned_only)

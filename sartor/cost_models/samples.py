@@ -115,7 +115,7 @@ def weight_bytes(spec: Spec, sizes: Sequence[float]) -> float:
         inner, hidden = whole
         return item * spec["directions"] * spec["gates"] * hidden * (inner + hidden + 2)
     if spec["op"] in ("Conv", "ConvTranspose"):
-        groups, inner, outer = _per_group(spec, whole)
+        groups, inner, outer = per_group(spec, whole)
         taps = math.prod(spec["attributes"]["kernel_shape"])
         return item * groups * outer * (inner * taps + 1)
     if "rows" in spec:
@@ -128,7 +128,7 @@ def weight_bytes(spec: Spec, sizes: Sequence[float]) -> float:
 
 def channels_of(spec: Spec, sizes: Sequence[float]) -> tuple[int, int]:
     """Channels that a convolution reads and makes."""
-    groups, inner, outer = _per_group(spec, [max(1, round(size)) for size in sizes])
+    groups, inner, outer = per_group(spec, sizes)
     return groups * inner, groups * outer
 
 
@@ -138,20 +138,21 @@ def item_bytes(dtype: str) -> float:
 
 
 # ---- contractions --------------------------------------------------------------------------------
-def _per_group(spec: Spec, sizes: Sequence[int]) -> tuple[int, int, int]:
-    """Groups, and the channels of one on either side."""
+def per_group(spec: Spec, sizes: Sequence[float]) -> tuple[int, int, int]:
+    """Groups of a convolution, and the channels of one on either side."""
+    whole = [max(1, round(size)) for size in sizes]
     if "multiplier" in spec:
-        (channels,) = sizes
+        (channels,) = whole
         return channels, 1, spec["multiplier"]
     if spec["group"] == 1:
-        c_in, c_out = sizes
+        c_in, c_out = whole
         return 1, c_in, c_out
-    groups, inner, outer = sizes
+    groups, inner, outer = whole
     return groups, inner, outer
 
 
 def _convolution(model: ModelBuilder, spec: Spec, sizes: Sequence[int]) -> tuple[int, ...]:
-    groups, inner, outer = _per_group(spec, sizes)
+    groups, inner, outer = per_group(spec, sizes)
     c_in, c_out = groups * inner, groups * outer
     kernel = spec["attributes"]["kernel_shape"]
     w = (c_in, outer, *kernel) if spec["op"] == "ConvTranspose" else (c_out, inner, *kernel)

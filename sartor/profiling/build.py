@@ -17,7 +17,7 @@ import numpy as np
 
 from sartor.backends import host
 from sartor.backends.protocol import Backend, TargetOptions
-from sartor.cost_models.boundary import Boundary, boundary_from
+from sartor.cost_models.boundary import Boundary
 from sartor.cost_models.profile import DeviceProfile, of_role
 from sartor.cost_models.samples import sample_model
 from sartor.cost_models.signatures import Signature
@@ -251,7 +251,8 @@ class _Builder:
                 self.records.saw(seconds)
             # JSON has no NaN: a probe that failed is null
             known = self.records.add("boundary", ratios=[None if math.isnan(r) else r for r in ratios])
-        return boundary_from(chosen, [math.nan if r is None else r for r in known["ratios"]])
+        ratios = [math.nan if r is None else r for r in known["ratios"]]
+        return layout.boundary_of(chosen, ratios, self._rules)
 
     def _kernels(self, timer: Timer, boundary: Boundary, stage: str, points: Sequence[Point]) -> None:
         jobs, kept, failed = [], [], []

@@ -11,11 +11,12 @@ from typing import Any
 
 from sartor.backends import host
 from sartor.backends.protocol import TargetOptions
-from sartor.cost_models.boundary import boundary_from
 from sartor.cost_models.profile import DeviceProfile, Sample
 from sartor.cost_models.samples import sample_model
 from sartor.errors import BackendError, UsageError
+from sartor.ir.fusion_rules import FusionRules
 from sartor.profiling import layout
+from sartor.profiling.build import fusion_rules
 from sartor.profiling.design import Point
 from sartor.profiling.timing import BATCH, Effort, Job, KernelTimer, Timer
 
@@ -91,7 +92,9 @@ def check_profile(profile: DeviceProfile, timer: Timer | None = None, *, seed: i
         pin = bool(target.get("settings", {}).get("pinned", True))
         own = timer = KernelTimer(target["name"], options, pin=pin, seed=seed)
     try:
-        ratios, reference_s = _again(chosen, timer, float(profile.protocol["reference_s"]))
+        ratios, reference_s = _again(
+            chosen, timer, float(profile.protocol["reference_s"]), fusion_rules(backend)
+        )
     finally:
         if own is not None:
             own.close()
@@ -148,12 +151,14 @@ def _chosen(profile: DeviceProfile, seed: int) -> list[Sample]:
     ]
 
 
-def _again(chosen: Sequence[Sample], timer: Timer, then_s: float) -> tuple[dict[str, list[float]], float]:
+def _again(
+    chosen: Sequence[Sample], timer: Timer, then_s: float, rules: FusionRules
+) -> tuple[dict[str, list[float]], float]:
     """Times now over times then by family, both in units of the reference; and the reference's seconds."""
     points = [Point(sample.spec, sample.at, sample.family) for sample in chosen]
     probes = layout.probes_of(layout.edges_of(points))
     ratios, reference = layout.time_probes(probes, timer)
-    boundary = boundary_from(probes, ratios)
+    boundary = layout.boundary_of(probes, ratios, rules)
     found: dict[str, list[float]] = {}
     for start in range(0, len(chosen), BATCH):
         part = points[start : start + BATCH]
