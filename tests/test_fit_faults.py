@@ -78,12 +78,14 @@ FAULTS = {
 class Table:
     """A cost model that knows MACs only; the original's latency gives them their scale."""
 
+    method = "MACs"
+
     def __init__(self, selection):
         macs = np.ravel(selection.workload.evaluate().macs)[0]
         self.seconds_per_mac = selection.baseline["latency"] / float(macs)
 
     def estimate_batch(self, workload, fractions, removed):
-        return np.atleast_1d(workload.evaluate(fractions, removed).macs) * self.seconds_per_mac
+        return workload.evaluate(fractions, removed).macs * self.seconds_per_mac
 
     def calibrate(self, *arguments):
         pass
@@ -219,7 +221,7 @@ def test_an_interrupted_recovery_stands_in_nobodys_way(fit, tmp_path, monkeypatc
     resumed = []
     resume = Training._resume
     monkeypatch.setattr(Training, "_resume", lambda self, found: resumed.append(1) or resume(self, found))
-    code, report, _, _ = fit(recovery="minutes=0.02", budget="macs=0.5x")
+    code, report, _, _ = fit(recovery="minutes=0.06", budget="macs=0.5x")
     assert code == 0 and not resumed, "another plan has nothing to resume"
     assert any(line.startswith("recovered by distillation") for line in report["decisions"])
     assert written(tmp_path) == ["o"]
@@ -264,14 +266,14 @@ def test_an_original_within_its_limits_meets_them(fit, tmp_path):
 
 def test_a_plan_enters_the_history_once(fit, tmp_path, monkeypatch):
     monkeypatch.setattr("sartor.landing.NEAR", 2.0)  # never near enough
-    found = []
+    found, calls = [], []
     search = BudgetedGreedy.search
 
     def two(self, limits):
+        calls.append(limits)
         if len(found) < 2:
             found.append(search(self, {"latency": limits["latency"] * (0.95, 0.8)[len(found)]}))
-        found.append(found[len(found) % 2])
-        return found[-1]
+        return found[(len(calls) - 1) % 2]
 
     monkeypatch.setattr(BudgetedGreedy, "search", two)
     tries = []
