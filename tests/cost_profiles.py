@@ -164,7 +164,7 @@ def make_profile(
             "precision": "f32",
             "channel_grid": {"Conv": STEP, "Gemm": STEP},
         },
-        device={"cpu": "synthetic", "cores": 1, "caches": {"l2_bytes": 1e6, "l3_bytes": CACHE}},
+        device={"cpu": "synthetic", "cores": 1, "caches": {"l2_bytes": CACHE, "l3_bytes": CACHE}},
         protocol={"minutes": 1},
         call_s=CALL_S,
         samples=taken,

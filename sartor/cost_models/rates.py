@@ -31,7 +31,7 @@ _LAW_SD = 0.2
 _STEPS, _FAR = 8, 0.7
 _VECTOR = 4  # channels: what the blocked layouts of CPU runtimes ask for at least
 _BLOCK = 16  # channels of a group that such a layout holds without mixing groups
-_IMAGE = 4  # channels: such inputs have kernels of their own
+_IMAGE = 16  # channels: fewer are read as they are, by kernels of their own
 _STEPPED = frozenset(
     {"channels", "c_in", "c_out", "in_per_group", "out_per_group", "k", "n", "input", "hidden"}
 )
