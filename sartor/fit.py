@@ -33,7 +33,7 @@ from sartor.ir.program import Program
 from sartor.journal import Journal
 from sartor.passes.base import Context
 from sartor.passes.remove_blocks import kept_by
-from sartor.selection import Selection, sampled_precision
+from sartor.selection import Selection, require_of_this
 from sartor.strategies.budgeted_greedy import require_strategy
 from sartor.workbench import FitOptions, Workbench, static_costs, versions
 
@@ -135,27 +135,6 @@ def fit(
         raise
 
 
-def _require_of_this(profile: DeviceProfile, options: FitOptions) -> None:
-    """Refuse a profile of another target, precision, number of threads, version or machine."""
-    from sartor import backends
-    from sartor.backends import host
-
-    here = {
-        "target": options.target,
-        "precision": sampled_precision(options.precision),
-        "threads": options.threads,
-        "version": backends.get(options.target).capabilities().version,
-        "processor": host.cpu_model(),
-    }
-    then = {**profile.target, "target": profile.target.get("name"), "processor": profile.device.get("cpu")}
-    for what, value in here.items():
-        if then.get(what) != value:
-            raise UsageError(
-                f"The device profile is of {what} '{then.get(what)}', and this fit of '{value}'. Build one with "
-                f"'sartor profile --target {options.target}', or leave --profile away: then kernels are timed first."
-            )
-
-
 class _Fit:
     def __init__(
         self,
@@ -169,7 +148,7 @@ class _Fit:
         profile: DeviceProfile | None,
     ):
         if profile is not None:
-            _require_of_this(profile, options)
+            require_of_this(profile, options, runner)
         if data is None and options.recovery_s > 0:
             raise UsageError("Recovery needs data to train on; give data, or use recovery none.")
         if options.recovery_s > 0 and not program.batch.symbolic:

@@ -7,7 +7,7 @@ import hashlib
 import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -23,7 +23,10 @@ from sartor.landing import Landing
 from sartor.profiling.build import fusion_rules
 from sartor.strategies.budgeted_greedy import EXCESS, BudgetedGreedy, Decision, Price, floor
 from sartor.unit_scores import unit_scores
-from sartor.workbench import Workbench, static_costs
+from sartor.workbench import FitOptions, Workbench, static_costs
+
+if TYPE_CHECKING:
+    from sartor.tasks import Runner
 
 _MOST_MEASURED = 6
 _TABLE_S, _SELECT_S = 20.0, 15.0
@@ -244,6 +247,36 @@ class Selection:
                     f"The budget {key}={limit:.6g} is below the feasible floor: the smallest plan is predicted at "
                     f"{least[key]:.6g} ({least[key] / full:.3f}x of {full:.6g}). Raise the limit, or protect less."
                 )
+
+
+def require_of_this(profile: DeviceProfile, options: FitOptions, runner: Runner | None = None) -> None:
+    """Refuse a profile of another target, precision, number of threads, version or machine.
+
+    Raises:
+        UsageError: it is; or the candidates are measured elsewhere.
+    """
+    from sartor import backends
+    from sartor.backends import host
+
+    if runner is not None and runner.device:
+        raise UsageError(
+            f"A device profile predicts for this machine, and candidates are measured on '{runner.device}'. Leave "
+            "--profile away: then kernels are timed there first."
+        )
+    here = {
+        "target": options.target,
+        "precision": sampled_precision(options.precision),
+        "threads": options.threads,
+        "version": backends.get(options.target).capabilities().version,
+        "processor": host.cpu_model(),
+    }
+    then = {**profile.target, "target": profile.target.get("name"), "processor": profile.device.get("cpu")}
+    for what, value in here.items():
+        if then.get(what) != value:
+            raise UsageError(
+                f"The device profile is of {what} '{then.get(what)}', and this fit of '{value}'. Build one with "
+                f"'sartor profile --target {options.target}', or leave --profile away: then kernels are timed first."
+            )
 
 
 def sampled_precision(precision: str) -> str:

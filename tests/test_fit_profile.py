@@ -14,7 +14,8 @@ from sartor.cli import main
 from sartor.cost_models.sampling import sample_kernels
 from sartor.errors import UsageError
 from sartor.ir.workload import build_workload
-from sartor.selection import Selection, sampled_precision
+from sartor.selection import Selection, require_of_this, sampled_precision
+from sartor.workbench import FitOptions
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +67,16 @@ def test_a_profile_of_something_else_is_refused(fit, profile, change, said, tmp_
 def test_a_profile_of_another_machine_is_refused(fit, profile):
     code, error = fit(dataclasses.replace(profile, device={**profile.device, "cpu": "another"}))
     assert code == 2 and "of processor 'another'" in error
+
+
+def test_a_profile_of_this_machine_is_no_help_on_another(profile):
+    class Elsewhere:
+        device = "shelf"
+
+    options = FitOptions("onnxruntime", {})
+    require_of_this(profile, options)
+    with pytest.raises(UsageError, match="measured on 'shelf'"):
+        require_of_this(profile, options, Elsewhere())
 
 
 def test_a_profile_that_fits_predicts(fit, profile, monkeypatch):
