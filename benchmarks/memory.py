@@ -245,7 +245,7 @@ def _row_of_onnxruntime(name: str, program: Any, saved: Path) -> dict[str, Any]:
 
 
 def _rows_of_flatbuffers(name: str, program: Any, precision: str, folder: Path) -> list[dict[str, Any]]:
-    from sartor import backends
+    from sartor.backends import isolation
     from sartor.backends.protocol import TargetOptions
     from sartor.backends.tflite.buffers import buffer_graph, builtin_scratch
     from sartor.backends.tflite.legality import FUSES
@@ -257,7 +257,7 @@ def _rows_of_flatbuffers(name: str, program: Any, precision: str, folder: Path) 
     rules = dataclasses.replace(MICROCONTROLLER, fusion=FusionRules.of(FUSES))
     planning = greedy_by_size(buffers_of(program, rules).graph()).bytes
     options = TargetOptions(precision=precision)
-    artifact = backends.get("tflite-micro").lower(program, folder / precision, options)
+    artifact = isolation.lower("tflite-micro", program, folder / precision, options)
     content, planned = artifact.main_file.read_bytes(), artifact.metadata["arena_bytes"]
     predicted = memory.arena_bytes(content)
     graph = buffer_graph(content, memory.scratch)
@@ -332,7 +332,9 @@ def summary_of(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def show(rows: list[dict[str, Any]]) -> None:
-    print(f"{'network':<15} {'runtime':<36} {'':<9} {'measured':>11} {'predicted':>11} {'error':>8}")
+    print(
+        f"{'network':<15} {'runtime':<36} {'':<9} {'measured':>11} {'predicted':>11} {'error':>8}", flush=True
+    )
     for row in rows:
         error = f"{row['error']:+.2%}" if "error" in row else ""
         more = {
@@ -362,9 +364,11 @@ def main() -> None:
         print(RESULT + json.dumps(worker(kind, model, int(batch))))
         return
     rows = by_hand(options.fixture)
-    for name in options.models:
-        rows += compare(name)
     show(rows)
+    for name in options.models:
+        found = compare(name)
+        show(found)
+        rows += found
     summary = summary_of(rows)
     print(json.dumps(summary))
     record.write(options.json, "memory", rows, summary)
