@@ -114,18 +114,20 @@ def test_networks_that_are_really_smaller_are_predicted(workload, ladder):
 
 
 def test_output_widths_between_two_steps_cost_as_the_upper_one_or_their_penalty():
-    net = Net((1, 3, 16, 16))
-    x = net.conv("x", ("c", 64), 3, "c1")
+    net = Net((1, 64, 16, 16))
+    net.channels["x"] = ("c", 64)
+    net.label("x", (1, ("c", 64), 16, 16))
+    x = net.conv("x", ("c", 64), 3, "d", depthwise=True)
     workload = build_workload(net.program((x,)), net.extents)
     profile = sampled(workload, (0.25, 0.5, 0.75, 1.0))
     spec = signature_of(workload.kernels[0]).spec
-    off = [Sample(spec, (3.0, float(c)), "conv", true_s(spec, (3, c))) for c in (22, 36, 42, 54, 60)]
+    off = [Sample(spec, (float(c),), "depthwise", true_s(spec, (c,))) for c in (23, 30, 36, 47, 54, 57, 60)]
     model = Ladder(with_samples(profile, off))
-    at = model.estimate_batch(workload, {"c": np.array([32, 36, 44, 46, 48, 49, 64]) / 64})
-    truth = [CALL_S + true_s(spec, (3, c)) for c in (32, 36, 44, 46, 48, 49, 64)]
-    assert at[0] < at[1] and at[4] < at[6]
-    np.testing.assert_allclose(at, truth, rtol=0.12)
-    assert at[3] > 1.1 * at[4]  # 46 channels are slower than 48: the penalty is seen, not smoothed away
+    widths = (32, 36, 44, 46, 48, 49, 64)
+    at = model.estimate_batch(workload, {"c": np.array(widths) / 64})
+    np.testing.assert_allclose(at, [CALL_S + true_s(spec, (c,)) for c in widths], rtol=0.12)
+    assert at[0] < at[1] == at[2] == at[4] < at[6]
+    assert at[3] > 1.5 * at[4]  # 46 channels are slower than 48: the penalty is seen, not smoothed away
 
 
 def test_removed_blocks_are_recovered(workload, ladder):

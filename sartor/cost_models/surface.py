@@ -41,18 +41,48 @@ class Range:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
+class OffGrid:
+    """Times along one axis at widths off the grid, the other variables at their full size.
+
+    Attributes:
+        widths: `[alignments, points]`, ascending; those of one alignment (`features.alignment`) in a row.
+        seconds: at these widths.
+        line: times on the knots of the axis, which widths on the grid are interpolated from.
+    """
+
+    widths: np.ndarray
+    seconds: np.ndarray
+    line: np.ndarray
+
+    def factor(self, values: np.ndarray, index: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
+        """What a width costs in units of what it is interpolated to from the knots.
+
+        Never below 1: that a register is not filled cannot save what filling it costs, so less is the model's noise.
+        """
+        kind = alignment(values)
+        own = np.zeros(values.shape)
+        for row, (widths, seconds) in enumerate(zip(self.widths, self.seconds, strict=True)):
+            curve = np.interp(values, np.append(0.0, widths), np.append(0.0, seconds))
+            own = np.where(kind == row, curve, own)
+        plain = low * self.line[index]
+        if len(self.line) > 1:
+            plain = plain + high * self.line[np.minimum(index + 1, len(self.line) - 1)]
+        return np.maximum(own / np.maximum(plain, 1e-12), 1.0)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class Axis:
     """Knots of one variable.
 
     Attributes:
         extent: what it can be.
         knots: ascending; the last one is `extent.full`.
-        penalties: `[alignment, knots]`: factor of widths of that alignment; 1 where they are on the grid.
+        off_grid: what widths off the grid cost; None where every width is on it.
     """
 
     extent: Range
     knots: np.ndarray
-    penalties: np.ndarray | None = None
+    off_grid: OffGrid | None = None
 
     def weights(self, values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Index of the lower knot, weight of it, and weight of the next; penalties are in the weights."""
@@ -66,8 +96,9 @@ class Axis:
             below = self.knots[index]
             high = (x - below) / (self.knots[index + 1] - below)
             low = 1.0 - high
-        if self.penalties is not None:
-            factor = self._penalty(values, index, high)
+        if self.off_grid is not None:
+            exact = (values % self.extent.step == 0) | (values == self.extent.full)
+            factor = np.where(exact, 1.0, self.off_grid.factor(values, index, low, high))
             low, high = low * factor, high * factor
         return index, low, high
 
@@ -78,13 +109,6 @@ class Axis:
         upper = np.ceil(values / extent.step - 1e-9) * extent.step
         x = np.where(values <= extent.full, np.minimum(upper, extent.full), upper)
         return np.maximum(x, self.knots[1] if self.knots[0] == 0 else self.knots[0])
-
-    def _penalty(self, values: np.ndarray, index: np.ndarray, share: np.ndarray) -> np.ndarray:
-        assert self.penalties is not None
-        kind = np.minimum(alignment(values), len(self.penalties) - 1).astype(np.intp)
-        nearest = np.minimum(index + (share > 0.5), self.penalties.shape[1] - 1)
-        exact = (values % self.extent.step == 0) | (values == self.extent.full)
-        return np.where(exact, 1.0, self.penalties[kind, nearest])
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -185,20 +209,18 @@ def _penalised(surface: Surface, number: int, predict: Predict) -> Axis:
     on_grid = int(alignment(step))
     if not axis.extent.varies or on_grid == 0:
         return axis
-    anchors = np.maximum(np.floor(axis.knots / step) * step, step)
-    kinds = np.arange(on_grid)
-    widths = anchors[None, :] - 2.0 ** kinds[:, None]  # [alignment, knots]
-    inside = (widths >= 1) & (widths <= axis.extent.full)
-    asked = np.where(inside, widths, axis.extent.full).ravel()
-    sizes = [
-        asked if i == number else np.full(asked.shape, a.extent.full) for i, a in enumerate(surface.axes)
+    # The widest of an alignment below each multiple that is a knot, and below the first multiple after the last.
+    last = np.floor(axis.extent.full / step) * step
+    anchors = np.unique(np.append(np.floor(axis.knots[axis.knots >= step] / step) * step, last + step))
+    widths = anchors[None, :] - 2.0 ** np.arange(on_grid)[:, None]  # [alignments, anchors]
+    full = [np.full(widths.size, a.extent.full) for a in surface.axes]
+    seconds, _ = predict([widths.ravel() if i == number else f for i, f in enumerate(full)])
+    on_knots = [
+        axis.knots if i == number else np.full(len(axis.knots), a.extent.full)
+        for i, a in enumerate(surface.axes)
     ]
-    seconds, _ = predict(sizes)
-    plain, _ = surface.interpolate(sizes)
-    # Never below 1: that a register is not filled cannot save what filling it costs, so less is the model's noise.
-    ratio = np.where(inside, (seconds / np.maximum(plain, 1e-12)).reshape(widths.shape), 1.0)
-    ratio = np.maximum(ratio, 1.0)
-    return dataclasses.replace(axis, penalties=np.vstack([ratio, np.ones(len(axis.knots))]))
+    line, _ = surface.interpolate(on_knots)
+    return dataclasses.replace(axis, off_grid=OffGrid(widths, seconds.reshape(widths.shape), line))
 
 
 def ranges_of(
