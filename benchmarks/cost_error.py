@@ -40,6 +40,19 @@ torchvision/vit_b_32@224 timm/ghostnet_050@192 timm/repvit_m1@160 timm/regnetx_0
 timm/hrnet_w18_small@128 timm/rexnet_100@160 timm/edgenext_xx_small@192 timm/vit_tiny_patch16_224@224
 """.split()
 _REFERENCES = 3
+_FEWEST = 4  # repetitions
+_T95 = (
+    12.71,
+    4.303,
+    3.182,
+    2.776,
+    2.571,
+    2.447,
+    2.365,
+    2.306,
+    2.262,
+    2.228,
+)  # Student, from 1 degree of freedom
 _REFERENCE_S = (1e-3, 60e-3)  # references are neither mostly call nor mostly waiting for
 
 
@@ -133,48 +146,60 @@ def references_of(profile: Any) -> list[Any]:
 
 
 def truth(name: str, options: argparse.Namespace, references: Sequence[Any]) -> dict[str, Any]:
-    """Latencies of the network and its prunings over the geometric mean of the references, with intervals."""
-    import tempfile
+    """Latencies of the network and its prunings over the geometric mean of the references, with intervals.
 
-    from sartor import backends
-    from sartor.backends.measure import measure
+    All are visited in turn in one process, a kernel of reference between any two; time that other processes had of the
+    processor does not count. Every repetition compiles them anew, because where weights lie in memory is part of the
+    noise; the interval is that of the mean over repetitions.
+    """
     from sartor.backends.protocol import TargetOptions
-    from sartor.backends.rounds import median_interval
-    from sartor.ir.load import load
     from sartor.passes.prune import apply_plan
     from sartor.profiling import networks
+    from sartor.profiling.timing import Effort, Job, KernelTimer
 
     program, analysis, _, plans = prepared(name, options.work, options.target, options.prunings)
-    backend = backends.get(options.target)
-    with tempfile.TemporaryDirectory(prefix="sartor-truth-") as folder:
-        base = Path(folder)
-        programs = []
-        for number, reference in enumerate(references):
-            path = base / f"reference{number}.onnx"
-            path.write_bytes(networks.network(reference.name))
-            programs.append(load(path))
-        programs += [
-            apply_plan(program, plan, analysis) if number else program for number, plan in enumerate(plans)
-        ]
-        target = TargetOptions(threads=options.threads)
-        artifacts = [backend.lower(p, base / str(number), target) for number, p in enumerate(programs)]
-        measured = measure(
-            options.target,
-            artifacts,
-            target,
-            time_limit_s=options.seconds,
-            target_half_width=options.half_width,
-            visit_s=0.03,
-        )
-    count = len(references)
+    programs = [
+        apply_plan(program, plan, analysis) if number else program for number, plan in enumerate(plans)
+    ]
+    jobs = [Job(networks.network(reference.name)) for reference in references]
+    jobs += [Job(at_batch_1(p)) for p in programs]
+    effort = Effort(half_width=options.half_width, fewest=4, most=6, visit_s=0.03, quantile=0.5)
+    logs: list[list[float]] = [[] for _ in programs]
+    begun, count = time.monotonic(), 0
+    with KernelTimer(options.target, TargetOptions(threads=options.threads)) as timer:
+        while count < _FEWEST or time.monotonic() - begun < options.seconds:
+            times = timer(jobs, effort).times
+            failed = [timed.reason for timed in times if timed.warm is None]
+            if failed:
+                raise RuntimeError(failed[0])
+            found = [math.log(timed.warm.ratio) for timed in times if timed.warm is not None]
+            base = statistics.fmean(found[: len(references)])
+            for series, value in zip(logs, found[len(references) :], strict=True):
+                series.append(value - base)
+            count += 1
+            if count >= _FEWEST and max(map(half_width, logs)) <= options.half_width:
+                break
     rows = []
-    for number in range(count, len(artifacts)):
-        ratios = [
-            r.seconds(number) / math.exp(statistics.fmean(math.log(r.seconds(i)) for i in range(count)))
-            for r in measured.rounds
-        ]
-        rows.append({"ratio": statistics.median(ratios), "ci95": list(median_interval(ratios))})
-    return {"plans": rows, "rounds": len(measured.rounds), "ended_by": measured.ended_by}
+    for series in logs:
+        middle, half = math.exp(statistics.fmean(series)), half_width(series)
+        rows.append({"ratio": middle, "ci95": [middle / (1 + half), middle * (1 + half)]})
+    return {"plans": rows, "rounds": count}
+
+
+def half_width(logs: Sequence[float]) -> float:
+    """Of the 95 % interval of the mean of repetitions, as a share."""
+    factor = _T95[min(len(logs) - 2, len(_T95) - 1)]
+    return math.expm1(factor * statistics.stdev(logs) / math.sqrt(len(logs)))
+
+
+def at_batch_1(program: Any) -> bytes:
+    """Serialized, with the batch axis fixed."""
+    proto = program.to_proto()
+    for value in proto.graph.input:
+        for dim in value.type.tensor_type.shape.dim:
+            if not dim.dim_value:
+                dim.dim_value = 1
+    return bytes(proto.SerializeToString())
 
 
 # ---- predictions ---------------------------------------------------------------------------------
@@ -248,7 +273,7 @@ def line(name: str, rows: Sequence[dict[str, Any]], rounds: int) -> str:
     measured, predicted = (1e3 * rows[0][key] for key in ("measured_s", "predicted_s"))
     return (
         f"{name}: {measured:.2f} ms, predicted {predicted:.2f}; plans {min(errors):+.1f} to {max(errors):+.1f} %, "
-        f"truth +- {half:.2%}, {rounds} rounds"
+        f"truth +- {half:.2%}, {rounds} repetitions"
     )
 
 
@@ -262,7 +287,7 @@ def main() -> int:
     parser.add_argument("--work", type=Path, default=Path(__file__).parents[1] / "out" / "cost_error")
     parser.add_argument("--only", action="append", help="names of networks, NAME@SIDE; all by default")
     parser.add_argument("--prunings", type=int, default=8)
-    parser.add_argument("--seconds", type=float, default=45.0, help="of rounds, per architecture")
+    parser.add_argument("--seconds", type=float, default=45.0, help="of repetitions, per architecture")
     parser.add_argument("--half-width", type=float, default=0.01, help="of the 95 %% interval of a ratio")
     parser.add_argument("--minutes", type=float, default=math.inf, help="no architecture is begun after them")
     parser.add_argument("--predict-only", action="store_true", help="measure nothing; use what is journalled")
@@ -283,6 +308,7 @@ def main() -> int:
         "cpu": profile.device["cpu"],
         "references": [n.name for n in references],
         "prunings": options.prunings,
+        "protocol": 2,
     }
     ladder, baselines = Ladder(profile), Baselines(profile)
     rows: list[dict[str, Any]] = []
