@@ -19,6 +19,7 @@ from sartor.cost_models.pricer import Pricer
 from sartor.cost_models.profile import DeviceProfile, Sample
 from sartor.cost_models.protocol import CostModel
 from sartor.cost_models.signatures import signature_of
+from sartor.cost_models.surface import Range, build
 from sartor.errors import MetricUnavailableError, PlanError, UsageError
 from sartor.ir.batch import Batch
 from sartor.ir.extents import Extent
@@ -307,3 +308,21 @@ def test_input_sizes_and_batches_are_priced_as_networks_of_that_size():
     assert together[2] > 2 * together[1]
     with pytest.raises(PlanError, match="not declared"):
         ladder.estimate_batch(workload, {}, size=2)
+
+
+def test_a_surface_never_falls_on_the_grid_whatever_the_model_says():
+    rng = np.random.default_rng(0)
+
+    def noisy(sizes):
+        return (
+            1e-6 * (sizes[0] + sizes[1]) * np.exp(0.3 * rng.standard_normal(len(sizes[0]))),
+            np.full(len(sizes[0]), 0.3),
+        )
+
+    surface = build([Range(96.0, True, STEP), Range(128.0, True, STEP, True)], noisy)
+    inner, outer = np.arange(STEP, 97, STEP), np.arange(STEP, 129, STEP)
+    times, sd = surface.interpolate(np.meshgrid(inner, outer, indexing="ij"))
+    assert (np.diff(times, axis=0) >= 0).all() and (np.diff(times, axis=1) >= 0).all()
+    assert times.shape == sd.shape == (6, 8) and (sd > 0).all()
+    off, _ = surface.interpolate([np.full(16, 96.0), np.arange(113, 129)])
+    assert (off >= off[-1] * (1 - 1e-12)).all()  # a width off the grid never saves
