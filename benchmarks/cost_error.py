@@ -2,7 +2,7 @@
 
 Published architectures at several resolutions, each with random prunings on the target's channel grid, next to it,
 and with blocks removed. The truth of a network is its latency over that of reference networks measured in the same
-visits, which the profile knows, so that drift of the machine cancels; repetitions go on until the 95 % interval is narrow
+visits, which the profile knows: drift of the machine cancels. Repetitions go on until the 95 % interval is narrow
 or the time is over, and the interval that was reached is printed. Measuring is journalled in `--work`: a run that was
 killed goes on, and predictions of another profile can be compared with the same truth (`--predict-only`) if it was
 built on the same machine and has the same reference networks.
