@@ -229,3 +229,33 @@ def test_a_constant_that_is_quantized_like_an_activation(tmp_path):
     assert artifact.metadata["quantized_tensors"] >= 2
     result = lowered.verify(program, artifact, INT8)
     assert result.passed and result.max_rel_error < 1e-6
+
+
+def test_a_value_of_which_only_another_shape_is_kept(tmp_path):
+    """The mean of an image and its flat form are one operator, and one tensor."""
+    draw = np.random.default_rng(0).standard_normal
+    weights = {"w": draw((4, 3)).astype(np.float32), "axes": np.array([2, 3]), "flat": np.array([0, 3])}
+    nodes = [
+        node("HardSwish", ["x"], ["h"], "act"),
+        node("ReduceMean", ["h", "axes"], ["mean"], "pool", keepdims=1),
+        node("Reshape", ["mean", "flat"], ["row"], "view"),
+        node("Gemm", ["row", "w"], ["y"], "head", transB=1),
+    ]
+    program = quantized(program_from_nodes(nodes, {"x": ["N", 3, 6, 6]}, ["y"], weights))
+    assert {"mean", "row"} <= {n.inputs[0].name for n in program.nodes() if n.op_type == "QuantizeLinear"}
+    artifact = backends.get("tflite").lower(program, tmp_path / "artifact", INT8)
+    assert lowered.verify(program, artifact, INT8).passed
+
+
+def test_weights_that_are_called_as_the_steps_of_a_conversion(tmp_path):
+    arrays = {f"n0.{k}": np.linspace(0.5, 1.5, 3, dtype=np.float32) for k in ("gamma", "beta", "mean", "var")}
+    nodes = [
+        node("BatchNormalization", ["x", *arrays], ["b"], "n0"),
+        node("AveragePool", ["b"], ["p"], "n1", kernel_shape=[2, 2], strides=[2, 2]),  # without pads
+        node("Relu", ["p"], ["y"], "n7"),
+    ]
+    program = program_from_nodes(nodes, {"x": ["N", 3, 8, 8]}, ["y"], arrays)
+    artifact = backends.get("tflite").lower(program, tmp_path / "artifact", TargetOptions())
+    named = {name for operator in artifact.metadata["operators"] for name in operator["nodes"]}
+    assert named == {"n0", "n1", "n7"}
+    assert lowered.verify(program, artifact, TargetOptions()).passed

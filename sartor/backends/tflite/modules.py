@@ -43,16 +43,18 @@ class Traceable:
 
     Attributes:
         module: takes and returns tensors in the program's order, and has been in eval mode throughout.
-        nodes: names of the program's nodes, by number of the module that computes them.
+        nodes: names of the program's nodes, in the order of the modules that compute them.
+        first: number of the first of these modules.
     """
 
     module: nn.Module
     nodes: tuple[str, ...]
+    first: int = 0
 
     def nodes_of(self, tensor_name: str) -> tuple[str, ...]:
         """Nodes that the converter's name of a tensor tells of, the one that gave the value first."""
         found = dict.fromkeys(int(number) for number in _STEP.findall(tensor_name))
-        return tuple(self.nodes[number] for number in found)
+        return tuple(self.nodes[number - self.first] for number in found)
 
 
 def traceable(program: Program, *, channel_last: tuple[tuple[int, ...], tuple[int, ...]]) -> Traceable:
@@ -68,15 +70,23 @@ def traceable(program: Program, *, channel_last: tuple[tuple[int, ...], tuple[in
     """
     twin = to_fx(program, dtype="float32")
     nodes: list[str] = []
+    first = _free_number(twin)
     for item in list(twin.graph.nodes):
         name = item.meta.get("onnx_node")
         if not name:
             continue
-        _replace(twin, item, f"n{len(nodes)}")
+        _replace(twin, item, f"n{first + len(nodes)}")
         nodes.append(name)
     twin.graph.eliminate_dead_code()
     twin.recompile()
-    return Traceable(_ChannelLast(twin, *channel_last) if any(channel_last) else twin, tuple(nodes))
+    module = _ChannelLast(twin, *channel_last) if any(channel_last) else twin
+    return Traceable(module, tuple(nodes), first)
+
+
+def _free_number(twin: fx.GraphModule) -> int:
+    """From which number on no module is called as a weight's is: `n3.gamma` needs its `n3`."""
+    taken = [re.fullmatch(r"n(\d+)", name) for name in (*dict(twin.named_children()), *vars(twin))]
+    return max((int(match[1]) + 1 for match in taken if match), default=0)
 
 
 class Step(nn.Module):
@@ -195,8 +205,10 @@ def _average_pool(
     fast at and that microcontrollers lack.
     """
     if not any(pads or ()) or count_include_pad or ceil_mode:
-        given = {"count_include_pad": count_include_pad, "ceil_mode": ceil_mode}
-        result: Tensor = _AVERAGE_POOL(x, pads=pads, **given, **rest)
+        given: dict[str, Any] = {"count_include_pad": count_include_pad, "ceil_mode": ceil_mode}
+        if pads:
+            given["pads"] = pads
+        result: Tensor = _AVERAGE_POOL(x, **given, **rest)
         return result
     rank = x.dim() - 2
     around = torch_pads(pads[:rank], pads[rank:])

@@ -12,7 +12,7 @@ What may differ, and is looked for by name:
 
 * A value that only a concatenation, a maximum over windows or another shape reads may be written in the scale of the
   result: the kernels want one scale, and rounding before is rounding afterwards.
-* A value that only another shape or a part was taken of, with the same parameters, need not have a tensor of its own.
+* Of a value and another shape or part of it, with the same parameters, one need not have a tensor of its own.
 * A layer that the runtime has no integer kernel for computes in float32 between a DEQUANTIZE and a QUANTIZE. Its
   constants are the same numbers in float32.
 * A layer without a bias gets one of zeros, in the product of both scales.
@@ -192,14 +192,14 @@ class _Own:
             return False
         if all(self._op_type(name) == "Concat" for name in entry.readers):
             return bool(entry.readers)
+        if entry.readers and all(self._op_type(name) in _SAME_INTEGERS for name in entry.readers):
+            after = [e for e in self.entries if e.writers & entry.readers]
+            if after and all(e.name in seen and _equal(e, entry) for e in after):
+                return True
         if not all(self._op_type(name) in _SAME_INTEGERS for name in entry.writers):
             return False
         before = [e for e in self.entries if e.writers and entry.writers & e.readers]
-        return any(
-            (e.scales, e.zero_points) == (entry.scales, entry.zero_points)
-            and (e.name in seen or self.excused(e, seen))
-            for e in before
-        )
+        return any(_equal(e, entry) and (e.name in seen or self.excused(e, seen)) for e in before)
 
     def _op_type(self, name: str) -> str:
         node = self.nodes.get(name)
@@ -280,6 +280,10 @@ def _orders(layer: ir.Node, stored: np.ndarray) -> Iterator[tuple[int, ...]]:
     else:
         yield plain
         yield (*plain[:1], *plain[2:], *plain[1:2])  # channel-last
+
+
+def _equal(one: _Entry, other: _Entry) -> bool:
+    return (one.scales, one.zero_points) == (other.scales, other.zero_points)
 
 
 def _same(tensor: Parameters, entry: _Entry) -> bool:
