@@ -26,6 +26,7 @@ from sartor.errors import (
     EXIT_USAGE,
     UsageError,
 )
+from sartor.fit_report import fit_report
 from sartor.ir.blocks import residual_blocks
 from sartor.ir.channels import channel_groups
 from sartor.ir.plan import Plan
@@ -38,11 +39,8 @@ from sartor.strategies.budgeted_greedy import require_strategy
 from sartor.workbench import FitOptions, Workbench, static_costs, versions
 
 if TYPE_CHECKING:
-    from sartor.backends.measure import Measurement
-    from sartor.backends.protocol import Artifact
     from sartor.cost_models.profile import DeviceProfile
     from sartor.data import Data
-    from sartor.lowered import Lowered
     from sartor.study import Storage, Study
     from sartor.tasks import Runner
 
@@ -264,7 +262,7 @@ class _Fit:
             self.progress.stage("final measurement")
             final = self.bench.measure([self.bench.baseline, artifact], _FINAL_S, seed=self.options.seed + 1)
             costs = {**static_costs(recovered), "weight_bytes": static_costs(result)["weight_bytes"]}
-            report = self._report(plan, predicted_s, verdict, artifact, costs, final, agreement)
+            report = fit_report(self, plan, predicted_s, verdict, artifact, costs, final, agreement)
             write_report(report, bundle.folder)
             write_bundle(
                 bundle.folder,
@@ -353,74 +351,6 @@ class _Fit:
             if other != folder:
                 shutil.rmtree(other) if other.is_dir() else other.unlink()
         return folder
-
-    # ---- report ----------------------------------------------------------------------------
-    def _report(
-        self,
-        plan: Plan,
-        predicted_s: float,
-        verdict: Any,
-        artifact: Artifact,
-        costs: dict[str, int],
-        final: Measurement,
-        agreement: Lowered,
-    ) -> dict[str, Any]:
-        baseline: dict[str, Any] = {"latency_s": dataclasses.asdict(final.latencies[0]), **self.before}
-        after: dict[str, Any] = {"latency_s": dataclasses.asdict(final.latencies[1]), **costs}
-        quality, score_split = "unmeasured", {}
-        if self.data is not None:
-            score_split = {"score_split": "evaluate" if self.data.test_is_evaluate else "test"}
-            baseline["score"], baseline["score_n"] = self.bench.score(self.bench.exact, "test")
-            after["score"], after["score_n"] = self.bench.score(artifact, "test")
-            lost = baseline["score"] - after["score"]
-            quality = "kept" if lost <= self.options.max_drop / 100.0 + 1e-12 else "missed"
-        low, high = final.ratio.latency_ci95
-        met = True
-        # The original against itself is a draw around 1: of a program that is within its limits as it is, the
-        # fresh measurement shows the noise and decides nothing.
-        for key, limit in self.options.budget.items() if not self.untouched else ():
-            if key == "latency":
-                wanted = limit.value if limit.relative else limit.value / final.latencies[0].median
-                met &= high <= wanted
-            else:
-                met &= after[key] <= limit.absolute(self.before[key])
-        status = "budget-missed" if not met else "quality-missed" if quality == "missed" else "met"
-        passed = {"max_rel_error": 0.0, "tolerance": 1e-9, "verdict": "passed", "note": "nothing was removed"}
-        sizes = {g.name: g.size for g in self.analysis.groups}
-        return {
-            "schema": "sartor.report/1",
-            "status": status,
-            "quality": quality,
-            "source": dataclasses.asdict(self.program.source),
-            "target": dict(final.target),
-            "budget": {
-                key: {"value": limit.value, "relative": limit.relative}
-                | ({"ratio": limit.absolute(self.baseline_s) / self.baseline_s} if key == "latency" else {})
-                for key, limit in self.options.budget.items()
-            },
-            "max_drop": self.options.max_drop,
-            **score_split,
-            "baseline": baseline,
-            "result": after,
-            "ratio": {"latency": final.ratio.latency, "latency_ci95": [low, high]},
-            "predicted": {"latency_s": predicted_s},
-            "oracle": verdict.to_dict() if verdict is not None else passed,
-            "lowered": agreement.to_dict(),
-            "history": self.history,
-            "widths": [
-                {
-                    "name": name,
-                    "before": size,
-                    "after": len(plan.groups[name].keep) if name in plan.groups else size,
-                }
-                for name, size in sizes.items()
-            ],
-            "blocks_removed": list(plan.blocks),
-            "decisions": self.decisions,
-            "conditions": final.to_dict()["conditions"]
-            | {"ended_by": final.ended_by, "rounds": len(final.rounds)},
-            "versions": versions(self.options.target),
-        }
 
 
 def _what_was_trained_on(data: Data) -> str:

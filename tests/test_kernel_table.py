@@ -13,12 +13,12 @@ from onnx import TensorProto, helper
 
 from sartor.cost_models.boundary import probe_models, probes
 from sartor.cost_models.descriptions import describe_target, described_targets
-from sartor.cost_models.grid import monotone
 from sartor.cost_models.ladder import Ladder
 from sartor.cost_models.protocol import CostModel
 from sartor.cost_models.samples import nearest_sizes, sample_model
 from sartor.cost_models.sampling import sample_kernels
 from sartor.cost_models.signatures import key_of, signature_of
+from sartor.cost_models.surface import monotone
 from sartor.errors import MetricUnavailableError, PlanError, UsageError
 from sartor.ir.workload import build_workload
 
@@ -217,13 +217,6 @@ def test_calibration_recovers_a_slower_network_and_tells_its_error():
         assert high / low < 1.4
 
 
-@pytest.mark.parametrize("latency", [0.0, -1.0, math.nan, math.inf])
-def test_a_latency_that_is_no_time_is_refused(latency):
-    workload, table = build(Target())
-    with pytest.raises(UsageError, match="positive seconds"):
-        table.calibrate(workload, latency)
-
-
 # ---- what is sampled -----------------------------------------------------------------------------
 def test_kernels_that_differ_only_in_channels_share_samples():
     net = Net((1, 16, 8, 8))
@@ -335,26 +328,6 @@ def test_an_unknown_block_is_refused():
     workload, table = build(Target())
     with pytest.raises(PlanError, match="'nope'"):
         table.estimate_batch(workload, {}, {"nope": np.array([True])})
-
-
-# ---- files ---------------------------------------------------------------------------------------
-def test_a_table_survives_its_file(tmp_path):
-    workload, table = build(Target())
-    table.calibrate(workload, 2e-3)
-    table.calibrate(workload, 1e-3, {"m0": 0.5})
-    again = Ladder.from_json(table.save(tmp_path / "table.json").read_text())
-    assert again.to_json() == table.to_json()
-    fractions = as_fractions(random_plans(5))
-    np.testing.assert_array_equal(
-        again.estimate_batch(workload, fractions), table.estimate_batch(workload, fractions)
-    )
-    assert again.target["name"] == "fake" and len(again.observations) == 2
-
-
-@pytest.mark.parametrize("text", ["{", "[]", '{"schema": "other/1"}', '{"schema": "sartor.ladder/1"}'])
-def test_other_files_are_refused(text):
-    with pytest.raises(UsageError, match="cost model"):
-        Ladder.from_json(text)
 
 
 # ---- interpolation -------------------------------------------------------------------------------

@@ -111,7 +111,8 @@ def _of_this_machine(profile: DeviceProfile) -> tuple[FusionRules, list[str]]:
     from sartor import backends
     from sartor.backends import host
     from sartor.errors import SartorError
-    from sartor.ir.fusion_rules import GENERIC, FusionRules
+    from sartor.ir.fusion_rules import GENERIC
+    from sartor.profiling.build import fusion_rules
 
     notes = []
     cpu = profile.device.get("cpu")
@@ -121,11 +122,11 @@ def _of_this_machine(profile: DeviceProfile) -> tuple[FusionRules, list[str]]:
         )
     name, rules = str(profile.target.get("name", "")), GENERIC
     try:
-        capabilities = backends.get(name).capabilities()
-        rules = FusionRules.of(capabilities.fuses) if capabilities.fuses else GENERIC
+        backend = backends.get(name)
+        rules, installed = fusion_rules(backend), backend.capabilities().version
         version = profile.target.get("version")
-        if version != capabilities.version:
-            notes.append(f"The profile is of '{name}' {version}; installed here is {capabilities.version}.")
+        if version != installed:
+            notes.append(f"The profile is of '{name}' {version}; installed here is {installed}.")
     except SartorError:
         notes.append(f"'{name}' is not installed here; kernels are grouped by generic fusion rules.")
     then = profile.target.get("settings", {}).get("fusion_sha256")

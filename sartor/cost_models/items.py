@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,9 +12,8 @@ from sartor.cost_models.signatures import Signature, signature_of
 from sartor.cost_models.surface import Surface
 from sartor.cost_models.tiers import Tiers
 from sartor.cost_models.work import work_of_spec
-from sartor.ir.extents import BATCH, SIZE
 from sartor.ir.kernels import Kernel
-from sartor.ir.workload import Fractions, Population, Presence, Removed, Workload, presence
+from sartor.ir.workload import Population, Presence, Workload, presence
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -81,51 +79,6 @@ def bind(workload: Workload, tiers: Tiers) -> tuple[Item, ...]:
         cold = tiers.cold.coefficients(kernel.family) if signature is not None else (0.0, 0.0)
         merged[key] = Item((kernel,), signature, surface, cold)
     return tuple(merged.values())
-
-
-def by_size(
-    workload: Workload,
-    fractions: Fractions,
-    removed: Removed,
-    size: Any,
-    batch: Any,
-    at: Callable[[Workload, int, int], Workload],
-    price: Callable[[Workload, Population], Sequence[Any]],
-) -> list[np.ndarray]:
-    """What `price` says of a population, one declared input size and batch after the other.
-
-    Args:
-        workload: what the plans belong to.
-        fractions: kept fraction per group.
-        removed: removed blocks.
-        size: declared input size, an index or an array `[plans]`.
-        batch: samples, a number or an array `[plans]`.
-        at: the workload at one size and batch.
-        price: quantities of a population, each a scalar or `[plans]`.
-
-    Raises:
-        PlanError: a removed block, a size or a batch is not in the workload.
-    """
-    workload.check_removed(removed)
-    given = workload.lengths({}, size, batch)
-    if SIZE not in given:
-        plans = Population(fractions, removed)
-        return [np.zeros(plans.shape) + part for part in price(workload, plans)]
-    columns = [np.asarray(v) for v in (given[SIZE], given[BATCH], *fractions.values(), *removed.values())]
-    shape = np.broadcast_shapes(*(c.shape for c in columns))
-    sizes, samples = (np.broadcast_to(c, shape) for c in columns[:2])
-    found: list[np.ndarray] = []
-    for one, many in sorted({*zip(sizes.ravel().tolist(), samples.ravel().tolist(), strict=True)}):
-        here = (sizes == one) & (samples == many)
-        kept, gone = (
-            {name: np.broadcast_to(v, shape)[here] for name, v in part.items()}
-            for part in (fractions, removed)
-        )
-        parts = price(at(workload, one, many), Population(kept, gone))
-        found = found or [np.zeros(shape) for _ in parts]
-        for whole, part in zip(found, parts, strict=True):
-            whole[here] = part
-    return found
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

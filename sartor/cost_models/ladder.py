@@ -19,14 +19,14 @@ import numpy as np
 from sartor.cost_models.features import is_movement
 from sartor.cost_models.fitting import cache_bytes, fit_profile
 from sartor.cost_models.interval import NORMAL, Interval
-from sartor.cost_models.items import Item, Terms, bind, by_size, cold_weights, terms
+from sartor.cost_models.items import Item, Terms, bind, cold_weights, terms
 from sartor.cost_models.law import FAMILIES, Law, Observation
+from sartor.cost_models.populations import by_size
 from sartor.cost_models.profile import DeviceProfile
 from sartor.cost_models.protocol import CostEstimate, KernelCost
 from sartor.cost_models.signatures import Signature, key_of
 from sartor.cost_models.tiers import Tiers
 from sartor.errors import MetricUnavailableError, UsageError
-from sartor.ir.extents import BATCH, SIZE
 from sartor.ir.files import write_atomic
 from sartor.ir.kernels import Kernel
 from sartor.ir.workload import Fractions, Population, Removed, Workload, presence
@@ -68,9 +68,6 @@ class Ladder:
             ) from error
         self.cache_bytes = cache_bytes(profile)
         self._failed = {key_of(f["spec"]): str(f["reason"]) for f in profile.failures}
-        self._sized: weakref.WeakKeyDictionary[Workload, dict[tuple[int, int], Workload]] = (
-            weakref.WeakKeyDictionary()
-        )
         self._bound: weakref.WeakKeyDictionary[Workload, tuple[Item, ...]] = weakref.WeakKeyDictionary()
         self._observe(observations)
 
@@ -117,21 +114,6 @@ class Ladder:
         return self.profile.call_s * self._law.scale_of("call") + self._law.offset_s
 
     # ---- pricing ---------------------------------------------------------------------------
-    def at(self, workload: Workload, size: int | None = None, batch: int | None = None) -> Workload:
-        """The workload at one declared input size and batch; the same object each time, so that it stays bound.
-
-        Raises:
-            PlanError: the workload does not have that size or batch.
-        """
-        given = workload.lengths({}, size, batch)
-        if SIZE not in given:
-            return workload
-        key = (int(given[SIZE]), int(given[BATCH]))
-        known = self._sized.setdefault(workload, {})
-        if key not in known:
-            known[key] = workload.at(*key)
-        return known[key]
-
     def items(self, workload: Workload) -> tuple[Item, ...]:
         """Kernels of a workload with their surfaces; made once per workload."""
         if workload not in self._bound:
@@ -164,7 +146,7 @@ class Ladder:
             PlanError: a removed block, a size or a batch is not in the workload.
         """
         plans = (fractions or {}, removed or {}, size, batch)
-        return by_size(workload, *plans, self.at, self._latency_of)[0]
+        return by_size(workload, *plans, self._latency_of)[0]
 
     def intervals_batch(
         self,
@@ -184,7 +166,7 @@ class Ladder:
             MetricUnavailableError: the error is not known.
         """
         plans = (fractions or {}, removed or {}, size, batch)
-        found = by_size(workload, *plans, self.at, self._interval_around)
+        found = by_size(workload, *plans, self._interval_around)
         return found[0], found[1], found[2]
 
     def _latency_of(self, workload: Workload, plans: Population) -> tuple[Any]:
@@ -214,7 +196,7 @@ class Ladder:
         Raises:
             PlanError: a removed block, the size or the batch is not in the workload.
         """
-        workload = self.at(workload, size, batch)
+        workload = workload.at(size, batch)
         workload.check_removed(removed or {})
         plans = Population(fractions or {}, removed or {})
         priced = self.terms(workload, plans)
@@ -298,7 +280,7 @@ class Ladder:
         """
         if not (math.isfinite(latency_s) and latency_s > 0):
             raise UsageError(f"A latency of {latency_s} s cannot calibrate; pass positive seconds.")
-        workload = self.at(workload, size, batch)
+        workload = workload.at(size, batch)
         workload.check_removed(removed or {})
         plans = Population(fractions or {}, removed or {})
         seconds = {term: float(v) for term, v in self.terms(workload, plans).seconds.items()}
@@ -312,9 +294,8 @@ class Ladder:
     def _law_after(self, observations: tuple[Observation, ...]) -> Law:
         if self._known is not None:
             common = self._interval.common
-            if (
-                observations
-            ):  # of a network in another precision, say, all that carries over is how plans differ
+            if observations:
+                # Of a network in another precision, say, all that carries over is how plans differ.
                 first = observations[0]
                 predicted = float(self._known.predict(first.seconds))
                 common = max(common, abs(math.log(first.latency_s / predicted)))

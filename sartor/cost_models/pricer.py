@@ -122,7 +122,7 @@ class Pricer:
             UsageError: a group of the workload has no size.
             PlanError: the workload does not have that input size or batch.
         """
-        workload = ladder.at(workload, size, batch)
+        workload = workload.at(size, batch)
         missing = sorted(workload.groups - set(sizes))
         if missing:
             raise UsageError(

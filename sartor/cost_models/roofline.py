@@ -15,6 +15,7 @@ import numpy as np
 
 from sartor.cost_models.descriptions import TargetDescription, describe_target
 from sartor.cost_models.energy import EnergyModel
+from sartor.cost_models.populations import by_size
 from sartor.cost_models.protocol import CostEstimate, KernelCost
 from sartor.cost_models.roofline_law import (
     PRECISION_BYTES,
@@ -27,7 +28,6 @@ from sartor.cost_models.roofline_law import (
 from sartor.cost_models.signatures import Signature, signature_of
 from sartor.cost_models.work import Work, work
 from sartor.errors import UsageError
-from sartor.ir.extents import BATCH, SIZE
 from sartor.ir.kernels import Kernel
 from sartor.ir.workload import Fractions, Population, Presence, Removed, Workload, presence
 
@@ -90,9 +90,6 @@ class Roofline:
         self.precision = precision
         self.name = name
         self._bound: weakref.WeakKeyDictionary[Workload, list[_Item]] = weakref.WeakKeyDictionary()
-        self._sized: weakref.WeakKeyDictionary[Workload, dict[tuple[int, int], Workload]] = (
-            weakref.WeakKeyDictionary()
-        )
 
     @property
     def method(self) -> str:
@@ -164,36 +161,17 @@ class Roofline:
         Raises:
             PlanError: a removed block, a size or a batch is not in the workload.
         """
-        workload.check_removed(removed or {})
-        plans = {**(fractions or {}), **(removed or {})}
-        given = workload.lengths({}, size, batch)
-        if SIZE not in given:
-            return self._evaluate(workload, fractions or {}, removed or {}, batches)
-        varying = [np.asarray(v) for v in (given[SIZE], given[BATCH], *plans.values())]
-        shape = np.broadcast_shapes(*(v.shape for v in varying))
-        sizes, samples = (np.broadcast_to(v, shape) for v in varying[:2])
-        metrics: dict[str, np.ndarray] = {}
-        for one, many in sorted({*zip(sizes.ravel().tolist(), samples.ravel().tolist(), strict=True)}):
-            here = (sizes == one) & (samples == many)
-            kept, gone = (
-                {name: np.broadcast_to(v, shape)[here] for name, v in part.items()}
-                for part in (fractions or {}, removed or {})
-            )
-            for name, values in self._evaluate(self._at(workload, one, many), kept, gone, batches).items():
-                metrics.setdefault(name, np.zeros(shape))[here] = values
-        return metrics
+        names: list[str] = []
 
-    def _at(self, workload: Workload, size: int, batch: int) -> Workload:
-        """Kept, because what is known of a workload is known of that very object."""
-        known = self._sized.setdefault(workload, {})
-        if (size, batch) not in known:
-            known[size, batch] = workload.at(size, batch)
-        return known[size, batch]
+        def price(here: Workload, plans: Population) -> list[Any]:
+            metrics = self._evaluate(here, plans, batches)
+            names[:] = metrics
+            return list(metrics.values())
 
-    def _evaluate(
-        self, workload: Workload, fractions: Fractions, removed: Removed, batches: float
-    ) -> dict[str, np.ndarray]:
-        plans = Population(fractions, removed)
+        found = by_size(workload, fractions or {}, removed or {}, size, batch, price)
+        return dict(zip(names, found, strict=True))
+
+    def _evaluate(self, workload: Workload, plans: Population, batches: float) -> dict[str, np.ndarray]:
         macs: Any = np.zeros(plans.shape)
         traffic: Any = np.zeros(plans.shape)
         latency: Any = np.full(plans.shape, self.constants.call_s)
@@ -231,10 +209,8 @@ class Roofline:
         Raises:
             PlanError: a removed block is not in the workload.
         """
+        workload = workload.at(size, batch)
         workload.check_removed(removed or {})
-        given = workload.lengths({}, size, batch)
-        if SIZE in given:
-            workload = self._at(workload, int(given[SIZE]), int(given[BATCH]))
         plans = Population(fractions or {}, removed or {})
         costs: list[KernelCost] = []
         unmodelled: list[str] = []

@@ -15,7 +15,6 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from sartor.cost_models.features import alignment
-from sartor.cost_models.grid import monotone
 
 Predict = Callable[[Sequence[np.ndarray]], tuple[np.ndarray, np.ndarray]]
 """Seconds and the standard deviation of their logarithm at sizes, one flat array per variable."""
@@ -239,3 +238,15 @@ def ranges_of(
         Range(full, varying, steps.get(name, 1), name in last)
         for name, full, varying in zip(names, fulls, varies, strict=True)
     )
+
+
+def monotone(values: np.ndarray) -> np.ndarray:
+    """The middle between the running maximum and the running minimum from the other end.
+
+    Both are monotone along every axis, so their mean is; values that already are stay unchanged.
+    """
+    rising, falling = values.copy(), values.copy()
+    for axis in range(values.ndim):
+        rising = np.maximum.accumulate(rising, axis)
+        falling = np.flip(np.minimum.accumulate(np.flip(falling, axis), axis), axis)
+    return (rising + falling) / 2

@@ -111,6 +111,7 @@ class Workload:
     sweep: Sweep | None = None
     layout: tuple[Kernel, ...] = ()
     _compiled: dict[str, Any] = dataclasses.field(default_factory=dict, repr=False)
+    _at: dict[tuple[int, int], Workload] = dataclasses.field(default_factory=dict, repr=False)
 
     @property
     def groups(self) -> frozenset[str]:
@@ -156,8 +157,10 @@ class Workload:
         self.check_removed(removed or {})
         return self.liveness.evaluate(self.lengths(fractions or {}, size, batch), removed or {}, above)
 
-    def at(self, size: int = 0, batch: int | None = None) -> Workload:
+    def at(self, size: int | None = None, batch: int | None = None) -> Workload:
         """The workload of the program at one declared size and one batch.
+
+        The same object each time, because cost models keep what they know of a workload by that very object.
 
         Raises:
             PlanError: as `evaluate`.
@@ -165,14 +168,16 @@ class Workload:
         given = self.lengths({}, size, batch)
         if SIZE not in given:
             return self
-        one, samples = int(given[SIZE]), int(given[BATCH])
-        return Workload(
-            tuple(kernel.at(one, samples) for kernel in self.kernels),
-            tuple(dataclasses.replace(s, operand=s.operand.at(one, samples)) for s in self.stored),
-            self.blocks,
-            self.liveness.at(one, samples),
-            layout=tuple(kernel.at(one, samples) for kernel in self.layout),
-        )
+        key = one, samples = int(given[SIZE]), int(given[BATCH])
+        if key not in self._at:
+            self._at[key] = Workload(
+                tuple(kernel.at(one, samples) for kernel in self.kernels),
+                tuple(dataclasses.replace(s, operand=s.operand.at(one, samples)) for s in self.stored),
+                self.blocks,
+                self.liveness.at(one, samples),
+                layout=tuple(kernel.at(one, samples) for kernel in self.layout),
+            )
+        return self._at[key]
 
     def lengths(self, fractions: Fractions, size: Any = None, batch: Any = None) -> Fractions:
         """What extents are evaluated with: fractions and, where sizes are declared, size and batch.

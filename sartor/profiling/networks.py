@@ -204,6 +204,17 @@ def _plain(net: _Net) -> None:
     net.head()
 
 
+def _join(net: _Net, source: str, shape: tuple[int, ...], stride: int) -> None:
+    """Add what a block began with, brought to the block's shape by a convolution where it differs."""
+    branch, after = net.value, net.shape
+    if after != shape:
+        net.value, net.shape = source, shape
+        source = net.conv(after[1], 1, stride)
+    net.value, net.shape = branch, after
+    net.add(source)
+    net.act(net.activation)
+
+
 def _residual(net: _Net) -> None:
     _stem(net)
     deep = net.rng.random() < 0.5
@@ -214,13 +225,7 @@ def _residual(net: _Net) -> None:
             net.conv(inner, 1, act=net.activation)
         net.conv(inner, 3, stride, act=net.activation)
         net.conv(c, 1 if deep else 3)
-        branch, after = net.value, net.shape
-        if after != shape:
-            net.value, net.shape = source, shape
-            source = net.conv(c, 1, stride)
-        net.value, net.shape = branch, after
-        net.add(source)
-        net.act(net.activation)
+        _join(net, source, shape, stride)
     net.head()
 
 
@@ -251,13 +256,7 @@ def _grouped(net: _Net) -> None:
         net.conv(inner, 1, act=net.activation)
         net.conv(inner, 3, stride, group=groups, act=net.activation)
         net.conv(c, 1)
-        branch, after = net.value, net.shape
-        if after != shape:
-            net.value, net.shape = source, shape
-            source = net.conv(c, 1, stride)
-        net.value, net.shape = branch, after
-        net.add(source)
-        net.act(net.activation)
+        _join(net, source, shape, stride)
     net.head()
 
 
