@@ -8,18 +8,16 @@ from __future__ import annotations
 import importlib
 import json
 
-import numpy as np
 import pytest
+from fit_fakes import without_timing
 from test_cli import tiny
 
 from sartor import runtime
-from sartor.backends.measure import LatencyStats, Measurement, Ratio
 from sartor.cli import main
 from sartor.journal import Journal, read
 from sartor.recovery.training import Training
 from sartor.selection import Selection
 from sartor.strategies.budgeted_greedy import BudgetedGreedy
-from sartor.workbench import Workbench
 
 Fit = importlib.import_module("sartor.fit")._Fit  # `sartor.fit` alone is the function
 
@@ -75,22 +73,6 @@ FAULTS = {
 }  # fmt: skip
 
 
-class Table:
-    """A cost model that knows MACs only; the original's latency gives them their scale."""
-
-    method = "MACs"
-
-    def __init__(self, selection):
-        macs = np.ravel(selection.workload.evaluate().macs)[0]
-        self.seconds_per_mac = selection.baseline["latency"] / float(macs)
-
-    def estimate_batch(self, workload, fractions, removed):
-        return workload.evaluate(fractions, removed).macs * self.seconds_per_mac
-
-    def calibrate(self, *arguments):
-        pass
-
-
 @pytest.fixture
 def fit(tmp_path, monkeypatch, capsys):
     """Fits a tiny network with `load` of a data file; returns (exit code, document, standard error, measured)."""
@@ -98,23 +80,7 @@ def fit(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     model = tiny("tiny.onnx")
     (tmp_path / "out").mkdir()
-    measured = []
-
-    def measure(self, artifacts, seconds, seed=None):
-        measured.append(len(artifacts))
-        macs = [len(artifact.main_file.read_bytes()) for artifact in artifacts]
-        ratios = [m / macs[0] for m in macs[1:]]
-        return Measurement(
-            {"name": "onnxruntime", "threads": 1, "precision": "f32"},
-            {},
-            tuple(LatencyStats(m * 1e-7, m * 1e-7, m * 1e-7) for m in macs),
-            tuple(Ratio(r, (0.995 * r, 1.005 * r)) for r in ratios),
-            (),
-            "interval",
-        )
-
-    monkeypatch.setattr(Workbench, "measure", measure)
-    monkeypatch.setattr(Selection, "_cost_model", lambda selection: Table(selection))
+    measured = without_timing(monkeypatch)
 
     def run(load="made()", budget="macs=0.7x", recovery="none", source=model):
         (tmp_path / "data.py").write_text(f"{DATA}\ndef load():\n    return {load}\n")

@@ -13,16 +13,13 @@ import warnings
 
 import numpy as np
 import pytest
+from fit_fakes import without_timing
 from test_cli import tiny
-from test_fit_faults import Table
 
-from sartor.backends.measure import LatencyStats, Measurement, Ratio
 from sartor.cli import main
 from sartor.errors import BackendError, UsageError
 from sartor.ir.plan import GroupPlan, Plan
-from sartor.selection import Selection
 from sartor.study import Storage, plan_digest
-from sartor.workbench import Workbench
 
 optuna = pytest.importorskip("optuna", reason="the extra sartor[study] is not installed")
 
@@ -226,23 +223,7 @@ def fit(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("CI", "1")
     monkeypatch.chdir(tmp_path)
     model = tiny("tiny.onnx")
-    measured = []
-
-    def measure(self, artifacts, seconds, seed=None):
-        measured.append(len(artifacts))
-        sizes = [len(artifact.main_file.read_bytes()) for artifact in artifacts]
-        ratios = [size / sizes[0] for size in sizes[1:]]
-        return Measurement(
-            {"name": "onnxruntime", "threads": 1, "precision": "f32"},
-            {},
-            tuple(LatencyStats(s * 1e-7, s * 1e-7, s * 1e-7) for s in sizes),
-            tuple(Ratio(r, (0.995 * r, 1.005 * r)) for r in ratios),
-            (),
-            "interval",
-        )
-
-    monkeypatch.setattr(Workbench, "measure", measure)
-    monkeypatch.setattr(Selection, "_cost_model", lambda selection: Table(selection))
+    measured = without_timing(monkeypatch)
 
     def run(*more, source=model):
         measured.clear()
