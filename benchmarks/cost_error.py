@@ -39,7 +39,7 @@ torchvision/regnet_y_400mf@224 torchvision/shufflenet_v2_x1_0@224 torchvision/co
 torchvision/vit_b_32@224 timm/ghostnet_050@192 timm/repvit_m1@160 timm/regnetx_002@256
 timm/hrnet_w18_small@128 timm/rexnet_100@160 timm/edgenext_xx_small@192 timm/vit_tiny_patch16_224@224
 """.split()
-_REFERENCES = 3
+_REFERENCES = 4
 _FEWEST = 4  # repetitions
 _T95 = (
     12.71,
@@ -131,10 +131,12 @@ def prepared(name: str, work: Path, target: str, count: int) -> tuple[Any, Any, 
 
 # ---- truth ---------------------------------------------------------------------------------------
 def references_of(profile: Any) -> list[Any]:
-    """Networks of the profile that the others are measured against: well known, and of different kinds."""
+    """Networks of the profile that the others are measured against: the first of every kind that is neither short nor
+    long, so that profiles of the same seed have the same ones.
+    """
     low, high = _REFERENCE_S
-    usable = [n for n in profile.networks if low <= n.latency_s <= high] or list(profile.networks)
-    usable.sort(key=lambda n: (n.ci95[1] - n.ci95[0]) / n.latency_s)
+    usable = [n for n in profile.networks if low <= n.latency_s <= high]
+    usable.sort(key=lambda n: int(n.name.rpartition("-")[2]))
     chosen: dict[str, Any] = {}
     for network in usable:
         chosen.setdefault(network.name.partition("-")[0], network)
@@ -142,7 +144,7 @@ def references_of(profile: Any) -> list[Any]:
         raise SystemExit(
             f"The profile has {len(chosen)} usable networks; {_REFERENCES} kinds are needed as references."
         )
-    return list(chosen.values())[:_REFERENCES]
+    return sorted(chosen.values(), key=lambda n: str(n.name))[:_REFERENCES]
 
 
 def truth(name: str, options: argparse.Namespace, references: Sequence[Any]) -> dict[str, Any]:
@@ -308,7 +310,7 @@ def main() -> int:
         "cpu": profile.device["cpu"],
         "references": [n.name for n in references],
         "prunings": options.prunings,
-        "protocol": 2,
+        "protocol": 3,
     }
     ladder, baselines = Ladder(profile), Baselines(profile)
     rows: list[dict[str, Any]] = []

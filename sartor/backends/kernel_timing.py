@@ -54,7 +54,7 @@ class _Subject:
     def visit(self, quantile: float, alone: bool) -> float:
         """One warm visit; `alone`: one thread computes."""
         self.run()  # discarded: another model's data are in the caches
-        taken = [_undisturbed(self.run, alone) for _ in range(self.runs)]
+        taken = [undisturbed(self.run, alone) for _ in range(self.runs)]
         clean = [seconds for seconds, disturbed in taken if not disturbed]
         return float(np.quantile(clean or [seconds for seconds, _ in taken], quantile))
 
@@ -97,7 +97,7 @@ def time_kernels(request: Mapping[str, Any], send: Send) -> dict[str, Any]:
     quantile = float(request["quantile"])
     visits = visit_all(
         {i: _visitor(subject, quantile, request["threads"] == 1) for i, subject in subjects.items()},
-        lambda: _reference_s(reference.run),
+        lambda: reference_s(reference.run),
         half_width=request["half_width"],
         fewest=request["fewest"],
         most=request["most"],
@@ -127,7 +127,8 @@ def _visitor(subject: _Subject, quantile: float, alone: bool) -> Callable[[], fl
     return lambda: subject.visit(quantile, alone)
 
 
-def _reference_s(run: Run) -> float:
+def reference_s(run: Run) -> float:
+    """Seconds of the reference, the fastest of a few runs."""
     run()
     return min(_seconds(run) for _ in range(_REFERENCE_RUNS))
 
@@ -142,20 +143,20 @@ def _cold_visits(
     buffer = np.zeros(2 * (host.last_level_cache_bytes() or _ASSUMED_CACHE_BYTES) // 8)
     found: dict[int, list[Visit]] = {index: [] for index in chosen}
     for _ in range(_COLD_ROUNDS):
-        before = _reference_s(reference)
+        before = reference_s(reference)
         np.add(buffer, 1.0, out=buffer)  # reads and writes all of it
         generator.shuffle(chosen)
         taken = {}
         for index in chosen:
             subjects[index].touch()
-            taken[index] = _undisturbed(subjects[index].run, alone)[0]
-        after = _reference_s(reference)
+            taken[index] = undisturbed(subjects[index].run, alone)[0]
+        after = reference_s(reference)
         for index, seconds in taken.items():
             found[index].append(Visit(seconds, before, after))
     return found
 
 
-def _undisturbed(run: Run, alone: bool) -> tuple[float, bool]:
+def undisturbed(run: Run, alone: bool) -> tuple[float, bool]:
     """Seconds of a run, and whether other processes had the processor meanwhile and that could not be taken out.
 
     Where one thread computes and the scheduler has interrupted it, the time that it computed is known.

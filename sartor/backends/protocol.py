@@ -244,6 +244,7 @@ class KernelTime:
         median_s: median over `runs` inferences, seconds. Vendors report whole microseconds.
         runs: inferences that were profiled.
         implementation: the backend's kernel choice, such as `brgconv_avx512_f32`, or empty.
+        written_bytes: of its outputs; 0 where the backend does not say.
     """
 
     name: str
@@ -252,6 +253,7 @@ class KernelTime:
     median_s: float
     runs: int
     implementation: str = ""
+    written_bytes: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready form."""

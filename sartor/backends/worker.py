@@ -22,6 +22,7 @@ from sartor.backends import host
 from sartor.backends.arrays import load_arrays, save_arrays
 from sartor.backends.inputs import random_inputs
 from sartor.backends.kernel_timing import time_kernels
+from sartor.backends.model_timing import time_inside
 from sartor.backends.precision import as_lowered
 from sartor.backends.protocol import Artifact, Backend, Session, TargetOptions
 from sartor.backends.rounds import Round, run_rounds
@@ -221,6 +222,7 @@ COMMANDS: Mapping[str, Command] = {
     "measure": measure,
     "time_models": time_models,
     "time_kernels": time_kernels,
+    "time_inside": time_inside,
     "profile": profile,
 }
 

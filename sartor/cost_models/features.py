@@ -19,12 +19,15 @@ import numpy as np
 from sartor.cost_models.work import Work, item_bytes, work_of_spec
 from sartor.ir.fusion import ACTIVATIONS
 from sartor.ir.kernels import RECURRENT
+from sartor.ir.layout_kernels import COPIES
+from sartor.ir.layout_kernels import FAMILY as LAYOUT
 
 CONTRACTION = (
     *("log_macs", "log_weight_bytes", "log_read", "log_written", "log_working_set", "log_intensity"),
     *("log_groups", "log_rows", "log_columns", "log_channels", "log_taps", "log_c_in", "log_c_out"),
     *("align_in", "align_out", "align_columns", "waste_in_8", "waste_out_8", "waste_in_16", "waste_out_16"),
     *("width", "stride", "dilation", "padding", "residuals", "activations", "gated", "transposed", "stored"),
+    *("height", "out_width", "window_width", "blocks", "blocks_left", "columns_left", "way"),
 )
 MOVEMENT = (
     *("log_bytes", "log_read", "log_written", "log_taps", "stride", "operands", "stored", "outputs"),
@@ -34,6 +37,9 @@ _ELEMENTWISE = frozenset({"Add", "Sub", "Mul", "Div", "Pow", "Sqrt", "Erf", "Exp
 COSTLY = ACTIVATIONS - {"Relu", "Clip", "LeakyRelu", "HardSigmoid", "HardSwish", "ThresholdedRelu"} | {"Silu"}
 """Activations that are work themselves: exponentials and the like."""
 _MOST_ALIGNMENT = 5
+_VECTOR = 4  # channels: what the blocked layouts of CPU runtimes ask for at least
+_BLOCK = 16  # channels that such a layout holds together; fewer input channels are read as they are
+_BLOCKS_AT_ONCE = 4  # output blocks that one pass over the input makes
 
 
 def names_of(spec: Mapping[str, Any]) -> tuple[str, ...]:
@@ -69,6 +75,8 @@ def features(spec: Mapping[str, Any], sizes: Sequence[Any]) -> np.ndarray:
 def family_of(spec: Mapping[str, Any]) -> str:
     """The family of a kernel, as `sartor.ir.kernels.Kernel` has it, from its spec alone."""
     op = str(spec["op"])
+    if op in COPIES and not spec["attributes"] and spec["outputs"] == [["*"]]:
+        return LAYOUT
     if op in ("Conv", "ConvTranspose"):
         return "depthwise" if "multiplier" in spec else "conv"
     if op in ("Gemm", "MatMul"):
@@ -104,6 +112,7 @@ def _contraction(spec: Mapping[str, Any], found: Work) -> list[Any]:
     c_in, c_out = found.groups * found.channels, found.groups * found.columns
     attributes = spec.get("attributes", {})
     epilogue = [op for op, _ in spec.get("epilogue", ())]
+    blocks = np.ceil(c_out / _BLOCK)
     return [
         *map(_log, (found.macs, found.weight_bytes, found.read, found.written, found.moved)),
         np.log(np.maximum(found.macs, 1.0) / np.maximum(found.moved, 1.0)),
@@ -119,7 +128,44 @@ def _contraction(spec: Mapping[str, Any], found: Work) -> list[Any]:
         sum(op in COSTLY for op in epilogue),
         spec.get("op") == "ConvTranspose",
         sum(spec.get("stored", [False, True])),
+        spec.get("spatial", [1])[0],
+        spec.get("out", [1])[-1],
+        attributes.get("kernel_shape", [1])[-1],
+        blocks,
+        blocks % _BLOCKS_AT_ONCE,
+        c_out % _BLOCK,
+        _ways(spec, found),
     ]
+
+
+def _ways(spec: Mapping[str, Any], found: Work) -> np.ndarray:
+    """Numbers of the ways in which runtimes compute a convolution, see `ways`."""
+    ways = ways_of(spec, found)
+    return np.select([ways == w for w in WAYS], range(len(WAYS)), len(WAYS))
+
+
+WAYS = ("image", "blocked window", "blocked point", "unblocked window", "unblocked point")
+
+
+def ways_of(spec: Mapping[str, Any], found: Work) -> np.ndarray:
+    """How runtimes on CPUs compute a convolution of these sizes; one way, "", for everything else.
+
+    Args:
+        spec: of the kernel.
+        found: its work.
+    """
+    if is_movement(spec) or spec["op"] not in ("Conv", "ConvTranspose"):
+        return np.full(found.macs.shape, "")
+    c_in = found.groups * found.channels
+    blocked = (
+        c_in % _VECTOR == 0
+    )  # channels that are made are padded to whole blocks, those that are read are not
+    if "multiplier" not in spec:
+        whole_groups = (found.channels % _BLOCK == 0) & (found.columns % _BLOCK == 0)
+        blocked = np.where(found.groups > 1, whole_groups, blocked)
+    window = "window" if found.taps.max(initial=1) > 1 else "point"
+    image = (c_in < _BLOCK) & (found.groups == 1)
+    return np.where(image, "image", np.where(blocked, f"blocked {window}", f"unblocked {window}"))
 
 
 def _movement(spec: Mapping[str, Any], found: Work) -> list[Any]:

@@ -9,11 +9,12 @@ from typing import Any
 
 import numpy as np
 
+from sartor.cost_models import around
 from sartor.cost_models import learned as boosting
 from sartor.cost_models import rates as roofline
 from sartor.cost_models.features import family_of
 from sartor.cost_models.interval import Interval, conformal, excess_sd
-from sartor.cost_models.law import Law, Observation, cold_share
+from sartor.cost_models.law import Caches, Law, Observation, cold_share
 from sartor.cost_models.learned import as_signature, noise_of
 from sartor.cost_models.profile import DeviceProfile, NetworkTime, Sample, of_role
 from sartor.cost_models.scores import summary
@@ -72,18 +73,25 @@ def fit_profile(profile: DeviceProfile, *, learned: bool = True) -> DeviceProfil
         MetricUnavailableError: there are no samples.
         UsageError: LightGBM is not installed.
     """
-    samples = of_role(profile.samples, "fit")
+    measured = of_role(profile.samples, "fit")
+    caches = Caches.of(profile.device)
+    cold = around.fitted(measured, caches, profile.target.get("channel_grid", {}))
+    samples = around.warmed(measured, caches, cold)
     rates = roofline.fitted(samples, profile.target.get("channel_grid", {}))
     fit = boosting.fit(samples, rates) if learned else None
     model = fit.model if fit is not None and fit.families else None
-    models: dict[str, Any] = {"roofline": rates.save(), "cold": _plain(fitted_cold(samples).by_family)}
+    models: dict[str, Any] = {
+        "roofline": rates.save(),
+        "cold": _plain(cold or fitted_cold(samples).by_family),
+    }
     if model is not None:
         models["learned"] = model.save()
     fitted = dataclasses.replace(profile, models=models, law={}, interval={}, errors={})
     tiers = Tiers.of(fitted)
     quantiles = _kernel_quantiles(samples, tiers, None if fit is None else fit.unseen)
     interval, law = Interval(kernels=quantiles), None
-    errors: dict[str, Any] = {"kernels": _kernel_errors(of_role(profile.samples, "heldout"), tiers, interval)}
+    heldout = around.warmed(of_role(profile.samples, "heldout"), caches, cold)
+    errors: dict[str, Any] = {"kernels": _kernel_errors(heldout, tiers, interval)}
     terms = [network_terms(n, tiers, profile) for n in profile.networks]
     fitting = [t for t in terms if t.network.role == "fit"]
     if len(fitting) >= _FEWEST_NETWORKS:
@@ -100,28 +108,16 @@ def fit_profile(profile: DeviceProfile, *, learned: bool = True) -> DeviceProfil
 def network_terms(network: NetworkTime, tiers: Tiers, profile: DeviceProfile) -> NetworkTerms:
     """Price the kernels of a network that the profile holds."""
     seconds: dict[str, float] = {"call": profile.call_s, "cold": 0.0}
-    share = float(cold_share(network.weight_bytes, cache_bytes(profile)))
+    caches = Caches.of(profile.device)
+    near, last = (float(cold_share(network.weight_bytes, size)) for size in (caches.near, caches.last))
     variance = 0.0
     for spec, at, count in network.kernels:
         family = family_of(spec)
-        warm, sd, extra = tiers.at(spec, family, at)
+        warm, sd, extra, far = tiers.at(spec, family, at)
         seconds[family] = seconds.get(family, 0.0) + count * warm
-        seconds["cold"] += count * share * extra
+        seconds["cold"] += count * (near * extra + last * far)
         variance += (count * sd) ** 2
     return NetworkTerms(network, seconds, float(np.sqrt(variance)))
-
-
-def cache_bytes(profile: DeviceProfile) -> float:
-    """Bytes of the cache that one kernel's weights stay in while it is timed warm; 0 where the profile names none.
-
-    That is the second level, of a core's own: in a network that is larger, weights come from below it. Networks of 2 to
-    19 MB take 10 to 20 % more than their warm kernels on a processor with 32 MB of shared third level, and about as
-    much as their cold ones; how much of the difference counts is fitted (`cold` of the law).
-    """
-    caches = profile.device.get("caches") or {}
-    if caches.get("l2_bytes"):
-        return float(caches["l2_bytes"])
-    return float(max((v for v in caches.values() if isinstance(v, (int, float))), default=0.0))
 
 
 def kind_of(network: NetworkTime) -> str:
@@ -204,7 +200,7 @@ def _kernel_errors(samples: Sequence[Sample], tiers: Tiers, interval: Interval) 
     rows: dict[str, list[tuple[float, float, tuple[float, float]]]] = {}
     for sample in samples:
         model = tiers.model_for(as_signature(sample))
-        warm, sd, _ = tiers.at(sample.spec, sample.family, sample.at)
+        warm, sd, *_ = tiers.at(sample.spec, sample.family, sample.at)
         span = interval.of_kernel(model.tier, warm, float(np.hypot(sd / warm, noise_of(sample))))
         for name in ("all", model.tier, sample.family):
             rows.setdefault(name, []).append((warm, sample.warm_s, span))
@@ -212,5 +208,5 @@ def _kernel_errors(samples: Sequence[Sample], tiers: Tiers, interval: Interval) 
     return {**found.pop("all", {"n": 0}), "parts": found}
 
 
-def _plain(pairs: Mapping[str, tuple[float, float]]) -> dict[str, list[float]]:
+def _plain(pairs: Mapping[str, tuple[float, ...]]) -> dict[str, list[float]]:
     return {name: list(pair) for name, pair in pairs.items()}

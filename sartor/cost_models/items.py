@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from sartor.cost_models.law import cold_share
+from sartor.cost_models.law import Caches, cold_share
 from sartor.cost_models.signatures import Signature, signature_of
 from sartor.cost_models.surface import Surface
 from sartor.cost_models.tiers import Tiers
@@ -24,13 +24,13 @@ class Item:
         kernels: in execution order.
         signature: None where no sample can stand for it.
         surface: its times; None without a signature.
-        cold: fixed seconds, and seconds per byte of weights, if these come from memory.
+        cold: as `Cold.coefficients`.
     """
 
     kernels: tuple[Kernel, ...]
     signature: Signature | None
     surface: Surface | None
-    cold: tuple[float, float]
+    cold: tuple[float, float, float]
 
     @property
     def kernel(self) -> Kernel:
@@ -58,15 +58,19 @@ class Item:
         return work_of_spec(self.signature.spec, sizes).weight_bytes
 
     def extra_s(self, weight_bytes: Any) -> Any:
-        """Seconds that one of them takes longer if these weights come from memory."""
-        fixed, per_byte = self.cold
+        """Seconds that one of them takes longer if these weights are not in the nearest cache."""
+        fixed, per_byte, _ = self.cold
         return np.where(np.asarray(weight_bytes) > 0, fixed + per_byte * weight_bytes, 0.0)
+
+    def far_s(self, weight_bytes: Any) -> Any:
+        """And if they are in no cache."""
+        return self.cold[2] * np.asarray(weight_bytes)
 
 
 def bind(workload: Workload, tiers: Tiers) -> tuple[Item, ...]:
     """The items of a workload. Asks the models; a plan asks the surfaces only."""
     merged: dict[Any, Item] = {}
-    for kernel in workload.kernels:
+    for kernel in (*workload.kernels, *(workload.layout if tiers.prices_layout else ())):
         signature = signature_of(kernel)
         key: Any = (signature.key, signature.variables, kernel.family) if signature else kernel.name
         known = merged.get(key)
@@ -76,7 +80,7 @@ def bind(workload: Workload, tiers: Tiers) -> tuple[Item, ...]:
         surface = None
         if signature is not None:
             surface = tiers.surface(signature, [bool(v.groups) for v in signature.variables])
-        cold = tiers.cold.coefficients(kernel.family) if signature is not None else (0.0, 0.0)
+        cold = tiers.cold.coefficients(kernel.family) if signature is not None else (0.0, 0.0, 0.0)
         merged[key] = Item((kernel,), signature, surface, cold)
     return tuple(merged.values())
 
@@ -94,13 +98,14 @@ class Terms:
     variances: dict[str, Any]
 
 
-def terms(items: tuple[Item, ...], plans: Population, tiers: Tiers, call_s: float, cache: float) -> Terms:
+def terms(items: tuple[Item, ...], plans: Population, tiers: Tiers, call_s: float, caches: Caches) -> Terms:
     """Add up a population."""
     seconds: dict[str, Any] = {"call": call_s, "cold": 0.0}
     variances: dict[str, Any] = {}
     weights: Any = 0.0
     extra: Any = 0.0
-    may_be_cold = full_weights(items) > cache > 0
+    far: Any = 0.0
+    may_be_cold = full_weights(items) > caches.near > 0
     for item in items:
         count: Any = sum(plans.present(when) for when in item.when)
         warm, sd = item.seconds(plans, tiers)
@@ -111,8 +116,9 @@ def terms(items: tuple[Item, ...], plans: Population, tiers: Tiers, call_s: floa
             stored = item.weight_bytes(plans)
             weights = weights + count * stored
             extra = extra + count * item.extra_s(stored)
+            far = far + count * item.far_s(stored)
     if may_be_cold:
-        seconds["cold"] = cold_share(weights, cache) * extra
+        seconds["cold"] = cold_share(weights, caches.near) * extra + cold_share(weights, caches.last) * far
     return Terms(seconds, variances)
 
 
@@ -125,12 +131,12 @@ def full_weights(items: tuple[Item, ...]) -> float:
     )
 
 
-def cold_weights(items: tuple[Item, ...], plans: Population, cache: float) -> float:
-    """Share of the weights of one plan that the cache of `cache` bytes does not keep."""
-    if not full_weights(items) > cache > 0:
-        return 0.0
+def cold_weights(items: tuple[Item, ...], plans: Population, caches: Caches) -> tuple[float, float]:
+    """Shares of the weights of one plan that the nearest cache, and that no cache keeps."""
+    if not full_weights(items) > caches.near > 0:
+        return 0.0, 0.0
     stored = sum(
         float(item.weight_bytes(plans)) * sum(float(plans.present(when)) for when in item.when)
         for item in items
     )
-    return float(cold_share(stored, cache))
+    return float(cold_share(stored, caches.near)), float(cold_share(stored, caches.last))

@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 
 from sartor.cost_models.features import is_movement
-from sartor.cost_models.fitting import cache_bytes, fit_profile
+from sartor.cost_models.fitting import fit_profile
 from sartor.cost_models.interval import NORMAL, Interval
 from sartor.cost_models.items import Item, Terms, bind, cold_weights, terms
-from sartor.cost_models.law import FAMILIES, Law, Observation
+from sartor.cost_models.law import FAMILIES, Caches, Law, Observation
 from sartor.cost_models.populations import by_size
 from sartor.cost_models.profile import DeviceProfile
 from sartor.cost_models.protocol import CostEstimate, KernelCost
@@ -66,7 +66,7 @@ class Ladder:
                 f"Law or interval of the device profile is malformed ({type(error).__name__}: {error}); build it "
                 "again with 'sartor profile'."
             ) from error
-        self.cache_bytes = cache_bytes(profile)
+        self.caches = Caches.of(profile.device)
         self._failed = {key_of(f["spec"]): str(f["reason"]) for f in profile.failures}
         self._bound: weakref.WeakKeyDictionary[Workload, tuple[Item, ...]] = weakref.WeakKeyDictionary()
         self._observe(observations)
@@ -122,7 +122,7 @@ class Ladder:
 
     def terms(self, workload: Workload, plans: Population) -> Terms:
         """Seconds of a population by term of the law, before the law."""
-        return terms(self.items(workload), plans, self.tiers, self.profile.call_s, self.cache_bytes)
+        return terms(self.items(workload), plans, self.tiers, self.profile.call_s, self.caches)
 
     def estimate_batch(
         self,
@@ -209,7 +209,7 @@ class Ladder:
     def _kernels(
         self, workload: Workload, plans: Population
     ) -> tuple[tuple[KernelCost, ...], tuple[str, ...]]:
-        share = cold_weights(self.items(workload), plans, self.cache_bytes)
+        shares = cold_weights(self.items(workload), plans, self.caches)
         item_of = {id(kernel): item for item in self.items(workload) for kernel in item.kernels}
         costs: list[KernelCost] = []
         unmodelled: list[str] = []
@@ -217,15 +217,18 @@ class Ladder:
             if not float(plans.present(presence(kernel))):
                 continue
             item = item_of[id(kernel)]
-            costs.append(self._kernel_cost(kernel, item, plans, share))
+            costs.append(self._kernel_cost(kernel, item, plans, shares))
             if costs[-1].method == "roofline":
                 unmodelled.append(f"{kernel.name} ({kernel.op_type}): {self._why(item.signature)}")
         return tuple(costs), tuple(unmodelled)
 
-    def _kernel_cost(self, kernel: Kernel, item: Item, plans: Population, share: float) -> KernelCost:
+    def _kernel_cost(
+        self, kernel: Kernel, item: Item, plans: Population, shares: tuple[float, float]
+    ) -> KernelCost:
         signature = item.signature
         warm, sd = (float(v) for v in item.seconds(plans, self.tiers))
-        extra = share * float(item.extra_s(item.weight_bytes(plans)))
+        stored = item.weight_bytes(plans)
+        extra = shares[0] * float(item.extra_s(stored)) + shares[1] * float(item.far_s(stored))
         seconds = warm * self._law.scale_of(kernel.family) + extra * self._law.scale_of("cold")
         tier = "roofline" if signature is None else self.tiers.model_for(signature).tier
         how = tier

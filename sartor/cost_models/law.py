@@ -16,7 +16,18 @@ from typing import Any
 
 import numpy as np
 
-FAMILIES = ("conv", "depthwise", "gemm", "matmul", "recurrent", "elementwise", "pool", "norm", "other")
+FAMILIES = (
+    "conv",
+    "depthwise",
+    "gemm",
+    "matmul",
+    "recurrent",
+    "elementwise",
+    "pool",
+    "norm",
+    "other",
+    "layout",
+)
 TERMS = (*FAMILIES, "cold", "call", "offset")
 """`cold` multiplies the time that weights from memory cost, `call` an empty call, `offset` is in seconds."""
 _COMMON_SD, _FAMILY_SD, _COLD_SD, _CALL_SD = 1.0, 0.25, 0.5, 0.5
@@ -145,12 +156,32 @@ class Law:
         return Law(mean, covariance)
 
 
+@dataclasses.dataclass(frozen=True)
+class Caches:
+    """Bytes of the caches that weights can be in, 0 where a size is not known.
+
+    Attributes:
+        near: a core's own, second level: what one kernel's weights stay in while it runs again and again.
+        last: the last level.
+    """
+
+    near: float = 0.0
+    last: float = 0.0
+
+    @staticmethod
+    def of(device: Mapping[str, Any]) -> Caches:
+        """Of a profile's device; where it names no second level, the last stands for it."""
+        known = device.get("caches") or {}
+        last = float(max((v for v in known.values() if isinstance(v, (int, float))), default=0.0))
+        return Caches(float(known.get("l2_bytes") or last), last)
+
+
 def cold_share(weight_bytes: Any, cache_bytes: float) -> Any:
-    """Share of a network's weights that the last cache cannot keep from one inference to the next.
+    """Share of a network's weights that a cache cannot keep from one inference to the next.
 
     Args:
         weight_bytes: of the network; scalar or `[plans]`.
-        cache_bytes: of the last level; 0 where it is not known: all weights are then taken as cached.
+        cache_bytes: its size; 0 where it is not known: all weights are then taken as cached.
     """
     if not cache_bytes:
         return np.zeros(np.shape(weight_bytes))

@@ -96,6 +96,8 @@ class ModelBuilder:
                 for key in ("min", "max")
             ]
             self.node("Clip", [source, *bounds], {})
+        elif op_type == "Scale":
+            self.scale(source)
         elif op_type in ("Silu", "HardSwish") and (op_type == "Silu" or attributes):
             self.node("Sigmoid" if op_type == "Silu" else "HardSigmoid", [source], attributes)
             self.node("Mul", [source, self.value], {})

@@ -25,8 +25,8 @@ from sartor.ir.quantities import Quantity
 from sartor.ir.workload import Population, Presence, Workload
 
 _MOST_CELLS = 1 << 16
-_WARM, _EXTRA, _STORED = range(3)
-"""Columns of a table: scaled seconds; seconds that cold weights add; bytes of weights."""
+_WARM, _EXTRA, _FAR, _STORED = range(4)
+"""Columns of a table: scaled seconds; what weights add that are in another cache, and in none; bytes of weights."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +75,7 @@ class _Knotted:
             c = self.stored
             result[:, _STORED] = c[0, 0] + c[1, 0] * a + (c[0, 1] + c[1, 1] * a) * b
             result[:, _EXTRA] = self.item.extra_s(result[:, _STORED])
+            result[:, _FAR] = self.item.far_s(result[:, _STORED])
         return self.times * result
 
 
@@ -134,8 +135,8 @@ class Pricer:
         self._column = {name: i for i, name in enumerate(self.groups)}
         self._full = np.array([self.sizes[name] for name in self.groups], np.intp)
         self._items = ladder.items(workload)
-        cold = full_weights(self._items) > ladder.cache_bytes > 0
-        self._width = 3 if cold else 1
+        cold = full_weights(self._items) > ladder.caches.near > 0
+        self._width = 4 if cold else 1
         self._raw: dict[int, np.ndarray] = {}
         self._law: Law | None = None
         self._bind()
@@ -216,8 +217,11 @@ class Pricer:
         law = self.ladder.law
         latency = total[:, _WARM] + self.ladder.constant_s
         if self._width > 1:
-            share = cold_share(total[:, _STORED], self.ladder.cache_bytes)
-            latency = latency + law.scale_of("cold") * share * total[:, _EXTRA]
+            near, last = (
+                cold_share(total[:, _STORED], size)
+                for size in (self.ladder.caches.near, self.ladder.caches.last)
+            )
+            latency = latency + law.scale_of("cold") * (near * total[:, _EXTRA] + last * total[:, _FAR])
         return latency
 
     def _check_units(self, kept: np.ndarray) -> None:
@@ -333,10 +337,10 @@ def _columns(item: Item, plans: Population, ladder: Ladder, width: int) -> np.nd
     parts = [warm]
     if width > 1:
         stored = np.asarray(item.weight_bytes(plans), float)
-        parts += [item.extra_s(stored), stored]
+        parts += [item.extra_s(stored), item.far_s(stored), stored]
     return np.stack([np.broadcast_to(np.asarray(p, float), shape) for p in parts], -1)
 
 
 def _scaled(scale: float, width: int) -> np.ndarray:
     """Factors of the columns: the law scales what is warm per family, what is cold as one."""
-    return np.array([scale, 1.0, 1.0][:width])
+    return np.array([scale, 1.0, 1.0, 1.0][:width])

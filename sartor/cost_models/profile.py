@@ -1,6 +1,6 @@
 """A device profile: what was timed on one machine, the models fitted to it, and how far off they are.
 
-The file is JSON of schema `sartor.device-profile/1`, written by `sartor profile` and read by everything that predicts.
+The file is JSON of schema `sartor.device-profile/2`, written by `sartor profile` and read by everything that predicts.
 It holds plain numbers only: samples, whole networks, and fitted coefficients.
 """
 
@@ -17,13 +17,13 @@ from typing import Any, TypeVar
 from sartor.errors import UsageError
 from sartor.ir.files import write_atomic
 
-SCHEMA = "sartor.device-profile/1"
-ROLES = ("fit", "heldout", "check")
+SCHEMA = "sartor.device-profile/2"
+ROLES = ("fit", "heldout", "kernels")
 
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """One kernel that was timed alone.
+    """One kernel that was timed, alone or inside a model.
 
     Attributes:
         spec: as in `sartor.cost_models.signatures.Signature`: everything but the sizes.
@@ -33,6 +33,7 @@ class Sample:
         cold_s: seconds when its weights come from memory; None where that was not timed.
         half_width: of the 95 % interval of `warm_s`, as a share of it.
         role: `fit`, or `heldout`: never seen by a model.
+        around_bytes: of all weights of the model that it ran in, which it shares the caches with; 0: it ran alone.
     """
 
     spec: Mapping[str, Any]
@@ -42,6 +43,7 @@ class Sample:
     cold_s: float | None = None
     half_width: float = 0.0
     role: str = "fit"
+    around_bytes: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +56,7 @@ class NetworkTime:
         weight_bytes: of all its weights.
         latency_s: median seconds of one inference, on the scale of the profile's reference.
         ci95: 95 % interval of it.
-        role: as of a sample.
+        role: as of a sample; `kernels`: its kernels are samples, and it is not used otherwise.
     """
 
     name: str
@@ -97,8 +99,18 @@ class DeviceProfile:
 
     def to_json(self) -> str:
         """Deterministic JSON text."""
-        document = {"schema": SCHEMA, **dataclasses.asdict(self)}
-        return json.dumps(document, indent=1, sort_keys=True, allow_nan=False) + "\n"
+        specs = _Specs()
+        document = {
+            "schema": SCHEMA,
+            **{f.name: getattr(self, f.name) for f in dataclasses.fields(self)},
+            "samples": [{**vars(s), "spec": specs.number(s.spec)} for s in self.samples],
+            "networks": [
+                {**vars(n), "kernels": [[specs.number(s), at, count] for s, at, count in n.kernels]}
+                for n in self.networks
+            ],
+            "specs": specs.known,
+        }
+        return json.dumps(document, sort_keys=True, allow_nan=False, separators=(",", ":")) + "\n"
 
     def sha256(self) -> str:
         """Digest of `to_json()`."""
@@ -120,13 +132,14 @@ class DeviceProfile:
             found = document.pop("schema", None) if isinstance(document, dict) else type(document).__name__
             if found != SCHEMA:
                 raise UsageError(f"Expected a device profile of schema '{SCHEMA}', found '{found}'.")
-            samples = tuple(_sample(entry) for entry in document.pop("samples"))
-            networks = tuple(_network(entry) for entry in document.pop("networks"))
+            specs = [dict(spec) for spec in document.pop("specs")]
+            samples = tuple(_sample(entry, specs) for entry in document.pop("samples"))
+            networks = tuple(_network(entry, specs) for entry in document.pop("networks"))
             failures = tuple(dict(entry) for entry in document.pop("failures"))
             call_s = _positive(document.pop("call_s"), zero=True)
             rest = {key: dict(value) for key, value in document.items()}
             return DeviceProfile(call_s=call_s, samples=samples, networks=networks, failures=failures, **rest)
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
             raise UsageError(
                 f"{name} is malformed ({type(error).__name__}: {str(error)[:200]}); build it again with "
                 "'sartor profile'."
@@ -153,15 +166,38 @@ def _refuse(text: str) -> float:
     raise ValueError(f"{text} is not a number")
 
 
-def _sample(entry: Mapping[str, Any]) -> Sample:
+class _Specs:
+    """Every spec once: most of them belong to many samples."""
+
+    def __init__(self) -> None:
+        self.known: list[Mapping[str, Any]] = []
+        self._numbers: dict[str, int] = {}
+
+    def number(self, spec: Mapping[str, Any]) -> int:
+        key = json.dumps(spec, sort_keys=True)
+        if key not in self._numbers:
+            self._numbers[key] = len(self.known)
+            self.known.append(spec)
+        return self._numbers[key]
+
+
+def _spec(number: Any, specs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    if not isinstance(number, int) or number < 0:
+        raise ValueError(f"{number!r} is no number of a spec")
+    return specs[number]
+
+
+def _sample(entry: Mapping[str, Any], specs: Sequence[dict[str, Any]]) -> Sample:
     known = {**entry, "at": tuple(map(float, entry["at"])), "warm_s": _positive(entry["warm_s"])}
+    known["spec"] = _spec(entry["spec"], specs)
+    known["around_bytes"] = _positive(entry["around_bytes"], zero=True)
     if known.get("cold_s") is not None:
         known["cold_s"] = _positive(known["cold_s"])
     return _with_role(Sample(**known))
 
 
-def _network(entry: Mapping[str, Any]) -> NetworkTime:
-    kernels = tuple((dict(s), tuple(map(float, at)), int(n)) for s, at, n in entry["kernels"])
+def _network(entry: Mapping[str, Any], specs: Sequence[dict[str, Any]]) -> NetworkTime:
+    kernels = tuple((_spec(s, specs), tuple(map(float, at)), int(n)) for s, at, n in entry["kernels"])
     low, high = map(float, entry["ci95"])
     latency_s = _positive(entry["latency_s"])
     return _with_role(

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from sartor.cost_models.features import COSTLY, is_movement
+from sartor.cost_models.features import COSTLY, is_movement, ways_of
 from sartor.cost_models.profile import Sample
 from sartor.cost_models.signatures import Signature, variable_names
 from sartor.cost_models.work import Work, item_bytes, work_of_spec
@@ -29,9 +29,6 @@ _FEW = 8  # samples below which there is no law of its own, but a factor
 _LEAST_SD = 0.1
 _LAW_SD = 0.2
 _STEPS, _FAR = 8, 0.7
-_VECTOR = 4  # channels: what the blocked layouts of CPU runtimes ask for at least
-_BLOCK = 16  # channels of a group that such a layout holds without mixing groups
-_IMAGE = 16  # channels: fewer are read as they are, by kernels of their own
 _STEPPED = frozenset(
     {"channels", "c_in", "c_out", "in_per_group", "out_per_group", "k", "n", "input", "hidden"}
 )
@@ -148,13 +145,11 @@ def fitted(samples: Sequence[Sample], grid: Mapping[str, int] | None = None) -> 
         )
     rows: dict[str, list[tuple[float, ...]]] = {}
     for sample in samples:
-        found = _work(sample.spec, sample.family, sample.at, grid or {})
-        costly = float(_costly(sample.spec, found))
+        found, costly = rounded_work(sample, grid or {})
         # How well a time is known matters only where it is known worse than a law of four numbers can say it.
         weight = 1.0 / np.hypot(_LAW_SD, sample.half_width / 1.96)
         row = (float(found.macs), float(found.moved), costly, sample.warm_s, float(weight))
-        way = str(_ways(sample.spec, sample.at))
-        for name in _names(sample.family, str(sample.spec["op"]), way):
+        for name in names_of_laws(sample):
             rows.setdefault(name, []).append(row)
     laws: dict[str, Rate] = {}
     for name in sorted(
@@ -169,26 +164,26 @@ def fitted(samples: Sequence[Sample], grid: Mapping[str, int] | None = None) -> 
     return Rates(laws, dict(grid or {}))
 
 
+def rounded_work(sample: Sample, grid: Mapping[str, int]) -> tuple[Work, float]:
+    """Work of a sample, its output width rounded up to the grid, and its elements that costly activations compute."""
+    found = _work(sample.spec, sample.family, sample.at, grid)
+    return found, float(_costly(sample.spec, found))
+
+
+def names_of_laws(sample: Sample) -> tuple[str, ...]:
+    """The laws that a sample says something about, its own first."""
+    return _names(sample.family, str(sample.spec["op"]), str(_ways(sample.spec, sample.at)))
+
+
 def _names(family: str, op: str, way: str) -> tuple[str, ...]:
     """Where the law of a kernel is looked for, its own first."""
     return tuple(dict.fromkeys((f"{family}/{op}/{way}", f"{family}/{op}", family, _ANY)))
 
 
 def _ways(spec: Mapping[str, Any], sizes: Sequence[Any]) -> np.ndarray:
-    """How runtimes compute a convolution of these sizes; one way for everything else."""
     if is_movement(spec) or spec["op"] not in ("Conv", "ConvTranspose"):
         return np.asarray("")
-    found = work_of_spec(spec, [np.asarray(s, float) for s in sizes])
-    c_in = found.groups * found.channels
-    blocked = (
-        c_in % _VECTOR == 0
-    )  # channels that are made are padded to whole blocks, those that are read are not
-    if "multiplier" not in spec:
-        whole_groups = (found.channels % _BLOCK == 0) & (found.columns % _BLOCK == 0)
-        blocked = np.where(found.groups > 1, whole_groups, blocked)
-    window = "window" if found.taps.max(initial=1) > 1 else "point"
-    image = (c_in < _IMAGE) & (found.groups == 1)
-    return np.where(image, "image", np.where(blocked, f"blocked {window}", f"unblocked {window}"))
+    return ways_of(spec, work_of_spec(spec, [np.asarray(s, float) for s in sizes]))
 
 
 def _costly(spec: Mapping[str, Any], found: Work) -> np.ndarray:
@@ -207,21 +202,33 @@ def _work(spec: Mapping[str, Any], family: str, sizes: Sequence[Any], grid: Mapp
 
 
 def _fit(rows: np.ndarray) -> Rate:
+    macs, moved, costly, seconds, weight = rows.T
+    columns = np.stack([np.ones(len(rows)), macs, moved, costly], 1)
+    best, sd = fit_logarithm(columns, seconds, weight)
+    launch, mac, byte, element = (float(b) for b in best)
+    return Rate(launch, mac, byte, element, max(sd, _LEAST_SD))
+
+
+def fit_logarithm(columns: np.ndarray, seconds: np.ndarray, weight: np.ndarray) -> tuple[np.ndarray, float]:
     """Least squares of the logarithm, by Gauss-Newton steps; least *relative* squares would predict too little.
 
     (A prediction that is far too small is off by 100 % at most, one that is far too large by any share.)
+
+    Args:
+        columns: what the coefficients multiply, `[rows, coefficients]`.
+        seconds: to be explained, `[rows]`.
+        weight: of a row's error.
+
+    Returns:
+        Coefficients, none negative, and the root mean square of the error of the logarithm.
     """
-    macs, moved, costly, seconds, weight = rows.T
-    columns = np.stack([np.ones(len(rows)), macs, moved, costly], 1)
     best = _not_negative(columns * (weight / seconds)[:, None], weight)
     for _ in range(_STEPS):
         predicted = np.maximum(columns @ best, 1e-3 * seconds)
         error = np.clip(np.log(seconds / predicted), -_FAR, _FAR)  # a stuck timing is not followed
         best = _not_negative(columns * (weight / predicted)[:, None], weight * (1.0 + error))
     predicted = np.maximum(columns @ best, 1e-12)
-    sd = float(np.sqrt(np.mean(np.square(np.log(predicted / seconds)))))
-    launch, mac, byte, element = (float(b) for b in best)
-    return Rate(launch, mac, byte, element, max(sd, _LEAST_SD))
+    return best, float(np.sqrt(np.mean(np.square(np.log(predicted / seconds)))))
 
 
 def _scaled(law: Rate, rows: np.ndarray) -> Rate:
@@ -235,16 +242,18 @@ def _scaled(law: Rate, rows: np.ndarray) -> Rate:
 
 
 def _not_negative(design: np.ndarray, target: np.ndarray) -> np.ndarray:
-    """Least squares without negative coefficients: the best of all fifteen sets of those that are not zero."""
-    scale = np.maximum(np.abs(design).max(0), 1e-300)
-    best, least = np.zeros(4), np.inf
-    present = [i for i in range(4) if design[:, i].any()]
+    """Least squares without negative coefficients: the best of all sets of those that are not zero."""
+    scale = np.maximum(np.sqrt(np.square(design).sum(0)), 1e-300)
+    unit = design / scale
+    gram, right = unit.T @ unit, unit.T @ target
+    best, least = np.zeros(len(scale)), np.inf
+    present = [i for i in range(len(scale)) if design[:, i].any()]
     for size in range(1, len(present) + 1):
         for chosen in itertools.combinations(present, size):
             picked = list(chosen)
-            part, *_ = np.linalg.lstsq(design[:, picked] / scale[picked], target, rcond=None)
-            error = float(np.square(design[:, picked] / scale[picked] @ part - target).sum())
-            if (part >= 0).all() and error < least * (1 - 1e-9):
-                best, least = np.zeros(4), error
+            part, *_ = np.linalg.lstsq(gram[np.ix_(picked, picked)], right[picked], rcond=1e-12)
+            error = float(part @ gram[np.ix_(picked, picked)] @ part - 2 * part @ right[picked])
+            if (part >= 0).all() and error < least - 1e-9 * abs(least if np.isfinite(least) else 1.0):
+                best, least = np.zeros(len(scale)), error
                 best[picked] = part / scale[picked]
     return best

@@ -74,7 +74,11 @@ def nearest_sizes(spec: Spec, sizes: Sequence[float]) -> Sizes:
 
 
 def kernels_of(
-    workload: Workload, fractions: Fractions | None = None, removed: Removed | None = None
+    workload: Workload,
+    fractions: Fractions | None = None,
+    removed: Removed | None = None,
+    *,
+    layout: bool = False,
 ) -> tuple[list[tuple[Signature, Sizes, int]], tuple[str, ...]]:
     """What a network needs of a profile, under one plan.
 
@@ -82,6 +86,7 @@ def kernels_of(
         workload: the network.
         fractions: kept fraction per group, scalars.
         removed: removed blocks.
+        layout: with the copies between layouts, which no sample model can be made of.
 
     Returns:
         `(signature, sizes, how often)`, equal kernels merged; and the names of kernels that no sample can
@@ -90,7 +95,7 @@ def kernels_of(
     plans = Population(fractions or {}, removed or {})
     found: dict[tuple[str, Sizes], tuple[Signature, int]] = {}
     without: list[str] = []
-    for kernel in workload.kernels:
+    for kernel in (*workload.kernels, *(workload.layout if layout else ())):
         if not float(plans.present(presence(kernel))):
             continue
         signature = signature_of(kernel)

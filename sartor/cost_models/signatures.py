@@ -19,6 +19,7 @@ from typing import Any
 
 from sartor.ir.extents import Extent
 from sartor.ir.kernels import RECURRENT, Kernel, Operand
+from sartor.ir.layout_kernels import FAMILY as LAYOUT
 from sartor.ir.quantities import Quantity
 
 Spec = dict[str, Any]
@@ -51,6 +52,8 @@ class Signature:
 
 def signature_of(kernel: Kernel) -> Signature | None:
     """The signature of `kernel`; None when no sample model can stand for it (control flow, functions)."""
+    if kernel.family == LAYOUT:
+        return copy_signature(kernel.op_type, kernel.bytes_read + kernel.bytes_written)
     if kernel.op_type in ("Conv", "ConvTranspose"):
         described = _convolution(kernel)
     elif kernel.op_type in ("Gemm", "MatMul"):
@@ -68,6 +71,21 @@ def signature_of(kernel: Kernel) -> Signature | None:
         **_prologue(kernel),
     }
     return Signature(key_of(spec), kernel.family, "contraction", spec, variables)
+
+
+def copy_signature(op_type: str, moved: Quantity) -> Signature:
+    """Of a kernel that a runtime puts between two others, to change the layout of a value or its shape."""
+    row: Spec = {"slot": 0, "dims": ["*"], "dtype": "FLOAT", "stored": False}
+    spec: Spec = {
+        "op": op_type,
+        "attributes": {},
+        "inputs": [row],
+        "outputs": [["*"]],
+        "output_dtypes": ["FLOAT"],
+        "output_count": 1,
+        "epilogue": [],
+    }
+    return Signature(key_of(spec), LAYOUT, "movement", spec, (moved,), scalable=False)
 
 
 def key_of(spec: Mapping[str, Any]) -> str:

@@ -12,7 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from sartor.cost_models import around
 from sartor.cost_models import rates as roofline
+from sartor.cost_models.law import Caches
 from sartor.cost_models.learned import BoostedResidual, signature_at
 from sartor.cost_models.profile import DeviceProfile, Sample, of_role
 from sartor.cost_models.protocol import KernelModel
@@ -22,6 +24,7 @@ from sartor.cost_models.surface import Surface, build, ranges_of
 from sartor.cost_models.table import KernelTable, corrections, first_that_knows
 from sartor.cost_models.work import work_of_spec
 from sartor.errors import UsageError
+from sartor.ir.layout_kernels import FAMILY as LAYOUT
 
 _ANY = "*"
 _FEW = 8
@@ -29,17 +32,19 @@ _FEW = 8
 
 @dataclasses.dataclass(frozen=True)
 class Cold:
-    """Seconds that a kernel takes longer when its weights come from memory: `fixed + per_byte · weight bytes`.
+    """Seconds that a kernel takes longer when its weights are not in the nearest cache.
+
+    `fixed + per_byte · weight bytes`, and `per_far_byte · weight bytes` more if they are in no cache at all.
 
     Attributes:
-        by_family: both coefficients, neither negative.
+        by_family: the three coefficients, none negative.
     """
 
-    by_family: Mapping[str, tuple[float, float]]
+    by_family: Mapping[str, tuple[float, float, float]]
 
-    def coefficients(self, family: str) -> tuple[float, float]:
+    def coefficients(self, family: str) -> tuple[float, float, float]:
         """Those of one family; zero where nothing was timed cold."""
-        return self.by_family.get(family) or self.by_family.get(_ANY, (0.0, 0.0))
+        return self.by_family.get(family) or self.by_family.get(_ANY, (0.0, 0.0, 0.0))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -71,21 +76,30 @@ class Tiers:
         """
         samples = of_role(profile.samples, "fit")
         models = profile.models
+        caches = Caches.of(profile.device)
         try:
             grid = {str(k): int(v) for k, v in profile.target.get("channel_grid", {}).items()}
+            cold = {name: tuple(map(float, found)) for name, found in models.get("cold", {}).items()}
+            coefficients = {name: (near, far, farther) for name, (near, far, farther) in cold.items()}
+            if "cold" not in models:
+                coefficients = around.fitted(samples, caches, grid) or dict(fitted_cold(samples).by_family)
+            samples = around.warmed(samples, caches, coefficients)
             known = models.get("roofline")
             rates = Rates.load(known, grid) if known is not None else roofline.fitted(samples, grid)
             learned = BoostedResidual.load(models["learned"], rates) if models.get("learned") else None
-            cold = models["cold"] if "cold" in models else fitted_cold(samples).by_family
             base = below(rates, learned)
             table = KernelTable(base, corrections(samples, base))
-            coefficients = {f: (float(a), float(b)) for f, (a, b) in cold.items()}
         except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
             raise UsageError(
                 f"The models of the device profile are malformed ({type(error).__name__}: {str(error)[:200]}); build "
                 "it again with 'sartor profile'."
             ) from error
         return Tiers(rates, learned, table, Cold(coefficients), grid)
+
+    @property
+    def prices_layout(self) -> bool:
+        """Whether copies between layouts were timed; where kernels were timed alone, they were not."""
+        return any(name.split("/")[0] == LAYOUT for name in self.rates.laws)
 
     def model_for(self, signature: Signature) -> KernelModel:
         """The best tier that knows a kernel."""
@@ -105,14 +119,19 @@ class Tiers:
             )
         return self._surfaces[key]
 
-    def at(self, spec: Mapping[str, Any], family: str, sizes: Sequence[float]) -> tuple[float, float, float]:
-        """Warm seconds at given sizes, their standard deviation in seconds, and what cold weights add."""
+    def at(
+        self, spec: Mapping[str, Any], family: str, sizes: Sequence[float]
+    ) -> tuple[float, float, float, float]:
+        """Warm seconds at given sizes, their standard deviation in seconds, and what weights add that are in another
+        cache, and in none.
+        """
         signature = signature_at(spec, family, sizes)
         seconds, log_sd = _predict(self.model_for(signature), signature, [np.array([s]) for s in sizes])
-        fixed, per_byte = self.cold.coefficients(family)
+        fixed, per_byte, per_far_byte = self.cold.coefficients(family)
         weights = float(work_of_spec(spec, [np.asarray(s) for s in sizes]).weight_bytes)
         warm = float(seconds.ravel()[0])
-        return warm, warm * float(log_sd.ravel()[0]), (fixed + per_byte * weights) if weights else 0.0
+        near = fixed + per_byte * weights if weights else 0.0
+        return warm, warm * float(log_sd.ravel()[0]), near, per_far_byte * weights
 
 
 def _predict(
@@ -137,7 +156,7 @@ def fitted_cold(samples: Sequence[Sample]) -> Cold:
         if weights:
             for family in (sample.family, _ANY):
                 rows.setdefault(family, []).append((weights, sample.cold_s - sample.warm_s, sample.warm_s))
-    return Cold({f: _fit_cold(np.array(r)) for f, r in rows.items() if f == _ANY or len(r) >= _FEW})
+    return Cold({f: (*_fit_cold(np.array(r)), 0.0) for f, r in rows.items() if f == _ANY or len(r) >= _FEW})
 
 
 def _fit_cold(rows: np.ndarray) -> tuple[float, float]:

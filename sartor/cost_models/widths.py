@@ -95,7 +95,7 @@ def rounded_up(ladder: Ladder, workload: Workload, name: str, size: int) -> int 
         for fraction in (1.0, wanted / size):
             plans = Population({name: np.asarray(fraction)}, {})
             sizes = [float(plans.quantity(v)) for v in signature.variables]
-            warm, _, _ = ladder.tiers.at(signature.spec, signature.family, sizes)
+            warm, *_ = ladder.tiers.at(signature.spec, signature.family, sizes)
             if fraction == 1.0:
                 now += warm * len(item.kernels)
             else:

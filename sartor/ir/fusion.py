@@ -14,7 +14,7 @@ from typing import Any
 import onnx_ir as ir
 
 from sartor.ir.bodies import body_graphs
-from sartor.ir.fusion_layout import blocked_values
+from sartor.ir.fusion_layout import blocked_values, takes_activation
 from sartor.ir.fusion_patterns import attention, is_view, operands_before, siblings
 from sartor.ir.fusion_rules import ACTIVATIONS, CONTRACTIONS, ELEMENTWISE, GATED, GENERIC, FusionRules
 from sartor.ir.program import Program
@@ -204,11 +204,23 @@ class _Partition:
         if node.op_type == "Mul" and self._rules.takes(lead.op_type, "Scale"):
             factor = node.inputs[1] if node.inputs[0] is value else node.inputs[0]
             return ("scale", [node], [Fused("Scale")]) if self._per_channel(factor, value, lead) else None
+        if node.op_type == "Mul" and self._rules.takes(lead.op_type, "Scale behind"):
+            factor = node.inputs[1] if node.inputs[0] is value else node.inputs[0]
+            one = factor is not None and math.prod(self._shapes[factor.name or ""]) == 1
+            return (
+                ("scale", [node], [Fused("Scale")])
+                if one and self._per_channel(factor, value, lead)
+                else None
+            )
         if not self._rules.takes(lead.op_type, node.op_type):
             return None
         if node.op_type == "BatchNormalization":
             return ("norm", [node], []) if not seen & {"norm", "residual"} else None
         if node.op_type in ACTIVATIONS and node.inputs[0] is value:
+            if self._rules.has_layout and lead.op_type == "Conv":
+                blocked = (lead.outputs[0].name or "") in self._blocked
+                if not takes_activation(node.op_type, blocked=blocked, after_sum="residual" in seen):
+                    return None
             bounds = {}
             for key, operand in zip(("min", "max"), node.inputs[1:], strict=False):
                 if operand is not None and operand.const_value is None:
@@ -268,10 +280,7 @@ class _Partition:
         if how == "BlockedAdd":
             if (lead.outputs[0].name or "") in self._blocked:
                 return (other.name or "") in self._blocked
-            users = [
-                use.node for use in node.outputs[0].uses()
-            ]  # in the plain layout only with an activation
-            return len(users) == 1 and users[0].op_type == "Relu" and lead.op_type == "Conv"
+            return lead.op_type == "Conv"
         if how == "InPlaceAdd":
             later = [use.node for use in other.uses() if use.node is not node]
             return all(self._order.get(n, len(self._order)) < self._order[node] for n in later)

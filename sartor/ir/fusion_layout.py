@@ -19,7 +19,11 @@ _BLOCK = 16
 """Floats of one block where the vectors have 512 bits; grouped convolutions need whole blocks per group."""
 _POOLS = frozenset({"MaxPool", "AveragePool", "GlobalMaxPool", "GlobalAveragePool"})
 _WEIGHTED = frozenset({"Conv", "BatchNormalization"})
-_KEEP = frozenset({"Relu", "Clip", "LeakyRelu", "Sigmoid", "Tanh", "HardSigmoid", "HardSwish", "Gelu"})
+_KEEP = frozenset({"Relu", "Sigmoid", "Tanh", "HardSigmoid", "HardSwish", "Gelu"})
+_FUSED_EARLIER = frozenset({"Clip", "LeakyRelu"})
+"""Fused into a convolution before layouts are chosen, and unknown afterwards: behind a sum or a pooling they are
+computed in the plain layout."""
+_PLAIN_ACTIVATIONS = frozenset({"Relu", "Clip", "LeakyRelu", "Sigmoid", "Tanh", "HardSigmoid"})
 
 
 def blocked_values(program: Program) -> frozenset[str]:
@@ -30,6 +34,19 @@ def blocked_values(program: Program) -> frozenset[str]:
         if node.outputs and _is_blocked(node, shapes, blocked):
             blocked.add(node.outputs[0].name or "")
     return frozenset(blocked)
+
+
+def takes_activation(op_type: str, *, blocked: bool, after_sum: bool) -> bool:
+    """Whether a convolution's kernel computes an activation, too.
+
+    Args:
+        op_type: of the activation.
+        blocked: the convolution runs in the blocked layout.
+        after_sum: a residual sum stands between the two.
+    """
+    if blocked:
+        return not (after_sum and op_type in _FUSED_EARLIER)
+    return op_type in _PLAIN_ACTIVATIONS
 
 
 def layout_changes(program: Program) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -69,10 +86,14 @@ def _is_blocked(node: ir.Node, shapes: Mapping[str, tuple[int, ...]], blocked: s
     inputs = [value.name or "" for value in node.inputs if value is not None]
     if node.op_type == "Conv":
         return _convolution(shapes[inputs[0]], shapes[inputs[1]], node)
-    if node.op_type in _POOLS or node.op_type == "BatchNormalization":
+    if node.op_type == "BatchNormalization":
+        return inputs[0] in blocked
+    if node.op_type in _POOLS:
         shape = shapes[inputs[0]]
-        whole = len(shape) == 4 and shape[1] % _BLOCK == 0
-        return inputs[0] in blocked or (whole and node.op_type in _POOLS)
+        return len(shape) == 4 and shape[1] % _BLOCK == 0
+    if node.op_type in _FUSED_EARLIER:
+        maker = node.inputs[0].producer() if node.inputs[0] is not None else None
+        return inputs[0] in blocked and maker is not None and maker.op_type in _WEIGHTED
     if node.op_type == "Concat":
         axis = node.attributes.get_int("axis", 0)
         return axis == 1 and all(v in blocked and shapes[v][1] % _BLOCK == 0 for v in inputs)

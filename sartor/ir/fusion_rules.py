@@ -5,14 +5,15 @@ vocabulary, beside operator types that follow:
 
     Bias               an Add of one number per channel
     Add                an Add of two activations of one shape
-    BlockedAdd         an Add of two activations that are both in the runtime's own blocked layout, or, of a
-                       convolution in the plain layout, one that a Relu follows
+    BlockedAdd         an Add of two activations that are both in the runtime's own blocked layout, or of any two
+                       behind a convolution in the plain layout
     InPlaceAdd         an Add whose other operand nobody reads afterwards
     Scale              a multiplication by one number, or by one per channel
     Silu, HardSwish    x * sigmoid(x), x * hard_sigmoid(x)
     Chain              all that is listed, in any order and more than once; a residual Add once
     Transpose before   a Transpose of the last two axes of an operand
     Scale before       a multiplication of an operand by one number
+    Scale behind       a multiplication of the result by one number
     Add before         an Add of two activations in front of it
     Siblings           the same operator on other parts of the same value, if together they are all of it
     Views              of those siblings and of a Transpose from channels last to first: no kernel, where no data moves
@@ -41,7 +42,7 @@ ELEMENTWISE = "Elementwise"
 _SUMS = {"BlockedAdd", "InPlaceAdd"}
 _IN_FRONT = {"Add before", "Scale before", "Transpose before"}
 VOCABULARY = frozenset(
-    {"Attention", "Bias", "Chain", "Scale", "Siblings", "Silu", "Views"} | _IN_FRONT | _SUMS
+    {"Attention", "Bias", "Chain", "Scale", "Scale behind", "Siblings", "Silu", "Views"} | _IN_FRONT | _SUMS
 )
 """Names in a table that are no operator types."""
 

@@ -1,14 +1,15 @@
 """`sartor profile`: times kernels and networks on a target until the minutes are over, and fits a profile.
 
 Every batch of times is one record of a journal beside the profile, so that a run which was killed goes on where
-it was; the profile itself appears at the end, whole. Order: the cost of entering the runtime's layout, kernels
-drawn by `design`, kernels where the model so far is unsure, whole networks, the fit.
+it was; the profile itself appears at the end, whole. Order: kernels drawn by `design`, whole networks with the kernels
+inside them, kernels where the model so far is unsure, the fit.
 """
 
 from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,22 +18,24 @@ import numpy as np
 
 from sartor.backends import host
 from sartor.backends.protocol import Backend, TargetOptions
-from sartor.cost_models.boundary import Boundary
 from sartor.cost_models.profile import DeviceProfile, of_role
-from sartor.cost_models.samples import sample_model
+from sartor.cost_models.samples import empty_model, weight_bytes
 from sartor.cost_models.signatures import Signature
-from sartor.errors import UsageError
+from sartor.errors import BackendError, UsageError
 from sartor.ir.fusion_rules import CONTRACTIONS, GENERIC, FusionRules
 from sartor.journal import Journal
-from sartor.profiling import layout, networks
+from sartor.profiling import networks
 from sartor.profiling.design import Design, Novelty, Point, Uncertainty
+from sartor.profiling.inside import Inside, InsideEffort, Insider, ModelTimer
+from sartor.profiling.inside_samples import UnmadeError, carrier_model, describe, of_carrier
 from sartor.profiling.records import Records
-from sartor.profiling.timing import BATCH, NETWORKS, Batch, Effort, Job, KernelTimer, Timed, Timer, cold_extra
 
 _NETWORKS_AT_ONCE = len(networks.KINDS)
-_DRAWN, _REFINED, _TIMED = 0.40, 0.64, 0.94
-"""Of the minutes: until when kernels are drawn, chosen by uncertainty, and networks timed. The rest is the fit."""
-_REFINEMENTS, _MOST_AT_ONCE = 3, 40  # fits between batches; batches after one
+_CARRIED = 32  # kernels of one carrier
+_CARRIER = InsideEffort(visits=2)
+_DRAWN, _TIMED, _REFINED = 0.10, 0.72, 0.92
+"""Of the minutes: until when kernels are drawn, networks timed, kernels chosen by uncertainty. The rest is the fit."""
+_REFINEMENTS, _MOST_AT_ONCE = 2, 60  # fits between carriers; carriers after one
 PRECISIONS = ("f32", "bf16")
 
 Fit = Callable[[DeviceProfile], DeviceProfile]
@@ -64,7 +67,7 @@ def build_profile(
     progress: Progress,
     seed: int = 0,
     pin: bool = True,
-    timer: Timer | None = None,
+    timer: Insider | None = None,
     fit: Fit | None = None,
     uncertainty_of: Callable[[DeviceProfile], Uncertainty | None] | None = None,
     clock: Callable[[], float] = time.monotonic,
@@ -99,10 +102,10 @@ def build_profile(
             f"The profile '{out}' cannot be written; '--out' names a file in a folder that exists."
         )
     facts = _facts(backend, options, pin)
-    key = {"what": "device-profile/1", "target": facts, "cpu": host.cpu_model(), "seed": seed}
+    key = {"what": "device-profile/2", "target": facts, "cpu": host.cpu_model(), "seed": seed}
     with Journal(journal_path(path), key) as journal:
         builder = _Builder(backend, journal, progress, minutes * 60, seed, clock)
-        own = KernelTimer(target, options, pin=pin, seed=seed) if timer is None else None
+        own = ModelTimer(target, options, pin=pin, seed=seed) if timer is None else None
         try:
             ended_by = builder.measure(timer or own, uncertainty_of)  # type: ignore[arg-type]
         except KeyboardInterrupt as error:
@@ -205,117 +208,139 @@ class _Builder:
         seed: int,
         clock: Callable[[], float],
     ):
+        self._backend = backend.name
         self._rules = fusion_rules(backend)
         self._design = Design(backend.capabilities().fuses, seed)
         self._progress, self._seconds, self._seed = progress, seconds, seed
         self.records = Records(journal, clock)
 
     def measure(
-        self, timer: Timer, uncertainty_of: Callable[[DeviceProfile], Uncertainty | None] | None
+        self, timer: Insider, uncertainty_of: Callable[[DeviceProfile], Uncertainty | None] | None
     ) -> str:
         """All stages that the journal does not hold yet; what ended them."""
-        self._progress.stage("layout and calls")
-        boundary = self._boundary(timer)
         self._progress.stage("sampling kernels")
+        if not self.records.batches("call"):
+            self._call(timer)
         while self.records.spent_s < _DRAWN * self._seconds or not self.records.batches("design"):
-            self._kernels(timer, boundary, "design", self._design.batch(self.records.next("design"), BATCH))
+            self._carrier(timer, "design", self._design.batch(self.records.next("design"), _CARRIED))
+        self._progress.stage("timing networks and the kernels inside them")
+        while self.records.spent_s < _TIMED * self._seconds or not self.records.batches("networks"):
+            self._networks(timer)
+        self._require_kernels()
         self._progress.stage("sampling where it is unsure")
         while self.records.spent_s < _REFINED * self._seconds:
-            points = [*self.records.points()]
             unsure: Uncertainty | None = None
             if uncertainty_of is not None:
                 unsure = uncertainty_of(self.records.profile({}, host.device(), 0.0, ""))
+            points = [*self.records.points()]
             number, taken = self.records.next("refine"), [p.key for p in points]
-            count = BATCH * self._batches_of_a_refinement()
+            count = _CARRIED * self._carriers_of_a_refinement()
             chosen = self._design.refine(number, count, unsure or Novelty(points), taken)
-            for start in range(0, len(chosen), BATCH):
+            for start in range(0, len(chosen), _CARRIED):
                 if self.records.spent_s < _REFINED * self._seconds or not start:
-                    self._kernels(timer, boundary, "refine", chosen[start : start + BATCH])
-        self._progress.stage("timing whole networks")
-        while self.records.spent_s < _TIMED * self._seconds or self.records.next("networks") < 2:
-            self._networks(timer)
+                    self._carrier(timer, "refine", chosen[start : start + _CARRIED])
         return "minutes"
 
-    def _batches_of_a_refinement(self) -> int:
-        """A third of what the time allows, so that the model learns twice from what it asked for."""
+    def _call(self, timer: Insider) -> None:
+        """An empty call. Where it cannot be timed, calls cost nothing that is known of."""
+        inside = timer([empty_model()], InsideEffort())[0]
+        self.records.saw(inside.reference_s)
+        self.records.add("call", ratio=None if inside.latency is None else inside.latency.ratio)
+
+    def _require_kernels(self) -> None:
+        drawn, whole = (
+            [r for record in self.records.batches(stage) for r in record["results"]]
+            for stage in ("design", "networks")
+        )
+        results = [*drawn, *whole]
+        if not any("ratio" in r for r in drawn) and not any(r.get("observed") for r in whole):
+            reasons = Counter(r["reason"] for r in results if "reason" in r)
+            why = (
+                reasons.most_common(1)[0][0] if reasons else "it does not say which nodes its kernels compute"
+            )
+            raise BackendError(
+                f"No kernel could be timed inside a model on '{self._backend}': {why}. A profile needs a target whose "
+                "profiler tells the times of its kernels."
+            )
+
+    def _carriers_of_a_refinement(self) -> int:
+        """A part of what the time allows, so that the model learns again from what it asked for."""
         done = self.records.batches("design")
         pace = max(sum(float(r["spent_s"]) for r in done) / len(done), 1e-3)
-        return max(1, min(_MOST_AT_ONCE, int((_REFINED - _DRAWN) * self._seconds / pace / _REFINEMENTS)))
+        return max(1, min(_MOST_AT_ONCE, int((_REFINED - _TIMED) * self._seconds / pace / _REFINEMENTS)))
 
-    def _boundary(self, timer: Timer) -> Boundary:
-        chosen = layout.probes_of()
-        known = self.records.find("boundary")
-        if known is None:
-            ratios, reference = layout.time_probes(chosen, timer)
-            for seconds in reference:
-                self.records.saw(seconds)
-            # JSON has no NaN: a probe that failed is null
-            known = self.records.add("boundary", ratios=[None if math.isnan(r) else r for r in ratios])
-        ratios = [math.nan if r is None else r for r in known["ratios"]]
-        return layout.boundary_of(chosen, ratios, self._rules)
-
-    def _kernels(self, timer: Timer, boundary: Boundary, stage: str, points: Sequence[Point]) -> None:
-        jobs, kept, failed = [], [], []
-        for point in points:
-            try:
-                jobs.append(Job(sample_model(point.spec, point.at), point.cold))
-                kept.append(point)
-            except Exception as error:  # a kernel that no model can be made of is a failure of that kernel
-                failed.append((point, f"no sample model: {type(error).__name__}: {str(error)[:200]}"))
-        batch = timer(jobs, Effort())
-        results = [
-            *(_kernel_result(p, t, batch, boundary) for p, t in zip(kept, batch.times, strict=True)),
-            *({**_point(p), "reason": reason} for p, reason in failed),
-        ]
-        self.records.saw(batch.reference_s)
-        self.records.add(stage, results=results, conditions=dict(batch.conditions))
+    def _carrier(self, timer: Insider, stage: str, points: Sequence[Point]) -> None:
+        """Time kernels side by side; where one spoils the model, those of either half by themselves."""
+        results: list[dict[str, Any]] = []
+        self._carried(timer, points, results)
+        self.records.add(stage, results=results)
         self._progress.advance(len(results))
 
-    def _networks(self, timer: Timer) -> None:
+    def _carried(self, timer: Insider, points: Sequence[Point], results: list[dict[str, Any]]) -> None:
+        try:
+            inside = timer([carrier_model(points)], _CARRIER)[0]
+        except UnmadeError as error:
+            inside = Inside(None, reason=str(error))
+        if inside.latency is None and len(points) > 1:
+            middle = len(points) // 2
+            self._carried(timer, points[:middle], results)
+            self._carried(timer, points[middle:], results)
+            return
+        self.records.saw(inside.reference_s)
+        around = sum(weight_bytes(p.spec, p.at) for p in points)
+        found = of_carrier(points, inside.kernels) if inside.latency is not None else [None] * len(points)
+        for point, time_and_rows in zip(points, found, strict=True):
+            described = {"spec": point.spec, "at": list(point.at), "family": point.family}
+            if time_and_rows is None or not time_and_rows[0] > 0:
+                results.append({**described, "reason": inside.reason or "no time was told for it"})
+                continue
+            role = "heldout" if point.heldout else "fit"
+            ratio, rows = time_and_rows
+            results.append(
+                {**described, "ratio": ratio, "rows": rows, "role": role, "around_bytes": max(around, 1.0)}
+            )
+
+    def _networks(self, timer: Insider) -> None:
         number = self.records.next("networks")
         source = networks.names(self._seed)
         for _ in range(number * _NETWORKS_AT_ONCE):
             next(source)
         chosen = [next(source) for _ in range(_NETWORKS_AT_ONCE)]
         models = [networks.network(name) for name in chosen]
-        batch = timer([Job(model) for model in models], NETWORKS)
+        found = timer(models, InsideEffort())
         results = [
-            self._network_result(name, model, timed)
-            for name, model, timed in zip(chosen, models, batch.times, strict=True)
+            self._network_result(name, model, inside)
+            for name, model, inside in zip(chosen, models, found, strict=True)
         ]
-        self.records.saw(batch.reference_s)
-        self.records.add("networks", results=results)
+        for inside in found:
+            self.records.saw(inside.reference_s)
+        self.records.add("networks", results=results, conditions=dict(getattr(timer, "conditions", {})))
         self._progress.advance(len(results))
 
-    def _network_result(self, name: str, model: bytes, timed: Timed) -> dict[str, Any]:
-        if timed.warm is None:
-            return {"name": name, "reason": timed.reason}
-        kernels, weight_bytes = networks.described(model, self._rules)
+    def _network_result(self, name: str, model: bytes, inside: Inside) -> dict[str, Any]:
+        if inside.latency is None:
+            return {"name": name, "reason": inside.reason}
+        described = describe(model, inside.kernels, self._rules)
         return {
             "name": name,
-            "ratio": timed.warm.ratio,
-            "half_width": min(timed.warm.half_width, 1.0),
-            "weight_bytes": weight_bytes,
-            "kernels": [[signature.spec, list(sizes), count] for signature, sizes, count in kernels],
-            "role": "heldout" if networks.is_heldout(name) else "fit",
+            "ratio": inside.latency.ratio,
+            "half_width": min(inside.latency.half_width, 1.0),
+            "weight_bytes": max(described.weight_bytes, 1.0),
+            "kernels": [
+                [signature.spec, list(sizes), count] for signature, sizes, count in described.kernels
+            ],
+            "observed": [
+                {
+                    "spec": one.signature.spec,
+                    "family": one.signature.family,
+                    "at": list(one.sizes),
+                    "ratio": one.ratio,
+                    "rows": one.rows,
+                }
+                for one in described.observed
+                if one.ratio > 0
+            ],
+            "rows": described.rows,
+            "sum": described.ratio,
+            "role": networks.role_of(name),
         }
-
-
-def _point(point: Point) -> dict[str, Any]:
-    return {"spec": point.spec, "at": list(point.at), "family": point.family}
-
-
-def _kernel_result(point: Point, timed: Timed, batch: Batch, boundary: Boundary) -> dict[str, Any]:
-    """A record of one kernel, in units of the reference; call and layout are not its own."""
-    if timed.warm is None:
-        return {**_point(point), "reason": timed.reason}
-    own = boundary.own_s(point.signature, point.at, timed.warm.ratio)
-    extra = cold_extra(timed, batch.call)
-    return {
-        **_point(point),
-        "ratio": own,
-        "half_width": min(timed.warm.half_width * timed.warm.ratio / own, 1.0),
-        "visits": timed.warm.visits,
-        "cold_extra": extra,
-        "role": "heldout" if point.heldout else "fit",
-    }

@@ -11,20 +11,23 @@ from typing import Any
 
 from sartor.backends import host
 from sartor.backends.protocol import TargetOptions
+from sartor.cost_models import around
+from sartor.cost_models.law import Caches
 from sartor.cost_models.profile import DeviceProfile, Sample
-from sartor.cost_models.samples import sample_model
+from sartor.cost_models.samples import weight_bytes
+from sartor.cost_models.tiers import Tiers
 from sartor.errors import BackendError, UsageError
-from sartor.ir.fusion_rules import FusionRules
-from sartor.profiling import layout
-from sartor.profiling.build import fusion_rules
+from sartor.ir.layout_kernels import FAMILY as LAYOUT
 from sartor.profiling.design import Point
-from sartor.profiling.timing import BATCH, Effort, Job, KernelTimer, Timer
+from sartor.profiling.inside import InsideEffort, Insider, ModelTimer
+from sartor.profiling.inside_samples import carrier_model, of_carrier
 
 SAMPLES = 48
 TOLERANCE = 0.10
 """A family whose kernels take this much more or less than the profile says, by their median, has changed."""
 _PRECISE = 0.05  # samples with a wider interval say little
 _FEWEST = 3  # of one family
+_LEAST_S = 10e-6  # of a kernel: what the profiler adds to a shorter one matters too much
 _SLOWER = 0.15  # of the reference itself: other clocks, another machine
 
 
@@ -64,7 +67,7 @@ class Check:
         }
 
 
-def check_profile(profile: DeviceProfile, timer: Timer | None = None, *, seed: int = 0) -> Check:
+def check_profile(profile: DeviceProfile, timer: Insider | None = None, *, seed: int = 0) -> Check:
     """Compare target and machine, then times.
 
     Args:
@@ -90,11 +93,9 @@ def check_profile(profile: DeviceProfile, timer: Timer | None = None, *, seed: i
     own = None
     if timer is None:
         pin = bool(target.get("settings", {}).get("pinned", True))
-        own = timer = KernelTimer(target["name"], options, pin=pin, seed=seed)
+        own = timer = ModelTimer(target["name"], options, pin=pin, seed=seed)
     try:
-        ratios, reference_s = _again(
-            chosen, timer, float(profile.protocol["reference_s"]), fusion_rules(backend)
-        )
+        ratios, reference_s = _again(chosen, timer, profile)
     finally:
         if own is not None:
             own.close()
@@ -140,7 +141,7 @@ def _chosen(profile: DeviceProfile, seed: int) -> list[Sample]:
     """Well-known samples, the same number of every family where there are enough."""
     by_family: dict[str, list[Sample]] = {}
     for sample in profile.samples:
-        if sample.half_width <= _PRECISE:
+        if sample.half_width <= _PRECISE and sample.family != LAYOUT and sample.warm_s >= _LEAST_S:
             by_family.setdefault(sample.family, []).append(sample)
     rng = random.Random(seed)
     each = max(_FEWEST, SAMPLES // max(len(by_family), 1))
@@ -152,25 +153,26 @@ def _chosen(profile: DeviceProfile, seed: int) -> list[Sample]:
 
 
 def _again(
-    chosen: Sequence[Sample], timer: Timer, then_s: float, rules: FusionRules
+    chosen: Sequence[Sample], timer: Insider, profile: DeviceProfile
 ) -> tuple[dict[str, list[float]], float]:
-    """Times now over times then by family, both in units of the reference; and the reference's seconds."""
+    """Times now over times then by family, with warm weights; and the reference's seconds."""
     points = [Point(sample.spec, sample.at, sample.family) for sample in chosen]
-    probes = layout.probes_of(layout.edges_of(points))
-    ratios, reference = layout.time_probes(probes, timer)
-    boundary = layout.boundary_of(probes, ratios, rules)
+    inside = timer([carrier_model(points)], InsideEffort(visits=2, profile_s=1.0))[0]
+    if inside.latency is None:
+        raise BackendError(f"None of the profile's kernels could be timed: {inside.reason}.")
+    then_s, overhead_s = (float(profile.protocol[key]) for key in ("reference_s", "profiler_s"))
+    caches, cold = Caches.of(profile.device), Tiers.of(profile).cold.by_family
+    weights = max(sum(weight_bytes(p.spec, p.at) for p in points), 1.0)
     found: dict[str, list[float]] = {}
-    for start in range(0, len(chosen), BATCH):
-        part = points[start : start + BATCH]
-        batch = timer([Job(sample_model(p.spec, p.at)) for p in part], Effort(most=12))
-        reference.append(batch.reference_s)
-        for point, sample, timed in zip(part, chosen[start : start + BATCH], batch.times, strict=True):
-            if timed.warm is not None:
-                own = boundary.own_s(point.signature, point.at, timed.warm.ratio)
-                found.setdefault(sample.family, []).append(own * then_s / sample.warm_s)
+    for sample, timed in zip(chosen, of_carrier(points, inside.kernels), strict=True):
+        if timed is not None:
+            own = max(timed[0] * then_s - timed[1] * overhead_s, 1e-9)
+            now = dataclasses.replace(sample, warm_s=own, around_bytes=weights)
+            then, again = (one.warm_s for one in around.warmed([sample, now], caches, cold))
+            found.setdefault(sample.family, []).append(again / then)
     if not found:
         raise BackendError("None of the profile's kernels could be timed; look at 'sartor targets'.")
-    return found, min(reference)
+    return found, inside.reference_s
 
 
 def _median(ratios: Sequence[float]) -> tuple[float, float, float, int]:

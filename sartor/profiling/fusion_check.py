@@ -18,7 +18,12 @@ from sartor.ir.workload import Workload
 
 if TYPE_CHECKING:
     from sartor.backends.protocol import KernelTime, TargetOptions
+    from sartor.ir.kernels import Kernel
     from sartor.ir.program import Program
+
+
+NAMELESS_PARTS = frozenset({"Mul"})
+"""What follows a kernel without a name is the rest of its operator, which the runtime computes in parts (HardSwish)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +90,59 @@ class FusionReport:
         }
 
 
+@dataclasses.dataclass(frozen=True)
+class Executed:
+    """What a runtime executed, by the nodes of the program.
+
+    Attributes:
+        kernels: by the nodes that they compute together.
+        inserted: those that compute none.
+    """
+
+    kernels: Mapping[frozenset[str], tuple[KernelTime, ...]]
+    inserted: tuple[KernelTime, ...]
+    _own: Mapping[str, Any] = dataclasses.field(repr=False)
+    _free: frozenset[str] = dataclasses.field(repr=False)
+
+    @staticmethod
+    def of(program: Program, executed: Sequence[KernelTime]) -> Executed:
+        """Of one run; a node that some kernel has for itself is taken from the others that name it, too.
+
+        Args:
+            program: what was lowered.
+            executed: all kernels.
+        """
+        own = {node.name or "": node for node in program.nodes()}
+        free = {name for name, node in own.items() if node.op_type in FREE}
+        free |= {node.name or "" for node in constant_nodes(program)}
+        inserted: list[KernelTime] = []
+        rows: list[tuple[frozenset[str], KernelTime]] = []
+        for kernel in executed:
+            mine = frozenset(n for n in kernel.nodes if n in own)
+            if mine - free:
+                rows.append((_without_folded(mine - free, own), kernel))
+            elif not mine and rows and kernel.op_type in NAMELESS_PARTS:
+                rows.append((rows[-1][0], kernel))
+            elif not mine:
+                inserted.append(kernel)
+        found: dict[frozenset[str], list[KernelTime]] = {}
+        every = {names for names, _ in rows}
+        for names, kernel in rows:
+            smaller = [other for other in every if other < names]
+            found.setdefault(names.difference(*smaller) or names, []).append(kernel)
+        kernels = {names: tuple(those) for names, those in found.items()}
+        return Executed(kernels, tuple(inserted), own, frozenset(free))
+
+    def nodes_of(self, kernel: Kernel) -> frozenset[str]:
+        """What of a workload's kernel is executed at all; a key of `kernels` if it runs as it is."""
+        return _without_folded(frozenset(kernel.nodes) - self._free, self._own)
+
+
+def _without_folded(names: frozenset[str], own: Mapping[str, Any]) -> frozenset[str]:
+    kept = frozenset(n for n in names if own[n].op_type != "BatchNormalization")
+    return kept or names
+
+
 def check_fusion(program: Program, workload: Workload, executed: Sequence[KernelTime]) -> FusionReport:
     """Compare a workload's kernels with what a backend's `profile` returned.
 
@@ -94,21 +152,12 @@ def check_fusion(program: Program, workload: Workload, executed: Sequence[Kernel
         executed: all kernels of one run.
     """
     own = {node.name or "": node for node in program.nodes()}
-    free = {name for name, node in own.items() if node.op_type in FREE}
-    free |= {node.name or "" for node in constant_nodes(program)}
-    inserted: Counter[str] = Counter()
-    sets: list[frozenset[str]] = []
-    for kernel in executed:
-        mine = frozenset(n for n in kernel.nodes if n in own)
-        if mine - free:
-            sets.append(_without_folded(mine - free, own))
-        elif not mine:
-            inserted[kernel.op_type] += 1
-    sets = _distinct(sets)
-    parts = Counter(sets)
+    found = Executed.of(program, executed)
+    parts = {nodes: len(kernels) for nodes, kernels in found.kernels.items()}
+    inserted = Counter(kernel.op_type for kernel in found.inserted)
     differences, agreed = [], []
     for ours in workload.kernels:
-        nodes = _without_folded(frozenset(ours.nodes) - free, own)
+        nodes = found.nodes_of(ours)
         if not nodes or ours.instead_of:
             continue
         if nodes in parts:
@@ -124,15 +173,6 @@ def check_fusion(program: Program, workload: Workload, executed: Sequence[Kernel
         in_parts=sum(number > 1 for number in agreed),
         layout=Counter(kernel.op_type for kernel in workload.layout),
     )
-
-
-def _distinct(sets: Sequence[frozenset[str]]) -> list[frozenset[str]]:
-    """A node that some kernel has for itself is taken from the others that name it, too."""
-    distinct = []
-    for names in sets:
-        smaller = [other for other in set(sets) if other < names]
-        distinct.append(names.difference(*smaller) or names)
-    return distinct
 
 
 def profile_fusion(
@@ -155,11 +195,6 @@ def profile_fusion(
     artifact = backend.lower(program, folder, chosen)
     workload = build_workload(program, rules=FusionRules.of(backend.capabilities().fuses))
     return check_fusion(program, workload, backend.profile(artifact, chosen, 2))
-
-
-def _without_folded(names: frozenset[str], own: Mapping[str, Any]) -> frozenset[str]:
-    kept = frozenset(n for n in names if own[n].op_type != "BatchNormalization")
-    return kept or names
 
 
 def _described(names: Iterable[str], own: Mapping[str, Any]) -> tuple[str, ...]:

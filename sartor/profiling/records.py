@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,10 +14,10 @@ from sartor.journal import Journal
 from sartor.profiling.design import Point
 
 SENTENCE = (
-    "each kernel alone in one model, visits of a few ms between runs of a reference convolution in the same runtime; "
-    "p10 of a visit over the mean of the reference before and after it; visits beside a changing reference and far "
-    "ones dropped; median, repeated until the 95 % interval is narrow; cold: caches overwritten, inputs read again, "
-    "one run, the faster half of the visits; call and layout conversions subtracted"
+    "kernels inside models, as the target's own profiler tells them: generated networks, and carriers in which drawn "
+    "kernels stand side by side; medians of at least eight inferences, over the mean of a reference convolution in the "
+    "same runtime before and after; the profiler's own part of a kernel, known from what whole networks take without "
+    "it, is subtracted. Networks: medians of visits between runs of the reference"
 )
 
 
@@ -64,7 +65,7 @@ class Records:
         return len(self.batches(stage))
 
     def points(self) -> Iterator[Point]:
-        """Kernels that were tried."""
+        """Kernels that were drawn."""
         for result in self._results("design", "refine"):
             yield Point(result["spec"], tuple(result["at"]), result["family"])
 
@@ -84,10 +85,19 @@ class Records:
     ) -> DeviceProfile:
         """Everything so far, without models."""
         scale = self.reference_s
-        kernels, whole = [*self._results("design", "refine")], [*self._results("networks")]
-        boundary = self.find("boundary")
-        call = boundary["ratios"][0] if boundary else None
-        conditions: Mapping[str, Any] = next((r["conditions"] for r in reversed(self.batches("design"))), {})
+        drawn, whole = [*self._results("design", "refine")], [*self._results("networks")]
+        timed = [r for r in whole if "ratio" in r]
+        known = self.find("call")
+        call = float(known["ratio"] or 0.0) if known else 0.0
+        overhead = _overhead(timed, call)
+        inside = [(kernel, network) for network in timed for kernel in network["observed"]]
+        conditions: Mapping[str, Any] = next(
+            (r["conditions"] for r in reversed(self.batches("networks"))), {}
+        )
+        samples = [
+            *(_sample(r, r["role"], r["around_bytes"], scale, overhead) for r in drawn if "ratio" in r),
+            *(_sample(k, _SAMPLE_ROLE[n["role"]], n["weight_bytes"], scale, overhead) for k, n in inside),
+        ]
         return DeviceProfile(
             target=target,
             device={**device, "clocks": {**device.get("clocks", {}), "reference_s": scale}},
@@ -95,34 +105,67 @@ class Records:
                 "sentence": SENTENCE,
                 "reference": "Conv 3x3, 48 to 48 channels on 28 x 28, Relu",
                 "reference_s": scale,
-                "statistic": "p10 of a visit; median of visits; Student's 95 % interval",
-                "visits": sum(int(r.get("visits", 0)) for r in kernels),
-                "kernels": sum("ratio" in r for r in kernels),
-                "networks": sum("ratio" in r for r in whole),
+                "statistic": "median of inferences; median of visits; Student's 95 % interval",
+                "profiler_s": overhead * scale,
+                "kernels": sum(s is not None for s in samples),
+                "networks": len(timed),
                 "minutes": minutes,
                 "spent_s": round(self.spent_s, 1),
                 "ended_by": ended_by,
                 "pinned": conditions.get("pinned", []),
             },
-            call_s=(call or 0.0) * scale,
-            samples=tuple(_sample(r, scale) for r in kernels if "ratio" in r),
+            call_s=call * scale,
+            samples=tuple(s for s in samples if s is not None),
             failures=tuple(
-                {"spec": r["spec"], "at": r["at"], "reason": r["reason"]} for r in kernels if "reason" in r
+                {"spec": r["spec"], "at": r["at"], "reason": r["reason"]} for r in drawn if "reason" in r
             ),
-            networks=tuple(_network(r, scale) for r in whole if "ratio" in r),
+            networks=tuple(_network(r, scale) for r in timed),
         )
 
 
-def _sample(result: Mapping[str, Any], scale: float) -> Sample:
-    extra = result["cold_extra"]
+_SAMPLE_ROLE = {"kernels": "fit", "heldout": "heldout", "fit": None}
+"""What the kernels of a network are for, by what the network is for; those of the law's networks no model sees."""
+_NOISE, _RESOLUTION = 0.03, 1e-6  # half width of a kernel's interval: a share, and seconds
+_LEAST_OWN = 0.2  # of what the profiler says of a kernel, whatever its own part is
+
+
+def _overhead(networks: Sequence[Mapping[str, Any]], call: float) -> float:
+    """What a profiler adds to a kernel, in units of the reference: `latency = call + kernels - overhead · count`.
+
+    Least squares of the relative error over networks, without those that lie far off; not below zero, and nothing where
+    there are too few networks.
+    """
+    if len(networks) < _FEWEST_NETWORKS:
+        return 0.0
+    latency = np.array([n["ratio"] for n in networks])
+    beyond = (np.array([n["sum"] for n in networks]) + call - latency) / latency
+    count = np.array([float(n["rows"]) for n in networks]) / latency
+    keep = np.ones(len(networks), bool)
+    found = 0.0
+    for _ in range(3):
+        found = float(count[keep] @ beyond[keep] / (count[keep] @ count[keep]))
+        error = np.abs(count * found - beyond)
+        keep = error <= 3 * 1.4826 * np.median(error) + 1e-9
+    return max(found, 0.0)
+
+
+_FEWEST_NETWORKS = 4
+
+
+def _sample(
+    result: Mapping[str, Any], role: str | None, around_bytes: float, scale: float, overhead: float
+) -> Sample | None:
+    if role is None:
+        return None
+    own = max(result["ratio"] - result["rows"] * overhead, _LEAST_OWN * result["ratio"])
     return Sample(
         spec=result["spec"],
         at=tuple(map(float, result["at"])),
         family=result["family"],
-        warm_s=result["ratio"] * scale,
-        cold_s=None if extra is None else (result["ratio"] + extra) * scale,
-        half_width=result["half_width"],
-        role=result["role"],
+        warm_s=own * scale,
+        half_width=min(1.0, math.hypot(_NOISE, _RESOLUTION / (own * scale))),
+        role=role,
+        around_bytes=around_bytes,
     )
 
 

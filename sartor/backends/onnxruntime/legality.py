@@ -66,7 +66,7 @@ FUSES = {
         "ThresholdedRelu",
     ),
     "LayerNormalization": ("Add before",),
-    "MatMul": ("Bias", "Scale before", "Transpose before"),
+    "MatMul": ("Bias", "Scale before", "Scale behind", "Transpose before"),
     "Sigmoid": ("Silu",),
     "Slice": ("Siblings",),
 }

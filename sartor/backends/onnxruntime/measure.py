@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import statistics
 import tempfile
 from collections import Counter
 from collections.abc import Mapping
@@ -17,6 +16,7 @@ from sartor.backends.onnxruntime.executed import INSERTED, executed_nodes, unnam
 from sartor.backends.origin import Origin
 from sartor.backends.precision import require_lowered_for
 from sartor.backends.protocol import Artifact, KernelTime, TargetOptions
+from sartor.backends.visits import median_of_microseconds
 
 _SUFFIX = "_kernel_time"
 _WARM_UP_RUNS = 3
@@ -58,21 +58,24 @@ def _collect(
     # Inserted nodes share a name (several `ReorderInput`), so kernels are told apart by their index.
     durations: dict[tuple[str, str], list[float]] = {}
     types: dict[tuple[str, str], str] = {}
+    written: dict[tuple[str, str], int] = {}
     for event in events:
         if event.get("cat") != "Node" or not event["name"].endswith(_SUFFIX):
             continue
         key = (event["name"].removesuffix(_SUFFIX), str(event["args"].get("node_index", "")))
         durations.setdefault(key, []).append(event["dur"] * 1e-6)
         types[key] = event["args"].get("op_name", "")
+        written[key] = int(event["args"].get("output_size", 0))
     found = _nodes(types, origin, executed)
     return [
         KernelTime(
             name=key[0],
             op_type=types[key],
             nodes=found[key],
-            median_s=statistics.median(samples[-runs:]),
+            median_s=median_of_microseconds(samples[-runs:]),
             runs=min(runs, len(samples)),
             implementation="nchwc" if key[0].endswith("_nchwc") else "",
+            written_bytes=written[key],
         )
         for key, samples in durations.items()
     ]

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import statistics
 
 from sartor.backends.inputs import random_inputs
 from sartor.backends.openvino import run
 from sartor.backends.openvino.executed import Layer, executed_nodes
 from sartor.backends.origin import Origin
 from sartor.backends.protocol import Artifact, KernelTime, TargetOptions
+from sartor.backends.visits import median_of_microseconds
 
 _WARM_UP_RUNS = 3
 
@@ -44,7 +44,7 @@ def profile(artifact: Artifact, options: TargetOptions, runs: int) -> list[Kerne
             name=name,
             op_type=kinds[name][0],
             nodes=executed.get(name, ()),
-            median_s=statistics.median(samples),
+            median_s=median_of_microseconds(samples),
             runs=len(samples),
             implementation=kinds[name][1],
         )

@@ -1,0 +1,106 @@
+"""Runs in the worker: the latency of whole models, and of their kernels as the target's own profiler tells them.
+
+Inside a model a kernel finds its activations where the one before has left them, in the runtime's own layout, and its
+weights where the others have left room for them. A profiler slows every kernel down by about the same time, which
+the latency and the sum of the kernels tell together. One model after another, each between runs of a reference.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from sartor import backends
+from sartor.backends import host
+from sartor.backends.inputs import random_inputs
+from sartor.backends.kernel_timing import reference_s, undisturbed
+from sartor.backends.protocol import Backend, TargetOptions
+from sartor.backends.serving import Send
+from sartor.ir.load import load
+
+_FEWEST_RUNS, _MOST_RUNS = 2, 200
+_FEWEST_PROFILED, _MOST_PROFILED = 8, 60
+
+Run = Callable[[], object]
+
+
+def time_inside(request: Mapping[str, Any], send: Send) -> dict[str, Any]:
+    """Latency and kernel times of many models. See `sartor.profiling.inside.ModelTimer`."""
+    gc.disable()
+    pinned = host.pin(int(request["threads"])) if request["pin"] else ()
+    backend = backends.get(request["backend"])
+    options = TargetOptions.from_dict(request["options"])
+    reference = _reference(backend, Path(request["reference"]).read_bytes(), options, request["seed"])
+    deadline = time.monotonic() + request["limit_s"]
+    for index, path in request["models"]:
+        if time.monotonic() >= deadline:
+            send({"event": "failed", "index": index, "reason": "the time limit was reached"})
+            continue
+        send({"event": "starting", "index": index})  # if it crashes here, this one is to blame
+        try:
+            found = _timed(backend, path, options, reference, request)
+        except Exception as error:
+            send({"event": "failed", "index": index, "reason": f"{type(error).__name__}: {str(error)[:300]}"})
+            continue
+        send({"event": "timed", "index": index, **found})
+    conditions = {**host.conditions(), "runtime": backend.capabilities().version, "pinned": list(pinned)}
+    return {"conditions": conditions}
+
+
+def _reference(backend: Backend, model: bytes, options: TargetOptions, seed: int) -> Run:
+    session = backend.compile(model, options)
+    inputs = random_inputs(session.inputs, options.shapes, seed)
+    session.run(inputs)
+    once = session.prepare(inputs)
+    return lambda: (session, once())  # what `prepare` gave may not keep the session alive
+
+
+def _timed(
+    backend: Backend, path: str, options: TargetOptions, reference: Run, request: Mapping[str, Any]
+) -> dict[str, Any]:
+    program = load(path)
+    options = dataclasses.replace(options, shapes=dict(program.input_shapes))
+    with tempfile.TemporaryDirectory(prefix="sartor-inside-") as folder:
+        artifact = backend.lower(program, Path(folder) / "model", options)
+        session = backend.load(artifact, options)
+        inputs = random_inputs(session.inputs, options.shapes, request["seed"])
+        session.run(inputs)  # checks names, types and shapes before anything is timed
+        once = session.prepare(inputs)
+        seconds = min(undisturbed(once, False)[0] for _ in range(2))
+        alone = request["threads"] == 1
+        half = max(1, request["visits"] // 2)
+        visits = _visits(once, seconds, reference, half, request["visit_s"], alone)
+        before = reference_s(reference)
+        runs = min(_MOST_PROFILED, max(_FEWEST_PROFILED, round(request["profile_s"] / seconds)))
+        kernels = backend.profile(artifact, options, runs)
+        after = reference_s(reference)
+        visits += _visits(once, seconds, reference, half, request["visit_s"], alone)
+    return {
+        "visits": visits,
+        "kernels": [kernel.to_dict() for kernel in kernels],
+        "before_s": before,
+        "after_s": after,
+    }
+
+
+def _visits(
+    once: Run, seconds: float, reference: Run, count: int, visit_s: float, alone: bool
+) -> list[list[float]]:
+    """`[own, reference before, reference after]` per visit; own is the median of its undisturbed runs."""
+    runs = min(_MOST_RUNS, max(_FEWEST_RUNS, round(visit_s / max(seconds, 1e-7))))
+    found = []
+    before = reference_s(reference)
+    for _ in range(count):
+        once()  # discarded: the reference's data are in the caches
+        taken = [undisturbed(once, alone) for _ in range(runs)]
+        clean = [s for s, disturbed in taken if not disturbed] or [s for s, _ in taken]
+        after = reference_s(reference)
+        found.append([statistics.median(clean), before, after])
+        before = after
+    return found

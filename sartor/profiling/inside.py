@@ -1,0 +1,154 @@
+"""Latency of models and of the kernels inside them, in units of a reference kernel of the same runtime."""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from sartor.backends import process
+from sartor.backends.protocol import KernelTime, TargetOptions
+from sartor.backends.visits import Summary, Visit, summarise
+from sartor.errors import BackendError
+from sartor.profiling.timing import reference_model
+
+_START_S = 120.0
+_MOST_RESTARTS = 10
+
+
+@dataclasses.dataclass(frozen=True)
+class InsideEffort:
+    """How long a model is timed.
+
+    Attributes:
+        visits: of the model, half of them before its profile, half after.
+        visit_s: length of a visit, seconds.
+        profile_s: of inferences under the profiler, seconds.
+        limit_s: no model is begun after it.
+    """
+
+    visits: int = 6
+    visit_s: float = 0.03
+    profile_s: float = 0.25
+    limit_s: float = 120.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Inside:
+    """What is known of one model.
+
+    Attributes:
+        latency: in units of the reference; None where it failed.
+        kernels: as executed; `median_s` in units of the reference.
+        reference_s: the reference around it.
+        reason: why it failed.
+    """
+
+    latency: Summary | None
+    kernels: tuple[KernelTime, ...] = ()
+    reference_s: float = 0.0
+    reason: str = ""
+
+
+Insider = Callable[[Sequence[bytes], InsideEffort], list[Inside]]
+"""Times serialized models one after another."""
+
+
+class ModelTimer:
+    """Times models on a target in a subprocess, which is started again where a model crashes it.
+
+    Args:
+        backend_name: registered backend, one that tells the times of its kernels.
+        options: threads and precision.
+        pin: keep the subprocess on as many of the least busy processors as there are threads.
+        seed: of the inputs.
+    """
+
+    def __init__(
+        self, backend_name: str, options: TargetOptions | None = None, *, pin: bool = True, seed: int = 0
+    ):
+        self._backend = backend_name
+        self._options = dataclasses.replace(options or TargetOptions(), flush_denormals=True)
+        self._pin, self._seed = pin, seed
+        self._worker: process.Worker | None = None
+        self.conditions: Mapping[str, Any] = {}
+
+    def __enter__(self) -> ModelTimer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the subprocess."""
+        if self._worker is not None:
+            self._worker.close()
+            self._worker = None
+
+    def __call__(self, models: Sequence[bytes], effort: InsideEffort) -> list[Inside]:
+        """Time models.
+
+        Raises:
+            UsageError: options that the backend refuses.
+            BackendError: the subprocess does not start, or cannot run the reference kernel.
+        """
+        found: dict[int, Inside] = {}
+        with tempfile.TemporaryDirectory(prefix="sartor-models-") as folder:
+            reference = Path(folder) / "reference.onnx"
+            reference.write_bytes(reference_model())
+            paths = [Path(folder) / f"{number}.onnx" for number in range(len(models))]
+            for path, model in zip(paths, models, strict=True):
+                path.write_bytes(model)
+            for _ in range(_MOST_RESTARTS + 1):
+                todo = [[i, str(path)] for i, path in enumerate(paths) if i not in found]
+                if not todo:
+                    break
+                self._ask(todo, str(reference), effort, found)
+        missing = Inside(None, reason="the subprocess ended too often")
+        return [found.get(number, missing) for number in range(len(models))]
+
+    def _ask(
+        self, todo: list[list[Any]], reference: str, effort: InsideEffort, found: dict[int, Inside]
+    ) -> None:
+        threads = self._options.threads
+        if self._worker is None:
+            self._worker = process.Worker(threads=threads)
+        starting: list[int] = []
+
+        def collect(message: dict[str, Any]) -> None:
+            if message["event"] == "starting":
+                starting[:] = [message["index"]]
+            elif message["event"] == "failed":
+                found[message["index"]] = Inside(None, reason=message["reason"])
+            else:
+                found[message["index"]] = _inside(message)
+
+        request = {
+            "command": "time_inside",
+            "backend": self._backend,
+            "options": self._options.to_dict(),
+            "threads": threads,
+            "pin": self._pin,
+            "seed": self._seed,
+            "reference": reference,
+            "models": todo,
+            **dataclasses.asdict(effort),
+        }
+        try:
+            answer = self._worker.ask(request, time_limit_s=_START_S + 3 * effort.limit_s, on_event=collect)
+            self.conditions = answer["conditions"]
+        except BackendError as error:
+            self.close()
+            if not starting or starting[0] in found:
+                raise
+            found[starting[0]] = Inside(None, reason=str(error))
+
+
+def _inside(message: Mapping[str, Any]) -> Inside:
+    visits = [Visit(*map(float, v)) for v in message["visits"]]
+    around = (float(message["before_s"]) + float(message["after_s"])) / 2
+    kernels = [KernelTime.from_dict(k) for k in message["kernels"]]
+    scaled = tuple(dataclasses.replace(k, median_s=k.median_s / around) for k in kernels)
+    return Inside(summarise(visits), scaled, around)

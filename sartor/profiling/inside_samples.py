@@ -1,0 +1,144 @@
+"""From the kernels that a runtime executed inside a model to samples: which kernel of ours each of them is."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from sartor.backends.protocol import KernelTime
+from sartor.cost_models.samples import sample_model
+from sartor.cost_models.signatures import Signature, copy_signature, signature_of
+from sartor.ir.fusion_rules import FusionRules
+from sartor.ir.layout_kernels import COPIES
+from sartor.ir.quantities import Quantity
+from sartor.profiling.design import Point
+from sartor.profiling.fusion_check import NAMELESS_PARTS, Executed
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Observed:
+    """One kernel that was executed inside a model.
+
+    Attributes:
+        signature: what it is.
+        sizes: of its variables.
+        ratio: its time in units of the reference, the profiler's own part included.
+        rows: executed kernels that it took, more than one where the runtime lacks the operator.
+    """
+
+    signature: Signature
+    sizes: tuple[float, ...]
+    ratio: float
+    rows: int
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Described:
+    """A generated network as the cost models see it, and what was executed of it.
+
+    Attributes:
+        kernels: `(signature, sizes, how often)`, equal ones merged; copies between layouts that are expected, too.
+        weight_bytes: of all its weights.
+        observed: kernels that ran as they are, and copies.
+        rows: executed kernels in all.
+        ratio: of all executed kernels together.
+    """
+
+    kernels: Sequence[tuple[Signature, tuple[float, ...], int]]
+    weight_bytes: float
+    observed: tuple[Observed, ...]
+    rows: int
+    ratio: float
+
+
+def describe(model: bytes, executed: Sequence[KernelTime], rules: FusionRules) -> Described:
+    """What a model consists of, and what of it was executed.
+
+    Args:
+        model: serialized ONNX.
+        executed: all kernels, their times in units of the reference.
+        rules: what the target runs as one kernel.
+    """
+    import tempfile
+    from pathlib import Path
+
+    from sartor.cost_models.samples import kernels_of
+    from sartor.ir.channels import channel_groups
+    from sartor.ir.load import load
+    from sartor.ir.workload import build_workload
+
+    with tempfile.TemporaryDirectory(prefix="sartor-network-") as folder:
+        path = Path(folder) / "network.onnx"
+        path.write_bytes(model)
+        program = load(path)
+    workload = build_workload(program, channel_groups(program).extents, rules=rules)
+    found = Executed.of(program, executed)
+    observed = []
+    for kernel in workload.kernels:
+        rows = found.kernels.get(found.nodes_of(kernel), ())
+        signature = signature_of(kernel)
+        if rows and signature is not None:
+            sizes = tuple(float(v.full) for v in signature.variables)
+            observed.append(Observed(signature, sizes, sum(r.median_s for r in rows), len(rows)))
+    kernels, _ = kernels_of(workload, layout=True)
+    return Described(
+        kernels=kernels,
+        weight_bytes=float(workload.evaluate().weight_bytes),
+        observed=(*observed, *copies_of(found.inserted)),
+        rows=len(executed),
+        ratio=sum(k.median_s for k in executed),
+    )
+
+
+def copies_of(inserted: Sequence[KernelTime]) -> list[Observed]:
+    """Copies between layouts. A Reshape moves nothing; of any other copy the bytes are known, or it is left out."""
+    found = []
+    for kernel in inserted:
+        moved = 0.0 if kernel.op_type == "Reshape" else 2.0 * kernel.written_bytes
+        if kernel.op_type in COPIES and (moved or kernel.op_type == "Reshape"):
+            signature = copy_signature(kernel.op_type, Quantity.product(moved, ()))
+            found.append(Observed(signature, (moved,), kernel.median_s, 1))
+    return found
+
+
+class UnmadeError(Exception):
+    """No model can be made of a kernel. Caught where carriers are made: the kernel is then a failure by itself."""
+
+
+# ---- carriers ------------------------------------------------------------------------------------
+def carrier_model(points: Sequence[Point]) -> bytes:
+    """One model in which these kernels stand side by side, each with inputs of its own.
+
+    Raises:
+        UnmadeError: no model can be made of one of them.
+    """
+    import onnx
+    from onnx import compose
+
+    merged: Any = None
+    for number, point in enumerate(points):
+        try:
+            model = onnx.load_from_string(sample_model(point.spec, point.at))
+        except Exception as error:
+            raise UnmadeError(f"no sample model: {type(error).__name__}: {str(error)[:200]}") from error
+        graph = compose.add_prefix_graph(model.graph, f"k{number}/", inplace=True)
+        if merged is None:
+            merged = model
+            continue
+        for field in ("node", "input", "output", "initializer", "value_info"):
+            getattr(merged.graph, field).extend(getattr(graph, field))
+    return bytes(merged.SerializeToString(deterministic=True))
+
+
+def of_carrier(points: Sequence[Point], executed: Sequence[KernelTime]) -> list[tuple[float, int] | None]:
+    """`(time, executed kernels)` per point; None where the runtime does not say."""
+    found: dict[int, tuple[float, int]] = {}
+    last = -1
+    for kernel in executed:
+        owners = {node.partition("/")[0] for node in kernel.nodes}
+        if len(owners) == 1 or (not owners and kernel.op_type in NAMELESS_PARTS and last >= 0):
+            number = last = int(owners.pop()[1:]) if owners else last
+            time, rows = found.get(number, (0.0, 0))
+            found[number] = (time + kernel.median_s, rows + 1)
+    return [found.get(number) for number in range(len(points))]
