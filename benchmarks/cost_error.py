@@ -39,7 +39,7 @@ torchvision/regnet_y_400mf@224 torchvision/shufflenet_v2_x1_0@224 torchvision/co
 torchvision/vit_b_32@224 timm/ghostnet_050@192 timm/repvit_m1@160 timm/regnetx_002@256
 timm/hrnet_w18_small@128 timm/rexnet_100@160 timm/edgenext_xx_small@192 timm/vit_tiny_patch16_224@224
 """.split()
-_REFERENCES = 4
+REFERENCES = ("dense-0-0", "grouped-0-0", "inverted-0-0", "plain-0-0")
 _FEWEST = 4  # repetitions
 _T95 = (
     12.71,
@@ -53,7 +53,6 @@ _T95 = (
     2.262,
     2.228,
 )  # Student, from 1 degree of freedom
-_REFERENCE_S = (1e-3, 60e-3)  # references are neither mostly call nor mostly waiting for
 
 
 # ---- networks and plans --------------------------------------------------------------------------
@@ -131,20 +130,12 @@ def prepared(name: str, work: Path, target: str, count: int) -> tuple[Any, Any, 
 
 # ---- truth ---------------------------------------------------------------------------------------
 def references_of(profile: Any) -> list[Any]:
-    """Networks of the profile that the others are measured against: the first of every kind that is neither short nor
-    long, so that profiles of the same seed have the same ones.
-    """
-    low, high = _REFERENCE_S
-    usable = [n for n in profile.networks if low <= n.latency_s <= high]
-    usable.sort(key=lambda n: int(n.name.rpartition("-")[2]))
-    chosen: dict[str, Any] = {}
-    for network in usable:
-        chosen.setdefault(network.name.partition("-")[0], network)
-    if len(chosen) < _REFERENCES:
-        raise SystemExit(
-            f"The profile has {len(chosen)} usable networks; {_REFERENCES} kinds are needed as references."
-        )
-    return sorted(chosen.values(), key=lambda n: str(n.name))[:_REFERENCES]
+    """Networks of the profile that the others are measured against: of several kinds, neither short nor long."""
+    known = {n.name: n for n in profile.networks}
+    missing = [name for name in REFERENCES if name not in known]
+    if missing:
+        raise SystemExit(f"The profile does not have the networks {missing}; build it with seed 0.")
+    return [known[name] for name in REFERENCES]
 
 
 def truth(name: str, options: argparse.Namespace, references: Sequence[Any]) -> dict[str, Any]:
@@ -298,6 +289,7 @@ def main() -> int:
     from sartor.cost_models.ladder import Ladder
     from sartor.cost_models.profile import DeviceProfile
     from sartor.journal import Journal
+    from sartor.profiling import networks
 
     profile = DeviceProfile.load(options.profile)
     options.target, options.threads = profile.target["name"], int(profile.target["threads"])
@@ -308,7 +300,7 @@ def main() -> int:
     key = {
         "target": {k: profile.target[k] for k in ("name", "version", "threads", "precision")},
         "cpu": profile.device["cpu"],
-        "references": [n.name for n in references],
+        "references": {n.name: hashlib.sha256(networks.network(n.name)).hexdigest() for n in references},
         "prunings": options.prunings,
         "protocol": 3,
     }

@@ -14,7 +14,8 @@ from sartor.cost_models.ladder import Ladder
 from sartor.cost_models.protocol import CostEstimate
 from sartor.cost_models.roofline import Roofline
 from sartor.errors import UsageError
-from sartor.ir.workload import Fractions, Removed, Workload
+from sartor.ir.population import Fractions, Removed
+from sartor.ir.workload import Workload
 
 Measure = Callable[[Workload, Fractions, Removed], tuple[float, tuple[float, float]]]
 """Measures a plan as a whole: median seconds, and their 95 % interval."""

@@ -19,8 +19,8 @@ import numpy as np
 from sartor.cost_models.work import Work, item_bytes, work_of_spec
 from sartor.ir.fusion import ACTIVATIONS
 from sartor.ir.kernels import RECURRENT
-from sartor.ir.layout_kernels import COPIES
-from sartor.ir.layout_kernels import FAMILY as LAYOUT
+from sartor.ir.layout import COPIES
+from sartor.ir.layout import FAMILY as LAYOUT
 
 CONTRACTION = (
     *("log_macs", "log_weight_bytes", "log_read", "log_written", "log_working_set", "log_intensity"),

@@ -13,7 +13,10 @@ from sartor.cost_models.surface import Surface
 from sartor.cost_models.tiers import Tiers
 from sartor.cost_models.work import work_of_spec
 from sartor.ir.kernels import Kernel
-from sartor.ir.workload import Population, Presence, Workload, presence
+from sartor.ir.layout import FAMILY as LAYOUT
+from sartor.ir.layout import Layout
+from sartor.ir.population import Population, Presence
+from sartor.ir.workload import Workload, presence
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -70,7 +73,7 @@ class Item:
 def bind(workload: Workload, tiers: Tiers) -> tuple[Item, ...]:
     """The items of a workload. Asks the models; a plan asks the surfaces only."""
     merged: dict[Any, Item] = {}
-    for kernel in (*workload.kernels, *(workload.layout if tiers.prices_layout else ())):
+    for kernel in workload.kernels:
         signature = signature_of(kernel)
         key: Any = (signature.key, signature.variables, kernel.family) if signature else kernel.name
         known = merged.get(key)
@@ -98,10 +101,24 @@ class Terms:
     variances: dict[str, Any]
 
 
-def terms(items: tuple[Item, ...], plans: Population, tiers: Tiers, call_s: float, caches: Caches) -> Terms:
+def copies_s(layout: Layout, plans: Population, tiers: Tiers) -> tuple[Any, Any]:
+    """Seconds of all copies between layouts and their variance; nothing where copies were not timed."""
+    seconds: Any = 0.0
+    variance: Any = 0.0
+    for copy in layout.copies(plans) if tiers.prices_layout else ():
+        one, sd = tiers.rates.seconds(LAYOUT, 0.0, copy.moved, copy.op_type)
+        seconds = seconds + copy.count * one
+        variance = variance + copy.count * np.square(one * sd)
+    return seconds, variance
+
+
+def terms(
+    items: tuple[Item, ...], layout: Layout, plans: Population, tiers: Tiers, call_s: float, caches: Caches
+) -> Terms:
     """Add up a population."""
     seconds: dict[str, Any] = {"call": call_s, "cold": 0.0}
     variances: dict[str, Any] = {}
+    seconds[LAYOUT], variances[LAYOUT] = copies_s(layout, plans, tiers)
     weights: Any = 0.0
     extra: Any = 0.0
     far: Any = 0.0

@@ -29,7 +29,8 @@ from sartor.cost_models.tiers import Tiers
 from sartor.errors import MetricUnavailableError, UsageError
 from sartor.ir.files import write_atomic
 from sartor.ir.kernels import Kernel
-from sartor.ir.workload import Fractions, Population, Removed, Workload, presence
+from sartor.ir.population import Fractions, Population, Removed
+from sartor.ir.workload import Workload, presence
 
 __all__ = ["SCHEMA", "Ladder", "fit_profile"]
 
@@ -122,7 +123,9 @@ class Ladder:
 
     def terms(self, workload: Workload, plans: Population) -> Terms:
         """Seconds of a population by term of the law, before the law."""
-        return terms(self.items(workload), plans, self.tiers, self.profile.call_s, self.caches)
+        return terms(
+            self.items(workload), workload.layout, plans, self.tiers, self.profile.call_s, self.caches
+        )
 
     def estimate_batch(
         self,

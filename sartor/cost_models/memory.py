@@ -21,7 +21,7 @@ import numpy as np
 
 from sartor.cost_models.protocol import CostEstimate
 from sartor.ir.memory import DEFAULT, ProgramBuffers, Rules, peak, plan_arena, program_buffers, schedule
-from sartor.ir.workload import Fractions, Removed
+from sartor.ir.population import Fractions, Removed
 
 if TYPE_CHECKING:
     from sartor.ir.extents import Extent

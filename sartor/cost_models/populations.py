@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from sartor.ir.extents import BATCH, SIZE
-from sartor.ir.workload import Fractions, Population, Removed, Workload
+from sartor.ir.population import Fractions, Population, Removed
+from sartor.ir.workload import Workload
 
 
 def by_size(

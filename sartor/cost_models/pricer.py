@@ -15,14 +15,16 @@ from typing import Any
 
 import numpy as np
 
-from sartor.cost_models.items import Item, full_weights
+from sartor.cost_models.items import Item, copies_s, full_weights
 from sartor.cost_models.ladder import Ladder
 from sartor.cost_models.law import Law, cold_share
 from sartor.cost_models.surface import gathered
 from sartor.errors import PlanError, UsageError
+from sartor.ir.layout import FAMILY as LAYOUT
 from sartor.ir.plan import Plan
+from sartor.ir.population import Population, Presence
 from sartor.ir.quantities import Quantity
-from sartor.ir.workload import Population, Presence, Workload
+from sartor.ir.workload import Workload
 
 _MOST_CELLS = 1 << 16
 _WARM, _EXTRA, _FAR, _STORED = range(4)
@@ -135,6 +137,7 @@ class Pricer:
         self._column = {name: i for i, name in enumerate(self.groups)}
         self._full = np.array([self.sizes[name] for name in self.groups], np.intp)
         self._items = ladder.items(workload)
+        self._of_layout = workload.layout.varying if ladder.tiers.prices_layout else frozenset()
         cold = full_weights(self._items) > ladder.caches.near > 0
         self._width = 4 if cold else 1
         self._raw: dict[int, np.ndarray] = {}
@@ -216,6 +219,8 @@ class Pricer:
             total += mine
         law = self.ladder.law
         latency = total[:, _WARM] + self.ladder.constant_s
+        copies, _ = copies_s(self.workload.layout, plain, self.ladder.tiers)
+        latency = latency + law.scale_of(LAYOUT) * copies
         if self._width > 1:
             near, last = (
                 cold_share(total[:, _STORED], size)
@@ -246,7 +251,7 @@ class Pricer:
         self._law = self.ladder.law
         dense: dict[tuple[tuple[Presence, ...], tuple[int, ...]], np.ndarray] = {}
         parts: dict[tuple[Presence, ...], list[_Part]] = {}
-        self._direct: set[str] = set()
+        self._direct: set[str] = set(self._of_layout)
         for number, item in enumerate(self._items):
             always = all(not when.blocks and not when.instead_of for when in item.when)
             when, times = ((), len(item.when)) if always else (item.when, 1)

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 import numpy as np
 
 from sartor.errors import MetricUnavailableError
-from sartor.ir.workload import Fractions, Removed, Workload
+from sartor.ir.population import Fractions, Removed
+from sartor.ir.workload import Workload
 
 if TYPE_CHECKING:
     from sartor.cost_models.profile import Sample

@@ -91,9 +91,9 @@ class Rates:
             sd = np.where(here, law.sd, sd)
         return np.maximum(seconds, 1e-9), sd
 
-    def seconds(self, family: str, macs: Any, moved: Any) -> tuple[np.ndarray, np.ndarray]:
+    def seconds(self, family: str, macs: Any, moved: Any, op: str = "") -> tuple[np.ndarray, np.ndarray]:
         """As `predict`, of kernels without a signature."""
-        law = self._law(family, "", "")
+        law = self._law(family, op, "")
         total = np.maximum(law.terms(np.asarray(macs, float), np.asarray(moved, float)).sum(0), 1e-9)
         return total, np.full(total.shape, law.sd)
 

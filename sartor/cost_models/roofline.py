@@ -29,7 +29,8 @@ from sartor.cost_models.signatures import Signature, signature_of
 from sartor.cost_models.work import Work, work
 from sartor.errors import UsageError
 from sartor.ir.kernels import Kernel
-from sartor.ir.workload import Fractions, Population, Presence, Removed, Workload, presence
+from sartor.ir.population import Fractions, Population, Presence, Removed
+from sartor.ir.workload import Workload, presence
 
 if TYPE_CHECKING:
     from sartor.cost_models.profile import Sample

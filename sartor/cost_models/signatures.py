@@ -19,7 +19,7 @@ from typing import Any
 
 from sartor.ir.extents import Extent
 from sartor.ir.kernels import RECURRENT, Kernel, Operand
-from sartor.ir.layout_kernels import FAMILY as LAYOUT
+from sartor.ir.layout import FAMILY as LAYOUT
 from sartor.ir.quantities import Quantity
 
 Spec = dict[str, Any]
@@ -52,8 +52,6 @@ class Signature:
 
 def signature_of(kernel: Kernel) -> Signature | None:
     """The signature of `kernel`; None when no sample model can stand for it (control flow, functions)."""
-    if kernel.family == LAYOUT:
-        return copy_signature(kernel.op_type, kernel.bytes_read + kernel.bytes_written)
     if kernel.op_type in ("Conv", "ConvTranspose"):
         described = _convolution(kernel)
     elif kernel.op_type in ("Gemm", "MatMul"):

@@ -24,7 +24,7 @@ from sartor.cost_models.surface import Surface, build, ranges_of
 from sartor.cost_models.table import KernelTable, corrections, first_that_knows
 from sartor.cost_models.work import work_of_spec
 from sartor.errors import UsageError
-from sartor.ir.layout_kernels import FAMILY as LAYOUT
+from sartor.ir.layout import FAMILY as LAYOUT
 
 _ANY = "*"
 _FEW = 8

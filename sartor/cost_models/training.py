@@ -23,8 +23,9 @@ from sartor.cost_models.protocol import CostEstimate
 from sartor.cost_models.roofline import Roofline
 from sartor.errors import UsageError
 from sartor.ir.kernels import Kernel
+from sartor.ir.population import Fractions, Population, Removed
 from sartor.ir.quantities import Quantity
-from sartor.ir.workload import Fractions, Population, Removed, Workload, presence
+from sartor.ir.workload import Workload, presence
 
 OPTIMISER_STATES = {"sgd": 0, "momentum": 1, "adam": 2}
 """Numbers that an optimiser keeps for every weight."""

@@ -8,7 +8,8 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 from sartor.cost_models.ladder import Ladder
-from sartor.ir.workload import Fractions, Population, Removed, Workload
+from sartor.ir.population import Fractions, Population, Removed
+from sartor.ir.workload import Workload
 
 Price = Callable[[Fractions, Removed], np.ndarray]
 """Latency of a population, as `CostModel.estimate_batch` gives it for one workload."""

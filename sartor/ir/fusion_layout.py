@@ -7,8 +7,12 @@ layout; poolings, sums, concatenations and activations of blocked values hand it
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+import functools
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Protocol
 
+import numpy as np
 import onnx_ir as ir
 
 from sartor.ir.program import Program
@@ -26,14 +30,122 @@ computed in the plain layout."""
 _PLAIN_ACTIVATIONS = frozenset({"Relu", "Clip", "LeakyRelu", "Sigmoid", "Tanh", "HardSigmoid"})
 
 
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """A node of which the layout depends, its widths apart.
+
+    Attributes:
+        op_type: operator.
+        output: name of its first output.
+        inputs: names of the activations that it reads, in their order.
+        shares: it can be in the layout at all, by what no plan changes: ranks, axes, equal shapes.
+        behind_weights: a convolution or a BatchNormalization makes its first input.
+        grouped: of a convolution, `dense`, `depthwise` or `grouped`.
+        turned_in: per input, whether a copy into the layout is part of the Transpose that makes it.
+        turned_out: it is the Transpose that a copy out of the layout is part of.
+    """
+
+    op_type: str
+    output: str
+    inputs: tuple[str, ...]
+    shares: bool
+    behind_weights: bool = False
+    grouped: str = ""
+    turned_in: tuple[bool, ...] = ()
+    turned_out: bool = False
+
+
+class Widths(Protocol):
+    """Channels of a population of plans, scalars or arrays `[plans]`."""
+
+    def channels(self, value: str) -> Any:
+        """Of a value, on its second axis."""
+        ...
+
+    def per_group(self, step: Step) -> tuple[Any, Any]:
+        """Input and output channels of one group of a convolution."""
+        ...
+
+
+def steps_of(program: Program) -> tuple[Step, ...]:
+    """What `states` needs of a program, in execution order."""
+    shapes = program.shapes()
+    return tuple(_step(node, shapes) for node in program.nodes() if node.outputs)
+
+
+def states(steps: Sequence[Step], widths: Widths) -> dict[str, np.ndarray]:
+    """Whether each value is in the blocked layout, scalars or bool arrays `[plans]`; others are not in it."""
+    blocked: dict[str, np.ndarray] = {}
+    for step in steps:
+        if step.shares:
+            blocked[step.output] = np.asarray(_state(step, widths, blocked))
+    return blocked
+
+
+def copied(
+    steps: Sequence[Step], outputs: Iterable[str], widths: Widths
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Values that the runtime copies into the layout, and those that it copies out of it, by name.
+
+    A Transpose between channels first and last that stands beside a copy is part of it.
+
+    Args:
+        steps: of the program.
+        outputs: names of its outputs.
+        widths: of a population of plans.
+    """
+    blocked = states(steps, widths)
+    into: dict[str, np.ndarray] = {}
+    out: dict[str, np.ndarray] = {}
+    never = np.False_
+    for step in steps:
+        inside = blocked.get(step.output, never)
+        for number, name in enumerate(step.inputs):
+            if name not in blocked and step.output not in blocked:
+                continue
+            mine = blocked.get(name, never)
+            # A convolution of few channels reads them as they are, side by side.
+            plain = widths.channels(name) < _BLOCK if step.op_type == "Conv" and number == 0 else never
+            if not step.turned_out:
+                out[name] = out.get(name, never) | (mine & (~np.asarray(inside) | plain))
+            if not step.turned_in[number]:
+                into[name] = into.get(name, never) | (~np.asarray(mine) & inside & ~np.asarray(plain))
+    for name in outputs:
+        if name in blocked:
+            out[name] = out.get(name, never) | blocked[name]
+    return into, out
+
+
 def blocked_values(program: Program) -> frozenset[str]:
     """Names of the activations in the blocked layout, at the widths before any pruning."""
-    shapes = program.shapes()
-    blocked: set[str] = set()
-    for node in program.nodes():
-        if node.outputs and _is_blocked(node, shapes, blocked):
-            blocked.add(node.outputs[0].name or "")
-    return frozenset(blocked)
+    found = states(steps_of(program), _Whole(program))
+    return frozenset(name for name, state in found.items() if state)
+
+
+def layout_changes(program: Program) -> tuple[frozenset[str], frozenset[str]]:
+    """As `copied`, at the widths before any pruning."""
+    outputs = [_name(value) for value in program.graph.outputs]
+    into, out = copied(steps_of(program), outputs, _Whole(program))
+    return tuple(frozenset(n for n, needed in found.items() if needed) for found in (into, out))  # type: ignore
+
+
+class _Whole:
+    """Widths before any pruning."""
+
+    def __init__(self, program: Program):
+        self._shapes = program.shapes()
+        self._convolutions = {
+            node.outputs[0].name or "": node for node in program.nodes() if node.op_type == "Conv"
+        }
+
+    def channels(self, value: str) -> int:
+        return self._shapes[value][1]
+
+    def per_group(self, step: Step) -> tuple[int, int]:
+        node = self._convolutions[step.output]
+        group = node.attributes.get_int("group", 1)
+        out, inner = self._shapes[_name(node.inputs[1])][:2]
+        return inner, out // group
 
 
 def takes_activation(op_type: str, *, blocked: bool, after_sum: bool) -> bool:
@@ -49,29 +161,63 @@ def takes_activation(op_type: str, *, blocked: bool, after_sum: bool) -> bool:
     return op_type in _PLAIN_ACTIVATIONS
 
 
-def layout_changes(program: Program) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Names of the values that the runtime copies into the layout, and of those that it copies out of it.
+def _step(node: ir.Node, shapes: Mapping[str, tuple[int, ...]]) -> Step:
+    read = [
+        (index, value)
+        for index, value in enumerate(node.inputs)
+        if value is not None and not value.is_initializer() and not (index and node.op_type in _WEIGHTED)
+    ]
+    names = tuple(_name(value) for _, value in read)
+    maker = read[0][1].producer() if read else None
+    return Step(
+        node.op_type,
+        _name(node.outputs[0]),
+        names,
+        shares=_shares(node, names, shapes),
+        behind_weights=maker is not None and maker.op_type in _WEIGHTED,
+        grouped=_grouped(node, shapes) if node.op_type == "Conv" else "",
+        turned_in=tuple(_turns(value.producer(), (0, 3, 1, 2)) for _, value in read),
+        turned_out=_turns(node, (0, 2, 3, 1)),
+    )
 
-    A Transpose between channels first and last that stands beside a copy is part of it.
-    """
-    shapes, blocked = program.shapes(), blocked_values(program)
-    into: dict[str, None] = {}
-    out: dict[str, None] = {}
-    for node in program.nodes():
-        inside = bool(node.outputs) and node.outputs[0].name in blocked
-        for index, value in enumerate(node.inputs):
-            if value is None or value.is_initializer() or (index and node.op_type in _WEIGHTED):
-                continue
-            name = value.name or ""
-            # A convolution of few channels reads them as they are, side by side.
-            plain = node.op_type == "Conv" and index == 0 and shapes[name][1] < _BLOCK
-            if name in blocked and (not inside or plain):
-                if not _turns(node, (0, 2, 3, 1)):
-                    out[name] = None
-            elif name not in blocked and inside and not plain and not _turns(value.producer(), (0, 3, 1, 2)):
-                into[name] = None
-    out.update((v.name or "", None) for v in program.graph.outputs if v.name in blocked)
-    return tuple(into), tuple(out)
+
+def _shares(node: ir.Node, names: Sequence[str], shapes: Mapping[str, tuple[int, ...]]) -> bool:
+    if not names or len(shapes.get(names[0], ())) != 4:
+        return False
+    if node.op_type == "Concat":
+        return node.attributes.get_int("axis", 0) == 1
+    if node.op_type in ("Add", "Mul"):  # a product is x * sigmoid(x)
+        return len(names) == len(node.inputs) == 2 and shapes[names[0]] == shapes[names[1]]
+    return node.op_type in _POOLS | _WEIGHTED | _FUSED_EARLIER | _KEEP
+
+
+def _grouped(node: ir.Node, shapes: Mapping[str, tuple[int, ...]]) -> str:
+    group = node.attributes.get_int("group", 1)
+    channels, out = shapes[_name(node.inputs[0])][1], shapes[_name(node.inputs[1])][0]
+    return "dense" if group == 1 else "depthwise" if group == channels == out else "grouped"
+
+
+def _state(step: Step, widths: Widths, blocked: Mapping[str, np.ndarray]) -> Any:
+    never = np.False_
+    first = blocked.get(step.inputs[0], never)
+    if step.op_type == "Conv":
+        if step.grouped == "dense":  # other output channels are filled up
+            channels = np.asarray(widths.channels(step.inputs[0]))
+            return (channels < _BLOCK) | (channels % _ALIGNMENT == 0)
+        if step.grouped == "depthwise":
+            return np.asarray(widths.channels(step.output)) % _ALIGNMENT == 0
+        inner, outer = map(np.asarray, widths.per_group(step))
+        return (inner % _BLOCK == 0) & (outer % _BLOCK == 0)
+    if step.op_type in _POOLS:
+        return np.asarray(widths.channels(step.inputs[0])) % _BLOCK == 0
+    if step.op_type in _FUSED_EARLIER:
+        return first & step.behind_weights
+    if step.op_type == "Concat":
+        whole = [np.asarray(widths.channels(name)) % _BLOCK == 0 for name in step.inputs]
+        return functools.reduce(np.logical_and, [*whole, *(blocked.get(name, never) for name in step.inputs)])
+    if step.op_type in ("Add", "Mul"):
+        return first & blocked.get(step.inputs[1], never)
+    return first
 
 
 def _turns(node: ir.Node | None, perm: tuple[int, ...]) -> bool:
@@ -82,37 +228,5 @@ def _turns(node: ir.Node | None, perm: tuple[int, ...]) -> bool:
     )
 
 
-def _is_blocked(node: ir.Node, shapes: Mapping[str, tuple[int, ...]], blocked: set[str]) -> bool:
-    inputs = [value.name or "" for value in node.inputs if value is not None]
-    if node.op_type == "Conv":
-        return _convolution(shapes[inputs[0]], shapes[inputs[1]], node)
-    if node.op_type == "BatchNormalization":
-        return inputs[0] in blocked
-    if node.op_type in _POOLS:
-        shape = shapes[inputs[0]]
-        return len(shape) == 4 and shape[1] % _BLOCK == 0
-    if node.op_type in _FUSED_EARLIER:
-        maker = node.inputs[0].producer() if node.inputs[0] is not None else None
-        return inputs[0] in blocked and maker is not None and maker.op_type in _WEIGHTED
-    if node.op_type == "Concat":
-        axis = node.attributes.get_int("axis", 0)
-        return axis == 1 and all(v in blocked and shapes[v][1] % _BLOCK == 0 for v in inputs)
-    if node.op_type == "Add":
-        same = len(inputs) == 2 and shapes[inputs[0]] == shapes[inputs[1]]
-        return same and all(v in blocked for v in inputs)
-    if node.op_type == "Mul":  # x * sigmoid(x)
-        gated = len(inputs) == 2 and shapes[inputs[0]] == shapes[inputs[1]]
-        return gated and all(v in blocked for v in inputs)
-    return node.op_type in _KEEP and inputs[0] in blocked
-
-
-def _convolution(x: tuple[int, ...], w: tuple[int, ...], node: ir.Node) -> bool:
-    if len(x) != 4:
-        return False
-    group = node.attributes.get_int("group", 1)
-    channels, out = x[1], w[0]
-    if group == 1:  # other output channels are filled up
-        return channels < _BLOCK or channels % _ALIGNMENT == 0
-    if group == channels and group == out:
-        return out % _ALIGNMENT == 0
-    return (channels // group) % _BLOCK == 0 and (out // group) % _BLOCK == 0
+def _name(value: ir.Value | None) -> str:
+    return (value.name or "") if value is not None else ""

@@ -7,7 +7,6 @@ population of plans is priced in a single call, without touching weights.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -19,16 +18,12 @@ from sartor.ir.bodies import read_values
 from sartor.ir.extents import BATCH, SIZE, Extent
 from sartor.ir.fusion_rules import GENERIC, FusionRules
 from sartor.ir.kernels import Kernel, Operand, Tensors, build_kernels
-from sartor.ir.layout_kernels import build_layout_kernels
+from sartor.ir.layout import Layout, build_layout
 from sartor.ir.liveness import Liveness, build_liveness
+from sartor.ir.population import Fractions, Population, Presence, Removed
 from sartor.ir.program import Program
-from sartor.ir.quantities import Quantity, whole
+from sartor.ir.quantities import Quantity
 from sartor.ir.sizes import Sweep, sized_extents, sweep
-
-Fractions = Mapping[str, Any]
-"""Kept fraction per group name, each a scalar or an array `[plans]`; 1.0 where absent."""
-Removed = Mapping[str, Any]
-"""Whether a block is removed, per block name, each a bool or a bool array `[plans]`; False where absent."""
 
 _SETTINGS = {"Clip": (1, 2), "Resize": (1, 2), "Pad": (2,)}
 """Float inputs that are no parameters: bounds, scales, fill values."""
@@ -82,14 +77,6 @@ class Stored:
     parameter: bool
 
 
-@dataclasses.dataclass(frozen=True)
-class Presence:
-    """When something exists: none of `blocks` is removed and, if `instead_of` is not empty, one of it is."""
-
-    blocks: tuple[str, ...] = ()
-    instead_of: tuple[str, ...] = ()
-
-
 @dataclasses.dataclass(frozen=True, eq=False)
 class Workload:
     """Fused kernels, initializers and lifetimes of one program. Compared by identity.
@@ -100,7 +87,7 @@ class Workload:
         blocks: names of the removable blocks, in the order given.
         liveness: lifetimes of activations.
         layout: copies into and out of the runtime's own layout, where its rules tell of one; not part of `kernels`
-            and of what `evaluate` sums.
+            and of what `evaluate` sums. Nothing where they do not.
         sweep: declared input sizes, and whether the batch is free; None: both are those of the program.
     """
 
@@ -109,7 +96,7 @@ class Workload:
     blocks: tuple[str, ...]
     liveness: Liveness
     sweep: Sweep | None = None
-    layout: tuple[Kernel, ...] = ()
+    layout: Layout = dataclasses.field(default_factory=Layout)
     _compiled: dict[str, Any] = dataclasses.field(default_factory=dict, repr=False)
     _at: dict[tuple[int, int], Workload] = dataclasses.field(default_factory=dict, repr=False)
 
@@ -175,7 +162,7 @@ class Workload:
                 tuple(dataclasses.replace(s, operand=s.operand.at(one, samples)) for s in self.stored),
                 self.blocks,
                 self.liveness.at(one, samples),
-                layout=tuple(kernel.at(one, samples) for kernel in self.layout),
+                layout=self.layout.at(one, samples),
             )
         return self._at[key]
 
@@ -259,61 +246,6 @@ def _merge(
     ]
 
 
-class Population:
-    """Arrays of one set of plans, each extent and each presence computed once."""
-
-    def __init__(self, fractions: Fractions, removed: Removed):
-        self._fractions = {name: np.asarray(value, float) for name, value in fractions.items()}
-        self._removed = {name: np.asarray(value, bool) for name, value in removed.items()}
-        self.shape = np.broadcast_shapes(
-            *(v.shape for v in self._fractions.values()), *(v.shape for v in self._removed.values())
-        )
-        self._extents: dict[Extent, Any] = {}
-        self._present: dict[Any, Any] = {}
-
-    def extent(self, extent: Extent) -> Any:
-        """Length of one axis under every plan."""
-        if extent not in self._extents:
-            self._extents[extent] = whole(extent.evaluate(self._fractions))
-        return self._extents[extent]
-
-    def quantity(self, quantity: Quantity) -> Any:
-        """A cost under every plan."""
-        total: Any = 0.0
-        for coefficient, factors in quantity.terms:
-            total = total + coefficient * math.prod(self.extent(e) for e in factors)
-        return total
-
-    def present(self, when: Presence | tuple[Presence, ...]) -> Any:
-        """1.0 where it exists, else 0.0; a tuple exists where any of its members does."""
-        if when not in self._present:
-            self._present[when] = self._exists(when)
-        return self._present[when]
-
-    def _exists(self, when: Presence | tuple[Presence, ...]) -> Any:
-        if isinstance(when, tuple):
-            gone: Any = 1.0
-            for one in when:
-                gone = gone * (1.0 - self.present(one))
-            return 1.0 - gone
-        kept: Any = 1.0
-        for name in when.blocks:
-            kept = kept * (1.0 - self._removed.get(name, np.False_))
-        if when.instead_of:
-            none_removed: Any = 1.0
-            for name in when.instead_of:
-                none_removed = none_removed * (1.0 - self._removed.get(name, np.False_))
-            kept = kept * (1.0 - none_removed)
-        return kept
-
-    def total(self, parts: Iterable[tuple[Presence | tuple[Presence, ...], Quantity]]) -> np.ndarray:
-        """Sum of what exists, an array of the population's shape."""
-        result: Any = np.zeros(self.shape)
-        for when, quantity in parts:
-            result = result + self.present(when) * self.quantity(quantity)
-        return result
-
-
 def build_workload(
     program: Program,
     extents: Mapping[str, tuple[Extent, ...]] | None = None,
@@ -350,7 +282,7 @@ def build_workload(
         blocks=tuple(block.name for block in blocks),
         liveness=build_liveness(program, extents, blocks),
         sweep=declared,
-        layout=build_layout_kernels(program, extents, contains) if rules.has_layout else (),
+        layout=build_layout(program, extents, contains) if rules.has_layout else Layout(),
     )
 
 

@@ -17,7 +17,7 @@ from sartor.cost_models.profile import DeviceProfile, Sample
 from sartor.cost_models.samples import weight_bytes
 from sartor.cost_models.tiers import Tiers
 from sartor.errors import BackendError, UsageError
-from sartor.ir.layout_kernels import FAMILY as LAYOUT
+from sartor.ir.layout import FAMILY as LAYOUT
 from sartor.profiling.design import Point
 from sartor.profiling.inside import InsideEffort, Insider, ModelTimer
 from sartor.profiling.inside_samples import carrier_model, of_carrier

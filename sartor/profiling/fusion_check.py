@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from sartor.ir.fusion import constant_nodes
 from sartor.ir.kernels import FREE
+from sartor.ir.population import Population
 from sartor.ir.workload import Workload
 
 if TYPE_CHECKING:
@@ -96,7 +97,7 @@ class Executed:
 
     Attributes:
         kernels: by the nodes that they compute together.
-        inserted: those that compute none.
+        inserted: those that compute none, or only another shape.
     """
 
     kernels: Mapping[frozenset[str], tuple[KernelTime, ...]]
@@ -123,7 +124,7 @@ class Executed:
                 rows.append((_without_folded(mine - free, own), kernel))
             elif not mine and rows and kernel.op_type in NAMELESS_PARTS:
                 rows.append((rows[-1][0], kernel))
-            elif not mine:
+            elif not mine or kernel.op_type == "Reshape":
                 inserted.append(kernel)
         found: dict[frozenset[str], list[KernelTime]] = {}
         every = {names for names, _ in rows}
@@ -171,7 +172,7 @@ def check_fusion(program: Program, workload: Workload, executed: Sequence[Kernel
         differences=tuple(differences),
         inserted=inserted,
         in_parts=sum(number > 1 for number in agreed),
-        layout=Counter(kernel.op_type for kernel in workload.layout),
+        layout=Counter(c.op_type for c in workload.layout.copies(Population({}, {})) if c.count),
     )
 
 

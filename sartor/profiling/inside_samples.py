@@ -10,7 +10,7 @@ from sartor.backends.protocol import KernelTime
 from sartor.cost_models.samples import sample_model
 from sartor.cost_models.signatures import Signature, copy_signature, signature_of
 from sartor.ir.fusion_rules import FusionRules
-from sartor.ir.layout_kernels import COPIES
+from sartor.ir.layout import COPIES
 from sartor.ir.quantities import Quantity
 from sartor.profiling.design import Point
 from sartor.profiling.fusion_check import NAMELESS_PARTS, Executed

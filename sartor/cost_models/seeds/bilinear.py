@@ -21,7 +21,8 @@ from sartor.cost_models.seeds.base import SeedPredictor, nonnegative_least_squar
 from sartor.cost_models.signatures import signature_of
 from sartor.cost_models.work import work
 from sartor.errors import UsageError
-from sartor.ir.workload import Fractions, Population, Removed, Workload, presence
+from sartor.ir.population import Fractions, Population, Removed
+from sartor.ir.workload import Workload, presence
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -23,7 +23,8 @@ import numpy as np
 
 from sartor.cost_models.seeds.base import SeedPredictor, least_squares
 from sartor.errors import UsageError
-from sartor.ir.workload import Fractions, Removed, Workload
+from sartor.ir.population import Fractions, Removed
+from sartor.ir.workload import Workload
 
 _NEAR = 0.05  # of the second half of the draws to the best of the first
 

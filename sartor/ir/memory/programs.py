@@ -255,7 +255,7 @@ def _in_blocks(operand: Operand) -> Quantity:
 
 def _in_layout(parts: Parts, program: Program, tensors: Mapping[str, Operand]) -> Parts:
     """With values in the blocked layout, and copies of those that some nodes read in the other one."""
-    into, out = map(frozenset, layout_changes(program))
+    into, out = layout_changes(program)
     blocked = blocked_values(program)
     copied: dict[str, set[str]] = {v.name or "": {""} for v in program.graph.outputs if v.name in out}
     for node in program.nodes():

@@ -1,0 +1,174 @@
+"""Copies into and out of a runtime's own layout, and other kernels that no node of the program names.
+
+Which values are copied is a matter of widths: a plan that leaves the channel grid makes copies necessary, and one that
+comes back to it saves them. They are therefore found for every population of plans anew.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import onnx_ir as ir
+
+from sartor.ir.extents import Extent, quotient
+from sartor.ir.fusion_layout import Step, copied, steps_of
+from sartor.ir.kernels import Operand, Tensors
+from sartor.ir.population import Population, Presence
+from sartor.ir.program import Program
+
+FAMILY = "layout"
+COPIES = ("ReorderInput", "ReorderOutput", "Reorder", "Reshape")
+"""What runtimes put between kernels; a Reshape moves nothing and is a kernel all the same."""
+_RESHAPES = frozenset({"Reshape", "Flatten", "Squeeze", "Unsqueeze"})
+
+
+@dataclasses.dataclass(frozen=True)
+class Copy:
+    """One value that is copied under some plans.
+
+    Attributes:
+        op_type: `ReorderInput`, `ReorderOutput` or `Reshape`.
+        value: its name; of a Reshape, the node's.
+        moved: bytes read and written, a scalar or `[plans]`.
+        count: 1.0 where the copy exists, else 0.0.
+    """
+
+    op_type: str
+    value: str
+    moved: Any
+    count: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Moved:
+    """A value that may be copied.
+
+    Attributes:
+        operand: the value.
+        blocks: removable blocks that contain the node which makes it.
+    """
+
+    operand: Operand
+    blocks: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Layout:
+    """What decides about copies. Empty for runtimes without a layout of their own.
+
+    Attributes:
+        steps: nodes, in execution order.
+        values: by name.
+        groups: per convolution, by the name of its output: input and output channels of one group.
+        outputs: names of the program's outputs.
+        reshapes: names of the nodes, with the blocks that contain them, that are a Reshape kernel.
+    """
+
+    steps: tuple[Step, ...] = ()
+    values: Mapping[str, Moved] = dataclasses.field(default_factory=dict)
+    groups: Mapping[str, tuple[Extent, Extent]] = dataclasses.field(default_factory=dict)
+    outputs: tuple[str, ...] = ()
+    reshapes: tuple[tuple[str, tuple[str, ...]], ...] = ()
+
+    @property
+    def varying(self) -> frozenset[str]:
+        """Names of the channel groups that copies depend on."""
+        extents = [e for moved in self.values.values() for e in moved.operand.dims]
+        extents += [e for pair in self.groups.values() for e in pair]
+        return frozenset(name for extent in extents for name in extent.groups)
+
+    def at(self, size: int, batch: int) -> Layout:
+        """The same with the input's size and the batch fixed."""
+        values = {n: Moved(m.operand.at(size, batch), m.blocks) for n, m in self.values.items()}
+        groups = {n: (a.at(size, batch), b.at(size, batch)) for n, (a, b) in self.groups.items()}
+        return dataclasses.replace(self, values=values, groups=groups)
+
+    def copies(self, plans: Population) -> Iterator[Copy]:
+        """Every copy that exists under any of the plans."""
+        for name, blocks in self.reshapes:
+            yield Copy("Reshape", name, 0.0, plans.present(Presence(blocks)))
+        if not self.steps:
+            return
+        found = copied(self.steps, self.outputs, _Planned(self, plans))
+        for op_type, names in zip(("ReorderInput", "ReorderOutput"), found, strict=True):
+            for name, needed in names.items():
+                if needed.any():
+                    moved = self.values[name]
+                    count = needed * plans.present(Presence(moved.blocks))
+                    yield Copy(op_type, name, 2.0 * plans.quantity(moved.operand.bytes), count)
+
+
+class _Planned:
+    """Widths under a population of plans."""
+
+    def __init__(self, layout: Layout, plans: Population):
+        self._layout, self._plans = layout, plans
+
+    def channels(self, value: str) -> Any:
+        return self._plans.extent(self._layout.values[value].operand.dims[1])
+
+    def per_group(self, step: Step) -> tuple[Any, Any]:
+        inner, outer = self._layout.groups[step.output]
+        return self._plans.extent(inner), self._plans.extent(outer)
+
+
+def build_layout(
+    program: Program,
+    extents: Mapping[str, tuple[Extent, ...]] | None,
+    blocks_of: Mapping[str, tuple[str, ...]],
+) -> Layout:
+    """What ONNX Runtime copies; arguments as of `sartor.ir.kernels.build_kernels`."""
+    tensors = Tensors(program, extents)
+    steps = steps_of(program)
+    inside = {step.output for step in steps if step.shares}
+    near = {
+        name
+        for step in steps
+        for name in (*step.inputs, step.output)
+        if step.output in inside or inside.intersection(step.inputs)
+    }
+    made = {v.name or "": (v, node) for node in program.nodes() for v in node.outputs if v.name in near}
+    values = {
+        name: Moved(tensors[value], tuple(blocks_of.get(node.name or "", ())))
+        for name, (value, node) in made.items()
+    }
+    values |= {v.name or "": Moved(tensors[v], ()) for v in program.graph.inputs if v.name in near}
+    return Layout(
+        steps=tuple(s for s in steps if s.output in inside or inside.intersection(s.inputs)),
+        values=values,
+        groups=_groups(program, tensors),
+        outputs=tuple(v.name or "" for v in program.graph.outputs),
+        reshapes=tuple(
+            (node.name or "", tuple(blocks_of.get(node.name or "", ())))
+            for node in program.nodes()
+            for _ in range(_reshapes(node, program))
+        ),
+    )
+
+
+def _groups(program: Program, tensors: Tensors) -> dict[str, tuple[Extent, Extent]]:
+    found = {}
+    for node in program.nodes():
+        group = node.attributes.get_int("group", 1) if node.op_type == "Conv" else 1
+        weight = node.inputs[1] if len(node.inputs) > 1 else None
+        if group > 1 and weight is not None and node.inputs[0] is not None:
+            inner = tensors[weight].dims[1]
+            number = quotient(tensors[node.inputs[0]].dims[1], inner)
+            outer = quotient(tensors[weight].dims[0], number)
+            found[node.outputs[0].name or ""] = (inner, outer)
+    return found
+
+
+def _reshapes(node: ir.Node, program: Program) -> int:
+    """How many Reshape kernels a node is; a product with a bias on more than two axes runs between two of them."""
+    if node.op_type in _RESHAPES:
+        source = node.inputs[0]
+        return int(source is not None and not source.is_initializer())
+    if node.op_type != "MatMul" or node.inputs[1] is None or not node.inputs[1].is_initializer():
+        return 0
+    users = [use.node for use in node.outputs[0].uses()]
+    stored = len(users) == 1 and any(v is not None and v.is_initializer() for v in users[0].inputs)
+    biased = stored and users[0].op_type == "Add"
+    return 2 if biased and len(program.shapes()[node.inputs[0].name or ""]) > 2 else 0
