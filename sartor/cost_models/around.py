@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from sartor.cost_models.features import is_movement
 from sartor.cost_models.law import Caches, cold_share
 from sartor.cost_models.profile import Sample
 from sartor.cost_models.rates import fit_logarithm, names_of_laws, rounded_work
@@ -32,7 +33,7 @@ def fitted(samples: Sequence[Sample], caches: Caches, grid: Mapping[str, int]) -
     """
     rows: dict[tuple[str, str], list[tuple[float, ...]]] = {}
     for sample in samples:
-        if not sample.around_bytes:
+        if not sample.around_bytes or is_movement(sample.spec):
             continue
         found, costly = rounded_work(sample, grid)
         weights = float(found.weight_bytes)

@@ -26,8 +26,12 @@ SAMPLES = 48
 TOLERANCE = 0.10
 """A family whose kernels take this much more or less than the profile says, by their median, has changed."""
 _PRECISE = 0.05  # samples with a wider interval say little
-_FEWEST = 3  # of one family
+_FEWEST, _CARRIED = 3, 32  # of one family; of one carrier
 _LEAST_S = 10e-6  # of a kernel: what the profiler adds to a shorter one matters too much
+_ALIKE, _WAITING = (
+    0.1,
+    0.3,
+)  # shares of displaced weights; of a time that is waiting, which is known roughly only
 _SLOWER = 0.15  # of the reference itself: other clocks, another machine
 
 
@@ -145,34 +149,68 @@ def _chosen(profile: DeviceProfile, seed: int) -> list[Sample]:
             by_family.setdefault(sample.family, []).append(sample)
     rng = random.Random(seed)
     each = max(_FEWEST, SAMPLES // max(len(by_family), 1))
-    return [
+    chosen = [
         sample
         for _, samples in sorted(by_family.items())
         for sample in rng.sample(samples, min(each, len(samples)))
     ]
+    rng.shuffle(chosen)
+    return chosen
 
 
 def _again(
     chosen: Sequence[Sample], timer: Insider, profile: DeviceProfile
 ) -> tuple[dict[str, list[float]], float]:
     """Times now over times then by family, with warm weights; and the reference's seconds."""
-    points = [Point(sample.spec, sample.at, sample.family) for sample in chosen]
-    inside = timer([carrier_model(points)], InsideEffort(visits=2, profile_s=1.0))[0]
-    if inside.latency is None:
-        raise BackendError(f"None of the profile's kernels could be timed: {inside.reason}.")
+    carriers = _carriers(chosen)
+    points = [[Point(sample.spec, sample.at, sample.family) for sample in one] for one in carriers]
+    effort = InsideEffort(visits=2, profile_s=1.0)
+    timed = timer([carrier_model(one) for one in points], effort)
+    known = [one for one in timed if one.latency is not None]
+    if not known:
+        raise BackendError(f"None of the profile's kernels could be timed: {timed[0].reason}.")
     then_s, overhead_s = (float(profile.protocol[key]) for key in ("reference_s", "profiler_s"))
     caches, cold = Caches.of(profile.device), Tiers.of(profile).cold.by_family
-    weights = max(sum(weight_bytes(p.spec, p.at) for p in points), 1.0)
     found: dict[str, list[float]] = {}
-    for sample, timed in zip(chosen, of_carrier(points, inside.kernels), strict=True):
-        if timed is not None:
-            own = max(timed[0] * then_s - timed[1] * overhead_s, 1e-9)
+    for samples, of_samples, inside in zip(carriers, points, timed, strict=True):
+        weights = max(sum(weight_bytes(p.spec, p.at) for p in of_samples), 1.0)
+        for sample, time_and_rows in zip(samples, of_carrier(of_samples, inside.kernels), strict=True):
+            if time_and_rows is None:
+                continue
+            own = max(time_and_rows[0] * then_s - time_and_rows[1] * overhead_s, 1e-9)
             now = dataclasses.replace(sample, warm_s=own, around_bytes=weights)
-            then, again = (one.warm_s for one in around.warmed([sample, now], caches, cold))
-            found.setdefault(sample.family, []).append(again / then)
+            if _comparable(sample, now, caches, cold):
+                then, again = (one.warm_s for one in around.warmed([sample, now], caches, cold))
+                found.setdefault(sample.family, []).append(again / then)
     if not found:
         raise BackendError("None of the profile's kernels could be timed; look at 'sartor targets'.")
-    return found, inside.reference_s
+    return found, statistics.median(one.reference_s for one in known)
+
+
+def _carriers(chosen: Sequence[Sample]) -> list[list[Sample]]:
+    """Kernels that are timed side by side, with about as many weights around each as then."""
+    most = statistics.median(sample.around_bytes for sample in chosen)
+    found: list[list[Sample]] = []
+    weights = math.inf
+    for sample in chosen:
+        own = weight_bytes(sample.spec, sample.at)
+        if weights + own > most or len(found[-1]) == _CARRIED:
+            found.append([])
+            weights = 0.0
+        found[-1].append(sample)
+        weights += own
+    return found
+
+
+def _comparable(then: Sample, now: Sample, caches: Caches, cold: Mapping[str, around.Coefficients]) -> bool:
+    """Whether as much of the kernel's weights was displaced then, or it is known, and little, what they cost."""
+    pairs = zip(around.shares(then, caches), around.shares(now, caches), strict=True)
+    if not weight_bytes(then.spec, then.at) or all(abs(a - b) < _ALIKE for a, b in pairs):
+        return True
+    pairs_of_times = zip((then, now), around.warmed([then, now], caches, cold), strict=True)
+    return then.family in cold and all(
+        warm.warm_s > (1 - _WAITING) * one.warm_s for one, warm in pairs_of_times
+    )
 
 
 def _median(ratios: Sequence[float]) -> tuple[float, float, float, int]:

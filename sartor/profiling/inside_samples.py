@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import tempfile
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from sartor.backends.protocol import KernelTime
-from sartor.cost_models.samples import sample_model
+from sartor.cost_models.samples import kernels_of, sample_model
 from sartor.cost_models.signatures import Signature, copy_signature, signature_of
 from sartor.ir.fusion_rules import FusionRules
 from sartor.ir.layout import COPIES
 from sartor.ir.quantities import Quantity
 from sartor.profiling.design import Point
 from sartor.profiling.fusion_check import NAMELESS_PARTS, Executed
+
+if TYPE_CHECKING:
+    from sartor.ir.program import Program
+    from sartor.ir.workload import Workload
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -60,19 +66,7 @@ def describe(model: bytes, executed: Sequence[KernelTime], rules: FusionRules) -
         executed: all kernels, their times in units of the reference.
         rules: what the target runs as one kernel.
     """
-    import tempfile
-    from pathlib import Path
-
-    from sartor.cost_models.samples import kernels_of
-    from sartor.ir.channels import channel_groups
-    from sartor.ir.load import load
-    from sartor.ir.workload import build_workload
-
-    with tempfile.TemporaryDirectory(prefix="sartor-network-") as folder:
-        path = Path(folder) / "network.onnx"
-        path.write_bytes(model)
-        program = load(path)
-    workload = build_workload(program, channel_groups(program).extents, rules=rules)
+    program, workload = workload_of(model, rules)
     found = Executed.of(program, executed)
     observed = []
     for kernel in workload.kernels:
@@ -89,6 +83,19 @@ def describe(model: bytes, executed: Sequence[KernelTime], rules: FusionRules) -
         rows=len(executed),
         ratio=sum(k.median_s for k in executed),
     )
+
+
+def workload_of(model: bytes, rules: FusionRules) -> tuple[Program, Workload]:
+    """A serialized ONNX model, and the kernels that a target with these rules makes of it."""
+    from sartor.ir.channels import channel_groups
+    from sartor.ir.load import load
+    from sartor.ir.workload import build_workload
+
+    with tempfile.TemporaryDirectory(prefix="sartor-network-") as folder:
+        path = Path(folder) / "network.onnx"
+        path.write_bytes(model)
+        program = load(path)
+    return program, build_workload(program, channel_groups(program).extents, rules=rules)
 
 
 def copies_of(inserted: Sequence[KernelTime]) -> list[Observed]:

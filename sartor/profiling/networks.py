@@ -8,14 +8,9 @@ measured elsewhere, on networks that no profile has seen.
 from __future__ import annotations
 
 import random
-import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 
-from sartor.cost_models.samples import kernels_of
-from sartor.cost_models.signatures import Signature
 from sartor.errors import UsageError
-from sartor.ir.fusion_rules import GENERIC, FusionRules
 from sartor.profiling.design import width
 from sartor.profiling.network_builder import Net
 
@@ -59,28 +54,6 @@ def network(name: str) -> bytes:
         if net.parameters <= _LARGE.get(kind, _MOST_PARAMETERS) and net.macs <= _MOST_MACS:
             break
     return net.finish()
-
-
-def described(
-    model: bytes, rules: FusionRules = GENERIC
-) -> tuple[list[tuple[Signature, tuple[float, ...], int]], float]:
-    """The kernels that a network has, and the bytes of its weights.
-
-    Args:
-        model: serialized ONNX.
-        rules: what the target runs as one kernel.
-    """
-    from sartor.ir.channels import channel_groups
-    from sartor.ir.load import load
-    from sartor.ir.workload import build_workload
-
-    with tempfile.TemporaryDirectory(prefix="sartor-network-") as folder:
-        path = Path(folder) / "network.onnx"
-        path.write_bytes(model)
-        program = load(path)
-    workload = build_workload(program, channel_groups(program).extents, rules=rules)
-    kernels, _ = kernels_of(workload)
-    return kernels, float(workload.evaluate().weight_bytes)
 
 
 def _stem(net: Net, most: int = 64) -> None:

@@ -96,7 +96,16 @@ class Records:
         )
         samples = [
             *(_sample(r, r["role"], r["around_bytes"], scale, overhead) for r in drawn if "ratio" in r),
-            *(_sample(k, _SAMPLE_ROLE[n["role"]], n["weight_bytes"], scale, overhead) for k, n in inside),
+            *(
+                _sample(
+                    k,
+                    _SAMPLE_ROLE[n["role"]],
+                    n["weight_bytes"],
+                    scale * _in_latency(n, overhead, call),
+                    overhead,
+                )
+                for k, n in inside
+            ),
         ]
         return DeviceProfile(
             target=target,
@@ -125,7 +134,7 @@ class Records:
 
 _SAMPLE_ROLE = {"kernels": "fit", "heldout": "heldout", "fit": None}
 """What the kernels of a network are for, by what the network is for; those of the law's networks no model sees."""
-_NOISE, _RESOLUTION = 0.03, 1e-6  # half width of a kernel's interval: a share, and seconds
+_NOISE, _RESOLUTION = 0.03, 3e-7  # half width of a kernel's interval: a share, and seconds
 _LEAST_OWN = 0.2  # of what the profiler says of a kernel, whatever its own part is
 
 
@@ -150,6 +159,14 @@ def _overhead(networks: Sequence[Mapping[str, Any]], call: float) -> float:
 
 
 _FEWEST_NETWORKS = 4
+_MOST_SCALED = 1.3
+
+
+def _in_latency(network: Mapping[str, Any], overhead: float, call: float) -> float:
+    """What kernels took while the network was profiled, on the scale of its latency, which more runs say better."""
+    kernels = network["sum"] - overhead * network["rows"]
+    factor = (network["ratio"] - call) / max(kernels, 1e-9)
+    return float(min(max(factor, 1 / _MOST_SCALED), _MOST_SCALED))
 
 
 def _sample(
