@@ -1,21 +1,33 @@
-"""A synthetic machine whose law is known, as a timer for the builder: staircase, caches, noise, outliers, crashes."""
+"""A synthetic machine whose law is known, as an `Insider`: staircase, caches, a profiler that slows down, crashes."""
 
 from __future__ import annotations
 
+import functools
 import math
 import random
+import tempfile
+from pathlib import Path
 
-import onnx
-
+from sartor import backends
+from sartor.backends.protocol import KernelTime
 from sartor.backends.visits import Summary
-from sartor.profiling.timing import NETWORKS, Batch, Timed
+from sartor.cost_models.law import cold_share
+from sartor.ir.fusion import partition
+from sartor.ir.kernels import FREE
+from sartor.ir.load import load
+from sartor.profiling.build import fusion_rules
+from sartor.profiling.inside import Inside
 
 REFERENCE_S = 3e-4
 STEP = 8
 CALL = 0.01  # in units of the reference
-MACS, BYTES, COLD_BYTES = 18e6, 6e6, 2.5e6  # per unit of the reference
+PROFILER = 0.007  # what the profiler adds to every kernel
+LAUNCH = 0.002
+MACS, BYTES = 18e6, 6e6  # per unit of the reference
 OFF_GRID = 1.25
-LAYOUT_BYTES = 20e6
+NEAR_BYTES, FAR_BYTES = 12e6, 4e6  # of displaced weights per unit of the reference
+CACHES = {"l2_bytes": 1_000_000, "l3_bytes": 16_000_000}
+"""A test that compares with `cold_units` patches them into `host.device`."""
 
 
 class Clock:
@@ -26,84 +38,99 @@ class Clock:
         return self.now
 
 
-def law(op: str, macs: float, moved: float, off_grid: bool) -> float:
-    """Units of the reference that one kernel takes."""
-    return (OFF_GRID if off_grid else 1.0) * max(macs / MACS, moved / BYTES) + 0.002
+def law(macs: float, moved: float, off_grid: bool = False) -> float:
+    """Units of the reference that one kernel takes with warm weights."""
+    return (OFF_GRID if off_grid else 1.0) * max(macs / MACS, moved / BYTES) + LAUNCH
+
+
+def cold_units(weights: float, around: float) -> float:
+    """Units that a kernel waits for its weights beside those of all its model, in bytes."""
+    near, far = (float(cold_share(around, CACHES[name])) for name in ("l2_bytes", "l3_bytes"))
+    return weights * (near / NEAR_BYTES + far / FAR_BYTES)
 
 
 class Machine:
-    """Reads the graph of each model, whatever it is; slow operators of `broken` fail."""
+    """Runs what ONNX Runtime's rules make one kernel as one kernel; models with an operator of `broken` fail.
+
+    HardSwish by itself runs in two parts, of which the second has no name. Every copy has the bytes of one map.
+    """
 
     def __init__(self, clock=None, noise=0.0, seed=0, broken=(), scale=1.0, interrupt_after=None, speed=None):
         self.clock, self.noise, self.broken, self.scale = clock or Clock(), noise, set(broken), scale
-        self.random, self.batches = random.Random(seed), 0
+        self.random, self.batches, self.models = random.Random(seed), 0, 0
+        self.conditions = {"pinned": [1]}
         self.interrupt_after, self.speed = interrupt_after, dict(speed or {})
 
-    def __call__(self, jobs, effort):
+    def __call__(self, models, effort):
         if self.interrupt_after is not None and self.batches >= self.interrupt_after:
             raise KeyboardInterrupt
         self.batches += 1
-        times = tuple(self._timed(job) for job in jobs)
-        self.clock.now += 3.0 if effort is NETWORKS else 0.6
-        call = Timed(Summary(CALL, 0.01, 3, 3), Summary(4 * CALL, 0.1, 6, 6))
-        return Batch(times, call, REFERENCE_S * self.scale, {"pinned": [1]})
+        self.models += len(models)
+        self.clock.now += max(0.3 * len(models), 0.6)
+        return [self._inside(model) for model in models]
 
-    def _timed(self, job) -> Timed:
-        model = onnx.load_from_string(job.model)
-        if {node.op_type for node in model.graph.node} & self.broken:
-            return Timed(None, None, "planted failure")
-        seconds, weights = self.network(model)
-        warm = Summary(seconds * self._noise(), 0.01, 4, 4)
-        cold = seconds + 3 * CALL + weights / COLD_BYTES
-        return Timed(warm, Summary(cold * self._noise(), 0.05, 6, 6) if job.cold else None)
+    def _inside(self, model) -> Inside:
+        nodes, kernels, weights = _read(model)
+        if nodes & self.broken:
+            return Inside(None, reason="planted failure", reference_s=0.0)
+        executed, latency = [], CALL
+        for lead, names, warm, own_weights, written in kernels:
+            units = warm * self.speed.get(lead, 1.0) + cold_units(own_weights, weights)
+            latency += units
+            parts = [(lead, names)]
+            if lead == "HardSwish":
+                parts = [("HardSigmoid", names), ("Mul", ())]
+                latency += LAUNCH
+            for op_type, of in parts:
+                own = (units if len(parts) == 1 else (units + LAUNCH) / 2) * self._noise() + PROFILER
+                executed.append(KernelTime(op_type, op_type, of, own, 8, written_bytes=written))
+        summary = Summary(latency * self._noise(), 0.01, 4, 4)
+        return Inside(summary, tuple(executed), REFERENCE_S * self.scale)
 
     def _noise(self) -> float:
         return 1 + self.noise * self.random.gauss(0, 1)
 
-    def network(self, model) -> tuple[float, float]:
-        """Units that a whole model takes, and the bytes of its weights."""
-        graph = onnx.shape_inference.infer_shapes(model, data_prop=True).graph
-        shape = {
-            v.name: [d.dim_value for d in v.type.tensor_type.shape.dim]
-            for v in (*graph.input, *graph.value_info, *graph.output)
-        }
-        weights = {w.name: list(w.dims) for w in graph.initializer}
-        shape.update(weights)
-        total = CALL
-        for node in graph.node:
-            total += self._node(node, shape) * self.speed.get(node.op_type, 1.0)
-        if any(node.op_type == "Conv" and self._blocked(node, shape) for node in graph.node):
-            ends = [v.name for v in (*graph.input, *graph.output)]
-            sizes = [shape[name] for name in ends if len(shape[name]) == 4]
-            plain = shape[graph.node[0].input[0]] if graph.node[0].op_type == "Conv" else [0, 16]
-            total += sum(4 * math.prod(dims) for dims in sizes) / LAYOUT_BYTES
-            total -= (
-                4 * math.prod(plain) / LAYOUT_BYTES if plain[1] < 16 and not self._depthwise(graph) else 0.0
-            )
-        return total, sum(4.0 * math.prod(dims) for dims in weights.values())
 
-    @staticmethod
-    def _depthwise(graph) -> bool:
-        return any(a.name == "group" and a.i > 1 for node in graph.node for a in node.attribute)
+@functools.cache
+def _rules():
+    return fusion_rules(backends.get("onnxruntime"))
 
-    @staticmethod
-    def _blocked(node, shape) -> bool:
-        """Which convolutions have the layout, in words of the machine: channels of one group on both sides."""
-        group = next((a.i for a in node.attribute if a.name == "group"), 1)
-        read, made = shape[node.input[0]][1] // group, shape[node.output[0]][1] // group
-        if group > 1 and read == made == 1:
-            return group % 4 == 0
-        if group > 1:
-            return read % 16 == 0 == made % 16
-        return read < 16 or read % 4 == 0
 
-    def _node(self, node, shape) -> float:
-        out, x = shape[node.output[0]], shape[node.input[0]]
-        moved = 4.0 * (math.prod(out) + math.prod(x))
-        if node.op_type == "Conv":
-            w = shape[node.input[1]]
-            channels = math.ceil(w[0] / STEP) * STEP
-            return law("Conv", math.prod(out) / w[0] * channels * math.prod(w[1:]), moved, w[0] % 4 != 0)
-        if node.op_type in ("Gemm", "MatMul"):
-            return law(node.op_type, math.prod(out) * x[-1], moved, False)
-        return law(node.op_type, 0.0, moved, False) if node.op_type not in ("Reshape", "Flatten") else 0.0
+@functools.lru_cache(maxsize=256)
+def _read(model: bytes):
+    """Types of all nodes; per kernel type, nodes, warm units, weights and bytes written; all weights."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.onnx"
+        path.write_bytes(model)
+        program = load(path)
+    shapes = program.shapes()
+    kernels = []
+    for group in partition(program, rules=_rules()):
+        node = group.lead
+        if node.op_type in FREE:
+            continue
+        names = tuple(n.name for n in group.nodes)
+        warm, own_weights, written = _work(node, shapes)
+        kernels.append((node.op_type, names, warm, own_weights, written))
+        if node.op_type == "GlobalAveragePool":  # its map leaves the layout first
+            kernels.append(("ReorderOutput", (), law(0.0, 2.0 * written), 0.0, written))
+    weights = sum(4.0 * math.prod(shapes[name]) for name in program.graph.initializers)
+    return {node.op_type for node in program.nodes()}, tuple(kernels), weights
+
+
+def _work(node, shapes) -> tuple[float, float, int]:
+    """Warm units, bytes of weights, and bytes written; biases are nothing to this machine."""
+    out, x = shapes[node.outputs[0].name], shapes[node.inputs[0].name]
+    moved = 4.0 * (math.prod(out) + math.prod(x))
+    stored = [v for v in node.inputs[1:] if v is not None and v.is_initializer()]
+    own_weights = 4.0 * sum(math.prod(shapes[v.name]) for v in stored)
+    macs, off_grid = 0.0, False
+    if node.op_type == "Conv":
+        w = shapes[node.inputs[1].name]
+        channels = math.ceil(w[0] / STEP) * STEP
+        macs, off_grid = math.prod(out) / w[0] * channels * math.prod(w[1:]), w[0] % 4 != 0
+    elif node.op_type in ("Gemm", "MatMul"):
+        macs = math.prod(out) * x[-1]
+    else:
+        own_weights = 0.0
+    return law(macs, moved, off_grid), own_weights, int(4 * math.prod(out))

@@ -14,14 +14,16 @@ import pytest
 from cost_networks import make_program
 from test_kernel_table import parts_of, runs
 
+from sartor.cost_models.profile import ROLES
 from sartor.cost_models.samples import nearest_sizes, sample_model
 from sartor.cost_models.signatures import signature_of, variable_names
 from sartor.cost_models.work import work_of_spec
 from sartor.errors import UsageError
-from sartor.ir.fusion_rules import FusionRules
+from sartor.ir.fusion_rules import GENERIC, FusionRules
 from sartor.ir.workload import build_workload
 from sartor.profiling import networks
 from sartor.profiling.design import HELD_OUT, MOST_MACS, Design, Novelty, Point, width
+from sartor.profiling.inside_samples import describe
 
 FUSES = {
     "Conv": ("BatchNormalization", "Bias", "Add", "Relu", "Clip", "HardSwish", "Silu"),
@@ -136,7 +138,7 @@ def test_novelty_is_zero_where_something_was_sampled(points):
 # ---- networks ------------------------------------------------------------------------------------
 @pytest.mark.parametrize("kind", networks.KINDS)
 def test_networks_run_and_are_described(kind):
-    name = f"{kind}-1-0"
+    name = f"{kind}-0-0"
     blob = networks.network(name)
     assert networks.network(name) == blob
     session = onnxruntime.InferenceSession(blob, providers=["CPUExecutionProvider"])
@@ -144,18 +146,58 @@ def test_networks_run_and_are_described(kind):
     feed = {i.name: rng.standard_normal(i.shape).astype(np.float32) for i in session.get_inputs()}
     (out,) = session.run(None, feed)
     assert np.isfinite(out).all() and out.std() > 0
-    kernels, weight_bytes = networks.described(blob)
-    ops = {s.spec["op"] for s, _, _ in kernels}
-    expected = {"plain": "Conv", "vit": "LayerNormalization", "dense": "Concat"}.get(kind, "Gemm")
-    assert expected in ops
+    described = describe(blob, (), GENERIC)
+    ops = {s.spec["op"] for s, _, _ in described.kernels}
+    assert OF_A_KIND[kind] <= ops
     stored = sum(onnx.numpy_helper.to_array(w).nbytes for w in onnx.load_from_string(blob).graph.initializer)
-    assert weight_bytes == pytest.approx(stored, rel=0.01)
+    assert described.weight_bytes == pytest.approx(stored, rel=0.01)
+    assert described.observed == () and described.rows == 0
 
 
-def test_half_of_every_kind_is_held_out():
-    names = list(itertools.islice(networks.names(0), 24))
-    assert len(set(names)) == 24
+OF_A_KIND = {
+    "plain": {"Conv", "Gemm"},
+    "residual": {"Conv", "Gemm"},
+    "inverted": {"Conv", "Gemm"},
+    "grouped": {"Conv", "Gemm"},
+    "dense": {"Concat", "BatchNormalization"},
+    "vit": {"LayerNormalization", "Softmax", "MatMul"},
+    "branches": {"Conv", "Concat"},
+    "windows": {"LayerNormalization", "MatMul", "Transpose"},
+    "shuffled": {"Slice", "Concat", "Transpose"},
+    "heavy": {"Gemm", "MaxPool"},
+    "broad": {"Conv", "Gemm"},
+}
+
+
+def test_kinds_have_what_they_are_named_for():
+    """Windows of one row, large depthwise windows, weights that no cache holds."""
+    convolutions = {}
+    for kind in ("branches", "windows", "broad", "heavy"):
+        found = [describe(networks.network(f"{kind}-0-{n}"), (), GENERIC) for n in range(2)]
+        kernels = [(s.spec, at) for one in found for s, at, _ in one.kernels if s.spec["op"] == "Conv"]
+        convolutions[kind] = kernels
+        if kind in ("broad", "heavy"):
+            assert max(one.weight_bytes for one in found) > 8e6
+    windows = {tuple(spec["attributes"]["kernel_shape"]) for spec, _ in convolutions["branches"]}
+    assert {(1, 7), (7, 1)} & windows
+    deep = [spec for spec, _ in convolutions["windows"] if "multiplier" in spec]
+    assert deep and all(spec["attributes"]["kernel_shape"][0] >= 5 for spec in deep)
+    assert max(max(at) for _, at in convolutions["broad"]) > 512
+
+
+def test_of_every_kind_a_fifth_is_held_out_and_another_fits_the_law():
+    count = 10
+    names = list(itertools.islice(networks.names(0), count * len(networks.KINDS)))
+    assert len(set(names)) == len(names)
     for kind in networks.KINDS:
-        assert [networks.is_heldout(n) for n in names if n.startswith(kind)] == [False, True, False, True]
+        roles = [networks.role_of(n) for n in names if n.startswith(f"{kind}-")]
+        assert collections.Counter(roles) == {"fit": 2, "heldout": 2, "kernels": 6}
+    for start in range(
+        0, len(names), len(networks.KINDS)
+    ):  # at any time of a run there are networks of every role
+        assert {networks.role_of(n) for n in names[start : start + len(networks.KINDS)]} == set(ROLES)
+
+
+def test_there_are_no_networks_of_other_names():
     with pytest.raises(UsageError, match="no network 'resnet50'"):
         networks.network("resnet50")
