@@ -148,20 +148,20 @@ def truth(name: str, options: argparse.Namespace, references: Sequence[Any]) -> 
     from sartor.backends.protocol import TargetOptions
     from sartor.passes.prune import apply_plan
     from sartor.profiling import networks
-    from sartor.profiling.timing import Effort, Job, KernelTimer
+    from sartor.profiling.timing import Effort, KernelTimer
 
     program, analysis, _, plans = prepared(name, options.work, options.target, options.prunings)
     programs = [
         apply_plan(program, plan, analysis) if number else program for number, plan in enumerate(plans)
     ]
-    jobs = [Job(networks.network(reference.name)) for reference in references]
-    jobs += [Job(at_batch_1(p)) for p in programs]
+    models = [networks.network(reference.name) for reference in references]
+    models += [at_batch_1(p) for p in programs]
     effort = Effort(half_width=options.half_width, fewest=4, most=6, visit_s=0.03, quantile=0.5)
     logs: list[list[float]] = [[] for _ in programs]
     begun, count = time.monotonic(), 0
     with KernelTimer(options.target, TargetOptions(threads=options.threads)) as timer:
         while count < _FEWEST or time.monotonic() - begun < options.seconds:
-            times = timer(jobs, effort).times
+            times = timer(models, effort).times
             failed = [timed.reason for timed in times if timed.warm is None]
             if failed:
                 raise RuntimeError(failed[0])

@@ -1,11 +1,13 @@
 """The channel staircase: measured and predicted time of one convolution over 1 … 256 channels, and each of its steps.
 
-Measured is every width, alone, in units of a reference kernel (`sartor.profiling.timing`), less what entering and
-leaving the runtime's layout costs. Predicted is what a device profile says of the same kernel. Samples of the very
-kernel that the profile may have are taken out of it first, so that nothing is predicted which was looked up.
+Measured is every width inside a model of 32 kernels side by side, as in a profile (`sartor.profiling.inside`): what
+the target's own profiler says of the kernel, in units of a reference kernel, less what the profiler adds to it.
+Predicted is what a device profile says of the same kernel. Samples of the very kernel that the profile may have are
+taken out of it first, so that nothing is predicted which was looked up.
 Without --profile, the times at multiples of --stride, and those next to every second of them, are the profile.
 
-Every width is measured in two passes of different order. A step is a pair of neighbouring widths whose times differ
+Every width is measured in two passes; a pass is the median of three rounds of different order, and its half width is
+half of their range. A step is a pair of neighbouring widths whose times differ
 by more than their own 95 % intervals explain, and by 4 %, in the same direction in both passes.
 The prediction has it if its times differ in the same direction, by a third of that (of the logarithm) or more. A
 width that is no multiple of the grid can be slower than the next one; such steps go down.
@@ -27,7 +29,8 @@ import record
 
 _LEAST = 0.04
 _SHARE = 1 / 3
-_EFFORT = {"half_width": 0.015, "fewest": 5, "most": 15, "visit_s": 0.006}
+_CARRIED, _ROUNDS = 32, 3  # kernels of one model; rounds of one pass
+_EFFORT = {"visits": 2, "visit_s": 0.03, "profile_s": 0.25}
 
 
 def specs(size: int) -> dict[str, tuple[dict[str, Any], tuple[float, ...]]]:
@@ -58,28 +61,67 @@ def specs(size: int) -> dict[str, tuple[dict[str, Any], tuple[float, ...]]]:
 
 
 def measured(
-    spec: dict[str, Any], before: Sequence[float], widths: Sequence[int], timer: Any, boundary: Any, seed: int
+    spec: dict[str, Any], before: Sequence[float], widths: Sequence[int], timer: Any, seed: int, profile: Any
 ) -> list[tuple[float, float]]:
-    """Time of the kernel itself in units of the reference and its half width, per width; NaN where it failed."""
-    from sartor.cost_models.features import family_of
-    from sartor.cost_models.learned import signature_at
-    from sartor.cost_models.samples import sample_model
-    from sartor.profiling.timing import BATCH, Effort, Job
+    """Time of the kernel with warm weights in units of the reference and its half width, per width; NaN if it failed.
 
-    found = []
-    shuffled = np.random.default_rng(seed).permutation(len(widths))  # drift does not look like a staircase
-    for start in range(0, len(widths), BATCH):
-        chosen = [widths[i] for i in shuffled[start : start + BATCH]]
-        jobs = [Job(sample_model(spec, (*before, c))) for c in chosen]
-        for width, timed in zip(chosen, timer(jobs, Effort(**_EFFORT)).times, strict=True):
-            at = (*before, float(width))
-            if timed.warm is None:
-                found.append((width, math.nan, math.nan))
-                continue
-            own = boundary.own_s(signature_at(spec, family_of(spec), at), at, timed.warm.ratio)
-            found.append((width, own, timed.warm.half_width * timed.warm.ratio / own))
-        print(f"{min(start + BATCH, len(widths))} of {len(widths)} widths", file=sys.stderr, flush=True)
-    return [(own, half) for _, own, half in sorted(found)]
+    Where no profile says what displaced weights cost, they are part of the time, in every carrier about the same.
+    """
+    rounds = [
+        one_round(spec, before, widths, timer, np.random.default_rng([seed, number]), profile)
+        for number in range(_ROUNDS)
+    ]
+    middle = np.median(rounds, 0)  # NaN where a round failed
+    return list(zip(middle.tolist(), (np.ptp(rounds, 0) / 2 / middle).tolist(), strict=True))
+
+
+def one_round(
+    spec: dict[str, Any], before: Sequence[float], widths: Sequence[int], timer: Any, rng: Any, profile: Any
+) -> np.ndarray:
+    from sartor.cost_models.features import family_of
+    from sartor.cost_models.samples import empty_model, weight_bytes
+    from sartor.profiling.design import Point
+    from sartor.profiling.inside import InsideEffort
+    from sartor.profiling.inside_samples import carrier_model, of_carrier
+
+    shuffled = rng.permutation(len(widths))  # drift does not look like a staircase
+    chunks = [shuffled[start : start + _CARRIED] for start in range(0, len(widths), _CARRIED)]
+    points = [[Point(spec, (*before, float(widths[i])), family_of(spec)) for i in chunk] for chunk in chunks]
+    call, *timed = timer([empty_model(), *(carrier_model(one) for one in points)], InsideEffort(**_EFFORT))
+    added = profilers_own([one for one in timed if one.latency is not None], call)
+    found = np.full(len(widths), math.nan)
+    for chunk, carried, inside in zip(chunks, points, timed, strict=True):
+        weights = sum(weight_bytes(p.spec, p.at) for p in carried)
+        for i, point, told in zip(chunk, carried, of_carrier(carried, inside.kernels), strict=True):
+            if told is not None and told[0] > told[1] * added:
+                found[i] = warm(point, told[0] - told[1] * added, weights, profile)
+    print(f"{np.isfinite(found).sum()} of {len(widths)} widths", file=sys.stderr, flush=True)
+    return found
+
+
+def profilers_own(timed: Sequence[Any], call: Any) -> float:
+    """What the profiler adds to a kernel, in units of the reference: kernels and call take that much more than all."""
+    empty = 0.0 if call.latency is None else call.latency.ratio
+    beyond = [
+        (sum(k.median_s for k in one.kernels) + empty - one.latency.ratio) / max(len(one.kernels), 1)
+        for one in timed
+    ]
+    return max(0.0, float(np.median(beyond))) if beyond else 0.0
+
+
+def warm(point: Any, own: float, around_bytes: float, profile: Any) -> float:
+    """The time less what a profile says of weights that were displaced."""
+    from sartor.cost_models import around
+    from sartor.cost_models.law import Caches
+    from sartor.cost_models.profile import Sample
+
+    if profile is None:
+        return own
+    scale = float(profile.protocol["reference_s"])
+    sample = Sample(point.spec, point.at, point.family, own * scale, around_bytes=around_bytes)
+    cold = {name: tuple(found) for name, found in profile.models.get("cold", {}).items()}
+    (warmed,) = around.warmed([sample], Caches.of(profile.device), cold)
+    return warmed.warm_s / scale
 
 
 def predicted(
@@ -184,18 +226,16 @@ def page(rows: Sequence[dict[str, Any]], conditions: str) -> str:
         body = f"{chart}<details><summary>Every step</summary><ul>{said}</ul></details>"
         sections.append(markup.section(f"Convolution {row['kernel']}, {row['size']} px", note, body))
     return markup.page(
-        "Channel staircase", "staircase", conditions, sections, "One convolution alone, batch 1."
+        "Channel staircase", "staircase", conditions, sections, "One convolution inside a model, batch 1."
     )
 
 
-def examine(
-    name: str, options: argparse.Namespace, timer: Any, boundary: Any, profile: Any, backend: Any
-) -> dict[str, Any]:
+def examine(name: str, options: argparse.Namespace, timer: Any, profile: Any, backend: Any) -> dict[str, Any]:
     from sartor.cost_models.signatures import key_of
 
     spec, before = specs(options.size)[name]
     widths = list(range(1, options.channels + 1))
-    passes = [measured(spec, before, widths, timer, boundary, seed) for seed in (0, 1)]
+    passes = [measured(spec, before, widths, timer, seed, profile) for seed in (0, 1)]
     truth = [(math.sqrt(a * b), math.hypot(p, q) / 2) for (a, p), (b, q) in zip(*passes, strict=True)]
     scale = 1e-3 if profile is None else float(profile.protocol["reference_s"])
     seconds = [own * scale for own, _ in truth]
@@ -244,21 +284,16 @@ def main() -> int:
 
     from sartor import backends
     from sartor.backends.protocol import TargetOptions
-    from sartor.cost_models.boundary import boundary_from
     from sartor.cost_models.profile import DeviceProfile
-    from sartor.profiling import layout
-    from sartor.profiling.timing import KernelTimer
+    from sartor.profiling.inside import ModelTimer
 
     profile = DeviceProfile.load(options.profile) if options.profile else None
     target = profile.target if profile is not None else {"name": options.target, "threads": options.threads}
     backend = backends.get(str(target["name"]))
     rows = []
-    with KernelTimer(backend.name, TargetOptions(threads=int(target["threads"]))) as timer:
-        probes = layout.probes_of((options.size,))
-        ratios, _ = layout.time_probes(probes, timer)
-        boundary = boundary_from(probes, ratios)
+    with ModelTimer(backend.name, TargetOptions(threads=int(target["threads"]))) as timer:
         for name in options.kernel or specs(options.size):
-            row = examine(name, options, timer, boundary, profile, backend)
+            row = examine(name, options, timer, profile, backend)
             rows.append(row)
             print(f"{name}: {row['steps_predicted']} of {len(row['steps'])} steps, mape {row['mape']:.3f}")
             for step in row["steps"]:

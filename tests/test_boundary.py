@@ -8,8 +8,6 @@ import pytest
 
 from sartor.cost_models.boundary import Boundary, boundary_from, ends_of, enters
 from sartor.cost_models.signatures import Signature, key_of
-from sartor.ir.fusion_rules import FusionRules
-from sartor.profiling.layout import boundary_of, edges_of, probes_of
 from sartor.profiling.shapes import convolution
 
 CALL = 1.0
@@ -73,15 +71,3 @@ def test_wider_maps_and_unknown_ones_follow_their_elements():
 def test_ends_have_all_channels_of_all_groups():
     spec = convolution((8, 8), (3, 3), 2, [["Add", {}]], grouped=True)
     assert ends_of(signature(spec), (4, 8, 6)) == [((1, 8, 8), 32), ((1, 4, 4), 24), ((1, 4, 4), 24)]
-
-
-def test_probes_have_widths_that_are_converted():
-    assert all(c % 16 == 0 and c >= 16 for _, c in probes_of())
-    assert {where for where, _ in probes_of([14])} == {(1, 14, 14)}
-    assert edges_of([]) == set()
-
-
-def test_only_a_target_with_such_a_layout_is_treated_so():
-    blocked = FusionRules.of({"Conv": ("BlockedAdd",)})
-    assert boundary_of(probes_of([8]), [1.0] * 7, blocked).aligned_only
-    assert not boundary_of(probes_of([8]), [1.0] * 7, FusionRules.of({"Conv": ("Add",)})).aligned_only

@@ -95,18 +95,18 @@ def test_plans_are_on_the_grid_next_to_it_and_without_blocks():
         apply_plan(program, plan, analysis)
 
 
-def test_references_are_of_different_kinds_and_well_known():
-    def network(name, half, latency=5e-3):
-        return NetworkTime(name, (), 0.0, latency, (latency * (1 - half), latency * (1 + half)))
+def test_references_are_the_same_networks_of_every_profile_and_of_different_kinds():
+    def profile(names):
+        times = tuple(NetworkTime(name, (), 0.0, 5e-3, (4.9e-3, 5.1e-3)) for name in names)
+        return DeviceProfile({}, {}, {}, 0.0, networks=times)
 
-    profile = DeviceProfile(
-        *({}, {}, {}, 0.0),
-        networks=(
-            *(network("plain-0-0", 0.02), network("plain-0-1", 0.001), network("vit-0-0", 0.01)),
-            *(network("dense-0-0", 0.005, latency=1.0), network("residual-0-0", 0.03)),
-        ),
-    )
-    assert [n.name for n in cost_error.references_of(profile)] == ["plain-0-1", "vit-0-0", "residual-0-0"]
+    names = cost_error.REFERENCES
+    assert len({name.partition("-")[0] for name in names}) == len(names) >= 3
+    others = ("plain-0-1", "vit-0-0")
+    for order in ((*others, *names), (*reversed(names), *others)):
+        assert [n.name for n in cost_error.references_of(profile(order))] == list(names)
+    with pytest.raises(SystemExit, match=r"\['plain-0-0'\]; build it with seed 0"):
+        cost_error.references_of(profile([*others, *(n for n in names if n != "plain-0-0")]))
 
 
 def test_none_of_the_measured_networks_is_in_a_profile():

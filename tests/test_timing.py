@@ -1,24 +1,22 @@
-"""The timer of kernels and its subprocess: crashes cost one model; what is cold; the command line around it."""
+"""The timer of whole models and its subprocess: crashes cost one model; interruptions; the command line around it."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from types import SimpleNamespace
 
 import null_backend
 import pytest
-from profile_machine import Machine
+from profile_machine import CACHES, Machine
 
 from sartor import backends
 from sartor.backends import host, kernel_timing
-from sartor.backends.visits import Summary
 from sartor.cli.main import main
 from sartor.cost_models.profile import DeviceProfile
 from sartor.errors import BackendError, UsageError
-from sartor.profiling import build, timing
-from sartor.profiling.timing import BATCH, Effort, Job, KernelTimer, Timed, cold_extra, reference_model
+from sartor.profiling import build, networks, timing
+from sartor.profiling.timing import BATCH, Effort, KernelTimer, reference_model
 
 QUICK = Effort(half_width=0.5, fewest=3, most=3, visit_s=0.001)
 
@@ -30,7 +28,6 @@ def null(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(tmp_path / "site"))
     backends.REGISTRY.refresh()
     monkeypatch.setattr(timing, "reference_model", lambda: b"12345")
-    monkeypatch.setattr(timing, "empty_model", lambda: b"1")
     yield "null"
     monkeypatch.undo()
     backends.REGISTRY.refresh()
@@ -38,47 +35,39 @@ def null(tmp_path, monkeypatch):
 
 def test_a_model_that_crashes_or_fails_costs_only_itself(null):
     with KernelTimer(null) as timer:
-        jobs = [Job(b"1234567890"), Job(b"crash"), Job(b"12345", cold=True), Job(b"fail")]
-        batch = timer(jobs, QUICK)
-        assert batch.call.warm.ratio < batch.times[0].warm.ratio  # one byte against ten, on a busy machine
-        assert batch.times[2].cold is not None and batch.times[0].cold is None
+        batch = timer([b"1234567890", b"crash", b"12345", b"fail"], QUICK)
+        assert (
+            batch.times[2].warm.ratio < batch.times[0].warm.ratio
+        )  # five bytes against ten, on a busy machine
         assert "SIGABRT" in batch.times[1].reason and "planted failure" in batch.times[3].reason
+        assert batch.times[1].warm is batch.times[3].warm is None
         assert batch.reference_s > 0
-        again = timer([Job(b"12345")], QUICK)  # the same subprocess answers
+        again = timer([b"12345"], QUICK)  # the same subprocess answers
         assert again.times[0].warm.ratio > 0
 
 
 def test_the_worker_is_pinned_and_says_where(null):
     with KernelTimer(null) as timer:
-        pinned = timer([Job(b"1")], QUICK).conditions["pinned"]
+        pinned = timer([b"1"], QUICK).conditions["pinned"]
     assert len(pinned) == 1
     with KernelTimer(null, pin=False) as timer:
-        assert timer([Job(b"1")], QUICK).conditions["pinned"] == []
+        assert timer([b"1"], QUICK).conditions["pinned"] == []
 
 
 def test_a_target_without_a_reference_is_an_error(null, monkeypatch):
     monkeypatch.setattr(timing, "reference_model", lambda: b"fail")
     with KernelTimer(null) as timer, pytest.raises(BackendError, match=r"reference kernel.*planted failure"):
-        timer([Job(b"1")], QUICK)
+        timer([b"1"], QUICK)
     with KernelTimer(null) as timer, pytest.raises(UsageError, match="33 models"):
-        timer([Job(b"1")] * (BATCH + 1), QUICK)
-
-
-def test_what_a_cold_call_costs_is_not_the_weights():
-    call = Timed(Summary(0.01, 0, 3, 3), Summary(0.05, 0, 3, 3))
-    kernel = Timed(Summary(1.0, 0, 3, 3), Summary(1.5, 0, 3, 3))
-    assert cold_extra(kernel, call) == pytest.approx(0.46)
-    assert cold_extra(Timed(Summary(1.0, 0, 3, 3)), call) is None
-    faster = Timed(Summary(1.0, 0, 3, 3), Summary(0.9, 0, 3, 3))
-    assert cold_extra(faster, call) == 0.0
+        timer([b"1"] * (BATCH + 1), QUICK)
 
 
 def test_a_real_kernel_is_timed_on_a_real_target():
     with KernelTimer("onnxruntime") as timer:
-        batch = timer([Job(reference_model(), cold=True)], dataclasses.replace(QUICK, fewest=4, most=6))
+        batch = timer([reference_model()], dataclasses.replace(QUICK, fewest=4, most=6))
     (timed,) = batch.times
     assert timed.warm.ratio == pytest.approx(1.0, rel=0.9)  # it is the reference
-    assert timed.cold is not None and batch.reference_s > 0 and math.isfinite(batch.call.warm.ratio)
+    assert batch.reference_s > 0 and batch.conditions["runtime"]
 
 
 def test_the_machine_is_described():
@@ -100,19 +89,13 @@ def test_the_least_busy_processors_are_chosen(monkeypatch):
 def synthetic(monkeypatch):
     """`sartor profile` on a synthetic machine, without models."""
     machine = Machine(noise=0.002)
-
-    class Timer:
-        def __init__(self, *_, **__):
-            pass
-
-        def __call__(self, jobs, effort):
-            return machine(jobs, effort)
-
-        def close(self):
-            pass
-
-    monkeypatch.setattr(build, "KernelTimer", Timer)
-    monkeypatch.setattr("sartor.profiling.check.KernelTimer", Timer)
+    machine.close = lambda: None
+    device = host.device()
+    monkeypatch.setattr(host, "device", lambda: {**device, "caches": dict(CACHES)})
+    monkeypatch.setattr(build, "ModelTimer", lambda *_, **__: machine)
+    monkeypatch.setattr("sartor.profiling.check.ModelTimer", lambda *_, **__: machine)
+    monkeypatch.setattr(networks, "KINDS", {k: networks.KINDS[k] for k in ("residual", "inverted")})
+    monkeypatch.setattr(build, "_NETWORKS_AT_ONCE", 2)
     monkeypatch.setattr(build, "default_fit", lambda profile: profile)
     return machine
 
@@ -172,9 +155,9 @@ class Scheduler:
 
 def test_time_that_other_processes_had_is_not_the_kernels(monkeypatch):
     scheduler = Scheduler(monkeypatch, [0, 3_000_000, 3_000_000])
-    assert kernel_timing._undisturbed(scheduler.run, alone=True) == (1e-3, False)
-    assert kernel_timing._undisturbed(scheduler.run, alone=True) == (1e-3, False)
-    assert kernel_timing._undisturbed(scheduler.run, alone=False) == (4e-3, True)
+    assert kernel_timing.undisturbed(scheduler.run, alone=True) == (1e-3, False)
+    assert kernel_timing.undisturbed(scheduler.run, alone=True) == (1e-3, False)
+    assert kernel_timing.undisturbed(scheduler.run, alone=False) == (4e-3, True)
 
 
 def test_disturbed_runs_count_only_if_there_are_no_others(monkeypatch):

@@ -103,11 +103,6 @@ def caches() -> dict[str, int]:
     return found
 
 
-def last_level_cache_bytes() -> int:
-    """Bytes of the largest cache; 0 where it cannot be read."""
-    return max(caches().values(), default=0)
-
-
 def clocks() -> dict[str, Any]:
     """What can be read of the clock: governor, its limits and what it is now, in kHz."""
     found: dict[str, Any] = {}

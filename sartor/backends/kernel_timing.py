@@ -1,15 +1,8 @@
-"""Runs in the worker: warm and cold times of many small models, a reference between them, pinned where possible.
-
-A network's weights are in the caches or they are not, and its activations nearly always are. A *warm* run
-follows others of the same kernel. Before a *cold* one the caches are filled with something else, and the
-inputs are then read again, so that it is the weights that come from memory. One such eviction serves a whole
-batch: what the other models leave in the caches is not what this one needs.
-"""
+"""Runs in the worker: times of many models that are held together, a reference between them, pinned where possible."""
 
 from __future__ import annotations
 
 import gc
-import random
 import resource
 import time
 from collections.abc import Callable, Mapping
@@ -23,13 +16,10 @@ from sartor.backends import host
 from sartor.backends.inputs import random_inputs
 from sartor.backends.protocol import TargetOptions
 from sartor.backends.serving import Send
-from sartor.backends.visits import Visit, visit_all
+from sartor.backends.visits import visit_all
 
 _REFERENCE_RUNS = 3
 _FEWEST_RUNS, _MOST_RUNS = 2, 300
-_COLD_ROUNDS = 14
-_LINE_BYTES = 64
-_ASSUMED_CACHE_BYTES = 32 << 20
 
 Run = Callable[[], object]
 
@@ -37,13 +27,12 @@ Run = Callable[[], object]
 class _Subject:
     """One compiled model with its inputs."""
 
-    def __init__(self, backend: Any, model: bytes, options: TargetOptions, seed: int, cold: bool):
+    def __init__(self, backend: Any, model: bytes, options: TargetOptions, seed: int):
         session = backend.compile(model, options)
-        self._inputs = random_inputs(session.inputs, options.shapes, seed)
-        session.run(self._inputs)  # checks names, types and shapes before anything is timed
-        self.run: Run = session.prepare(self._inputs)
-        self._session = session  # what `prepare` gave may not keep it alive
-        self.cold = cold
+        inputs = random_inputs(session.inputs, options.shapes, seed)
+        session.run(inputs)  # checks names, types and shapes before anything is timed
+        self.run: Run = session.prepare(inputs)
+        self._kept = (session, inputs)  # what `prepare` gave may not keep them alive
 
     def warm_up(self, visit_s: float) -> None:
         """Run until the first runs' allocations are over, and choose how many runs a visit has."""
@@ -52,17 +41,11 @@ class _Subject:
         self.runs = max(_FEWEST_RUNS if seconds < 0.5 else 1, min(_MOST_RUNS, wanted))
 
     def visit(self, quantile: float, alone: bool) -> float:
-        """One warm visit; `alone`: one thread computes."""
+        """One visit; `alone`: one thread computes."""
         self.run()  # discarded: another model's data are in the caches
         taken = [undisturbed(self.run, alone) for _ in range(self.runs)]
         clean = [seconds for seconds, disturbed in taken if not disturbed]
         return float(np.quantile(clean or [seconds for seconds, _ in taken], quantile))
-
-    def touch(self) -> None:
-        """Bring the inputs, and nothing else, into the caches."""
-        for array in self._inputs.values():
-            if array.size:
-                np.ascontiguousarray(array).reshape(-1).view(np.uint8)[::_LINE_BYTES].max()
 
 
 def time_kernels(request: Mapping[str, Any], send: Send) -> dict[str, Any]:
@@ -74,16 +57,16 @@ def time_kernels(request: Mapping[str, Any], send: Send) -> dict[str, Any]:
     pinned = host.pin(int(request["threads"])) if request["pin"] else ()
     backend = backends.get(request["backend"])
     options = TargetOptions.from_dict(request["options"])
-    marks = [time.monotonic()]
-    deadline = marks[0] + request["limit_s"]
+    begun = time.monotonic()
+    deadline = begun + request["limit_s"]
     subjects: dict[int, _Subject] = {}
-    for index, path, cold in request["models"]:
+    for index, path in request["models"]:
         if subjects and time.monotonic() >= deadline:
             send({"event": "failed", "index": index, "reason": "the time limit was reached"})
             continue
         send({"event": "starting", "index": index})  # if it crashes here, this one is to blame
         try:
-            subject = _Subject(backend, Path(path).read_bytes(), options, request["seed"], cold)
+            subject = _Subject(backend, Path(path).read_bytes(), options, request["seed"])
             subject.warm_up(request["visit_s"])
         except Exception as error:
             send({"event": "failed", "index": index, "reason": f"{type(error).__name__}: {error}"})
@@ -93,7 +76,7 @@ def time_kernels(request: Mapping[str, Any], send: Send) -> dict[str, Any]:
     reference = subjects.pop(-1, None)
     if reference is None:
         return {"conditions": {}, "reference_failed": True}
-    marks.append(time.monotonic())
+    loaded = time.monotonic()
     quantile = float(request["quantile"])
     visits = visit_all(
         {i: _visitor(subject, quantile, request["threads"] == 1) for i, subject in subjects.items()},
@@ -105,22 +88,12 @@ def time_kernels(request: Mapping[str, Any], send: Send) -> dict[str, Any]:
         clock=time.monotonic,
         seed=request["seed"],
     )
-    marks.append(time.monotonic())
-    cold = _cold_visits(subjects, reference.run, request["seed"], request["threads"] == 1)
     for index, found in visits.items():
         entries = [[v.own_s, v.before_s, v.after_s] for v in found]
-        frozen = [[v.own_s, v.before_s, v.after_s] for v in cold.get(index, [])]
-        send({"event": "timed", "index": index, "visits": entries, "cold": frozen})
-    marks.append(time.monotonic())
-    phases = ("loading_s", "warm_s", "cold_s")
-    return {
-        "conditions": {
-            **host.conditions(),
-            "runtime": backend.capabilities().version,
-            "pinned": list(pinned),
-            **{name: round(b - a, 3) for name, a, b in zip(phases, marks, marks[1:], strict=False)},
-        }
-    }
+        send({"event": "timed", "index": index, "visits": entries})
+    spent = {"loading_s": round(loaded - begun, 3), "visits_s": round(time.monotonic() - loaded, 3)}
+    runtime = backend.capabilities().version
+    return {"conditions": {**host.conditions(), "runtime": runtime, "pinned": list(pinned), **spent}}
 
 
 def _visitor(subject: _Subject, quantile: float, alone: bool) -> Callable[[], float]:
@@ -131,29 +104,6 @@ def reference_s(run: Run) -> float:
     """Seconds of the reference, the fastest of a few runs."""
     run()
     return min(_seconds(run) for _ in range(_REFERENCE_RUNS))
-
-
-def _cold_visits(
-    subjects: Mapping[int, _Subject], reference: Run, seed: int, alone: bool
-) -> dict[int, list[Visit]]:
-    chosen = [index for index, subject in subjects.items() if subject.cold]
-    if not chosen:
-        return {}
-    generator = random.Random(seed)
-    buffer = np.zeros(2 * (host.last_level_cache_bytes() or _ASSUMED_CACHE_BYTES) // 8)
-    found: dict[int, list[Visit]] = {index: [] for index in chosen}
-    for _ in range(_COLD_ROUNDS):
-        before = reference_s(reference)
-        np.add(buffer, 1.0, out=buffer)  # reads and writes all of it
-        generator.shuffle(chosen)
-        taken = {}
-        for index in chosen:
-            subjects[index].touch()
-            taken[index] = undisturbed(subjects[index].run, alone)[0]
-        after = reference_s(reference)
-        for index, seconds in taken.items():
-            found[index].append(Visit(seconds, before, after))
-    return found
 
 
 def undisturbed(run: Run, alone: bool) -> tuple[float, bool]:

@@ -1,4 +1,4 @@
-"""Times of single kernels and of whole small networks, in units of a reference kernel of the same runtime."""
+"""Times of whole models, visited in turn, in units of a reference kernel of the same runtime."""
 
 from __future__ import annotations
 
@@ -13,26 +13,13 @@ from typing import Any
 from sartor.backends import process
 from sartor.backends.protocol import TargetOptions
 from sartor.backends.visits import QUANTILE, Summary, Visit, summarise
-from sartor.cost_models.samples import empty_model, sample_model
+from sartor.cost_models.samples import sample_model
 from sartor.errors import BackendError, UsageError
 
 BATCH = 32
 """Models that are held, and visited, together."""
 _START_S = 120.0
 _MOST_RESTARTS = 10
-
-
-@dataclasses.dataclass(frozen=True)
-class Job:
-    """A model to time.
-
-    Attributes:
-        model: serialized ONNX.
-        cold: time it also with its weights out of the caches.
-    """
-
-    model: bytes
-    cold: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,22 +43,16 @@ class Effort:
     limit_s: float = 60.0
 
 
-NETWORKS = Effort(half_width=0.01, fewest=6, most=16, visit_s=0.04, quantile=0.5, limit_s=120.0)
-"""Whole networks: the median of a visit, because an inference is not always undisturbed."""
-
-
 @dataclasses.dataclass(frozen=True)
 class Timed:
     """What is known of one model after a batch.
 
     Attributes:
         warm: time in units of the reference; None where it failed.
-        cold: the same with its weights out of the caches; None where that was not asked for.
         reason: why it failed.
     """
 
     warm: Summary | None
-    cold: Summary | None = None
     reason: str = ""
 
 
@@ -80,20 +61,14 @@ class Batch:
     """Times of one batch.
 
     Attributes:
-        times: per job.
-        call: an empty call, timed with the batch.
+        times: per model.
         reference_s: the reference at its fastest.
         conditions: machine, runtime, processors pinned to.
     """
 
     times: tuple[Timed, ...]
-    call: Timed
     reference_s: float
     conditions: Mapping[str, Any]
-
-
-Timer = Callable[[Sequence[Job], Effort], Batch]
-"""Times at most `BATCH` jobs together."""
 
 
 @functools.cache
@@ -145,28 +120,27 @@ class KernelTimer:
             self._worker.close()
             self._worker = None
 
-    def __call__(self, jobs: Sequence[Job], effort: Effort) -> Batch:
-        """Time a batch.
+    def __call__(self, models: Sequence[bytes], effort: Effort) -> Batch:
+        """Time a batch of serialized models.
 
         Raises:
-            UsageError: more than `BATCH` jobs, or options that the backend refuses.
+            UsageError: more than `BATCH` models, or options that the backend refuses.
             BackendError: the subprocess does not start, or cannot run even the reference kernel.
         """
-        if len(jobs) > BATCH:
-            raise UsageError(f"{len(jobs)} models are more than the {BATCH} of a batch; split them.")
+        if len(models) > BATCH:
+            raise UsageError(f"{len(models)} models are more than the {BATCH} of a batch; split them.")
         with tempfile.TemporaryDirectory(prefix="sartor-kernels-") as folder:
-            everything = [Job(reference_model()), *jobs, Job(empty_model(), cold=True)]
+            everything = [reference_model(), *models]
             paths = [Path(folder) / f"{number}.onnx" for number in range(len(everything))]
-            for path, job in zip(paths, everything, strict=True):
-                path.write_bytes(job.model)
-            entries = [[number - 1, str(paths[number]), job.cold] for number, job in enumerate(everything)]
-            return self._batch(entries, len(jobs), effort)
+            for path, model in zip(paths, everything, strict=True):
+                path.write_bytes(model)
+            return self._batch([[n - 1, str(path)] for n, path in enumerate(paths)], len(models), effort)
 
     def _batch(self, entries: list[list[Any]], count: int, effort: Effort) -> Batch:
         failed: dict[int, str] = {}
         for _ in range(_MOST_RESTARTS + 1):
             starting: list[int] = []
-            timed: dict[int, tuple[list[Visit], list[Visit]]] = {}
+            timed: dict[int, list[Visit]] = {}
             collect = functools.partial(_collect, starting=starting, timed=timed, failed=failed)
             todo = [entry for entry in entries if entry[0] not in failed]
             try:
@@ -208,11 +182,7 @@ class KernelTimer:
 
 
 def _collect(
-    message: dict[str, Any],
-    *,
-    starting: list[int],
-    timed: dict[int, tuple[list[Visit], list[Visit]]],
-    failed: dict[int, str],
+    message: dict[str, Any], *, starting: list[int], timed: dict[int, list[Visit]], failed: dict[int, str]
 ) -> None:
     if message["event"] == "starting":
         starting[:] = [message["index"]]
@@ -221,41 +191,18 @@ def _collect(
     elif message["event"] == "failed":
         failed[message["index"]] = message["reason"]
     else:
-        warm, cold = ([Visit(*map(float, v)) for v in message[key]] for key in ("visits", "cold"))
-        timed[message["index"]] = (warm, cold)
+        timed[message["index"]] = [Visit(*map(float, v)) for v in message["visits"]]
 
 
 def _batch(
-    timed: Mapping[int, tuple[list[Visit], list[Visit]]],
-    failed: Mapping[int, str],
-    count: int,
-    conditions: Mapping[str, Any],
+    timed: Mapping[int, list[Visit]], failed: Mapping[int, str], count: int, conditions: Mapping[str, Any]
 ) -> Batch:
-    references = [s for warm, cold in timed.values() for v in (*warm, *cold) for s in (v.before_s, v.after_s)]
+    references = [s for visits in timed.values() for v in visits for s in (v.before_s, v.after_s)]
     best = min(references, default=math.nan)
-    found = []
-    for index in range(count + 1):
-        warm, cold = timed.get(index, ([], []))
-        if warm:
-            found.append(Timed(summarise(warm, best), summarise(_faster_half(cold), best) if cold else None))
-        else:
-            found.append(Timed(None, None, failed.get(index, "it was not reached")))
-    return Batch(tuple(found[:-1]), found[-1], best, conditions)
-
-
-def _faster_half(cold: Sequence[Visit]) -> list[Visit]:
-    """A cold visit is one run, which keeps no fast one of many; so the fast ones of many visits are kept."""
-    return sorted(cold, key=lambda v: v.ratio)[: len(cold) // 2 + 1]
-
-
-def cold_extra(timed: Timed, call: Timed) -> float | None:
-    """What cold weights add to a run, in units of the reference; None where that was not timed.
-
-    An empty call is slower with cold caches, too; that part is not the kernel's.
-    """
-    if timed.warm is None or timed.cold is None:
-        return None
-    fixed = 0.0
-    if call.warm is not None and call.cold is not None:
-        fixed = max(0.0, call.cold.ratio - call.warm.ratio)
-    return max(0.0, timed.cold.ratio - timed.warm.ratio - fixed)
+    times = [
+        Timed(summarise(timed[index], best))
+        if timed.get(index)
+        else Timed(None, failed.get(index, "it was not reached"))
+        for index in range(count)
+    ]
+    return Batch(tuple(times), best, conditions)
