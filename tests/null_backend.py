@@ -183,6 +183,32 @@ class Refuse(NullBackend):
         raise error
 
 
+class Fragile(NullBackend):
+    """A program with a Tanh ends the process, one with a Neg is an error; every node is a kernel."""
+
+    name = "fragile"
+
+    def load(self, artifact, options):
+        verify_files(artifact)
+        types = json.loads(artifact.main_file.read_text())["types"]
+        if "Tanh" in types:
+            os.abort()
+        if "Neg" in types:
+            raise ValueError("planted failure")
+        return NullSession(artifact.inputs, len(types) * SECONDS_PER_NODE)
+
+    def lower(self, program, folder, options):
+        def write(temporary: Path):
+            (temporary / "null.json").write_text(json.dumps({"types": [n.op_type for n in program.nodes()]}))
+            return ("null.json",), {}
+
+        return write_artifact(program, folder, options, target=self.name, write=write)
+
+    def profile(self, artifact, options, runs=20):
+        types = json.loads(artifact.main_file.read_text())["types"]
+        return [KernelTime(f"{i}", t, (), 2 * SECONDS_PER_NODE, runs) for i, t in enumerate(types)]
+
+
 class Incomplete:
     """Lacks every method."""
 
@@ -196,7 +222,7 @@ def install(folder: Path, entries: Mapping[str, str], distribution: str = "nullv
     (info / "entry_points.txt").write_text("[sartor.backends]\n" + "\n".join(lines) + "\n")
 
 
-_BACKENDS = [NullBackend, Crash, Hang, Stubborn, Hog, Chatty, Refuse]
+_BACKENDS = [NullBackend, Crash, Hang, Stubborn, Hog, Chatty, Refuse, Fragile]
 _BACKENDS += [LowerCrash, LowerHang, LowerHog, LowerKilled, LowerRaise]
 ENTRIES = {
     **{c.name: f"null_backend:{c.__name__}" for c in _BACKENDS},
