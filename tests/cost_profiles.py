@@ -87,6 +87,13 @@ def sample(
     return Sample(spec, tuple(map(float, at)), family_of(spec), warm, cold, 1.96 * noise, role)
 
 
+def inside(one: Sample, rng: np.random.Generator) -> Sample:
+    """The same kernel, timed inside a model beside whose weights the caches hold little of its own."""
+    around_bytes = math.exp(rng.uniform(math.log(CACHE / 4), math.log(20 * CACHE)))
+    waiting = max(0.0, 1 - CACHE / around_bytes) * cold_extra_s(one.spec, one.at)
+    return dataclasses.replace(one, warm_s=one.warm_s + waiting, cold_s=None, around_bytes=around_bytes)
+
+
 def width(rng: np.random.Generator, low: int = 8, high: int = 256) -> int:
     """Mostly on the grid of 16, one in four anywhere."""
     value = math.exp(rng.uniform(math.log(low), math.log(high)))
@@ -149,11 +156,15 @@ def make_profile(
     seed: int = 0,
     heldout: float = 0.2,
     scales: Mapping[str, float] | None = None,
+    in_models: bool = False,
 ) -> DeviceProfile:
     rng = np.random.default_rng(seed)
     kernels = [draw_kernel(rng) for _ in range(samples)]
     roles = np.where(rng.random(samples) < heldout, "heldout", "fit")
     taken = tuple(sample(s, at, rng, noise, str(r)) for (s, at), r in zip(kernels, roles, strict=True))
+    if in_models:
+        others = np.random.default_rng([seed, 1])
+        taken = tuple(inside(one, others) for one in taken)
     kinds = ("plain", "residual", "inverted", "grouped", "dense")
     nets = tuple(
         network(f"{kinds[i % 5]}-{i}", rng, bias, role="heldout" if i % 2 else "fit", scales=scales)
