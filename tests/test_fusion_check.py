@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from fusion_networks import NETWORKS, Builder
+from test_fusion_rules import sum_then
 
 from sartor import backends
 from sartor.backends.protocol import KernelTime, TargetOptions
@@ -28,6 +30,52 @@ def test_a_width_outside_the_blocked_layout(tmp_path):
     """18 is no multiple of 4: some convolutions of the network leave ONNX Runtime's layout."""
     report = profile_fusion("onnxruntime", NETWORKS["residual"](width=18), tmp_path / "a")
     assert report.agreement == 1 and report.layout == report.inserted and report.layout["ReorderInput"]
+
+
+@pytest.mark.parametrize("activation", ["Relu", "Clip", "LeakyRelu", "HardSwish"])
+@pytest.mark.parametrize("channels", [16, 18])
+def test_activations_behind_sums_in_both_layouts(activation, channels, tmp_path):
+    report = profile_fusion("onnxruntime", sum_then(activation, channels), tmp_path / "a")
+    assert report.agreement == 1, "\n".join(map(str, report.differences))
+    assert report.layout == report.inserted
+
+
+def grouped_hard_swish():
+    """Four groups of half a block each: the convolution is in the plain layout, whose kernel has no HardSwish."""
+    b = Builder((1, 32, 8, 8))
+    b.op("HardSwish", b.conv("x", 32, 32, name="c", group=4), name="h")
+    b.conv(b.value, 32, 32, name="d")
+    return b.program()
+
+
+def pooled(channels):
+    b = Builder((1, channels, 8, 8))
+    b.op("MaxPool", b.conv("x", channels, channels, name="c"), name="p", kernel_shape=[2, 2], strides=[2, 2])
+    b.conv("p", channels, channels, name="d")
+    return b.program()
+
+
+def scaled_scores():
+    b = Builder((2, 6, 8))
+    b.op("MatMul", "x", b.op("Transpose", "x", name="t", perm=[0, 2, 1]), name="scores")
+    b.op("Mul", "scores", b.constant("k", np.asarray(0.5, np.float32)), name="scaled")
+    b.op("MatMul", b.op("Softmax", name="s", axis=-1), "x", name="mix")
+    return b.program()
+
+
+@pytest.mark.parametrize(
+    ("program", "kernels", "copies"),
+    [
+        (grouped_hard_swish, 3, {"ReorderInput": 1, "ReorderOutput": 1}),
+        (lambda: pooled(32), 3, {"ReorderInput": 1, "ReorderOutput": 1}),
+        (lambda: pooled(24), 3, {"ReorderInput": 2, "ReorderOutput": 2}),
+        (scaled_scores, 3, {}),
+    ],
+)
+def test_what_the_layout_and_products_take_in(program, kernels, copies, tmp_path):
+    report = profile_fusion("onnxruntime", program(), tmp_path / "a")
+    assert report.agreement == 1 and report.kernels == kernels, "\n".join(map(str, report.differences))
+    assert report.layout == report.inserted == copies
 
 
 # LiteRT's names do not tell three products of one value apart, and it moves a scale into weights.

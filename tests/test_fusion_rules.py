@@ -9,8 +9,9 @@ from fusion_networks import NETWORKS, Builder
 
 from sartor import backends
 from sartor.ir.fusion import partition
-from sartor.ir.fusion_layout import blocked_values
+from sartor.ir.fusion_layout import blocked_values, layout_changes
 from sartor.ir.fusion_rules import ACTIVATIONS, GATED, GENERIC, VOCABULARY, FusionRules
+from sartor.ir.population import Population
 from sartor.ir.workload import build_workload
 
 METRICS = ("macs", "parameters", "weight_bytes", "bytes_read", "bytes_written")
@@ -80,7 +81,7 @@ def test_a_sum_goes_to_its_first_operand_or_to_the_last_that_runs(second):
     assert generic == ("late", "sum")
 
 
-def test_a_blocked_sum_needs_the_layout_on_both_sides():
+def test_a_blocked_sum_needs_the_layout_on_both_sides_and_a_plain_one_nothing():
     def program(channels, other):
         b = Builder((1, channels, 8, 8))
         x = b.op("Relu", b.conv("x", channels, channels, name="a"), name="r")
@@ -92,12 +93,79 @@ def test_a_blocked_sum_needs_the_layout_on_both_sides():
     taken = [("b", "sum")]
     assert groups(program(16, "blocked"), Conv=("BlockedAdd",)) == taken
     assert groups(program(16, "plain"), Conv=("BlockedAdd",)) == []
-    assert groups(program(18, "blocked"), Conv=("BlockedAdd",)) == []  # no multiple of 4
-    assert groups(program(18, "plain"), Conv=("Add",)) == taken
+    for other in ("blocked", "plain"):  # 18 is no multiple of 4: the convolution is in the plain layout
+        assert groups(program(18, other), Conv=("BlockedAdd",)) == taken
+        assert groups(program(18, other), Conv=("Add",)) == taken
     b = Builder((1, 18, 8, 8))
     b.op("Relu", b.op("Add", b.conv("x", 18, 18, name="b"), "x", name="sum"), name="r")
     assert groups(b.program(), Conv=("BlockedAdd", "Relu")) == [("b", "sum", "r")]
     assert {"a", "r", "b"} <= blocked_values(program(16, "plain"))
+
+
+@pytest.mark.parametrize(
+    ("activation", "blocked", "plain"),
+    [
+        ("Relu", "inside", "inside"),
+        ("Sigmoid", "inside", "inside"),
+        ("Clip", "apart", "inside"),  # fused before layouts are chosen, and unknown afterwards
+        ("LeakyRelu", "apart", "inside"),
+        ("HardSwish", "inside", "apart"),  # the plain kernel does not have it
+        ("Gelu", "inside", "apart"),
+    ],
+)
+def test_which_activations_a_convolution_computes_behind_its_sum(activation, blocked, plain):
+    for channels, expected in ((16, blocked), (18, plain)):
+        net = sum_then(activation, channels)
+        taken = groups(net, Conv=("BlockedAdd", activation))
+        assert taken[-1] == (("b", "sum", "act") if expected == "inside" else ("b", "sum"))
+        stays = "act" in blocked_values(net)
+        assert stays == (channels == 16 and expected == "inside")
+
+
+def sum_then(activation, channels):
+    """A convolution, its sum with what it reads, an activation, and another convolution."""
+    b = Builder((1, channels, 8, 8))
+    x = b.conv("x", channels, channels, name="a")
+    y = b.op("Add", b.conv(x, channels, channels, name="b"), x, name="sum")
+    bounds = [b.constant(n, np.asarray(v, np.float32)) for n, v in (("low", 0.0), ("high", 6.0))]
+    y = b.op(activation, y, *(bounds if activation == "Clip" else ()), name="act")
+    b.conv(y, channels, channels, name="end")
+    return b.program()
+
+
+def test_an_activation_right_behind_a_convolution():
+    """Without a sum, Clip is inside in both layouts; HardSwish only in the blocked one, which groups may lack."""
+
+    def program(activation, group, channels=32):
+        b = Builder((1, channels, 8, 8))
+        x = b.conv("x", channels, channels, name="c", group=group)
+        bounds = [b.constant(n, np.asarray(v, np.float32)) for n, v in (("low", 0.0), ("high", 6.0))]
+        b.op(activation, x, *(bounds if activation == "Clip" else ()), name="act")
+        b.op("Neg", name="end")
+        return b.program()
+
+    rules = ("BlockedAdd", "Clip", "HardSwish")
+    assert groups(program("Clip", 1), Conv=rules) == groups(program("Clip", 4), Conv=rules) == [("c", "act")]
+    assert groups(program("HardSwish", 1), Conv=rules) == [("c", "act")]
+    assert groups(program("HardSwish", 2), Conv=rules) == [("c", "act")]  # two groups of whole blocks
+    assert groups(program("HardSwish", 4), Conv=rules) == []  # groups of half a block
+    assert groups(program("HardSwish", 4), Conv=("Add", "HardSwish")) == [("c", "act")]  # no such layouts
+
+
+def test_poolings_need_whole_blocks_and_take_those_of_others():
+    def program(channels, before):
+        b = Builder((1, channels, 8, 8))
+        x = b.op("Softmax", b.conv("x", channels, channels, name="c"), name="s", axis=1)
+        x = b.op("MaxPool", x if before == "plain" else "c", name="pool", kernel_shape=[2, 2], strides=[2, 2])
+        b.conv(x, channels, channels, name="end")
+        return b.program()
+
+    for before in ("plain", "blocked"):
+        assert "pool" in blocked_values(program(32, before))
+        assert "pool" not in blocked_values(program(24, before))
+    assert layout_changes(program(32, "blocked")) == ({"x"}, {"c", "end"})  # the Softmax reads the first
+    assert layout_changes(program(24, "blocked")) == ({"x", "pool"}, {"c", "end"})
+    assert layout_changes(program(32, "plain")) == ({"x", "s"}, {"c", "end"})
 
 
 def test_a_change_of_layout_does_a_transpose_beside_it():
@@ -109,11 +177,51 @@ def test_a_change_of_layout_does_a_transpose_beside_it():
             name="end",
             axis=-1,
         )
-        rules = FusionRules.of({"Conv": ("BlockedAdd",)})
-        return [k.name for k in build_workload(b.program(), rules=rules).layout]
+        return copies(b.program())
 
-    assert kernels([0, 2, 3, 1]) == ["ReorderInput x"]
-    assert kernels([0, 1, 3, 2]) == ["ReorderInput x", "ReorderOutput a"]
+    assert kernels([0, 2, 3, 1]) == {("ReorderInput", "x"): 2 * 4 * 16 * 64}
+    assert kernels([0, 1, 3, 2]) == {
+        ("ReorderInput", "x"): 2 * 4 * 16 * 64,
+        ("ReorderOutput", "a"): 2 * 4 * 16 * 64,
+    }
+
+
+def copies(program, fractions=None, extents=None):
+    """Bytes moved by each copy that exists."""
+    rules = FusionRules.of({"Conv": ("BlockedAdd",)})
+    layout = build_workload(program, extents, rules=rules).layout
+    found = layout.copies(Population(fractions or {}, {}))
+    return {(c.op_type, c.value): c.moved for c in found if c.op_type != "Reshape" and np.all(c.count)}
+
+
+def test_no_copies_where_a_runtime_has_no_layout_of_its_own():
+    assert not list(
+        build_workload(conv_then("Relu"), rules=FusionRules.of({})).layout.copies(Population({}, {}))
+    )
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_copies_under_a_plan_are_those_of_the_smaller_network(seed):
+    """Widths off the grid leave the layout, and come back to it; one population has them all."""
+    sizes = {"a": 16, "b": 24, "e": 40, "m0": 16, "m1": 24, "m2": 24}
+    net = residual()
+    rng = np.random.default_rng(seed)
+    plans = [{g: int(rng.integers(2, n + 1)) for g, n in sizes.items()} for _ in range(8)]
+    layout = build_workload(
+        net.program(("logits",)), net.extents, rules=FusionRules.of({"Conv": ("BlockedAdd",)})
+    ).layout
+    fractions = {g: np.array([kept[g] / n for kept in plans]) for g, n in sizes.items()}
+    found = list(layout.copies(Population(fractions, {})))
+    assert (
+        len({tuple(np.broadcast_to(c.count, len(plans))) for c in found}) > 1
+    )  # plans differ in what they copy
+    for number, kept in enumerate(plans):
+        mine = {
+            (c.op_type, c.value): float(np.broadcast_to(c.moved, len(plans))[number])
+            for c in found
+            if c.op_type != "Reshape" and np.broadcast_to(c.count, len(plans))[number]
+        }
+        assert mine == copies(residual(kept).program(("logits",)))
 
 
 def test_a_sum_in_place_needs_an_operand_that_nobody_reads_afterwards():
@@ -209,6 +317,25 @@ def test_products_take_in_what_scales_and_turns_their_operands():
     assert kernel.name == "scores"
     assert kernel.macs.full == 2 * (2 * 6 * 6 * 8) and kernel.bytes_written.full == 2 * 6 * 8 * 4
     assert [f.op_type for f in kernel.prologue] == ["Transpose"]
+
+
+def test_a_product_takes_in_one_number_that_scales_its_result():
+    def program(shape, operands=("x", "y")):
+        b = Builder((2, 6, 6))
+        b.op("Tanh", "x", name="y")
+        b.op("MatMul", *operands, name="product")
+        b.op("Mul", "product", b.constant("k", np.full(shape, 0.5, np.float32)), name="scaled")
+        b.op("Softmax", name="end", axis=-1)
+        return b.program()
+
+    behind = ("Scale behind",)
+    assert (
+        groups(program(()), MatMul=behind) == groups(program((1,)), MatMul=behind) == [("product", "scaled")]
+    )
+    assert groups(program((6,)), MatMul=behind) == []  # a number per column
+    assert groups(program(()), MatMul=("Scale before",)) == []
+    kernel = build_workload(program(()), rules=FusionRules.of({"MatMul": behind})).kernels[1]
+    assert [f.op_type for f in kernel.epilogue] == ["Scale"]
 
 
 def test_a_sum_in_front_of_a_normalization():

@@ -226,7 +226,7 @@ class _Partition:
                 if operand is not None and operand.const_value is None:
                     return None
                 if operand is not None:
-                    bounds[key] = float(operand.const_value.numpy())
+                    bounds[key] = float(operand.const_value.numpy().item())  # of no axis, or of one
             entry = Fused(node.op_type, tuple(sorted({**json_attributes(node), **bounds}.items())))
             return "activation", [node], [entry]
         return None
