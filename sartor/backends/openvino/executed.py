@@ -9,6 +9,7 @@ where it lists nothing, with the next node of its type whose inputs come from th
 from __future__ import annotations
 
 import dataclasses
+import heapq
 from collections.abc import Iterable, Mapping, Sequence, Set
 
 from sartor.backends.origin import Origin
@@ -59,7 +60,7 @@ def executed_nodes(origin: Origin, layers: Sequence[Layer]) -> dict[str, tuple[s
     """Nodes of the program per layer, in the program's order.
 
     Args:
-        layers: the execution graph, every layer behind those that it reads from.
+        layers: the execution graph in any order; the answer does not depend on it.
     """
     return _Attribution(origin, layers).run()
 
@@ -67,7 +68,6 @@ def executed_nodes(origin: Origin, layers: Sequence[Layer]) -> dict[str, tuple[s
 class _Attribution:
     def __init__(self, origin: Origin, layers: Sequence[Layer]):
         self._types, self._inputs = origin.types, origin.inputs
-        self._layers = layers
         self._users: dict[str, list[str]] = {}
         self._idle: set[str] = set()
         fixed: set[str] = set()  # computed when the model is compiled
@@ -83,6 +83,12 @@ class _Attribution:
             layer.name: [n for n in map(origin.named, map(_original, layer.original)) if n]
             for layer in layers
         }
+        order = {name: i for i, name in enumerate(self._types)}
+        places = {
+            name: min(map(order.__getitem__, names), default=len(order))
+            for name, names in self._listed.items()
+        }
+        self._layers = _in_order(layers, places)
         self._taken = {n for names in self._listed.values() for n in names if n not in self._idle}
         self._found: dict[str, set[str]] = {}
         self._values: dict[str, set[str]] = {}  # nodes whose results a layer hands on
@@ -168,6 +174,30 @@ class _Attribution:
                 added.add(users[0])
                 left.append(users[0])
         return added
+
+
+def _in_order(layers: Sequence[Layer], places: Mapping[str, int]) -> list[Layer]:
+    """Every layer behind those that it reads from; of several that could come next, the first in the program.
+
+    What belongs to several layers goes to the first of them, and the vendor's order changes from run to run.
+    """
+    waiting = {layer.name: {s for s in layer.sources if s in places} for layer in layers}
+    readers: dict[str, list[Layer]] = {}
+    for layer in layers:
+        for source in waiting[layer.name]:
+            readers.setdefault(source, []).append(layer)
+    by_name = {layer.name: layer for layer in layers}
+    ready = [(places[name], _number(name), name) for name, sources in waiting.items() if not sources]
+    heapq.heapify(ready)
+    found = []
+    while ready:
+        name = heapq.heappop(ready)[2]
+        found.append(by_name[name])
+        for reader in readers.get(name, ()):
+            waiting[reader.name].discard(name)
+            if not waiting[reader.name]:
+                heapq.heappush(ready, (places[reader.name], _number(reader.name), reader.name))
+    return found
 
 
 def _original(name: str) -> str:
