@@ -1,7 +1,7 @@
 """Build the profile of this machine as a target uses it, for predictions; or check whether one still holds.
 
-Kernels and generated networks are timed for --minutes, a fifth of the kernels and half of the networks are held
-out, and models are fitted to the rest. The file has the errors on what was held out. A run that is interrupted
+Generated networks and the kernels inside them are timed for --minutes, by the target's own profiler; a fifth of both is
+held out, and models are fitted to the rest. The file has the errors on what was held out. A run that is interrupted
 goes on where it was when the same command is given again. With --check, a few kernels of FILE are timed again.
 """
 
