@@ -12,7 +12,7 @@ from typing import Any
 from sartor.backends import host
 from sartor.backends.protocol import TargetOptions
 from sartor.cost_models import around
-from sartor.cost_models.law import Caches
+from sartor.cost_models.law import Caches, cold_share
 from sartor.cost_models.profile import DeviceProfile, Sample
 from sartor.cost_models.samples import weight_bytes
 from sartor.cost_models.tiers import Tiers
@@ -28,10 +28,8 @@ TOLERANCE = 0.10
 _PRECISE = 0.05  # samples with a wider interval say little
 _FEWEST, _CARRIED = 3, 32  # of one family; of one carrier
 _LEAST_S = 10e-6  # of a kernel: what the profiler adds to a shorter one matters too much
-_ALIKE, _WAITING = (
-    0.1,
-    0.3,
-)  # shares of displaced weights; of a time that is waiting, which is known roughly only
+_ALIKE = 0.1  # shares of the weights that were displaced
+_WAITING = 0.3  # of a time; what waiting for weights costs is known roughly
 _SLOWER = 0.15  # of the reference itself: other clocks, another machine
 
 
@@ -204,13 +202,14 @@ def _carriers(chosen: Sequence[Sample]) -> list[list[Sample]]:
 
 def _comparable(then: Sample, now: Sample, caches: Caches, cold: Mapping[str, around.Coefficients]) -> bool:
     """Whether as much of the kernel's weights was displaced then, or it is known, and little, what they cost."""
-    pairs = zip(around.shares(then, caches), around.shares(now, caches), strict=True)
-    if not weight_bytes(then.spec, then.at) or all(abs(a - b) < _ALIKE for a, b in pairs):
+    shares = [
+        [float(cold_share(one.around_bytes, size)) for size in (caches.near, caches.last)]
+        for one in (then, now)
+    ]
+    if not weight_bytes(then.spec, then.at) or all(abs(a - b) < _ALIKE for a, b in zip(*shares, strict=True)):
         return True
-    pairs_of_times = zip((then, now), around.warmed([then, now], caches, cold), strict=True)
-    return then.family in cold and all(
-        warm.warm_s > (1 - _WAITING) * one.warm_s for one, warm in pairs_of_times
-    )
+    times = zip((then, now), around.warmed([then, now], caches, cold), strict=True)
+    return then.family in cold and all(warm.warm_s > (1 - _WAITING) * one.warm_s for one, warm in times)
 
 
 def _median(ratios: Sequence[float]) -> tuple[float, float, float, int]:
