@@ -8,7 +8,7 @@ import statistics
 
 import pytest
 
-from sartor.backends.visits import Visit, summarise, visit_all
+from sartor.backends.visits import Visit, median_of_microseconds, summarise, visit_all
 
 REFERENCE_S = 3e-4
 
@@ -96,3 +96,17 @@ def test_what_agrees_is_visited_no_more_and_a_deadline_ends_the_rest():
     assert {len(v) for v in noisy.visits(TRUTH).values()} == {12}
     late = Machine(noise=0.2, drift=0, interrupted=0)
     assert {len(v) for v in late.visits(TRUTH, deadline=0.0).values()} == {1}
+
+
+def test_the_median_of_whole_microseconds_is_between_them():
+    """By how many lie below: kernels of 3 us differ by less than one."""
+    of = [3e-6] * 6 + [4e-6] * 6
+    assert median_of_microseconds(of) == pytest.approx(3.5e-6)
+    assert (
+        2.5e-6 < median_of_microseconds([3e-6] * 9 + [4e-6]) < median_of_microseconds([3e-6] * 5 + [4e-6] * 4)
+    )
+    draw = random.Random(0)
+    for true_us in (2.2, 3.4, 40.6):
+        taken = [round(draw.gauss(true_us, 0.7)) * 1e-6 for _ in range(400)]
+        assert median_of_microseconds(taken) * 1e6 == pytest.approx(true_us, abs=0.15)
+    assert median_of_microseconds([5e-6] * 3 + [900e-6]) == pytest.approx(5e-6, abs=0.5e-6)
