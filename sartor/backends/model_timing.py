@@ -78,7 +78,7 @@ def _timed(
         visits = _visits(once, seconds, reference, half, request["visit_s"], alone)
         before = reference_s(reference)
         runs = min(_MOST_PROFILED, max(_FEWEST_PROFILED, round(request["profile_s"] / seconds)))
-        kernels = backend.profile(artifact, options, runs)
+        kernels = backend.profile(artifact, options, runs) if request["profile_s"] else []
         after = reference_s(reference)
         visits += _visits(once, seconds, reference, half, request["visit_s"], alone)
     return {

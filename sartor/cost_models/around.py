@@ -1,8 +1,8 @@
 """What a kernel's weights cost that the weights of others have displaced from the caches.
 
-A kernel inside a model finds its weights where they were left by the last inference: in the nearest cache if all
-of the model's fit there, in the last one, or in memory. Fitted beside everything else that the kernel takes, as seconds
-per byte of its own weights, and taken off, so that what remains is its time with warm weights.
+A kernel inside a model finds its weights where they were left by the last inference: in the last cache if all of the
+model's fit there, else partly in memory. What it takes longer then is taken off, so that what remains is its time with
+warm weights.
 """
 
 from __future__ import annotations
@@ -12,12 +12,15 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from sartor.cost_models import rates
 from sartor.cost_models.features import is_movement
 from sartor.cost_models.law import Caches, cold_share
 from sartor.cost_models.profile import Sample
-from sartor.cost_models.rates import fit_logarithm, names_of_laws, rounded_work
+from sartor.cost_models.rates import rounded_work
+from sartor.cost_models.table import predict_samples
 
-_FEW = 24  # samples of one way of computing, below which six coefficients would be noise
+_FEW = 8  # samples of one family
+_LEAST_BYTES = 100e3  # from memory; what fewer cost is noise
 _LEAST_WARM = 0.3  # of a time; no kernel is nothing but waiting for its weights
 
 Coefficients = tuple[float, float, float]
@@ -26,46 +29,38 @@ Coefficients = tuple[float, float, float]
 def fitted(samples: Sequence[Sample], caches: Caches, grid: Mapping[str, int]) -> dict[str, Coefficients]:
     """`Cold.by_family` of samples that were timed inside models; empty where there are none.
 
+    Models whose weights fit the last cache give the laws of kernels; how much longer kernels take in larger ones, per
+    byte of their weights that memory holds, is the median over samples.
+
     Args:
         samples: timed kernels.
         caches: of the machine.
         grid: channel grid by family or operator.
     """
-    rows: dict[tuple[str, str], list[tuple[float, ...]]] = {}
-    for sample in samples:
-        if not sample.around_bytes or is_movement(sample.spec):
-            continue
-        found, costly = rounded_work(sample, grid)
-        weights = float(found.weight_bytes)
-        if weights:
-            near, last = shares(sample, caches)
-            row = (
-                1.0,
-                float(found.macs),
-                float(found.moved),
-                costly,
-                near * weights,
-                last * weights,
-                sample.warm_s,
+    inside = [s for s in samples if s.around_bytes and not is_movement(s.spec)]
+    near = [s for s in inside if s.around_bytes <= caches.last]
+    if not near:
+        return {}
+    result = {s.family: (0.0, 0.0, 0.0) for s in inside}
+    away = [s for s in inside if _far_bytes(s, caches) >= _LEAST_BYTES]
+    if away:
+        said, _ = predict_samples((rates.fitted(near, grid),), away)
+        waiting: dict[str, list[float]] = {}
+        for sample, seconds in zip(away, said, strict=True):
+            waiting.setdefault(sample.family, []).append(
+                (sample.warm_s - seconds) / _far_bytes(sample, caches)
             )
-            rows.setdefault((sample.family, names_of_laws(sample)[0]), []).append(row)
-    by_family: dict[str, list[tuple[int, float, float]]] = {}
-    for (family, _), entries in rows.items():
-        if len(entries) >= _FEW:
-            table = np.array(entries)
-            best, _ = fit_logarithm(table[:, :-1], table[:, -1], np.ones(len(table)))
-            by_family.setdefault(family, []).append((len(table), float(best[4]), float(best[5])))
-    result = {}
-    for family, found_of in by_family.items():
-        counts = np.array([n for n, _, _ in found_of], float)
-        near, far = (float(np.average([f[i] for f in found_of], weights=counts)) for i in (1, 2))
-        result[family] = (0.0, near, far)
+        for family, found in waiting.items():
+            if len(found) >= _FEW:
+                result[family] = (0.0, 0.0, max(0.0, float(np.median(found))))
     return result
 
 
-def shares(sample: Sample, caches: Caches) -> tuple[float, float]:
-    """Of the weights around a sample, what the nearest cache does not hold, and what none holds."""
-    return tuple(float(cold_share(sample.around_bytes, size)) for size in (caches.near, caches.last))  # type: ignore
+def _far_bytes(sample: Sample, caches: Caches) -> float:
+    """Bytes of a sample's own weights that no cache holds."""
+    return float(cold_share(sample.around_bytes, caches.last)) * float(
+        rounded_work(sample, {})[0].weight_bytes
+    )
 
 
 def warmed(samples: Sequence[Sample], caches: Caches, cold: Mapping[str, Coefficients]) -> tuple[Sample, ...]:
@@ -82,8 +77,5 @@ def warmed(samples: Sequence[Sample], caches: Caches, cold: Mapping[str, Coeffic
 def _warmed(sample: Sample, caches: Caches, cold: Mapping[str, Coefficients]) -> Sample:
     if not sample.around_bytes or sample.family not in cold:
         return sample
-    weights = float(rounded_work(sample, {})[0].weight_bytes)
-    _, per_byte, per_far_byte = cold[sample.family]
-    near, last = shares(sample, caches)
-    waiting = weights * (near * per_byte + last * per_far_byte)
+    waiting = cold[sample.family][2] * _far_bytes(sample, caches)
     return dataclasses.replace(sample, warm_s=max(sample.warm_s - waiting, _LEAST_WARM * sample.warm_s))

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from sartor.cost_models.work import Work, item_bytes, work_of_spec
+from sartor.cost_models.work import Work, item_bytes, unit_length, work_of_spec
 from sartor.ir.fusion import ACTIVATIONS
 from sartor.ir.kernels import RECURRENT
 from sartor.ir.layout import COPIES
@@ -32,6 +32,7 @@ CONTRACTION = (
 MOVEMENT = (
     *("log_bytes", "log_read", "log_written", "log_taps", "stride", "operands", "stored", "outputs"),
     *("rank", "log_fixed", "last", "smallest", "item_bytes", "align", "epilogue"),
+    *("log_second", "align_second", "whole_blocks", "log_rest"),
 )
 _ELEMENTWISE = frozenset({"Add", "Sub", "Mul", "Div", "Pow", "Sqrt", "Erf", "Exp", "Where", "PRelu"})
 COSTLY = ACTIVATIONS - {"Relu", "Clip", "LeakyRelu", "HardSigmoid", "HardSwish", "ThresholdedRelu"} | {"Silu"}
@@ -175,6 +176,10 @@ def _movement(spec: Mapping[str, Any], found: Work) -> list[Any]:
     first = operands[0]["dims"] if operands else []
     last = first[-1] if first and not isinstance(first[-1], str) else 0
     per_unit = max(fixed, default=1)
+    second: Any = first[1] if len(first) > 1 else 0
+    if isinstance(second, str):
+        second = float(second[:-1] or 1) * np.rint(unit_length(spec, found.rows))
+    second = np.asarray(second, float)
     item = 4.0 if not operands else item_bytes(operands[0]["dtype"])
     return [
         *map(_log, (found.moved, found.read, found.written)),
@@ -190,4 +195,8 @@ def _movement(spec: Mapping[str, Any], found: Work) -> list[Any]:
         item,
         alignment(last),
         len(spec.get("epilogue", ())),
+        _log(second),
+        alignment(second),
+        second % _BLOCK == 0,  # poolings of whole blocks stay in the blocked layout
+        _log(math.prod(d for d in first[2:] if not isinstance(d, str))),
     ]

@@ -15,10 +15,10 @@ from sartor.cost_models import rates as roofline
 from sartor.cost_models.features import family_of
 from sartor.cost_models.interval import Interval, conformal, excess_sd
 from sartor.cost_models.law import Caches, Law, Observation, cold_share
-from sartor.cost_models.learned import as_signature, noise_of
+from sartor.cost_models.learned import noise_of
 from sartor.cost_models.profile import DeviceProfile, NetworkTime, Sample, of_role
 from sartor.cost_models.scores import summary
-from sartor.cost_models.table import corrections
+from sartor.cost_models.table import corrections, predict_samples
 from sartor.cost_models.tiers import Tiers, below, fitted_cold
 
 _SHARED = 0.8
@@ -92,7 +92,8 @@ def fit_profile(profile: DeviceProfile, *, learned: bool = True) -> DeviceProfil
     interval, law = Interval(kernels=quantiles), None
     heldout = around.warmed(of_role(profile.samples, "heldout"), caches, cold)
     errors: dict[str, Any] = {"kernels": _kernel_errors(heldout, tiers, interval)}
-    terms = [network_terms(n, tiers, profile) for n in profile.networks]
+    judged = [n for n in profile.networks if n.role in ("fit", "heldout")]
+    terms = networks_terms(judged, tiers, profile)
     fitting = [t for t in terms if t.network.role == "fit"]
     if len(fitting) >= _FEWEST_NETWORKS:
         law, interval = _fit_law(fitting, interval)
@@ -105,19 +106,29 @@ def fit_profile(profile: DeviceProfile, *, learned: bool = True) -> DeviceProfil
     )
 
 
-def network_terms(network: NetworkTime, tiers: Tiers, profile: DeviceProfile) -> NetworkTerms:
-    """Price the kernels of a network that the profile holds."""
-    seconds: dict[str, float] = {"call": profile.call_s, "cold": 0.0}
+def networks_terms(
+    networks: Sequence[NetworkTime], tiers: Tiers, profile: DeviceProfile
+) -> list[NetworkTerms]:
+    """Price the kernels of networks that the profile holds."""
+    kernels = [
+        (number, count, Sample(spec, at, family_of(spec), 1.0))
+        for number, network in enumerate(networks)
+        for spec, at, count in network.kernels
+    ]
+    said = tiers.many([sample for _, _, sample in kernels])
     caches = Caches.of(profile.device)
-    near, last = (float(cold_share(network.weight_bytes, size)) for size in (caches.near, caches.last))
-    variance = 0.0
-    for spec, at, count in network.kernels:
-        family = family_of(spec)
-        warm, sd, extra, far = tiers.at(spec, family, at)
-        seconds[family] = seconds.get(family, 0.0) + count * warm
-        seconds["cold"] += count * (near * extra + last * far)
-        variance += (count * sd) ** 2
-    return NetworkTerms(network, seconds, float(np.sqrt(variance)))
+    seconds: list[dict[str, float]] = [{"call": profile.call_s, "cold": 0.0} for _ in networks]
+    variances = np.zeros(len(networks))
+    for index, (number, count, sample) in enumerate(kernels):
+        mine, weights = seconds[number], networks[number].weight_bytes
+        near, last = (float(cold_share(weights, size)) for size in (caches.near, caches.last))
+        mine[sample.family] = mine.get(sample.family, 0.0) + count * float(said.warm_s[index])
+        mine["cold"] += count * float(near * said.near_s[index] + last * said.far_s[index])
+        variances[number] += (count * float(said.sd_s[index])) ** 2
+    return [
+        NetworkTerms(network, mine, float(np.sqrt(variance)))
+        for network, mine, variance in zip(networks, seconds, variances, strict=True)
+    ]
 
 
 def kind_of(network: NetworkTime) -> str:
@@ -183,27 +194,24 @@ def _kernel_quantiles(samples: Sequence[Sample], tiers: Tiers, unseen: np.ndarra
         if len(found.points) > 1:
             errors, expected = found.left_out()
             scores.setdefault("measured", []).extend(errors / expected)
-    for index, sample in enumerate(samples):
-        signature = as_signature(sample)
-        at = [np.array([s]) for s in sample.at]
-        seconds, sd = tiers.rates.predict(signature, at)
-        error = float(np.log(sample.warm_s / seconds[0]))
-        scores.setdefault("roofline", []).append(error / float(np.hypot(sd[0], noise_of(sample))))
-        if unseen is not None and tiers.learned is not None and np.isfinite(unseen[index]):
-            _, sd = tiers.learned.predict(signature, at)
-            expected_sd = float(np.hypot(sd[0], noise_of(sample)))
-            scores.setdefault("learned", []).append(float(unseen[index]) / expected_sd)
+    noise = np.array([noise_of(s) for s in samples])
+    seconds, sd = predict_samples((tiers.rates,), samples)
+    errors = np.log(np.array([s.warm_s for s in samples]) / seconds)
+    scores["roofline"] = list(errors / np.hypot(sd, noise))
+    if unseen is not None and tiers.learned is not None:
+        known = np.flatnonzero(np.isfinite(unseen))
+        _, sd = predict_samples((tiers.learned, tiers.rates), [samples[i] for i in known])
+        scores["learned"] = list(unseen[known] / np.hypot(sd, noise[known]))
     return {tier: conformal(found) for tier, found in scores.items()}
 
 
 def _kernel_errors(samples: Sequence[Sample], tiers: Tiers, interval: Interval) -> dict[str, Any]:
     rows: dict[str, list[tuple[float, float, tuple[float, float]]]] = {}
-    for sample in samples:
-        model = tiers.model_for(as_signature(sample))
-        warm, sd, *_ = tiers.at(sample.spec, sample.family, sample.at)
-        span = interval.of_kernel(model.tier, warm, float(np.hypot(sd / warm, noise_of(sample))))
-        for name in ("all", model.tier, sample.family):
-            rows.setdefault(name, []).append((warm, sample.warm_s, span))
+    said = tiers.many(samples)
+    for sample, warm, sd, tier in zip(samples, said.warm_s, said.sd_s, said.tiers, strict=True):
+        span = interval.of_kernel(tier, float(warm), float(np.hypot(sd / warm, noise_of(sample))))
+        for name in ("all", tier, sample.family):
+            rows.setdefault(name, []).append((float(warm), sample.warm_s, span))
     found = {name: summary(*zip(*entries, strict=True)) for name, entries in rows.items()}
     return {**found.pop("all", {"n": 0}), "parts": found}
 

@@ -18,14 +18,15 @@ from typing import Any
 import numpy as np
 
 from sartor.cost_models.features import alignment, is_movement
-from sartor.cost_models.learned import as_signature, noise_of
+from sartor.cost_models.learned import BoostedResidual, as_signature, noise_of
 from sartor.cost_models.profile import Sample
 from sartor.cost_models.protocol import KernelModel
-from sartor.cost_models.signatures import Signature
+from sartor.cost_models.signatures import Signature, key_of
 
 _COMMON = 0.5
 """Share of the variance that all sizes of a signature have in common."""
 _LENGTH = 1.0  # of the correlation, in natural logarithms of a size
+_FAR = 3.0  # standard deviations
 _ALIGNMENT = 0.35  # distance of one power of two between the alignments of two widths
 
 
@@ -122,23 +123,55 @@ def corrections(
         residuals: `log(measured / predicted)` per sample, where it is known of a model that had not seen the
             sample; NaN elsewhere. Those of `base` by default.
     """
+    predicted, sd = predict_samples(base, samples)
+    target = np.log(np.array([s.warm_s for s in samples]) / predicted)
+    if residuals is not None:
+        target = np.where(np.isnan(residuals), target, residuals)
+    noise = np.array([noise_of(s) for s in samples])
+    found = {}
+    for key, indices in by_spec(samples).items():
+        expected, aligned = float(np.mean(sd[indices])), not is_movement(samples[indices[0]].spec)
+        found[key] = _fit(sizes_of(samples, indices), target[indices], noise[indices], expected, aligned)
+    return found
+
+
+def predict_samples(base: Sequence[KernelModel], samples: Sequence[Sample]) -> tuple[np.ndarray, np.ndarray]:
+    """Seconds and the standard deviation of their logarithm by the best of some tiers, `[samples]` each.
+
+    Args:
+        base: the tiers, the roofline last.
+        samples: kernels; their times are not looked at.
+    """
+    seconds, sd = np.empty(len(samples)), np.empty(len(samples))
+    learned = next((model for model in base if isinstance(model, BoostedResidual)), None)
+    rows: dict[str, list[np.ndarray]] = {}
+    places: dict[str, list[int]] = {}
+    for indices in by_spec(samples).values():
+        signature = as_signature(samples[indices[0]])
+        sizes = sizes_of(samples, indices)
+        seconds[indices], sd[indices] = base[-1].predict(signature, sizes)
+        if learned is not None and learned.knows(signature):
+            family = signature.family
+            rows.setdefault(family, []).append(learned.families[family].rows(signature.spec, sizes))
+            places.setdefault(family, []).extend(indices)
+    for family, found in rows.items():
+        assert learned is not None
+        mean, sd[places[family]] = learned.families[family].correction(np.vstack(found))
+        seconds[places[family]] *= np.exp(mean)
+    return seconds, sd
+
+
+def by_spec(samples: Sequence[Sample]) -> dict[str, list[int]]:
+    """Indices of the samples of every spec, by its key."""
     members: dict[str, list[int]] = {}
     for index, sample in enumerate(samples):
-        members.setdefault(as_signature(sample).key, []).append(index)
-    found = {}
-    for key, indices in members.items():
-        chosen = [samples[i] for i in indices]
-        signature = as_signature(chosen[0])
-        model = first_that_knows(base, signature)
-        sizes = [np.array([s.at[i] for s in chosen]) for i in range(len(chosen[0].at))]
-        predicted, sd = model.predict(signature, sizes or [np.zeros(len(chosen))])
-        target = np.log(np.array([s.warm_s for s in chosen]) / predicted)
-        if residuals is not None:
-            known = residuals[indices]
-            target = np.where(np.isnan(known), target, known)
-        noise = np.array([noise_of(s) for s in chosen])
-        found[key] = _fit(sizes, target, noise, float(np.mean(sd)), not is_movement(signature.spec))
-    return found
+        members.setdefault(key_of(sample.spec), []).append(index)
+    return members
+
+
+def sizes_of(samples: Sequence[Sample], indices: Sequence[int]) -> list[np.ndarray]:
+    """An array per variable of samples of one spec."""
+    return [np.array(column) for column in zip(*(samples[i].at for i in indices), strict=True)]
 
 
 def _fit(
@@ -146,6 +179,8 @@ def _fit(
 ) -> Correction:
     points = _coordinates(sizes, aligned)
     variance = max(sd, 0.02) ** 2
+    far = np.abs(target) > _FAR * np.hypot(sd, noise)
+    noise = np.where(far, np.abs(target), noise)  # a disturbed timing is not followed
     covariance = _covariance(points, points, variance) + np.diag(noise**2 + 1e-8)
     inverse = np.linalg.inv(covariance)
     lowest = np.array([s.min() for s in sizes])

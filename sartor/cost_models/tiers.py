@@ -15,13 +15,20 @@ import numpy as np
 from sartor.cost_models import around
 from sartor.cost_models import rates as roofline
 from sartor.cost_models.law import Caches
-from sartor.cost_models.learned import BoostedResidual, signature_at
+from sartor.cost_models.learned import BoostedResidual, as_signature, signature_at
 from sartor.cost_models.profile import DeviceProfile, Sample, of_role
 from sartor.cost_models.protocol import KernelModel
 from sartor.cost_models.rates import Rates
 from sartor.cost_models.signatures import Signature, variable_names
 from sartor.cost_models.surface import Surface, build, ranges_of
-from sartor.cost_models.table import KernelTable, corrections, first_that_knows
+from sartor.cost_models.table import (
+    KernelTable,
+    by_spec,
+    corrections,
+    first_that_knows,
+    predict_samples,
+    sizes_of,
+)
 from sartor.cost_models.work import work_of_spec
 from sartor.errors import UsageError
 from sartor.ir.layout import FAMILY as LAYOUT
@@ -45,6 +52,25 @@ class Cold:
     def coefficients(self, family: str) -> tuple[float, float, float]:
         """Those of one family; zero where nothing was timed cold."""
         return self.by_family.get(family) or self.by_family.get(_ANY, (0.0, 0.0, 0.0))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Predicted:
+    """What the tiers say of many kernels, an array each.
+
+    Attributes:
+        warm_s: seconds with warm weights.
+        sd_s: standard deviation of them.
+        near_s: what weights add that are in another cache.
+        far_s: what weights add besides that are in none.
+        tiers: which tier said it.
+    """
+
+    warm_s: np.ndarray
+    sd_s: np.ndarray
+    near_s: np.ndarray
+    far_s: np.ndarray
+    tiers: tuple[str, ...]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -118,6 +144,26 @@ class Tiers:
                 ranges_of(names, fulls, varies, steps), lambda sizes: _predict(model, signature, sizes)
             )
         return self._surfaces[key]
+
+    def many(self, samples: Sequence[Sample]) -> Predicted:
+        """Many kernels at once; their times are not looked at."""
+        seconds, log_sd = predict_samples(self.table.base, samples)
+        near, far = np.zeros(len(samples)), np.zeros(len(samples))
+        tiers = [""] * len(samples)
+        for key, indices in by_spec(samples).items():
+            one, sizes = samples[indices[0]], sizes_of(samples, indices)
+            correction = self.table.corrections.get(key)
+            if correction is not None:
+                mean, variance = correction.at(sizes or [np.zeros(len(indices))])
+                seconds[indices] *= np.exp(mean)
+                log_sd[indices] = np.sqrt(variance)
+            fixed, per_byte, per_far_byte = self.cold.coefficients(one.family)
+            weights = np.broadcast_to(work_of_spec(one.spec, sizes).weight_bytes, len(indices))
+            near[indices] = np.where(weights > 0, fixed + per_byte * weights, 0.0)
+            far[indices] = per_far_byte * weights
+            for index in indices:
+                tiers[index] = self.model_for(as_signature(one)).tier
+        return Predicted(seconds, seconds * log_sd, near, far, tuple(tiers))
 
     def at(
         self, spec: Mapping[str, Any], family: str, sizes: Sequence[float]

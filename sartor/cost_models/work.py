@@ -191,17 +191,14 @@ def _recurrent(spec: Mapping[str, Any], inner: np.ndarray, hidden: np.ndarray) -
     )
 
 
+def unit_length(spec: Mapping[str, Any], moved: np.ndarray) -> np.ndarray:
+    """Length of the unit that the dims of a kernel that moves data are multiples of, from the bytes that it moves."""
+    return _unit([term for terms in _parts(spec).values() for term in terms], np.asarray(moved, float))
+
+
 def _movement(spec: Mapping[str, Any], moved: np.ndarray) -> Work:
     """Parts of the bytes that the operands are of, at the length of the unit that the total says."""
-    parts: dict[str, _Terms] = {"weight_bytes": [], "read": [], "written": []}
-    seen: set[int] = set()
-    for entry in spec["inputs"]:
-        if entry is not None and entry["slot"] not in seen:
-            seen.add(entry["slot"])
-            parts["weight_bytes" if entry["stored"] else "read"].append(_term(entry["dims"], entry["dtype"]))
-    for dims, dtype in zip(spec["outputs"], spec["output_dtypes"], strict=True):
-        parts["written"].append(_term(dims, dtype))
-    parts["read"] += parts["written"][:1] * _residuals(spec)
+    parts = _parts(spec)
     unit = _unit([term for terms in parts.values() for term in terms], moved)
     values = {name: _evaluate(terms, unit) for name, terms in parts.items()}
     total = sum(values.values())
@@ -216,6 +213,19 @@ def _movement(spec: Mapping[str, Any], moved: np.ndarray) -> Work:
         channels=one,
         taps=one,
     )
+
+
+def _parts(spec: Mapping[str, Any]) -> dict[str, _Terms]:
+    parts: dict[str, _Terms] = {"weight_bytes": [], "read": [], "written": []}
+    seen: set[int] = set()
+    for entry in spec["inputs"]:
+        if entry is not None and entry["slot"] not in seen:
+            seen.add(entry["slot"])
+            parts["weight_bytes" if entry["stored"] else "read"].append(_term(entry["dims"], entry["dtype"]))
+    for dims, dtype in zip(spec["outputs"], spec["output_dtypes"], strict=True):
+        parts["written"].append(_term(dims, dtype))
+    parts["read"] += parts["written"][:1] * _residuals(spec)
+    return parts
 
 
 _Terms = list[tuple[float, int]]

@@ -1,4 +1,4 @@
-"""Copies into and out of a runtime's own layout, and other kernels that no node of the program names.
+"""Copies into and out of a runtime's own layout: kernels that no node of the program names.
 
 Which values are copied is a matter of widths: a plan that leaves the channel grid makes copies necessary, and one that
 comes back to it saves them. They are therefore found for every population of plans anew.
@@ -10,8 +10,6 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import onnx_ir as ir
-
 from sartor.ir.extents import Extent, quotient
 from sartor.ir.fusion_layout import Step, copied, steps_of
 from sartor.ir.kernels import Operand, Tensors
@@ -19,9 +17,8 @@ from sartor.ir.population import Population, Presence
 from sartor.ir.program import Program
 
 FAMILY = "layout"
-COPIES = ("ReorderInput", "ReorderOutput", "Reorder", "Reshape")
-"""What runtimes put between kernels; a Reshape moves nothing and is a kernel all the same."""
-_RESHAPES = frozenset({"Reshape", "Flatten", "Squeeze", "Unsqueeze"})
+COPIES = ("ReorderInput", "ReorderOutput", "Reorder")
+"""What runtimes put between kernels."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,8 +26,8 @@ class Copy:
     """One value that is copied under some plans.
 
     Attributes:
-        op_type: `ReorderInput`, `ReorderOutput` or `Reshape`.
-        value: its name; of a Reshape, the node's.
+        op_type: `ReorderInput` or `ReorderOutput`.
+        value: its name.
         moved: bytes read and written, a scalar or `[plans]`.
         count: 1.0 where the copy exists, else 0.0.
     """
@@ -63,14 +60,12 @@ class Layout:
         values: by name.
         groups: per convolution, by the name of its output: input and output channels of one group.
         outputs: names of the program's outputs.
-        reshapes: names of the nodes, with the blocks that contain them, that are a Reshape kernel.
     """
 
     steps: tuple[Step, ...] = ()
     values: Mapping[str, Moved] = dataclasses.field(default_factory=dict)
     groups: Mapping[str, tuple[Extent, Extent]] = dataclasses.field(default_factory=dict)
     outputs: tuple[str, ...] = ()
-    reshapes: tuple[tuple[str, tuple[str, ...]], ...] = ()
 
     @property
     def varying(self) -> frozenset[str]:
@@ -87,8 +82,6 @@ class Layout:
 
     def copies(self, plans: Population) -> Iterator[Copy]:
         """Every copy that exists under any of the plans."""
-        for name, blocks in self.reshapes:
-            yield Copy("Reshape", name, 0.0, plans.present(Presence(blocks)))
         if not self.steps:
             return
         found = copied(self.steps, self.outputs, _Planned(self, plans))
@@ -140,11 +133,6 @@ def build_layout(
         values=values,
         groups=_groups(program, tensors),
         outputs=tuple(v.name or "" for v in program.graph.outputs),
-        reshapes=tuple(
-            (node.name or "", tuple(blocks_of.get(node.name or "", ())))
-            for node in program.nodes()
-            for _ in range(_reshapes(node, program))
-        ),
     )
 
 
@@ -159,16 +147,3 @@ def _groups(program: Program, tensors: Tensors) -> dict[str, tuple[Extent, Exten
             outer = quotient(tensors[weight].dims[0], number)
             found[node.outputs[0].name or ""] = (inner, outer)
     return found
-
-
-def _reshapes(node: ir.Node, program: Program) -> int:
-    """How many Reshape kernels a node is; a product with a bias on more than two axes runs between two of them."""
-    if node.op_type in _RESHAPES:
-        source = node.inputs[0]
-        return int(source is not None and not source.is_initializer())
-    if node.op_type != "MatMul" or node.inputs[1] is None or not node.inputs[1].is_initializer():
-        return 0
-    users = [use.node for use in node.outputs[0].uses()]
-    stored = len(users) == 1 and any(v is not None and v.is_initializer() for v in users[0].inputs)
-    biased = stored and users[0].op_type == "Add"
-    return 2 if biased and len(program.shapes()[node.inputs[0].name or ""]) > 2 else 0

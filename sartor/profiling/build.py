@@ -33,6 +33,7 @@ from sartor.profiling.records import Records
 _NETWORKS_AT_ONCE = len(networks.KINDS)
 _CARRIED = 32  # kernels of one carrier
 _CARRIER = InsideEffort(visits=2)
+_ANCHORED, _ANCHOR = 3, InsideEffort(visits=4, profile_s=0.0)  # rounds of networks between anchors
 _DRAWN, _TIMED, _REFINED = 0.10, 0.72, 0.92
 """Of the minutes: until when kernels are drawn, networks timed, kernels chosen by uncertainty. The rest is the fit."""
 _REFINEMENTS, _MOST_AT_ONCE = 2, 60  # fits between carriers; carriers after one
@@ -226,6 +227,8 @@ class _Builder:
         self._progress.stage("timing networks and the kernels inside them")
         while self.records.spent_s < _TIMED * self._seconds or not self.records.batches("networks"):
             self._networks(timer)
+            if len(self.records.batches("networks")) % _ANCHORED == 0:
+                self._anchors(timer)
         self._require_kernels()
         self._progress.stage("sampling where it is unsure")
         while self.records.spent_s < _REFINED * self._seconds:
@@ -316,6 +319,16 @@ class _Builder:
             self.records.saw(inside.reference_s)
         self.records.add("networks", results=results, conditions=dict(getattr(timer, "conditions", {})))
         self._progress.advance(len(results))
+
+    def _anchors(self, timer: Insider) -> None:
+        names = networks.anchors(self._seed)
+        found = timer([networks.network(name) for name in names], _ANCHOR)
+        results = [
+            {"name": name, "ratio": inside.latency.ratio}
+            for name, inside in zip(names, found, strict=True)
+            if inside.latency is not None
+        ]
+        self.records.add("anchors", results=results)
 
     def _network_result(self, name: str, model: bytes, inside: Inside) -> dict[str, Any]:
         if inside.latency is None:

@@ -97,7 +97,7 @@ class Executed:
 
     Attributes:
         kernels: by the nodes that they compute together.
-        inserted: those that compute none, or only another shape.
+        inserted: those that compute none.
     """
 
     kernels: Mapping[frozenset[str], tuple[KernelTime, ...]]
@@ -124,7 +124,7 @@ class Executed:
                 rows.append((_without_folded(mine - free, own), kernel))
             elif not mine and rows and kernel.op_type in NAMELESS_PARTS:
                 rows.append((rows[-1][0], kernel))
-            elif not mine or kernel.op_type == "Reshape":
+            elif not mine:
                 inserted.append(kernel)
         found: dict[frozenset[str], list[KernelTime]] = {}
         every = {names for names, _ in rows}

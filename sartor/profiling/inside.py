@@ -25,7 +25,7 @@ class InsideEffort:
     Attributes:
         visits: of the model, half of them before its profile, half after.
         visit_s: length of a visit, seconds.
-        profile_s: of inferences under the profiler, seconds.
+        profile_s: of inferences under the profiler, seconds; 0: latency only.
         limit_s: no model is begun after it.
     """
 

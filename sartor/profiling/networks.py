@@ -28,6 +28,14 @@ def names(seed: int) -> Iterator[str]:
         number += 1
 
 
+def anchors(seed: int) -> tuple[str, ...]:
+    """Networks of several kinds that are timed several times while a profile is built.
+
+    What others take is told in units of them, so they have to be known better than others.
+    """
+    return tuple(f"{kind}-{seed}-0" for kind in ("dense", "grouped", "inverted", "plain"))
+
+
 def role_of(name: str) -> str:
     """What a network is for.
 
