@@ -160,9 +160,9 @@ def test_kernels_of_networks_are_found_on_a_real_target():
         for signature, _, count in described.kernels:
             expected[signature.spec["op"]] += count
         observed = collections.Counter(o.signature.spec["op"] for o in described.observed)
-        assert observed.pop("Reshape", 0) <= expected.pop("Reshape", 0)  # a node's own Reshape has its name
         assert observed == expected
-        assert described.rows == len(one.kernels) >= sum(o.rows for o in described.observed)
+        moving = [k for k in one.kernels if k.op_type != "Reshape"]
+        assert described.rows == len(moving) >= sum(o.rows for o in described.observed)
         total = sum(o.ratio for o in described.observed)
         assert 0.9 * described.ratio <= total <= described.ratio * (1 + 1e-9)
 
@@ -200,11 +200,10 @@ def test_parts_without_a_name_belong_to_the_operator_before_them():
         ("HardSwish", 2.0, 2),
         ("MaxPool", 1.0, 1),
         ("ReorderOutput", 1.0, 1),
-        ("Reshape", 1.0, 1),
         ("ReorderInput", 1.0, 1),
     ]
-    assert (described.rows, described.ratio) == (8, 8.0)
-    assert [o.sizes for o in described.observed[3:]] == [(800.0,), (0.0,), (200.0,)]
+    assert (described.rows, described.ratio) == (7, 7.0)  # the Reshape moves nothing
+    assert [o.sizes for o in described.observed[3:]] == [(800.0,), (200.0,)]
     assert copies_of([ran("Pad", written=4)]) == []
 
 

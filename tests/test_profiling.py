@@ -33,7 +33,7 @@ from sartor.cost_models.samples import weight_bytes
 from sartor.cost_models.work import work_of_spec
 from sartor.errors import BackendError, UsageError
 from sartor.journal import Journal
-from sartor.profiling import build, inside_samples, networks, records
+from sartor.profiling import build, check, inside_samples, networks, records
 from sartor.profiling.build import build_profile, journal_path
 from sartor.profiling.check import check_profile
 from sartor.profiling.design import Point
@@ -65,7 +65,7 @@ def built(folder, minutes=0.1, machine=None, progress=None, **options):
     )
 
 
-KINDS = ("plain", "inverted", "windows", "shuffled")
+KINDS = ("plain", "inverted", "grouped", "dense")  # those of the anchors
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -88,8 +88,13 @@ def few_kinds_of_networks_read_once_and_known_caches():
 
 
 @pytest.fixture(scope="module")
-def profile(tmp_path_factory):
-    return built(tmp_path_factory.mktemp("profile"), minutes=0.3)
+def machine():
+    return Machine(noise=0.003)
+
+
+@pytest.fixture(scope="module")
+def profile(tmp_path_factory, machine):
+    return built(tmp_path_factory.mktemp("profile"), minutes=0.3, machine=machine)
 
 
 def true_s(sample) -> float:
@@ -142,7 +147,7 @@ def test_kernels_in_parts_and_copies_are_samples(profile):
     copies = [s for s in profile.samples if s.family == "layout"]
     assert {s.spec["op"] for s in copies} == {"ReorderOutput"}
     for sample in copies:
-        assert sample.warm_s == pytest.approx(true_s(sample), rel=0.05)
+        assert sample.warm_s == pytest.approx(true_s(sample), rel=0.05, abs=0.1 * PROFILER * REFERENCE_S)
 
 
 def test_kernels_and_networks_are_held_out_and_those_of_the_law_are_no_samples(profile):
@@ -174,7 +179,35 @@ def test_kernels_next_to_each_other_share_their_role(profile):
 def test_what_was_built_predicts_the_networks_of_the_machine(profile):
     errors = fit_profile(profile, learned=False).errors
     assert errors["networks"]["n"] == sum(n.role == "heldout" for n in profile.networks) >= 4
-    assert errors["networks"]["mape"] < 0.1 and errors["networks"]["spearman"] > 0.9
+    assert errors["networks"]["mape"] < 0.2 and errors["networks"]["spearman"] > 0.7
+
+
+def test_anchors_are_timed_again_and_known_better(profile, machine):
+    known = {n.name: (n.ci95[1] / n.ci95[0]) ** 0.5 - 1 for n in profile.networks}
+    anchors = [known.pop(name) for name in networks.anchors(0)]
+    rounds = len(profile.networks) // len(KINDS)
+    assert machine.unprofiled == rounds // 3 >= 2
+    assert all(half == pytest.approx(0.01) for half in known.values())  # what one timing says of itself
+    assert statistics.fmean(anchors) < 0.008 and 0.01 not in anchors
+
+
+def test_what_was_timed_several_times_is_the_middle_of_them():
+    result = {
+        "name": "plain-0-0",
+        "ratio": 1.0,
+        "half_width": 0.3,
+        "weight_bytes": 1.0,
+        "kernels": [],
+        "role": "fit",
+    }
+    alone, twice = (records._network(result, 2.0, again) for again in ((), (1.2,)))
+    assert alone.latency_s == 2.0 and alone.ci95 == pytest.approx((2 / 1.3, 2 * 1.3))
+    assert twice.latency_s == pytest.approx(2.2)
+    assert twice.ci95[1] == pytest.approx(2.2 * 1.3)  # two tell no spread
+    often = records._network(result, 2.0, (1.01, 1.02, 0.99, 1.5))
+    assert often.latency_s == pytest.approx(2.02)
+    equal = records._network(result, 2.0, (1.0, 1.0))
+    assert equal.ci95 == (2.0, 2.0) and often.ci95[1] > 2.2
 
 
 def test_no_profiler_is_assumed_where_too_few_networks_tell():
@@ -217,7 +250,7 @@ def test_a_run_that_is_cut_off_goes_on(tmp_path):
 
 def test_a_torn_record_is_measured_again(tmp_path):
     with pytest.raises(KeyboardInterrupt):
-        built(tmp_path, machine=Machine(interrupt_after=6))
+        built(tmp_path, machine=Machine(interrupt_after=4))
     path = journal_path(tmp_path / "device.json")
     path.write_bytes(path.read_bytes()[:-40])
     assert built(tmp_path, minutes=0.1).samples
@@ -225,18 +258,18 @@ def test_a_torn_record_is_measured_again(tmp_path):
 
 def test_another_version_starts_afresh(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
-        built(tmp_path, machine=Machine(interrupt_after=6))
+        built(tmp_path, machine=Machine(interrupt_after=4))
     facts = build._facts
     monkeypatch.setattr(build, "_facts", lambda *a: {**facts(*a), "version": "0.0"})
     clock = Clock()
     machine = Machine(clock=clock)
     profile = built(tmp_path, minutes=0.1, machine=machine)
     assert profile.target["version"] == "0.0"
-    assert machine.batches > 6  # the first of them, too, were timed again
+    assert machine.batches > 4  # the first of them, too, were timed again
 
 
 def test_an_operator_that_fails_is_named_and_the_rest_goes_on(tmp_path):
-    profile = built(tmp_path, machine=Machine(broken=("MaxPool",)))
+    profile = built(tmp_path, minutes=0.2, machine=Machine(broken=("MaxPool",)))
     assert {f["spec"]["op"] for f in profile.failures} == {"MaxPool"}
     assert all("planted" in f["reason"] for f in profile.failures)
     assert drawn(profile) and not any(s.spec["op"] == "MaxPool" for s in profile.samples)
@@ -325,6 +358,17 @@ def test_another_processor_is_named(profile):
     assert [n for n in found.notes if "cores" in n]
 
 
+def test_kernels_are_checked_with_as_many_weights_around_them_as_then(profile):
+    samples = [dataclasses.replace(s, around_bytes=2e6) for s in profile.samples]
+    carriers = check._carriers(samples)
+    assert [s for one in carriers for s in one] == samples
+    for one in carriers:
+        weights = [weight_bytes(s.spec, s.at) for s in one]
+        assert sum(weights) <= 2e6 or len(one) == 1
+        assert len(one) <= 32
+    assert max(map(len, carriers)) > 4
+
+
 def test_a_profile_without_samples_cannot_be_checked(profile):
     with pytest.raises(UsageError, match="no samples"):
         check_profile(dataclasses.replace(profile, samples=()), Machine())
@@ -333,4 +377,4 @@ def test_a_profile_without_samples_cannot_be_checked(profile):
 def test_the_synthetic_machine_computes_as_its_constants_say():
     assert law(MACS, 0) == pytest.approx(1.002)
     assert law(0, 2 * BYTES, True) == pytest.approx(2.502)
-    assert cold_units(1e6, 1e6) == 0.0 < cold_units(1e6, 2e6) < cold_units(1e6, 32e6)
+    assert cold_units(1e6, 5e6) == 0.0 < cold_units(1e6, 6e6) < cold_units(1e6, 32e6)
