@@ -139,6 +139,13 @@ def _contraction(spec: Mapping[str, Any], found: Work) -> list[Any]:
     ]
 
 
+def _extent(dims: Sequence[int | str]) -> tuple[int, int]:
+    """Orders operands by what they hold: in powers of the unit first."""
+    units = [d for d in dims if isinstance(d, str)]
+    multiples = [int(d[:-1] or 1) for d in units] + [d for d in dims if not isinstance(d, str)]
+    return len(units), math.prod(multiples)
+
+
 def _ways(spec: Mapping[str, Any], found: Work) -> np.ndarray:
     """Numbers of the ways in which runtimes compute a convolution, see `ways`."""
     ways = ways_of(spec, found)
@@ -173,7 +180,7 @@ def _movement(spec: Mapping[str, Any], found: Work) -> list[Any]:
     operands = [o for o in spec["inputs"] if o is not None]
     attributes = spec.get("attributes", {})
     fixed = [math.prod(d for d in o["dims"] if not isinstance(d, str)) for o in operands]
-    first = operands[0]["dims"] if operands else []
+    first: Sequence[int | str] = max((o["dims"] for o in operands), key=_extent, default=())
     last = first[-1] if first and not isinstance(first[-1], str) else 0
     per_unit = max(fixed, default=1)
     second: Any = first[1] if len(first) > 1 else 0

@@ -199,7 +199,7 @@ def _kernel_quantiles(samples: Sequence[Sample], tiers: Tiers, unseen: np.ndarra
     errors = np.log(np.array([s.warm_s for s in samples]) / seconds)
     scores["roofline"] = list(errors / np.hypot(sd, noise))
     if unseen is not None and tiers.learned is not None:
-        known = np.flatnonzero(np.isfinite(unseen))
+        known = [int(i) for i in np.flatnonzero(np.isfinite(unseen))]
         _, sd = predict_samples((tiers.learned, tiers.rates), [samples[i] for i in known])
         scores["learned"] = list(unseen[known] / np.hypot(sd, noise[known]))
     return {tier: conformal(found) for tier, found in scores.items()}

@@ -17,7 +17,7 @@ import onnx_ir as ir
 from sartor.errors import InternalError
 from sartor.ir.bodies import body_graphs, read_values
 from sartor.ir.extents import Extent, quotient
-from sartor.ir.fusion import Fused, Group, json_attributes, partition
+from sartor.ir.fusion import Fused, Group, constant_nodes, json_attributes, partition
 from sartor.ir.fusion_rules import ACTIVATIONS, CONTRACTIONS, GENERIC, FusionRules
 from sartor.ir.program import Program
 from sartor.ir.quantities import Quantity, largest
@@ -130,8 +130,14 @@ _EXTENTS = ("macs", "bytes_read", "bytes_written", "groups", "in_per_group", "ou
 class Tensors:
     """Operands of a program's values, from the reference shapes and the analysed extents."""
 
-    def __init__(self, program: Program, extents: Mapping[str, tuple[Extent, ...]] | None):
-        self._program = program
+    def __init__(
+        self,
+        program: Program,
+        extents: Mapping[str, tuple[Extent, ...]] | None,
+        folded: frozenset[str] = frozenset(),
+    ):
+        """Of one program; `folded` names values that are computed once, when the model is loaded."""
+        self._program, self._folded = program, folded
         self._shapes, self._types = program.shapes(), program.types()
         self._extents = extents or {}
         self._cache: dict[str, Operand] = {}
@@ -164,7 +170,9 @@ class Tensors:
         fixed = math.prod(shape) <= _KEEP_VALUE_ELEMENTS and not any(e.varies for e in dims)
         if stored and decides and fixed:
             constant = self._program.initializer_array(name).tolist()
-        return Operand(name, tuple(dims), dtype.itemsize, dtype.name, stored, constant)
+        return Operand(
+            name, tuple(dims), dtype.itemsize, dtype.name, stored or name in self._folded, constant
+        )
 
     def body_macs(self, node: ir.Node) -> Quantity:
         """MACs inside the bodies of a control-flow node: an If's dearest branch, a Loop's body once."""
@@ -203,7 +211,8 @@ def build_kernels(
         blocks_of: names of the removable blocks that contain a node, by node name.
         rules: what the runtime executes as one kernel.
     """
-    tensors = Tensors(program, extents)
+    folded = constant_nodes(program) if rules.folds_constants else ()
+    tensors = Tensors(program, extents, frozenset(o.name or "" for node in folded for o in node.outputs))
     kernels: list[Kernel] = []
     for group in partition(program, blocks_of, rules):
         if all(_is_free(node, tensors) for node in group.nodes):

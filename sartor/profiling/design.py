@@ -160,7 +160,8 @@ class Design:
         stride = rng.choices([1, 2], [80, 20])[0]
         spec = made.convolution((side, side), kernel, stride, self._epilogue(rng, "Conv"))
         most = min(2048, 40_000 // side)
-        return spec, (width(rng, 4, most), width(rng, 4, most)), "conv"
+        least = 1 if rng.random() < 0.3 else 4  # what is left of a layer that was pruned far
+        return spec, (width(rng, least, most), width(rng, least, most)), "conv"
 
     def _steps(self, rng: random.Random) -> list[Point]:
         """One kernel at widths around two neighbouring steps, once for what it reads and once for what it makes."""
@@ -182,7 +183,7 @@ class Design:
         stride = rng.choices([1, 2], [75, 25])[0]
         epilogue = self._epilogue(rng, "Conv", residual=False)
         spec = made.convolution((side, side), (kernel, kernel), stride, epilogue, depthwise=True)
-        return spec, (width(rng, 4, min(2048, 60_000 // side)),), "depthwise"
+        return spec, (width(rng, 1 if rng.random() < 0.3 else 4, min(2048, 60_000 // side)),), "depthwise"
 
     def _grouped(self, rng: random.Random) -> tuple[Any, ...]:
         side = made.side(rng)

@@ -117,7 +117,10 @@ class UnmadeError(Exception):
 
 # ---- carriers ------------------------------------------------------------------------------------
 def carrier_model(points: Sequence[Point]) -> bytes:
-    """One model in which these kernels stand side by side, each with inputs of its own.
+    """One model in which these kernels stand side by side.
+
+    As inside a network, what a kernel reads has just been made, and the memory that it writes to has just been used:
+    its inputs are expanded from one number right before it, and of its outputs only the largest element is kept.
 
     Raises:
         UnmadeError: no model can be made of one of them.
@@ -131,13 +134,43 @@ def carrier_model(points: Sequence[Point]) -> bytes:
             model = onnx.load_from_string(sample_model(point.spec, point.at))
         except Exception as error:
             raise UnmadeError(f"no sample model: {type(error).__name__}: {str(error)[:200]}") from error
-        graph = compose.add_prefix_graph(model.graph, f"k{number}/", inplace=True)
+        _between_neighbours(compose.add_prefix_graph(model.graph, f"k{number}/", inplace=True), number)
         if merged is None:
             merged = model
             continue
         for field in ("node", "input", "output", "initializer", "value_info"):
-            getattr(merged.graph, field).extend(getattr(graph, field))
+            getattr(merged.graph, field).extend(getattr(model.graph, field))
     return bytes(merged.SerializeToString(deterministic=True))
+
+
+def _between_neighbours(graph: Any, number: int) -> None:
+    """Put a producer in front of a kernel and a consumer behind it, named `before…` and `behind…`."""
+    from onnx import TensorProto, helper
+
+    inputs, outputs = list(graph.input), list(graph.output)
+    made, kept = [], []
+    for index, value in enumerate(inputs):
+        kind = value.type.tensor_type
+        if kind.elem_type != TensorProto.FLOAT:
+            kept.append(value)
+            continue
+        dims, name = [d.dim_value for d in kind.shape.dim], f"before{number}/{index}"
+        graph.initializer.append(helper.make_tensor(f"{name}/shape", TensorProto.INT64, [len(dims)], dims))
+        # A number of its own: of equal expansions of one number, runtimes make one.
+        kept.append(helper.make_tensor_value_info(f"{name}/number", TensorProto.FLOAT, [1]))
+        made.append(helper.make_node("Expand", [f"{name}/number", f"{name}/shape"], [value.name], name=name))
+    read, after = [], []
+    for index, value in enumerate(outputs):
+        if value.type.tensor_type.elem_type != TensorProto.FLOAT:
+            read.append(value)
+            continue
+        name = f"behind{number}/{index}"
+        after.append(helper.make_node("ReduceMax", [value.name], [f"{name}/most"], name=name, keepdims=0))
+        read.append(helper.make_tensor_value_info(f"{name}/most", TensorProto.FLOAT, []))
+    nodes = [*made, *graph.node, *after]
+    for field, values in (("node", nodes), ("input", kept), ("output", read)):
+        del getattr(graph, field)[:]
+        getattr(graph, field).extend(values)
 
 
 def of_carrier(points: Sequence[Point], executed: Sequence[KernelTime]) -> list[tuple[float, int] | None]:
@@ -146,8 +179,12 @@ def of_carrier(points: Sequence[Point], executed: Sequence[KernelTime]) -> list[
     last = -1
     for kernel in executed:
         owners = {node.partition("/")[0] for node in kernel.nodes}
-        if len(owners) == 1 or (not owners and kernel.op_type in NAMELESS_PARTS and last >= 0):
-            number = last = int(owners.pop()[1:]) if owners else last
+        part = not owners and kernel.op_type in NAMELESS_PARTS
+        if not part:
+            owner = owners.pop() if len(owners) == 1 else ""
+            last = int(owner[1:]) if owner[:1] == "k" else -1
+        if last >= 0:
+            number = last
             time, rows = found.get(number, (0.0, 0))
             found[number] = (time + kernel.median_s, rows + 1)
     return [found.get(number) for number in range(len(points))]

@@ -12,10 +12,16 @@ ACTIVATIONS = ("Relu", "Relu", "Relu6", "Silu", "HardSwish")
 
 
 class Net:
-    """A network that grows from its input; `shape` is that of `value`."""
+    """A network that grows from its input; `shape` is that of `value`.
 
-    def __init__(self, rng: random.Random, edge: int):
-        self.rng = rng
+    Args:
+        rng: of what is drawn.
+        edge: of the image.
+        exported: means of maps and gates are spelled as exporters of training frameworks do.
+    """
+
+    def __init__(self, rng: random.Random, edge: int, exported: bool = False):
+        self.rng, self.exported = rng, exported
         self.model = ModelBuilder()
         self.value = self.model.input("image", (1, 3, edge, edge))
         self.shape: tuple[int, ...] = (1, 3, edge, edge)
@@ -88,12 +94,12 @@ class Net:
     def gate(self, reduced: int) -> str:
         """Squeeze and excitation."""
         source, shape = self.value, self.shape
-        self.node("GlobalAveragePool", [source])
+        self.mean()
         self.shape = (1, shape[1], 1, 1)
         self.conv(reduced, 1, act="Relu")
         self.conv(shape[1], 1, act=self.rng.choice(["Sigmoid", "HardSigmoid"]))
         self.shape = shape
-        return self.node("Mul", [source, self.value])
+        return self.node("Mul", [self.value, source] if self.exported else [source, self.value])
 
     def matmul(self, n: int) -> str:
         """A fully connected layer on the last axis."""
@@ -114,10 +120,18 @@ class Net:
         c = self.shape[1]
         return self.node("BatchNormalization", [self.value, *(self.weight((c,), 1) for _ in range(4))])
 
+    def mean(self) -> str:
+        """Of every map, or of every channel of a sequence."""
+        if not self.exported:
+            return self.node("GlobalAveragePool", [self.value])
+        self._number += 1
+        axes = self.model.constant(f"axes{self._number}", list(range(2, len(self.shape))), "INT64")
+        return self.node("ReduceMean", [self.value, axes], keepdims=1)
+
     def head(self) -> None:
         """Global average and classifier."""
         if self.shape[2] > 1:
-            self.node("GlobalAveragePool", [self.value])
+            self.mean()
         c, classes = self.shape[1], self.rng.choice([10, 100, 1000])
         self.node("Flatten", [self.value], axis=1)
         self.node("Gemm", [self.value, self.weight((classes, c), c), self.weight((classes,), 1)], transB=1)

@@ -57,7 +57,8 @@ def network(name: str) -> bytes:
         raise UsageError(f"There is no network '{name}'; kinds are {', '.join(KINDS)}.")
     for attempt in range(100):
         rng = random.Random(f"{name}/{attempt}")
-        net = Net(rng, rng.choice([64, 96, 112, 128, 160, 192, 224]))
+        exported = int(name.rpartition("-")[2]) % 2 == 1
+        net = Net(rng, rng.choice([64, 96, 112, 128, 160, 192, 224]), exported)
         KINDS[kind](net)
         if net.parameters <= _LARGE.get(kind, _MOST_PARAMETERS) and net.macs <= _MOST_MACS:
             break
@@ -314,6 +315,32 @@ def _broad(net: Net) -> None:
     net.head()
 
 
+def _narrow(net: Net) -> None:
+    """Few channels on large maps: what is left of networks that were pruned far, and modules that make half of their
+    channels by depthwise convolutions.
+    """
+    c = width(net.rng, 3, 16)
+    net.conv(c, 3, 2, act=net.activation)
+    for _ in range(net.rng.randint(3, 5)):
+        for _ in range(net.rng.randint(1, 3)):
+            source, shape = net.value, net.shape
+            halves = []
+            for out in (width(net.rng, 2, 4 * c), c):
+                half = max(1, out // 2)
+                net.conv(half, 1, act=net.activation)
+                halves = [(net.value, half)]
+                net.conv(half, net.rng.choice([3, 5]), group=half, act=net.activation)
+                halves.append((net.value, half))
+                net.concat(halves)
+            if net.shape == shape:
+                net.add(source)
+        if net.shape[2] > 4:
+            net.conv(net.shape[1], 3, 2, group=net.shape[1])
+        c = width(net.rng, c, 2 * c)
+        net.conv(c, 1)
+    net.head()
+
+
 KINDS = {
     "plain": _plain,
     "residual": _residual,
@@ -326,5 +353,6 @@ KINDS = {
     "shuffled": _shuffled,
     "heavy": _heavy,
     "broad": _broad,
+    "narrow": _narrow,
 }
 """What builds a network of each kind."""
