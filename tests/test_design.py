@@ -166,6 +166,7 @@ OF_A_KIND = {
     "shuffled": {"Slice", "Concat", "Transpose"},
     "heavy": {"Gemm", "MaxPool"},
     "broad": {"Conv", "Gemm"},
+    "narrow": {"Conv", "Concat"},
 }
 
 

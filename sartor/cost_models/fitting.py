@@ -96,7 +96,7 @@ def fit_profile(profile: DeviceProfile, *, learned: bool = True) -> DeviceProfil
     terms = networks_terms(judged, tiers, profile)
     fitting = [t for t in terms if t.network.role == "fit"]
     if len(fitting) >= _FEWEST_NETWORKS:
-        law, interval = _fit_law(fitting, interval)
+        law, interval = _fit_law(fitting, interval, any(s.around_bytes for s in profile.samples))
         errors["networks"] = _network_errors([t for t in terms if t.network.role == "heldout"], law, interval)
     return dataclasses.replace(
         fitted,
@@ -137,7 +137,7 @@ def kind_of(network: NetworkTime) -> str:
 
 
 # ---- law and interval ----------------------------------------------------------------------------
-def _fit_law(terms: Sequence[NetworkTerms], interval: Interval) -> tuple[Law, Interval]:
+def _fit_law(terms: Sequence[NetworkTerms], interval: Interval, inside: bool = False) -> tuple[Law, Interval]:
     """The law of all, and the interval from laws that had not seen the kind of network they predict."""
     kinds = [kind_of(t.network) for t in terms]
     if len(set(kinds)) < 3:
@@ -145,7 +145,7 @@ def _fit_law(terms: Sequence[NetworkTerms], interval: Interval) -> tuple[Law, In
     unknown = 0.05
     for _ in range(2):  # how far networks scatter decides how much each says, and the other way round
         laws = {
-            kind: _law([t for t, k in zip(terms, kinds, strict=True) if k != kind], unknown)
+            kind: _law([t for t, k in zip(terms, kinds, strict=True) if k != kind], unknown, inside)
             for kind in sorted(set(kinds))
         }
         errors = [_log_error(t, laws[k]) for t, k in zip(terms, kinds, strict=True)]
@@ -158,12 +158,12 @@ def _fit_law(terms: Sequence[NetworkTerms], interval: Interval) -> tuple[Law, In
         error / _sd(t, laws[kind].for_network(shared, shared), trial)
         for t, kind, error in zip(terms, kinds, errors, strict=True)
     ]
-    return _law(terms, unknown), dataclasses.replace(trial, quantile=conformal(scores), n=len(scores))
+    return _law(terms, unknown, inside), dataclasses.replace(trial, quantile=conformal(scores), n=len(scores))
 
 
-def _law(terms: Sequence[NetworkTerms], unknown: float) -> Law:
+def _law(terms: Sequence[NetworkTerms], unknown: float, inside: bool) -> Law:
     smallest = min(t.network.latency_s for t in terms)
-    return Law.prior().with_offset(smallest).updated([t.observed(unknown) for t in terms])
+    return Law.prior(inside=inside).with_offset(smallest).updated([t.observed(unknown) for t in terms])
 
 
 def _log_error(terms: NetworkTerms, law: Law) -> float:

@@ -31,6 +31,7 @@ FAMILIES = (
 TERMS = (*FAMILIES, "cold", "call", "offset")
 """`cold` multiplies the time that weights from memory cost, `call` an empty call, `offset` is in seconds."""
 _COMMON_SD, _FAMILY_SD, _COLD_SD, _CALL_SD = 1.0, 0.25, 0.5, 0.5
+_COMMON_INSIDE_SD, _FAMILY_INSIDE_SD = 0.03, 0.05
 _OFFSET_SHARE = 0.02  # of the smallest measured network
 _FLOOR = 0.2  # of the common scale: no kernel runs in no time, whatever the noise says
 
@@ -63,13 +64,18 @@ class Law:
     covariance: np.ndarray
 
     @staticmethod
-    def prior() -> Law:
-        """Before anything was measured: kernels add up, give or take."""
+    def prior(*, inside: bool = False) -> Law:
+        """Before anything was measured: kernels add up, give or take.
+
+        Args:
+            inside: kernels were timed inside models, where they add up to a latency within a few percent.
+        """
         mean = np.array([0.0 if t == "offset" else 1.0 for t in TERMS])
+        common, family = (_COMMON_INSIDE_SD, _FAMILY_INSIDE_SD) if inside else (_COMMON_SD, _FAMILY_SD)
         own = {"cold": _COLD_SD, "call": _CALL_SD, "offset": 0.0}
-        covariance = np.diag([own.get(t, _FAMILY_SD) ** 2 for t in TERMS])
+        covariance = np.diag([own.get(t, family) ** 2 for t in TERMS])
         scales = mean[:, None] * mean[None, :]
-        return Law(mean, covariance + _COMMON_SD**2 * scales)
+        return Law(mean, covariance + common**2 * scales)
 
     def with_offset(self, latency_s: float) -> Law:
         """An offset of a share of `latency_s` becomes possible; without, it is 0 for certain."""

@@ -26,7 +26,7 @@ from sartor.cost_models.signatures import Signature, key_of
 _COMMON = 0.5
 """Share of the variance that all sizes of a signature have in common."""
 _LENGTH = 1.0  # of the correlation, in natural logarithms of a size
-_FAR = 3.0  # standard deviations
+_FAR, _FEWEST_TO_DOUBT = 3.0, 3  # standard deviations; samples of one signature
 _ALIGNMENT = 0.35  # distance of one power of two between the alignments of two widths
 
 
@@ -179,8 +179,9 @@ def _fit(
 ) -> Correction:
     points = _coordinates(sizes, aligned)
     variance = max(sd, 0.02) ** 2
-    far = np.abs(target) > _FAR * np.hypot(sd, noise)
-    noise = np.where(far, np.abs(target), noise)  # a disturbed timing is not followed
+    if len(target) >= _FEWEST_TO_DOUBT:  # a disturbed timing, one that all others contradict, is not followed
+        away = np.abs(target - np.median(target))
+        noise = np.where(away > _FAR * np.hypot(sd, noise), away, noise)
     covariance = _covariance(points, points, variance) + np.diag(noise**2 + 1e-8)
     inverse = np.linalg.inv(covariance)
     lowest = np.array([s.min() for s in sizes])

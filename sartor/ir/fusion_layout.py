@@ -22,6 +22,8 @@ _ALIGNMENT = 4
 _BLOCK = 16
 """Floats of one block where the vectors have 512 bits; grouped convolutions need whole blocks per group."""
 _POOLS = frozenset({"MaxPool", "AveragePool", "GlobalMaxPool", "GlobalAveragePool"})
+_MAKING_POOLS = frozenset({"MaxPool", "AveragePool"})
+"""Poolings that bring a plain value into the layout; global ones hand it on only."""
 _WEIGHTED = frozenset({"Conv", "BatchNormalization"})
 _KEEP = frozenset({"Relu", "Sigmoid", "Tanh", "HardSigmoid", "HardSwish", "Gelu"})
 _FUSED_EARLIER = frozenset({"Clip", "LeakyRelu"})
@@ -205,11 +207,13 @@ def _state(step: Step, widths: Widths, blocked: Mapping[str, np.ndarray]) -> Any
             channels = np.asarray(widths.channels(step.inputs[0]))
             return (channels < _BLOCK) | (channels % _ALIGNMENT == 0)
         if step.grouped == "depthwise":
-            return np.asarray(widths.channels(step.output)) % _ALIGNMENT == 0
+            channels = np.asarray(widths.channels(step.output))
+            return (channels % _ALIGNMENT == 0) | (channels == 1)  # of one channel, it is dense
         inner, outer = map(np.asarray, widths.per_group(step))
         return (inner % _BLOCK == 0) & (outer % _BLOCK == 0)
     if step.op_type in _POOLS:
-        return np.asarray(widths.channels(step.inputs[0])) % _BLOCK == 0
+        whole = np.asarray(widths.channels(step.inputs[0])) % _BLOCK == 0
+        return whole if step.op_type in _MAKING_POOLS else whole & first
     if step.op_type in _FUSED_EARLIER:
         return first & step.behind_weights
     if step.op_type == "Concat":

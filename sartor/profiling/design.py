@@ -192,7 +192,7 @@ class Design:
         stride = rng.choices([1, 2], [75, 25])[0]
         epilogue = self._epilogue(rng, "Conv", residual=False)
         spec = made.convolution((side, side), (kernel, kernel), stride, epilogue, grouped=True)
-        inner = width(rng, 1, max(2, min(128, 2048 // groups)))
+        inner = width(rng, 2, max(2, min(128, 2048 // groups)))  # of one channel, groups are depthwise
         outer = inner if rng.random() < 0.75 else width(rng, 1, max(2, min(128, 2048 // groups)))
         return spec, (groups, inner, outer), "conv"
 

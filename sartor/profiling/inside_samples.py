@@ -161,7 +161,8 @@ def _between_neighbours(graph: Any, number: int) -> None:
         made.append(helper.make_node("Expand", [f"{name}/number", f"{name}/shape"], [value.name], name=name))
     read, after = [], []
     for index, value in enumerate(outputs):
-        if value.type.tensor_type.elem_type != TensorProto.FLOAT:
+        # A Transpose is merged into what is behind it.
+        if value.type.tensor_type.elem_type != TensorProto.FLOAT or graph.node[-1].op_type == "Transpose":
             read.append(value)
             continue
         name = f"behind{number}/{index}"
