@@ -12,7 +12,7 @@ from sartor.conformance.subject import Subject
 from sartor.errors import SartorError
 
 _SIMPLE = ("conv", "gemm", "activation-relu")
-_TOO_SHORT_S = 0.05
+_TOO_SHORT_S = 0.001
 _TOO_SMALL_BYTES = 64 << 20
 _SHARES = (0.5, 0.8)  # of the time that lowering takes: the import of the vendor, and the compiler itself
 
