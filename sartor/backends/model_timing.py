@@ -22,7 +22,6 @@ from sartor.backends.inputs import random_inputs
 from sartor.backends.kernel_timing import reference_s, undisturbed
 from sartor.backends.protocol import Backend, TargetOptions
 from sartor.backends.serving import Send
-from sartor.ir.load import load
 
 _FEWEST_RUNS, _MOST_RUNS = 2, 200
 _FEWEST_PROFILED, _MOST_PROFILED = 8, 60
@@ -64,6 +63,8 @@ def _reference(backend: Backend, model: bytes, options: TargetOptions, seed: int
 def _timed(
     backend: Backend, path: str, options: TargetOptions, reference: Run, request: Mapping[str, Any]
 ) -> dict[str, Any]:
+    from sartor.ir.load import load  # not with the worker, which limits what requests may import
+
     program = load(path)
     options = dataclasses.replace(options, shapes=dict(program.input_shapes))
     with tempfile.TemporaryDirectory(prefix="sartor-inside-") as folder:

@@ -291,6 +291,12 @@ class _Builder:
             return
         self.records.saw(inside.reference_s)
         around = sum(weight_bytes(p.spec, p.at) for p in points)
+        moving = [k for k in inside.kernels if k.op_type != "Reshape"]
+        model = {
+            "ratio": inside.latency.ratio if inside.latency is not None else math.nan,
+            "sum": sum(k.median_s for k in moving),
+            "rows": len(moving),
+        }
         found = of_carrier(points, inside.kernels) if inside.latency is not None else [None] * len(points)
         for point, time_and_rows in zip(points, found, strict=True):
             described = {"spec": point.spec, "at": list(point.at), "family": point.family}
@@ -299,9 +305,8 @@ class _Builder:
                 continue
             role = "heldout" if point.heldout else "fit"
             ratio, rows = time_and_rows
-            results.append(
-                {**described, "ratio": ratio, "rows": rows, "role": role, "around_bytes": max(around, 1.0)}
-            )
+            timed = {"ratio": ratio, "rows": rows, "role": role, "around_bytes": max(around, 1.0)}
+            results.append({**described, **timed, "model": model})
 
     def _networks(self, timer: Insider) -> None:
         number = self.records.next("networks")

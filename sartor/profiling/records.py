@@ -94,22 +94,18 @@ class Records:
         known = self.find("call")
         call = float(known["ratio"] or 0.0) if known else 0.0
         overhead = _overhead(timed, call)
+        beside = (overhead, call)
         inside = [(kernel, network) for network in timed for kernel in network["observed"]]
         conditions: Mapping[str, Any] = next(
             (r["conditions"] for r in reversed(self.batches("networks"))), {}
         )
         samples = [
-            *(_sample(r, r["role"], r["around_bytes"], scale, overhead) for r in drawn if "ratio" in r),
             *(
-                _sample(
-                    k,
-                    _SAMPLE_ROLE[n["role"]],
-                    n["weight_bytes"],
-                    scale * _in_latency(n, overhead, call),
-                    overhead,
-                )
-                for k, n in inside
+                _sample(r, r["role"], r["around_bytes"], scale, r["model"], beside)
+                for r in drawn
+                if "ratio" in r
             ),
+            *(_sample(k, _SAMPLE_ROLE[n["role"]], n["weight_bytes"], scale, n, beside) for k, n in inside),
         ]
         return DeviceProfile(
             target=target,
@@ -139,7 +135,7 @@ class Records:
 _SAMPLE_ROLE = {"kernels": "fit", "heldout": "heldout", "fit": None}
 """What the kernels of a network are for, by what the network is for; those of the law's networks no model sees."""
 _NOISE, _RESOLUTION = 0.03, 3e-7  # half width of a kernel's interval: a share, and seconds
-_LEAST_OWN = 0.2  # of what the profiler says of a kernel, whatever its own part is
+_LEAST_OWN = 0.1  # of what the profiler says of a kernel, whatever its own part is
 
 
 def _overhead(networks: Sequence[Mapping[str, Any]], call: float) -> float:
@@ -163,29 +159,47 @@ def _overhead(networks: Sequence[Mapping[str, Any]], call: float) -> float:
 
 
 _FEWEST_NETWORKS = 4
-_MOST_SCALED = 1.3
+_MOST_SCALED, _MOST_APART = 1.3, 3.0
+_SCATTER = 0.03  # of a latency against the sum of its kernels
 _STUDENT = 2.6  # at 95 %, for about five times
 
 
-def _in_latency(network: Mapping[str, Any], overhead: float, call: float) -> float:
-    """What kernels took while the network was profiled, on the scale of its latency, which more runs say better."""
-    kernels = network["sum"] - overhead * network["rows"]
-    factor = (network["ratio"] - call) / max(kernels, 1e-9)
-    return float(min(max(factor, 1 / _MOST_SCALED), _MOST_SCALED))
-
-
 def _sample(
-    result: Mapping[str, Any], role: str | None, around_bytes: float, scale: float, overhead: float
+    result: Mapping[str, Any],
+    role: str | None,
+    around_bytes: float,
+    scale: float,
+    model: Mapping[str, Any],
+    beside: tuple[float, float],
 ) -> Sample | None:
+    """One kernel without the profiler's own part, on the scale of its model's latency, which more runs say better.
+
+    Args:
+        result: of the kernel.
+        role: None: it is no sample.
+        around_bytes: of the weights of its model.
+        scale: seconds of the reference.
+        model: `ratio`, `sum` and `rows` of the model that it ran in.
+        beside: the profiler's part of a kernel in models at large, and an empty call.
+    """
     if role is None:
         return None
+    typical, call = beside
+    # Where kernels are short, what a profiler writes down displaces more of the caches beside what they take.
+    # A model tells how much that is the better, the more of its time it is.
+    own_part = (model["sum"] + call - model["ratio"]) / model["rows"]
+    share = (model["rows"] * typical / model["ratio"]) ** 2
+    overhead = (share * own_part + _SCATTER**2 * typical) / (share + _SCATTER**2)
+    overhead = min(max(overhead, typical / _MOST_APART), typical * _MOST_APART)
+    factor = (model["ratio"] - call) / max(model["sum"] - overhead * model["rows"], 1e-9)
     own = max(result["ratio"] - result["rows"] * overhead, _LEAST_OWN * result["ratio"])
+    own_s = own * scale * min(max(factor, 1 / _MOST_SCALED), _MOST_SCALED)
     return Sample(
         spec=result["spec"],
         at=tuple(map(float, result["at"])),
         family=result["family"],
-        warm_s=own * scale,
-        half_width=min(1.0, math.hypot(_NOISE, _RESOLUTION / (own * scale))),
+        warm_s=own_s,
+        half_width=min(1.0, math.hypot(_NOISE, _RESOLUTION / own_s)),
         role=role,
         around_bytes=around_bytes,
     )
