@@ -117,7 +117,8 @@ def test_every_kernel_of_a_carrier_is_told_apart_on_a_real_target():
     others = [
         k
         for k in found.kernels
-        if k.op_type.startswith(("Reorder", "Reshape")) or any(n.startswith(("before", "behind")) for n in k.nodes)
+        if k.op_type.startswith(("Reorder", "Reshape"))
+        or any(n.startswith(("before", "behind")) for n in k.nodes)
     ]
     assert sum(rows for _, rows in told) == len(found.kernels) - len(others)
 

@@ -29,6 +29,7 @@ from sartor.cost_models.tiers import Tiers
 from sartor.errors import MetricUnavailableError, UsageError
 from sartor.ir.files import write_atomic
 from sartor.ir.kernels import Kernel
+from sartor.ir.layout import FAMILY as LAYOUT
 from sartor.ir.population import Fractions, Population, Removed
 from sartor.ir.workload import Workload, presence
 
@@ -223,7 +224,22 @@ class Ladder:
             costs.append(self._kernel_cost(kernel, item, plans, shares))
             if costs[-1].method == "roofline":
                 unmodelled.append(f"{kernel.name} ({kernel.op_type}): {self._why(item.signature)}")
+        costs += self._copies(workload, plans)
         return tuple(costs), tuple(unmodelled)
+
+    def _copies(self, workload: Workload, plans: Population) -> list[KernelCost]:
+        """Copies between layouts, which no node of the program names."""
+        costs = []
+        for copy in workload.layout.copies(plans) if self.tiers.prices_layout else ():
+            if float(copy.count):
+                warm, sd = (float(v) for v in self.tiers.rates.seconds(LAYOUT, 0.0, copy.moved, copy.op_type))
+                seconds = warm * self._law.scale_of(LAYOUT)
+                interval = (
+                    self._interval.of_kernel("roofline", seconds, sd) if self._interval.kernels else None
+                )
+                name = f"{copy.op_type} {copy.value}"
+                costs.append(KernelCost(name, copy.op_type, seconds, "roofline", interval, "bandwidth"))
+        return costs
 
     def _kernel_cost(
         self, kernel: Kernel, item: Item, plans: Population, shares: tuple[float, float]
