@@ -64,7 +64,7 @@ def test_a_model_that_crashes_or_fails_costs_only_itself(fragile):
 
 
 def test_the_subprocess_is_not_started_without_end(fragile, monkeypatch):
-    monkeypatch.setattr(inside, "_MOST_RESTARTS", 1)
+    monkeypatch.setattr(inside, "MOST_RESTARTS", 1)
     with ModelTimer(fragile) as timer:
         found = timer([chain("Tanh"), chain("Tanh"), chain("Relu"), chain("Relu")], QUICK)
     assert ["SIGABRT" in one.reason for one in found] == [True, True, False, False]

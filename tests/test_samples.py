@@ -22,7 +22,8 @@ from sartor.cost_models.samples import (
 from sartor.cost_models.signatures import key_of, signature_of, variable_names
 from sartor.errors import InternalError
 from sartor.ir.extents import Extent
-from sartor.ir.kernels import Kernel, Operand, channels_per_group
+from sartor.ir.kernels import Kernel
+from sartor.ir.operands import Operand, channels_per_group
 from sartor.ir.quantities import Quantity
 from sartor.ir.workload import build_workload
 from sartor.profiling.shapes import activations_product, moving

@@ -16,9 +16,9 @@ import numpy as np
 
 from sartor.cost_models.samples import channels_of, empty_model, identity_model, per_group
 from sartor.cost_models.signatures import Signature
+from sartor.ir.fusion_layout import BLOCK, convolves_blocked
 
 LAYOUT_FAMILIES = ("conv", "depthwise")
-_ALIGNMENT, _BLOCK = 4, 16  # channels that can be converted at all, and floats of one block
 _MOST_PROBES = 40
 _MOST_SHARE = 0.9  # of a sample that is explained by its boundary, at most
 
@@ -89,19 +89,14 @@ def ends_of(signature: Signature, sizes: Sequence[float]) -> list[tuple[Map, int
 def enters(spec: Mapping[str, Any], sizes: Sequence[float]) -> tuple[bool, bool]:
     """Whether ONNX Runtime converts what a convolution reads, and what it makes, to and from its blocked layout.
 
-    Reference: `onnxruntime/core/optimizer/nchwc_transformer.cc`; as in `sartor.ir.fusion_layout`.
+    Reference: `onnxruntime/core/optimizer/nchwc_transformer.cc`.
     """
     if spec["op"] != "Conv" or len(spec["spatial"]) != 2:
         return False, False
     groups, inner, outer = per_group(spec, sizes)
-    if inner == outer == 1:
-        blocked = groups % _ALIGNMENT == 0
-    elif groups == 1:
-        blocked = inner < _BLOCK or inner % _ALIGNMENT == 0
-        return blocked and inner >= _BLOCK, blocked
-    else:
-        blocked = inner % _BLOCK == 0 and outer % _BLOCK == 0
-    return blocked, blocked
+    blocked = bool(convolves_blocked(groups, inner, outer))
+    image = groups == 1 and inner < BLOCK  # read as it is
+    return blocked and not image, blocked
 
 
 def probes(wanted: Iterable[tuple[Map, int]]) -> list[tuple[Map, int]]:

@@ -18,9 +18,10 @@ import numpy as np
 
 from sartor.cost_models.work import Work, item_bytes, unit_length, work_of_spec
 from sartor.ir.fusion import ACTIVATIONS
-from sartor.ir.kernels import RECURRENT
+from sartor.ir.fusion_layout import BLOCK, convolves_blocked
 from sartor.ir.layout import COPIES
 from sartor.ir.layout import FAMILY as LAYOUT
+from sartor.ir.operands import RECURRENT
 
 CONTRACTION = (
     *("log_macs", "log_weight_bytes", "log_read", "log_written", "log_working_set", "log_intensity"),
@@ -38,8 +39,6 @@ _ELEMENTWISE = frozenset({"Add", "Sub", "Mul", "Div", "Pow", "Sqrt", "Erf", "Exp
 COSTLY = ACTIVATIONS - {"Relu", "Clip", "LeakyRelu", "HardSigmoid", "HardSwish", "ThresholdedRelu"} | {"Silu"}
 """Activations that are work themselves: exponentials and the like."""
 _MOST_ALIGNMENT = 5
-_VECTOR = 4  # channels: what the blocked layouts of CPU runtimes ask for at least
-_BLOCK = 16  # channels that such a layout holds together; fewer input channels are read as they are
 _BLOCKS_AT_ONCE = 4  # output blocks that one pass over the input makes
 
 
@@ -76,7 +75,7 @@ def features(spec: Mapping[str, Any], sizes: Sequence[Any]) -> np.ndarray:
 def family_of(spec: Mapping[str, Any]) -> str:
     """The family of a kernel, as `sartor.ir.kernels.Kernel` has it, from its spec alone."""
     op = str(spec["op"])
-    if op in COPIES and not spec["attributes"] and spec["outputs"] == [["*"]]:
+    if op in COPIES:
         return LAYOUT
     if op in ("Conv", "ConvTranspose"):
         return "depthwise" if "multiplier" in spec else "conv"
@@ -113,7 +112,7 @@ def _contraction(spec: Mapping[str, Any], found: Work) -> list[Any]:
     c_in, c_out = found.groups * found.channels, found.groups * found.columns
     attributes = spec.get("attributes", {})
     epilogue = [op for op, _ in spec.get("epilogue", ())]
-    blocks = np.ceil(c_out / _BLOCK)
+    blocks = np.ceil(c_out / BLOCK)
     return [
         *map(_log, (found.macs, found.weight_bytes, found.read, found.written, found.moved)),
         np.log(np.maximum(found.macs, 1.0) / np.maximum(found.moved, 1.0)),
@@ -134,7 +133,7 @@ def _contraction(spec: Mapping[str, Any], found: Work) -> list[Any]:
         attributes.get("kernel_shape", [1])[-1],
         blocks,
         blocks % _BLOCKS_AT_ONCE,
-        c_out % _BLOCK,
+        c_out % BLOCK,
         _ways(spec, found),
     ]
 
@@ -147,7 +146,7 @@ def _extent(dims: Sequence[int | str]) -> tuple[int, int]:
 
 
 def _ways(spec: Mapping[str, Any], found: Work) -> np.ndarray:
-    """Numbers of the ways in which runtimes compute a convolution, see `ways`."""
+    """Numbers of the ways in which runtimes compute a convolution, see `ways_of`."""
     ways = ways_of(spec, found)
     return np.select([ways == w for w in WAYS], range(len(WAYS)), len(WAYS))
 
@@ -164,15 +163,9 @@ def ways_of(spec: Mapping[str, Any], found: Work) -> np.ndarray:
     """
     if is_movement(spec) or spec["op"] not in ("Conv", "ConvTranspose"):
         return np.full(found.macs.shape, "")
-    c_in = found.groups * found.channels
-    blocked = (
-        c_in % _VECTOR == 0
-    )  # channels that are made are padded to whole blocks, those that are read are not
-    if "multiplier" not in spec:
-        whole_groups = (found.channels % _BLOCK == 0) & (found.columns % _BLOCK == 0)
-        blocked = np.where(found.groups > 1, whole_groups, blocked)
+    blocked = convolves_blocked(found.groups, found.channels, found.columns)
     window = "window" if found.taps.max(initial=1) > 1 else "point"
-    image = (c_in < _BLOCK) & (found.groups == 1)
+    image = (found.channels < BLOCK) & (found.groups == 1)  # read as they are, by kernels of their own
     return np.where(image, "image", np.where(blocked, f"blocked {window}", f"unblocked {window}"))
 
 
@@ -204,6 +197,6 @@ def _movement(spec: Mapping[str, Any], found: Work) -> list[Any]:
         len(spec.get("epilogue", ())),
         _log(second),
         alignment(second),
-        second % _BLOCK == 0,  # poolings of whole blocks stay in the blocked layout
+        second % BLOCK == 0,  # poolings of whole blocks stay in the blocked layout
         _log(math.prod(d for d in first[2:] if not isinstance(d, str))),
     ]

@@ -10,7 +10,7 @@ import numpy as np
 from sartor.cost_models.law import Caches, cold_share
 from sartor.cost_models.signatures import Signature, signature_of
 from sartor.cost_models.surface import Surface
-from sartor.cost_models.tiers import Tiers
+from sartor.cost_models.tiers import Tiers, waiting_s
 from sartor.cost_models.work import work_of_spec
 from sartor.ir.kernels import Kernel
 from sartor.ir.layout import FAMILY as LAYOUT
@@ -60,14 +60,9 @@ class Item:
         sizes = [np.asarray(plans.quantity(v), float) for v in self.signature.variables]
         return work_of_spec(self.signature.spec, sizes).weight_bytes
 
-    def extra_s(self, weight_bytes: Any) -> Any:
-        """Seconds that one of them takes longer if these weights are not in the nearest cache."""
-        fixed, per_byte, _ = self.cold
-        return np.where(np.asarray(weight_bytes) > 0, fixed + per_byte * weight_bytes, 0.0)
-
-    def far_s(self, weight_bytes: Any) -> Any:
-        """And if they are in no cache."""
-        return self.cold[2] * np.asarray(weight_bytes)
+    def waiting_s(self, weight_bytes: Any) -> tuple[Any, Any]:
+        """Seconds that one of them waits for these weights; see `tiers.waiting_s`."""
+        return waiting_s(self.cold, weight_bytes)
 
 
 def bind(workload: Workload, tiers: Tiers) -> tuple[Item, ...]:
@@ -132,8 +127,8 @@ def terms(
         if may_be_cold and item.signature is not None:
             stored = item.weight_bytes(plans)
             weights = weights + count * stored
-            extra = extra + count * item.extra_s(stored)
-            far = far + count * item.far_s(stored)
+            near_s, far_s = item.waiting_s(stored)
+            extra, far = extra + count * near_s, far + count * far_s
     if may_be_cold:
         seconds["cold"] = cold_share(weights, caches.near) * extra + cold_share(weights, caches.last) * far
     return Terms(seconds, variances)

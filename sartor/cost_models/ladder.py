@@ -246,8 +246,8 @@ class Ladder:
     ) -> KernelCost:
         signature = item.signature
         warm, sd = (float(v) for v in item.seconds(plans, self.tiers))
-        stored = item.weight_bytes(plans)
-        extra = shares[0] * float(item.extra_s(stored)) + shares[1] * float(item.far_s(stored))
+        near_s, far_s = item.waiting_s(item.weight_bytes(plans))
+        extra = shares[0] * float(near_s) + shares[1] * float(far_s)
         seconds = warm * self._law.scale_of(kernel.family) + extra * self._law.scale_of("cold")
         tier = "roofline" if signature is None else self.tiers.model_for(signature).tier
         how = tier

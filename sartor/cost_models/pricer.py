@@ -76,8 +76,7 @@ class _Knotted:
             a, b = (k.astype(float) for k in at)
             c = self.stored
             result[:, _STORED] = c[0, 0] + c[1, 0] * a + (c[0, 1] + c[1, 1] * a) * b
-            result[:, _EXTRA] = self.item.extra_s(result[:, _STORED])
-            result[:, _FAR] = self.item.far_s(result[:, _STORED])
+            result[:, _EXTRA], result[:, _FAR] = self.item.waiting_s(result[:, _STORED])
         return self.times * result
 
 
@@ -342,7 +341,7 @@ def _columns(item: Item, plans: Population, ladder: Ladder, width: int) -> np.nd
     parts = [warm]
     if width > 1:
         stored = np.asarray(item.weight_bytes(plans), float)
-        parts += [item.extra_s(stored), item.far_s(stored), stored]
+        parts += [*item.waiting_s(stored), stored]
     return np.stack([np.broadcast_to(np.asarray(p, float), shape) for p in parts], -1)
 
 

@@ -23,7 +23,7 @@ import numpy as np
 from sartor.cost_models.descriptions import TargetDescription
 from sartor.cost_models.work import Work, item_bytes
 from sartor.errors import UsageError
-from sartor.ir.kernels import RECURRENT
+from sartor.ir.operands import RECURRENT
 
 UNFITTED_LOG_SD = 1.0
 """Of a time from published constants: devices stay below their peaks. Over the rebuilt networks of the thesis' tables,

@@ -16,7 +16,7 @@ import onnx_ir as ir
 from sartor.cost_models.model_builder import TWO_OPERANDS, ModelBuilder
 from sartor.cost_models.signatures import Signature, copy_signature, signature_of
 from sartor.errors import InternalError
-from sartor.ir.kernels import RECURRENT
+from sartor.ir.operands import RECURRENT
 from sartor.ir.population import Fractions, Population, Removed
 from sartor.ir.quantities import Quantity
 from sartor.ir.workload import Workload, presence

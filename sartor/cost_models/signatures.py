@@ -18,8 +18,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sartor.ir.extents import Extent
-from sartor.ir.kernels import RECURRENT, Kernel, Operand
+from sartor.ir.kernels import Kernel
 from sartor.ir.layout import FAMILY as LAYOUT
+from sartor.ir.operands import RECURRENT, Operand
 from sartor.ir.quantities import Quantity
 
 Spec = dict[str, Any]

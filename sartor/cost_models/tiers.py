@@ -15,7 +15,7 @@ import numpy as np
 from sartor.cost_models import around
 from sartor.cost_models import rates as roofline
 from sartor.cost_models.law import Caches
-from sartor.cost_models.learned import BoostedResidual, as_signature, signature_at
+from sartor.cost_models.learned import BoostedResidual, as_signature
 from sartor.cost_models.profile import DeviceProfile, Sample, of_role
 from sartor.cost_models.protocol import KernelModel
 from sartor.cost_models.rates import Rates
@@ -52,6 +52,18 @@ class Cold:
     def coefficients(self, family: str) -> tuple[float, float, float]:
         """Those of one family; zero where nothing was timed cold."""
         return self.by_family.get(family) or self.by_family.get(_ANY, (0.0, 0.0, 0.0))
+
+
+def waiting_s(coefficients: tuple[float, float, float], weight_bytes: Any) -> tuple[Any, Any]:
+    """Seconds that a kernel waits for weights that are not in the nearest cache; and besides, if they are in none.
+
+    Args:
+        coefficients: of `Cold`.
+        weight_bytes: of the kernel, a scalar or an array.
+    """
+    fixed, per_byte, per_far_byte = coefficients
+    weights = np.asarray(weight_bytes, float)
+    return np.where(weights > 0, fixed + per_byte * weights, 0.0), per_far_byte * weights
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -157,27 +169,12 @@ class Tiers:
                 mean, variance = correction.at(sizes or [np.zeros(len(indices))])
                 seconds[indices] *= np.exp(mean)
                 log_sd[indices] = np.sqrt(variance)
-            fixed, per_byte, per_far_byte = self.cold.coefficients(one.family)
-            weights = np.broadcast_to(work_of_spec(one.spec, sizes).weight_bytes, len(indices))
-            near[indices] = np.where(weights > 0, fixed + per_byte * weights, 0.0)
-            far[indices] = per_far_byte * weights
+            near[indices], far[indices] = waiting_s(
+                self.cold.coefficients(one.family), work_of_spec(one.spec, sizes).weight_bytes
+            )
             for index in indices:
                 tiers[index] = self.model_for(as_signature(one)).tier
         return Predicted(seconds, seconds * log_sd, near, far, tuple(tiers))
-
-    def at(
-        self, spec: Mapping[str, Any], family: str, sizes: Sequence[float]
-    ) -> tuple[float, float, float, float]:
-        """Warm seconds at given sizes, their standard deviation in seconds, and what weights add that are in another
-        cache, and in none.
-        """
-        signature = signature_at(spec, family, sizes)
-        seconds, log_sd = _predict(self.model_for(signature), signature, [np.array([s]) for s in sizes])
-        fixed, per_byte, per_far_byte = self.cold.coefficients(family)
-        weights = float(work_of_spec(spec, [np.asarray(s) for s in sizes]).weight_bytes)
-        warm = float(seconds.ravel()[0])
-        near = fixed + per_byte * weights if weights else 0.0
-        return warm, warm * float(log_sd.ravel()[0]), near, per_far_byte * weights
 
 
 def _predict(

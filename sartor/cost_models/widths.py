@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 from sartor.cost_models.ladder import Ladder
+from sartor.cost_models.profile import Sample
 from sartor.ir.population import Fractions, Population, Removed
 from sartor.ir.workload import Workload
 
@@ -96,7 +97,8 @@ def rounded_up(ladder: Ladder, workload: Workload, name: str, size: int) -> int 
         for fraction in (1.0, wanted / size):
             plans = Population({name: np.asarray(fraction)}, {})
             sizes = [float(plans.quantity(v)) for v in signature.variables]
-            warm, *_ = ladder.tiers.at(signature.spec, signature.family, sizes)
+            kernel = Sample(signature.spec, tuple(sizes), signature.family, 1.0)
+            warm = float(ladder.tiers.many([kernel]).warm_s[0])
             if fraction == 1.0:
                 now += warm * len(item.kernels)
             else:

@@ -16,7 +16,7 @@ import numpy as np
 
 from sartor.cost_models.signatures import Signature
 from sartor.errors import InternalError
-from sartor.ir.kernels import RECURRENT
+from sartor.ir.operands import RECURRENT
 
 _PACKED = {"INT4": 0.5, "UINT4": 0.5, "FLOAT4E2M1": 0.5}
 _ITEM_BYTES = {

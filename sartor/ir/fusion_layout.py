@@ -19,7 +19,7 @@ from sartor.ir.program import Program
 
 _ALIGNMENT = 4
 """Channels that a value needs to be reordered at all."""
-_BLOCK = 16
+BLOCK = 16
 """Floats of one block where the vectors have 512 bits; grouped convolutions need whole blocks per group."""
 _POOLS = frozenset({"MaxPool", "AveragePool", "GlobalMaxPool", "GlobalAveragePool"})
 _MAKING_POOLS = frozenset({"MaxPool", "AveragePool"})
@@ -42,7 +42,6 @@ class Step:
         inputs: names of the activations that it reads, in their order.
         shares: it can be in the layout at all, by what no plan changes: ranks, axes, equal shapes.
         behind_weights: a convolution or a BatchNormalization makes its first input.
-        grouped: of a convolution, `dense`, `depthwise` or `grouped`.
         turned_in: per input, whether a copy into the layout is part of the Transpose that makes it.
         turned_out: it is the Transpose that a copy out of the layout is part of.
     """
@@ -52,7 +51,6 @@ class Step:
     inputs: tuple[str, ...]
     shares: bool
     behind_weights: bool = False
-    grouped: str = ""
     turned_in: tuple[bool, ...] = ()
     turned_out: bool = False
 
@@ -64,9 +62,25 @@ class Widths(Protocol):
         """Of a value, on its second axis."""
         ...
 
-    def per_group(self, step: Step) -> tuple[Any, Any]:
-        """Input and output channels of one group of a convolution."""
+    def per_group(self, step: Step) -> tuple[Any, Any, Any]:
+        """Groups of a convolution, and input and output channels of one of them."""
         ...
+
+
+def convolves_blocked(groups: Any, inner: Any, outer: Any) -> np.ndarray:
+    """Whether a convolution runs in the blocked layout; numbers or arrays of one shape.
+
+    Args:
+        groups: of the convolution.
+        inner: input channels of one group.
+        outer: output channels of one group.
+    """
+    groups, inner, outer = (np.asarray(value, float) for value in (groups, inner, outer))
+    dense = (inner < BLOCK) | (inner % _ALIGNMENT == 0)  # output channels are filled up to whole blocks
+    depthwise = groups % _ALIGNMENT == 0
+    whole_groups = (inner % BLOCK == 0) & (outer % BLOCK == 0)
+    one_each = (inner == 1) & (outer == 1)
+    return np.where(groups == 1, dense, np.where(one_each, depthwise, whole_groups))
 
 
 def steps_of(program: Program) -> tuple[Step, ...]:
@@ -107,7 +121,7 @@ def copied(
                 continue
             mine = blocked.get(name, never)
             # A convolution of few channels reads them as they are, side by side.
-            plain = widths.channels(name) < _BLOCK if step.op_type == "Conv" and number == 0 else never
+            plain = widths.channels(name) < BLOCK if step.op_type == "Conv" and number == 0 else never
             if not step.turned_out:
                 out[name] = out.get(name, never) | (mine & (~np.asarray(inside) | plain))
             if not step.turned_in[number]:
@@ -143,11 +157,11 @@ class _Whole:
     def channels(self, value: str) -> int:
         return self._shapes[value][1]
 
-    def per_group(self, step: Step) -> tuple[int, int]:
+    def per_group(self, step: Step) -> tuple[int, int, int]:
         node = self._convolutions[step.output]
         group = node.attributes.get_int("group", 1)
         out, inner = self._shapes[_name(node.inputs[1])][:2]
-        return inner, out // group
+        return group, inner, out // group
 
 
 def takes_activation(op_type: str, *, blocked: bool, after_sum: bool) -> bool:
@@ -177,7 +191,6 @@ def _step(node: ir.Node, shapes: Mapping[str, tuple[int, ...]]) -> Step:
         names,
         shares=_shares(node, names, shapes),
         behind_weights=maker is not None and maker.op_type in _WEIGHTED,
-        grouped=_grouped(node, shapes) if node.op_type == "Conv" else "",
         turned_in=tuple(_turns(value.producer(), (0, 3, 1, 2)) for _, value in read),
         turned_out=_turns(node, (0, 2, 3, 1)),
     )
@@ -193,31 +206,18 @@ def _shares(node: ir.Node, names: Sequence[str], shapes: Mapping[str, tuple[int,
     return node.op_type in _POOLS | _WEIGHTED | _FUSED_EARLIER | _KEEP
 
 
-def _grouped(node: ir.Node, shapes: Mapping[str, tuple[int, ...]]) -> str:
-    group = node.attributes.get_int("group", 1)
-    channels, out = shapes[_name(node.inputs[0])][1], shapes[_name(node.inputs[1])][0]
-    return "dense" if group == 1 else "depthwise" if group == channels == out else "grouped"
-
-
 def _state(step: Step, widths: Widths, blocked: Mapping[str, np.ndarray]) -> Any:
     never = np.False_
     first = blocked.get(step.inputs[0], never)
     if step.op_type == "Conv":
-        if step.grouped == "dense":  # other output channels are filled up
-            channels = np.asarray(widths.channels(step.inputs[0]))
-            return (channels < _BLOCK) | (channels % _ALIGNMENT == 0)
-        if step.grouped == "depthwise":
-            channels = np.asarray(widths.channels(step.output))
-            return (channels % _ALIGNMENT == 0) | (channels == 1)  # of one channel, it is dense
-        inner, outer = map(np.asarray, widths.per_group(step))
-        return (inner % _BLOCK == 0) & (outer % _BLOCK == 0)
+        return convolves_blocked(*widths.per_group(step))
     if step.op_type in _POOLS:
-        whole = np.asarray(widths.channels(step.inputs[0])) % _BLOCK == 0
+        whole = np.asarray(widths.channels(step.inputs[0])) % BLOCK == 0
         return whole if step.op_type in _MAKING_POOLS else whole & first
     if step.op_type in _FUSED_EARLIER:
         return first & step.behind_weights
     if step.op_type == "Concat":
-        whole = [np.asarray(widths.channels(name)) % _BLOCK == 0 for name in step.inputs]
+        whole = [np.asarray(widths.channels(name)) % BLOCK == 0 for name in step.inputs]
         return functools.reduce(np.logical_and, [*whole, *(blocked.get(name, never) for name in step.inputs)])
     if step.op_type in ("Add", "Mul"):
         return first & blocked.get(step.inputs[1], never)

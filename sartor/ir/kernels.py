@@ -14,16 +14,22 @@ from typing import Any
 
 import onnx_ir as ir
 
-from sartor.errors import InternalError
-from sartor.ir.bodies import body_graphs, read_values
-from sartor.ir.extents import Extent, quotient
+from sartor.ir.bodies import read_values
+from sartor.ir.extents import Extent
 from sartor.ir.fusion import Fused, Group, constant_nodes, json_attributes, partition
-from sartor.ir.fusion_rules import ACTIVATIONS, CONTRACTIONS, GENERIC, FusionRules
+from sartor.ir.fusion_rules import ACTIVATIONS, GENERIC, FusionRules
+from sartor.ir.operands import (
+    RECURRENT,
+    Operand,
+    Tensors,
+    channels_per_group,
+    convolution_attributes,
+    dims_of,
+    macs,
+)
 from sartor.ir.program import Program
-from sartor.ir.quantities import Quantity, largest
-from sartor.ir.subgraphs import body_shapes
+from sartor.ir.quantities import Quantity
 
-RECURRENT = frozenset({"RNN", "LSTM", "GRU"})
 FREE = frozenset({"Reshape", "Flatten", "Squeeze", "Unsqueeze", "Identity", "Shape", "Size", "Constant"})
 """Operators that change only metadata."""
 _ARITHMETIC = frozenset(
@@ -32,36 +38,6 @@ _ARITHMETIC = frozenset(
 )
 _PARTS = frozenset({"Slice", "Gather"})
 _FREE_INTEGER_ELEMENTS = 64  # shape arithmetic: a few integers cost nothing beside any kernel
-_KEEP_VALUE_ELEMENTS = 64  # constants that decide what a node does (bounds, axes, scales), not weights
-
-
-@dataclasses.dataclass(frozen=True)
-class Operand:
-    """One tensor that a kernel reads or writes.
-
-    Attributes:
-        dims: one extent per axis.
-        item_bytes: bytes per element (0.5 for 4-bit types).
-        dtype: ONNX type name, e.g. `FLOAT`.
-        stored: True for an initializer.
-        value: contents of a small constant as nested lists, else None.
-    """
-
-    name: str
-    dims: tuple[Extent, ...]
-    item_bytes: float
-    dtype: str
-    stored: bool = False
-    value: Any = None
-
-    @property
-    def bytes(self) -> Quantity:
-        """Size in bytes."""
-        return Quantity.product(self.item_bytes, self.dims)
-
-    def at(self, size: int, batch: int) -> Operand:
-        """The same with the input's size and the batch fixed."""
-        return dataclasses.replace(self, dims=tuple(e.at(size, batch) for e in self.dims))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,77 +101,6 @@ class Kernel:
 
 
 _EXTENTS = ("macs", "bytes_read", "bytes_written", "groups", "in_per_group", "out_per_group")
-
-
-class Tensors:
-    """Operands of a program's values, from the reference shapes and the analysed extents."""
-
-    def __init__(
-        self,
-        program: Program,
-        extents: Mapping[str, tuple[Extent, ...]] | None,
-        folded: frozenset[str] = frozenset(),
-    ):
-        """Of one program; `folded` names values that are computed once, when the model is loaded."""
-        self._program, self._folded = program, folded
-        self._shapes, self._types = program.shapes(), program.types()
-        self._extents = extents or {}
-        self._cache: dict[str, Operand] = {}
-        self._inner: dict[str, tuple[tuple[int, ...], ir.DataType]] | None = None
-
-    def __getitem__(self, value: ir.Value) -> Operand:
-        name = value.name or ""
-        if name not in self._cache:
-            self._cache[name] = self._make(value, name)
-        return self._cache[name]
-
-    def _make(self, value: ir.Value, name: str) -> Operand:
-        shape = self._shapes.get(name)
-        if shape is None:
-            raise InternalError(
-                f"Value '{name}' has no inferred shape; only main-graph values can be priced."
-            )
-        dims = self._extents.get(name)
-        if dims is None:
-            dims = tuple(Extent.constant(d) for d in shape)
-        elif len(dims) != len(shape) or any(abs(e.full - d) > 1e-6 for e, d in zip(dims, shape, strict=True)):
-            raise InternalError(
-                f"Extents of value '{name}' are {[e.full for e in dims]} before pruning, "
-                f"but its shape is {list(shape)}; the channel analysis does not belong to this program."
-            )
-        dtype = self._types.get(name, ir.DataType.FLOAT)
-        stored = name in self._program.initializers
-        constant = None
-        decides = not dtype.is_floating_point() or not shape or (len(shape) == 1 and shape[0] <= 8)
-        fixed = math.prod(shape) <= _KEEP_VALUE_ELEMENTS and not any(e.varies for e in dims)
-        if stored and decides and fixed:
-            constant = self._program.initializer_array(name).tolist()
-        return Operand(
-            name, tuple(dims), dtype.itemsize, dtype.name, stored or name in self._folded, constant
-        )
-
-    def body_macs(self, node: ir.Node) -> Quantity:
-        """MACs inside the bodies of a control-flow node: an If's dearest branch, a Loop's body once."""
-        return largest([sum(map(self._inner_macs, body), Quantity()) for body in body_graphs(node)])
-
-    def _inner_macs(self, node: ir.Node) -> Quantity:
-        if body_graphs(node):
-            return self.body_macs(node)
-        if node.op_type not in CONTRACTIONS | RECURRENT:
-            return Quantity()
-        inputs = [None if v is None else self.inner(v) for v in node.inputs]
-        return macs(node.op_type, json_attributes(node), inputs, self.inner(node.outputs[0]))
-
-    def inner(self, value: ir.Value) -> Operand:
-        """A value that may belong to a body."""
-        name = value.name or ""
-        if name in self._shapes:
-            return self[value]
-        if self._inner is None:
-            self._inner = body_shapes(self._program)
-        shape, dtype = self._inner[name]
-        dims = self._extents.get(name) or tuple(Extent.constant(d) for d in shape)
-        return Operand(name, dims, dtype.itemsize, dtype.name)
 
 
 def build_kernels(
@@ -299,7 +204,7 @@ def _as_split(
     attributes: Mapping[str, Any], inputs: Sequence[Operand | None], outputs: Sequence[Operand]
 ) -> tuple[dict[str, Any], tuple[Operand | None, ...]]:
     """Attributes and inputs of the Split that makes the same parts as Slices or Gathers of one value."""
-    source, part = _dims(inputs[0]), outputs[0].dims
+    source, part = dims_of(inputs[0]), outputs[0].dims
     axis = attributes.get("axis", 0)
     if len(source) == len(part):
         axis = next(i for i, (s, p) in enumerate(zip(source, part, strict=True)) if s.full != p.full)
@@ -309,54 +214,11 @@ def _as_split(
     return {"axis": axis}, (inputs[0], lengths)
 
 
-def channels_per_group(op_type: str, inputs: Sequence[Operand | None], output: Operand) -> dict[str, Extent]:
-    """`groups`, `in_per_group` and `out_per_group` of a convolution as functions of a plan.
-
-    The weight says how many channels one group has; how many groups there are follows from the channels: a plan may
-    narrow every group or remove whole ones.
-    """
-    x, w = _dims(inputs[0]), _dims(inputs[1])
-    if op_type == "Conv":
-        groups = quotient(x[1], w[1])
-        return {"groups": groups, "in_per_group": w[1], "out_per_group": quotient(output.dims[1], groups)}
-    groups = quotient(output.dims[1], w[1])
-    return {"groups": groups, "in_per_group": quotient(x[1], groups), "out_per_group": w[1]}
-
-
-def macs(
-    op_type: str, attributes: Mapping[str, Any], inputs: Sequence[Operand | None], output: Operand
-) -> Quantity:
-    """Multiply-accumulates of one node; zero for everything that is not a contraction.
-
-    Biases, activations and poolings are not counted. ConvTranspose counts every product, also those
-    that its pads crop away.
-    """
-    if op_type == "Conv":
-        return Quantity.product(1, (*output.dims, *_dims(inputs[1])[1:]))
-    if op_type == "ConvTranspose":
-        return Quantity.product(1, (*_dims(inputs[0]), *_dims(inputs[1])[1:]))
-    if op_type == "Gemm":
-        return Quantity.product(1, (*output.dims, _dims(inputs[0])[0 if attributes.get("transA") else 1]))
-    if op_type == "MatMul":
-        return Quantity.product(1, (*output.dims, _dims(inputs[0])[-1]))
-    if op_type in RECURRENT:
-        sequence = _dims(inputs[0])  # [T, N, I], or [N, T, I] with layout 1: the product is the same
-        steps = (sequence[0], sequence[1])
-        return Quantity.product(1, steps + _dims(inputs[1])) + Quantity.product(1, steps + _dims(inputs[2]))
-    return Quantity()
-
-
-def _dims(operand: Operand | None) -> tuple[Extent, ...]:
-    if operand is None:
-        raise InternalError("A contraction lacks a required input; verify the program first.")
-    return operand.dims
-
-
 def _family(node: ir.Node, attributes: Mapping[str, Any], inputs: Sequence[Operand | None]) -> str:
     kind = node.op_type
     if kind in ("Conv", "ConvTranspose"):
         group = int(attributes.get("group", 1))
-        return "depthwise" if group > 1 and group == round(_dims(inputs[0])[1].full) else "conv"
+        return "depthwise" if group > 1 and group == round(dims_of(inputs[0])[1].full) else "conv"
     if kind in ("Gemm", "MatMul"):
         return kind.lower()
     if kind in RECURRENT:
@@ -379,30 +241,3 @@ def _family(node: ir.Node, attributes: Mapping[str, Any], inputs: Sequence[Opera
     ):
         return "elementwise"
     return "other"
-
-
-def convolution_attributes(
-    attributes: Mapping[str, Any], inputs: Sequence[Operand | None], output: Operand
-) -> dict[str, Any]:
-    """All defaults of a convolution filled in and `auto_pad` resolved, so that equal ones compare equal."""
-    kernel = [round(e.full) for e in _dims(inputs[1])[2:]]
-    rank = len(kernel)
-    filled: dict[str, Any] = {
-        "strides": [1] * rank,
-        "dilations": [1] * rank,
-        "pads": [0] * (2 * rank),
-        "group": 1,
-        **attributes,
-        "kernel_shape": kernel,
-    }
-    mode = filled.pop("auto_pad", "NOTSET")
-    if mode in ("SAME_UPPER", "SAME_LOWER") and "output_padding" not in filled:
-        source, target = _dims(inputs[0])[2:], output.dims[2:]
-        strides, dilations = filled["strides"], filled["dilations"]
-        totals = [
-            max(0, (round(t.full) - 1) * s + d * (k - 1) + 1 - round(i.full))
-            for t, s, d, k, i in zip(target, strides, dilations, kernel, source, strict=True)
-        ]
-        small, large = [t // 2 for t in totals], [t - t // 2 for t in totals]
-        filled["pads"] = small + large if mode == "SAME_UPPER" else large + small
-    return filled

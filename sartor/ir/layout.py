@@ -10,9 +10,9 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from sartor.ir.extents import Extent, quotient
+from sartor.ir.extents import Extent
 from sartor.ir.fusion_layout import Step, copied, steps_of
-from sartor.ir.kernels import Operand, Tensors
+from sartor.ir.operands import Operand, Tensors, channels_per_group
 from sartor.ir.population import Population, Presence
 from sartor.ir.program import Program
 
@@ -58,26 +58,29 @@ class Layout:
     Attributes:
         steps: nodes, in execution order.
         values: by name.
-        groups: per convolution, by the name of its output: input and output channels of one group.
+        groups: per convolution, by the name of its output: its groups, and input and output channels of one.
         outputs: names of the program's outputs.
     """
 
     steps: tuple[Step, ...] = ()
     values: Mapping[str, Moved] = dataclasses.field(default_factory=dict)
-    groups: Mapping[str, tuple[Extent, Extent]] = dataclasses.field(default_factory=dict)
+    groups: Mapping[str, tuple[Extent, Extent, Extent]] = dataclasses.field(default_factory=dict)
     outputs: tuple[str, ...] = ()
 
     @property
     def varying(self) -> frozenset[str]:
         """Names of the channel groups that copies depend on."""
         extents = [e for moved in self.values.values() for e in moved.operand.dims]
-        extents += [e for pair in self.groups.values() for e in pair]
+        extents += [e for three in self.groups.values() for e in three]
         return frozenset(name for extent in extents for name in extent.groups)
 
     def at(self, size: int, batch: int) -> Layout:
         """The same with the input's size and the batch fixed."""
         values = {n: Moved(m.operand.at(size, batch), m.blocks) for n, m in self.values.items()}
-        groups = {n: (a.at(size, batch), b.at(size, batch)) for n, (a, b) in self.groups.items()}
+        groups = {
+            n: (g.at(size, batch), a.at(size, batch), b.at(size, batch))
+            for n, (g, a, b) in self.groups.items()
+        }
         return dataclasses.replace(self, values=values, groups=groups)
 
     def copies(self, plans: Population) -> Iterator[Copy]:
@@ -102,9 +105,9 @@ class _Planned:
     def channels(self, value: str) -> Any:
         return self._plans.extent(self._layout.values[value].operand.dims[1])
 
-    def per_group(self, step: Step) -> tuple[Any, Any]:
-        inner, outer = self._layout.groups[step.output]
-        return self._plans.extent(inner), self._plans.extent(outer)
+    def per_group(self, step: Step) -> tuple[Any, Any, Any]:
+        groups, inner, outer = self._layout.groups[step.output]
+        return self._plans.extent(groups), self._plans.extent(inner), self._plans.extent(outer)
 
 
 def build_layout(
@@ -136,14 +139,11 @@ def build_layout(
     )
 
 
-def _groups(program: Program, tensors: Tensors) -> dict[str, tuple[Extent, Extent]]:
+def _groups(program: Program, tensors: Tensors) -> dict[str, tuple[Extent, Extent, Extent]]:
     found = {}
     for node in program.nodes():
-        group = node.attributes.get_int("group", 1) if node.op_type == "Conv" else 1
-        weight = node.inputs[1] if len(node.inputs) > 1 else None
-        if group > 1 and weight is not None and node.inputs[0] is not None:
-            inner = tensors[weight].dims[1]
-            number = quotient(tensors[node.inputs[0]].dims[1], inner)
-            outer = quotient(tensors[weight].dims[0], number)
-            found[node.outputs[0].name or ""] = (inner, outer)
+        if node.op_type == "Conv":
+            x, weight = (tensors[value] for value in node.inputs[:2] if value is not None)
+            own = channels_per_group("Conv", (x, weight), tensors[node.outputs[0]])
+            found[node.outputs[0].name or ""] = (own["groups"], own["in_per_group"], own["out_per_group"])
     return found

@@ -26,7 +26,7 @@ import onnx_ir as ir
 
 from sartor.ir.bodies import body_graphs, read_values
 from sartor.ir.extents import Extent
-from sartor.ir.kernels import Tensors
+from sartor.ir.operands import Tensors
 from sartor.ir.program import Program
 from sartor.ir.quantities import Quantity, largest, whole
 

@@ -17,9 +17,10 @@ from sartor.errors import PlanError
 from sartor.ir.bodies import read_values
 from sartor.ir.extents import BATCH, SIZE, Extent
 from sartor.ir.fusion_rules import GENERIC, FusionRules
-from sartor.ir.kernels import Kernel, Operand, Tensors, build_kernels
+from sartor.ir.kernels import Kernel, build_kernels
 from sartor.ir.layout import Layout, build_layout
 from sartor.ir.liveness import Liveness, build_liveness
+from sartor.ir.operands import Operand, Tensors
 from sartor.ir.population import Fractions, Population, Presence, Removed
 from sartor.ir.program import Program
 from sartor.ir.quantities import Quantity

@@ -27,7 +27,7 @@ from sartor.journal import Journal
 from sartor.profiling import networks
 from sartor.profiling.design import Design, Novelty, Point, Uncertainty
 from sartor.profiling.inside import Inside, InsideEffort, Insider, ModelTimer
-from sartor.profiling.inside_samples import UnmadeError, carrier_model, describe, of_carrier
+from sartor.profiling.inside_samples import UnmadeError, carrier_model, describe, of_carrier, whole
 from sartor.profiling.records import Records
 
 _NETWORKS_AT_ONCE = len(networks.KINDS)
@@ -291,11 +291,11 @@ class _Builder:
             return
         self.records.saw(inside.reference_s)
         around = sum(weight_bytes(p.spec, p.at) for p in points)
-        moving = [k for k in inside.kernels if k.op_type != "Reshape"]
+        rows_of_model, total = whole(inside.kernels)
         model = {
             "ratio": inside.latency.ratio if inside.latency is not None else math.nan,
-            "sum": sum(k.median_s for k in moving),
-            "rows": len(moving),
+            "sum": total,
+            "rows": rows_of_model,
         }
         found = of_carrier(points, inside.kernels) if inside.latency is not None else [None] * len(points)
         for point, time_and_rows in zip(points, found, strict=True):

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
+import types
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sartor.backends import process
-from sartor.backends.protocol import KernelTime, TargetOptions
+from sartor.backends.protocol import KernelTime
 from sartor.backends.visits import Summary, Visit, summarise
 from sartor.errors import BackendError
-from sartor.profiling.timing import reference_model
-
-_START_S = 120.0
-_MOST_RESTARTS = 10
+from sartor.profiling.timing import MOST_RESTARTS, TimingProcess, reference_model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,36 +53,14 @@ Insider = Callable[[Sequence[bytes], InsideEffort], list[Inside]]
 """Times serialized models one after another."""
 
 
-class ModelTimer:
-    """Times models on a target in a subprocess, which is started again where a model crashes it.
+class ModelTimer(TimingProcess):
+    """Times models one after another, and the kernels inside them; the target tells the times of its kernels.
 
-    Args:
-        backend_name: registered backend, one that tells the times of its kernels.
-        options: threads and precision.
-        pin: keep the subprocess on as many of the least busy processors as there are threads.
-        seed: of the inputs.
+    Attributes:
+        conditions: machine, runtime and processors of the last request.
     """
 
-    def __init__(
-        self, backend_name: str, options: TargetOptions | None = None, *, pin: bool = True, seed: int = 0
-    ):
-        self._backend = backend_name
-        self._options = dataclasses.replace(options or TargetOptions(), flush_denormals=True)
-        self._pin, self._seed = pin, seed
-        self._worker: process.Worker | None = None
-        self.conditions: Mapping[str, Any] = {}
-
-    def __enter__(self) -> ModelTimer:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """End the subprocess."""
-        if self._worker is not None:
-            self._worker.close()
-            self._worker = None
+    conditions: Mapping[str, Any] = types.MappingProxyType({})
 
     def __call__(self, models: Sequence[bytes], effort: InsideEffort) -> list[Inside]:
         """Time models.
@@ -101,7 +76,7 @@ class ModelTimer:
             paths = [Path(folder) / f"{number}.onnx" for number in range(len(models))]
             for path, model in zip(paths, models, strict=True):
                 path.write_bytes(model)
-            for _ in range(_MOST_RESTARTS + 1):
+            for _ in range(MOST_RESTARTS + 1):
                 todo = [[i, str(path)] for i, path in enumerate(paths) if i not in found]
                 if not todo:
                     break
@@ -112,9 +87,6 @@ class ModelTimer:
     def _ask(
         self, todo: list[list[Any]], reference: str, effort: InsideEffort, found: dict[int, Inside]
     ) -> None:
-        threads = self._options.threads
-        if self._worker is None:
-            self._worker = process.Worker(threads=threads)
         starting: list[int] = []
 
         def collect(message: dict[str, Any]) -> None:
@@ -125,19 +97,9 @@ class ModelTimer:
             else:
                 found[message["index"]] = _inside(message)
 
-        request = {
-            "command": "time_inside",
-            "backend": self._backend,
-            "options": self._options.to_dict(),
-            "threads": threads,
-            "pin": self._pin,
-            "seed": self._seed,
-            "reference": reference,
-            "models": todo,
-            **dataclasses.asdict(effort),
-        }
         try:
-            answer = self._worker.ask(request, time_limit_s=_START_S + 3 * effort.limit_s, on_event=collect)
+            request = {"reference": reference, "models": todo, **dataclasses.asdict(effort)}
+            answer = self.ask("time_inside", collect, **request)
             self.conditions = answer["conditions"]
         except BackendError as error:
             self.close()

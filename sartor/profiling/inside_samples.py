@@ -76,14 +76,13 @@ def describe(model: bytes, executed: Sequence[KernelTime], rules: FusionRules) -
             sizes = tuple(float(v.full) for v in signature.variables)
             observed.append(Observed(signature, sizes, sum(r.median_s for r in rows), len(rows)))
     kernels, _ = kernels_of(workload, layout=True)
-    # A Reshape moves nothing: nearly all of what is told of it is the profiler's own time (5 us, really 0.5).
-    moving = [k for k in executed if k.op_type != "Reshape"]
+    count, total = whole(executed)
     return Described(
         kernels=kernels,
         weight_bytes=float(workload.evaluate().weight_bytes),
         observed=(*observed, *copies_of(found.inserted)),
-        rows=len(moving),
-        ratio=sum(k.median_s for k in moving),
+        rows=count,
+        ratio=total,
     )
 
 
@@ -98,6 +97,15 @@ def workload_of(model: bytes, rules: FusionRules) -> tuple[Program, Workload]:
         path.write_bytes(model)
         program = load(path)
     return program, build_workload(program, channel_groups(program).extents, rules=rules)
+
+
+def whole(executed: Sequence[KernelTime]) -> tuple[int, float]:
+    """How many kernels were executed, and their time together.
+
+    A Reshape moves nothing: nearly all of what is told of it is the profiler's own time (5 us, really 0.5).
+    """
+    moving = [kernel.median_s for kernel in executed if kernel.op_type != "Reshape"]
+    return len(moving), sum(moving)
 
 
 def copies_of(inserted: Sequence[KernelTime]) -> list[Observed]:

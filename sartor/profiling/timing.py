@@ -8,7 +8,7 @@ import math
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from sartor.backends import process
 from sartor.backends.protocol import TargetOptions
@@ -19,7 +19,7 @@ from sartor.errors import BackendError, UsageError
 BATCH = 32
 """Models that are held, and visited, together."""
 _START_S = 120.0
-_MOST_RESTARTS = 10
+MOST_RESTARTS = 10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,17 +87,14 @@ def reference_model() -> bytes:
     return sample_model(spec, (48, 48))
 
 
-class KernelTimer:
-    """Times models on a target in a subprocess, which is started again where a model crashes it.
-
-    Between any two visits the reference kernel runs in the same runtime, and the subprocess is pinned to as
-    many of the least busy processors as there are threads, where the system can do that.
+class TimingProcess:
+    """A subprocess that times models on a target, started when it is first asked and again after a crash.
 
     Args:
         backend_name: registered backend.
         options: threads and precision.
-        pin: keep the subprocess on a few processors.
-        seed: of inputs and of the order of visits.
+        pin: keep the subprocess on as many of the least busy processors as there are threads.
+        seed: of inputs, and of the order of visits.
     """
 
     def __init__(
@@ -108,7 +105,7 @@ class KernelTimer:
         self._pin, self._seed = pin, seed
         self._worker: process.Worker | None = None
 
-    def __enter__(self) -> KernelTimer:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -119,6 +116,32 @@ class KernelTimer:
         if self._worker is not None:
             self._worker.close()
             self._worker = None
+
+    def ask(
+        self, command: str, on_event: Callable[[dict[str, Any]], None], *, limit_s: float, **request: Any
+    ) -> dict[str, Any]:
+        """One request about the target; `limit_s` is what the worker itself keeps.
+
+        Raises:
+            BackendError: the subprocess did not survive it.
+        """
+        threads = self._options.threads
+        if self._worker is None:
+            self._worker = process.Worker(threads=threads)
+        about = {
+            "command": command,
+            "backend": self._backend,
+            "options": self._options.to_dict(),
+            "threads": threads,
+            "pin": self._pin,
+            "seed": self._seed,
+            "limit_s": limit_s,
+        }
+        return self._worker.ask({**about, **request}, time_limit_s=_START_S + 3 * limit_s, on_event=on_event)
+
+
+class KernelTimer(TimingProcess):
+    """Times models side by side: between any two visits the reference kernel runs in the same runtime."""
 
     def __call__(self, models: Sequence[bytes], effort: Effort) -> Batch:
         """Time a batch of serialized models.
@@ -138,13 +161,13 @@ class KernelTimer:
 
     def _batch(self, entries: list[list[Any]], count: int, effort: Effort) -> Batch:
         failed: dict[int, str] = {}
-        for _ in range(_MOST_RESTARTS + 1):
+        for _ in range(MOST_RESTARTS + 1):
             starting: list[int] = []
             timed: dict[int, list[Visit]] = {}
             collect = functools.partial(_collect, starting=starting, timed=timed, failed=failed)
             todo = [entry for entry in entries if entry[0] not in failed]
             try:
-                answer = self._ask(todo, effort, collect)
+                answer = self.ask("time_kernels", collect, models=todo, **dataclasses.asdict(effort))
             except BackendError as error:
                 self.close()
                 if not starting or starting[0] < 0:
@@ -158,27 +181,9 @@ class KernelTimer:
                 )
             return _batch(timed, failed, count, answer["conditions"])
         raise BackendError(
-            f"{_MOST_RESTARTS + 1} models of one batch ended the subprocess of '{self._backend}', the last of them "
+            f"{MOST_RESTARTS + 1} models of one batch ended the subprocess of '{self._backend}', the last of them "
             f"with: {failed[starting[0]]}."
         )
-
-    def _ask(
-        self, todo: list[list[Any]], effort: Effort, collect: Callable[[dict[str, Any]], None]
-    ) -> dict[str, Any]:
-        threads = self._options.threads
-        if self._worker is None:
-            self._worker = process.Worker(threads=threads)
-        request = {
-            "command": "time_kernels",
-            "backend": self._backend,
-            "options": self._options.to_dict(),
-            "threads": threads,
-            "pin": self._pin,
-            "seed": self._seed,
-            "models": todo,
-            **dataclasses.asdict(effort),
-        }
-        return self._worker.ask(request, time_limit_s=_START_S + 3 * effort.limit_s, on_event=collect)
 
 
 def _collect(

@@ -15,12 +15,12 @@ from sartor.ir.bodies import body_graphs, read_values
 from sartor.ir.extents import Extent
 from sartor.ir.fusion import json_attributes, partition
 from sartor.ir.fusion_layout import blocked_values, layout_changes
-from sartor.ir.kernels import Operand, Tensors
 from sartor.ir.liveness import body_peak
 from sartor.ir.memory.assembly import Assembled, Bypass, KernelNodes, NodeBuffers, Parts, assemble
 from sartor.ir.memory.buffers import BufferGraph, moments
 from sartor.ir.memory.peak import peaks
 from sartor.ir.memory.rules import DEFAULT, Rules
+from sartor.ir.operands import Operand, Tensors
 from sartor.ir.program import Program
 from sartor.ir.quantities import Quantity, largest, whole
 
