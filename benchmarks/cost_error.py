@@ -143,8 +143,8 @@ def references_of(profile: Any) -> list[Any]:
 def truth(name: str, options: argparse.Namespace, references: Sequence[Any]) -> dict[str, Any]:
     """Latencies of the network and its prunings over the geometric mean of the references, with intervals.
 
-    All are visited in turn in one process, a kernel of reference between any two; time that other processes had of the
-    processor does not count. Every repetition compiles them anew, because where weights lie in memory is part of the
+    All are visited in turn in one process, in quiet moments as a reference kernel tells them; time that other processes
+    had of the processor does not count. Every repetition compiles them anew, because where weights lie in memory is part of the
     noise; the interval is that of the mean over repetitions.
     """
     from sartor.backends.protocol import TargetOptions
@@ -304,7 +304,7 @@ def main() -> int:
         "cpu": profile.device["cpu"],
         "references": {n.name: hashlib.sha256(networks.network(n.name)).hexdigest() for n in references},
         "prunings": options.prunings,
-        "protocol": 3,
+        "protocol": 4,
     }
     ladder, baselines = Ladder(profile), Baselines(profile)
     rows: list[dict[str, Any]] = []

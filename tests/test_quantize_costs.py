@@ -343,7 +343,7 @@ def test_a_fit_in_int8_compares_scores_with_the_original_in_float(digits, tmp_pa
         assert is_quantized(written) and bench.written(written) is written
         # what is kept from pruning is quantized all the same
         assert not any(node.name == "linear" and node.inputs[1].is_initializer() for node in written.nodes())
-        artifact = bench.lower(written, "candidate")
+        artifact = bench.lower(written, tmp_path / "candidate")
         assert artifact.precision == "int8" and bench.verify(written, artifact).passed
     finally:
         bench.close()

@@ -327,6 +327,39 @@ def test_a_cluster_that_cannot_measure_is_refused(runner, nodes, options, messag
         runner(*nodes, **options)
 
 
+@pytest.mark.parametrize(
+    ("failures", "asked", "message"),
+    [
+        (["Starting Ray client server failed. See a log."] * 2, 3, None),
+        (
+            ["Starting Ray client server failed. See a log."] * 3,
+            3,
+            "head:1 cannot be joined: Starting Ray client",
+        ),
+        (["Version mismatch"], 1, "head:1 cannot be joined: Version mismatch"),
+    ],
+)
+def test_a_head_that_was_too_busy_to_serve_is_asked_again(monkeypatch, failures, asked, message):
+    monkeypatch.setattr(ray, "_LOOK_S", 0.0)
+    calls = []
+
+    class Head:
+        def init(self, address, **_):
+            calls.append("init")
+            if len(calls) <= len(failures):
+                raise ConnectionAbortedError(failures[len(calls) - 1])
+
+        def shutdown(self):
+            pass
+
+    if message is None:
+        ray._join(Head(), "ray://head:1")
+    else:
+        with pytest.raises(UsageError, match=message):
+            ray._join(Head(), "ray://head:1")
+    assert len(calls) == asked
+
+
 def test_versions_are_compared_when_the_cluster_is_joined(runner, monkeypatch):
     def describe(target):
         return {"versions": remote.versions(target) | {"sartor": "0.0.1"}, "node": "old"}

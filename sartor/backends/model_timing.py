@@ -2,7 +2,8 @@
 
 Inside a model a kernel finds its activations where the one before has left them, in the runtime's own layout, and its
 weights where the others have left room for them. A profiler slows every kernel down by about the same time, which
-the latency and the sum of the kernels tell together. One model after another, each between runs of a reference.
+the latency and the sum of the kernels tell together. One model after another, in quiet moments, between runs of a
+reference.
 """
 
 from __future__ import annotations
@@ -21,10 +22,16 @@ from sartor.backends import host
 from sartor.backends.inputs import random_inputs
 from sartor.backends.kernel_timing import reference_s, undisturbed
 from sartor.backends.protocol import Backend, TargetOptions
+from sartor.backends.quiet import Quiet
 from sartor.backends.serving import Send
 
-_FEWEST_RUNS, _MOST_RUNS = 2, 200
+_MOST_RUNS = 200
+_LONG_S = (
+    0.02  # a model that takes so long finds its caches by itself, and moments in which it is quiet are short
+)
+_MOST_TRIES = 4  # visits for every one that shall be quiet
 _FEWEST_PROFILED, _MOST_PROFILED = 8, 60
+_LEARNING_S = 1.0
 
 Run = Callable[[], object]
 
@@ -35,7 +42,10 @@ def time_inside(request: Mapping[str, Any], send: Send) -> dict[str, Any]:
     pinned = host.pin(int(request["threads"])) if request["pin"] else ()
     backend = backends.get(request["backend"])
     options = TargetOptions.from_dict(request["options"])
-    reference = _reference(backend, Path(request["reference"]).read_bytes(), options, request["seed"])
+    run = _reference(backend, Path(request["reference"]).read_bytes(), options, request["seed"])
+    quiet = Quiet(lambda: reference_s(run), request["best_s"])
+    if not request["best_s"]:
+        _learn(quiet)
     deadline = time.monotonic() + request["limit_s"]
     for index, path in request["models"]:
         if time.monotonic() >= deadline:
@@ -43,13 +53,20 @@ def time_inside(request: Mapping[str, Any], send: Send) -> dict[str, Any]:
             continue
         send({"event": "starting", "index": index})  # if it crashes here, this one is to blame
         try:
-            found = _timed(backend, path, options, reference, request)
+            found = _timed(backend, path, options, quiet, request)
         except Exception as error:
             send({"event": "failed", "index": index, "reason": f"{type(error).__name__}: {str(error)[:300]}"})
             continue
         send({"event": "timed", "index": index, **found})
     conditions = {**host.conditions(), "runtime": backend.capabilities().version, "pinned": list(pinned)}
-    return {"conditions": conditions}
+    return {"conditions": conditions, "best_s": quiet.best_s}
+
+
+def _learn(quiet: Quiet) -> None:
+    """See the reference at its best before it is judged by that."""
+    end = time.monotonic() + _LEARNING_S
+    while time.monotonic() < end:
+        quiet.look()
 
 
 def _reference(backend: Backend, model: bytes, options: TargetOptions, seed: int) -> Run:
@@ -61,7 +78,7 @@ def _reference(backend: Backend, model: bytes, options: TargetOptions, seed: int
 
 
 def _timed(
-    backend: Backend, path: str, options: TargetOptions, reference: Run, request: Mapping[str, Any]
+    backend: Backend, path: str, options: TargetOptions, quiet: Quiet, request: Mapping[str, Any]
 ) -> dict[str, Any]:
     from sartor.ir.load import load  # not with the worker, which limits what requests may import
 
@@ -76,14 +93,15 @@ def _timed(
         seconds = min(undisturbed(once, False)[0] for _ in range(2))
         alone = request["threads"] == 1
         half = max(1, request["visits"] // 2)
-        visits = _visits(once, seconds, reference, half, request["visit_s"], alone)
-        before = reference_s(reference)
+        visits = _visits(once, seconds, quiet, half, request["visit_s"], alone)
         runs = min(_MOST_PROFILED, max(_FEWEST_PROFILED, round(request["profile_s"] / seconds)))
+        before = quiet.wait()
         kernels = backend.profile(artifact, options, runs) if request["profile_s"] else []
-        after = reference_s(reference)
-        visits += _visits(once, seconds, reference, half, request["visit_s"], alone)
+        after = quiet.look()
+        visits += _visits(once, seconds, quiet, half, request["visit_s"], alone)
     return {
         "visits": visits,
+        "best_s": quiet.best_s,
         "kernels": [kernel.to_dict() for kernel in kernels],
         "before_s": before,
         "after_s": after,
@@ -91,17 +109,19 @@ def _timed(
 
 
 def _visits(
-    once: Run, seconds: float, reference: Run, count: int, visit_s: float, alone: bool
+    once: Run, seconds: float, quiet: Quiet, count: int, visit_s: float, alone: bool
 ) -> list[list[float]]:
     """`[own, reference before, reference after]` per visit; own is the median of its undisturbed runs."""
-    runs = min(_MOST_RUNS, max(_FEWEST_RUNS, round(visit_s / max(seconds, 1e-7))))
-    found = []
-    before = reference_s(reference)
-    for _ in range(count):
-        once()  # discarded: the reference's data are in the caches
+    runs = min(_MOST_RUNS, max(1 if seconds > _LONG_S else 2, round(visit_s / max(seconds, 1e-7))))
+    found: list[list[float]] = []
+    good = 0
+    while good < count and len(found) < _MOST_TRIES * count:
+        before = quiet.wait()
+        if seconds <= _LONG_S:
+            once()  # discarded: the reference's data are in the caches
         taken = [undisturbed(once, alone) for _ in range(runs)]
         clean = [s for s, disturbed in taken if not disturbed] or [s for s, _ in taken]
-        after = reference_s(reference)
+        after = quiet.look()
         found.append([statistics.median(clean), before, after])
-        before = after
+        good += quiet.now(before) and quiet.now(after)
     return found

@@ -241,8 +241,8 @@ class KernelTime:
         name: the backend's name of the kernel.
         op_type: the backend's type name.
         nodes: names of the program's nodes that it computes, as far as the backend tells.
-        median_s: median over `runs` inferences, seconds. Vendors report whole microseconds, and OpenVINO only their
-            average, so that it is the mean there.
+        median_s: median over `runs` inferences, or the fastest of them, seconds. Vendors report whole microseconds, and
+            OpenVINO only their average, so that it is the mean there.
         runs: inferences that were profiled.
         implementation: the backend's kernel choice, such as `brgconv_avx512_f32`, or empty.
         written_bytes: of its outputs; 0 where the backend does not say.

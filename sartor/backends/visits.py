@@ -1,8 +1,8 @@
 """Visits to kernels between runs of a reference, and what remains of them when the machine is noisy.
 
 A shared machine changes speed (clocks, another tenant's use of the memory) and is interrupted. Both only ever
-make a run slower. So a visit keeps the fast runs of many, is divided by the mean of the reference right before
-and right after it, which has slowed down alike, and is thrown away where the reference changed meanwhile or
+make a run slower. So a visit waits for a quiet moment, keeps the fast runs of many, is divided by the mean of the
+reference right before and right after it, and is thrown away where the reference was slow or changed meanwhile or
 where it lies far from the others. Visits are repeated until what is left agrees, or until the limit.
 """
 
@@ -14,11 +14,18 @@ import random
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 
+import numpy as np
+
+from sartor.backends.quiet import NEAR, Quiet
+
 CONFIDENCE = 0.95
 QUANTILE = 0.1
 """Of the runs of one visit. The minimum of many runs falls with their number; this does not."""
 _UNSTEADY = 1.15  # the reference may change by this factor during a visit
-_DISTURBED = 1.5  # and be this much slower than at its best
+_BELIEVED, _LESS_SURE = 0.25, 1.36
+"""The quantile of the visits that are left: what still disturbs them makes them longer, never shorter. And how much
+wider its interval is than that of the mean, for a normal distribution."""
+_FEWEST = 3  # visits to believe; where fewer were steady, those next to it
 _FAR = 3.5  # standard deviations, estimated from the median deviation
 _FLOOR = 0.005  # of that estimate: agreeing visits are no reason to throw away one that nearly agrees
 # Student's t at 95 %, two-sided, for 2, 3, … degrees of freedom (n visits have n - 1).
@@ -71,28 +78,30 @@ def median_of_microseconds(seconds: Sequence[float]) -> float:
 
 
 def summarise(visits: Sequence[Visit], best_reference_s: float = 0.0) -> Summary:
-    """The median of the visits that can be believed, and the interval of their mean.
+    """The lower quartile of the visits that can be believed, and its interval.
 
     Args:
         visits: of one kernel, at least one.
         best_reference_s: the reference at its fastest; 0 where that is not known.
     """
     steady = [v for v in visits if _is_steady(v, best_reference_s)]
-    logs = [math.log(v.ratio) for v in (steady if len(steady) >= min(3, len(visits)) else visits)]
+    if len(steady) < _FEWEST:
+        steady = sorted(visits, key=lambda v: max(v.before_s, v.after_s))[:_FEWEST]
+    logs = [math.log(v.ratio) for v in steady]
     middle = statistics.median(logs)
     spread = max(1.4826 * statistics.median(abs(x - middle) for x in logs), _FLOOR)
     kept = [x for x in logs if abs(x - middle) <= _FAR * spread]
-    middle = statistics.median(kept)
+    middle = float(np.quantile(kept, _BELIEVED))
     if len(kept) < 3:
         return Summary(math.exp(middle), math.inf, len(kept), len(visits))
     factor = _T95[min(len(kept) - 3, len(_T95) - 1)]
-    half = factor * statistics.stdev(kept) / math.sqrt(len(kept))
+    half = _LESS_SURE * factor * statistics.stdev(kept) / math.sqrt(len(kept))
     return Summary(math.exp(middle), math.expm1(half), len(kept), len(visits))
 
 
 def _is_steady(visit: Visit, best_s: float) -> bool:
     slow, fast = max(visit.before_s, visit.after_s), min(visit.before_s, visit.after_s)
-    return slow <= _UNSTEADY * fast and (best_s <= 0 or slow <= _DISTURBED * best_s)
+    return slow <= _UNSTEADY * fast and (best_s <= 0 or slow <= NEAR * best_s)
 
 
 def visit_all(
@@ -121,16 +130,14 @@ def visit_all(
     generator = random.Random(seed)
     found: dict[int, list[Visit]] = {index: [] for index in subjects}
     pending = list(subjects)
-    best = before = reference()
+    quiet = Quiet(reference, clock=clock)
     for number in range(1, most + 1):
         generator.shuffle(pending)
         for index in pending:
-            own = subjects[index]()
-            after = reference()
-            found[index].append(Visit(own, before, after))
-            best, before = min(best, after), after
+            before, own = quiet.wait(), subjects[index]()
+            found[index].append(Visit(own, before, quiet.look()))
         if number >= fewest:
-            pending = [i for i in pending if summarise(found[i], best).half_width > half_width]
+            pending = [i for i in pending if summarise(found[i], quiet.best_s).half_width > half_width]
         if not pending or clock() >= deadline:
             break
     return found

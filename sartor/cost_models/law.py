@@ -31,7 +31,7 @@ FAMILIES = (
 TERMS = (*FAMILIES, "cold", "call", "offset")
 """`cold` multiplies the time that weights from memory cost, `call` an empty call, `offset` is in seconds."""
 _COMMON_SD, _FAMILY_SD, _COLD_SD, _CALL_SD = 1.0, 0.25, 0.5, 0.5
-_COMMON_INSIDE_SD, _FAMILY_INSIDE_SD = 0.03, 0.05
+_COMMON_INSIDE_SD, _FAMILY_INSIDE_SD = 0.01, 0.02
 _OFFSET_SHARE = 0.02  # of the smallest measured network
 _FLOOR = 0.2  # of the common scale: no kernel runs in no time, whatever the noise says
 

@@ -20,14 +20,14 @@ class InsideEffort:
     """How long a model is timed.
 
     Attributes:
-        visits: of the model, half of them before its profile, half after.
+        visits: of the model in quiet moments, half of them before its profile, half after.
         visit_s: length of a visit, seconds.
         profile_s: of inferences under the profiler, seconds; 0: latency only.
         limit_s: no model is begun after it.
     """
 
-    visits: int = 6
-    visit_s: float = 0.03
+    visits: int = 4
+    visit_s: float = 0.04
     profile_s: float = 0.25
     limit_s: float = 120.0
 
@@ -61,6 +61,7 @@ class ModelTimer(TimingProcess):
     """
 
     conditions: Mapping[str, Any] = types.MappingProxyType({})
+    _best_s = 0.0  # of the reference
 
     def __call__(self, models: Sequence[bytes], effort: InsideEffort) -> list[Inside]:
         """Time models.
@@ -98,9 +99,9 @@ class ModelTimer(TimingProcess):
                 found[message["index"]] = _inside(message)
 
         try:
-            request = {"reference": reference, "models": todo, **dataclasses.asdict(effort)}
-            answer = self.ask("time_inside", collect, **request)
-            self.conditions = answer["conditions"]
+            request = {**dataclasses.asdict(effort), "best_s": self._best_s}
+            answer = self.ask("time_inside", collect, reference=reference, models=todo, **request)
+            self.conditions, self._best_s = answer["conditions"], answer["best_s"]
         except BackendError as error:
             self.close()
             if not starting or starting[0] in found:
@@ -113,4 +114,4 @@ def _inside(message: Mapping[str, Any]) -> Inside:
     around = (float(message["before_s"]) + float(message["after_s"])) / 2
     kernels = [KernelTime.from_dict(k) for k in message["kernels"]]
     scaled = tuple(dataclasses.replace(k, median_s=k.median_s / around) for k in kernels)
-    return Inside(summarise(visits), scaled, around)
+    return Inside(summarise(visits, message["best_s"]), scaled, around)

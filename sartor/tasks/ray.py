@@ -40,6 +40,7 @@ _SETTINGS = {
 _NOT_READ = ("RAY_ADDRESS", "RAY_NAMESPACE", "RAY_RUNTIME_ENV", "RAY_RUNTIME_ENV_HOOK")
 _REACH_S = 5.0
 _LOOK_S = 1.0
+_JOINS, _NOT_STARTED = 3, "Starting Ray client server failed"
 _MOST_RETRIES = 2
 _SHARE = 0.01
 """Of a device, for a task that may run beside its like: many of them together, but none beside a measurement."""
@@ -303,12 +304,23 @@ def _connect(workers: Workers) -> Any:
             "--ray-client-server-port=PORT', and give its host and that port."
         ) from error
     with _environment_unread(), _signals_kept():
+        _join(ray, workers.address)
+    return ray
+
+
+def _join(ray: Any, address: str) -> None:
+    """A busy head may fail to start the process that serves a client; it starts another for whoever asks again."""
+    for attempt in range(1, _JOINS + 1):
         try:
-            ray.init(workers.address, logging_level="ERROR", log_to_driver=False)
+            ray.init(address, logging_level="ERROR", log_to_driver=False)
+            return
         except Exception as error:
             text = " ".join(str(error).split())
-            raise UsageError(f"The cluster {workers.address} cannot be joined: {text[:400]}") from error
-    return ray
+            if attempt == _JOINS or _NOT_STARTED not in text:
+                raise UsageError(f"The cluster {address} cannot be joined: {text[:400]}") from error
+        with contextlib.suppress(Exception):  # of what was half joined
+            ray.shutdown()
+        time.sleep(_LOOK_S)
 
 
 @contextlib.contextmanager
