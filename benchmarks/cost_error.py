@@ -144,8 +144,8 @@ def truth(name: str, options: argparse.Namespace, references: Sequence[Any]) -> 
     """Latencies of the network and its prunings over the geometric mean of the references, with intervals.
 
     All are visited in turn in one process, in quiet moments as a reference kernel tells them; time that other processes
-    had of the processor does not count. Every repetition compiles them anew, because where weights lie in memory is part of the
-    noise; the interval is that of the mean over repetitions.
+    had of the processor does not count. Every repetition compiles them anew, because where weights lie in memory is
+    part of the noise; the interval is that of the mean over repetitions.
     """
     from sartor.backends.protocol import TargetOptions
     from sartor.passes.prune import apply_plan

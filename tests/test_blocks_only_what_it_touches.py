@@ -13,6 +13,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from fit_fakes import without_timing
 from onnx import TensorProto, helper
 from onnx_files import run, save, tensor, weights
 from torch import nn
@@ -383,7 +384,10 @@ def test_inspect_says_what_is_left(tmp_path: Path) -> None:
     assert "com.acme" in render(document)
 
 
-def test_fit_of_a_model_with_a_part_that_is_not_understood(tmp_path: Path) -> None:
+def test_fit_of_a_model_with_a_part_that_is_not_understood(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without_timing(monkeypatch)
     path = left_open(tmp_path, "NonZero")
     out = tmp_path / "out"
     command = ["fit", str(path), "--target", "onnxruntime", "--budget", "macs=0.9x", "--recovery", "none"]
@@ -528,7 +532,8 @@ def splits() -> dict:
     return {"evaluate": batches, "test": batches, "calibration": batches}
 
 
-def test_fit_with_data_scores_what_is_understood(tmp_path: Path) -> None:
+def test_fit_with_data_scores_what_is_understood(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    without_timing(monkeypatch)
     path = left_open(tmp_path, "NonZero")
     (tmp_path / "data.py").write_text("from test_blocks_only_what_it_touches import splits\n")
     command = ["fit", str(path), "--target", "onnxruntime", "--budget", "macs=0.9x"]

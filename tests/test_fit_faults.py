@@ -219,6 +219,9 @@ def test_the_report_says_what_was_scored_and_trained_on(fit):
         assert len(said) == len(lines) and all(d.startswith(x) for d, x in zip(said, lines, strict=True)), (
             said
         )
+        kept = report["result"]["macs"] / report["baseline"]["macs"]  # what the prediction is made of here
+        predicted = report["predicted"]["latency_s"] / report["baseline"]["latency_s"]["median"]
+        assert kept < 0.9 and predicted == pytest.approx(kept)  # of the result, not of the baseline
 
 
 def test_an_original_within_its_limits_meets_them(fit, tmp_path):

@@ -30,7 +30,8 @@ def fitted(samples: Sequence[Sample], caches: Caches, grid: Mapping[str, int]) -
     """`Cold.by_family` of samples that were timed inside models; empty where there are none.
 
     Models whose weights fit the last cache give the laws of kernels; how much longer kernels take in larger ones, per
-    byte of their weights that memory holds, is the median over samples.
+    byte of their weights that memory holds, is the median over samples. What a law gets wrong of kernels with as many
+    weights that the cache does hold is no waiting.
 
     Args:
         samples: timed kernels.
@@ -42,18 +43,28 @@ def fitted(samples: Sequence[Sample], caches: Caches, grid: Mapping[str, int]) -
     if not near:
         return {}
     result = {s.family: (0.0, 0.0, 0.0) for s in inside}
+    law = rates.fitted(near, grid)
+    alike = [s for s in near if _heavy(s)]
     away = [s for s in inside if _far_bytes(s, caches) >= _LEAST_BYTES]
-    if away:
-        said, _ = predict_samples((rates.fitted(near, grid),), away)
-        waiting: dict[str, list[float]] = {}
-        for sample, seconds in zip(away, said, strict=True):
-            waiting.setdefault(sample.family, []).append(
-                (sample.warm_s - seconds) / _far_bytes(sample, caches)
-            )
-        for family, found in waiting.items():
-            if len(found) >= _FEW:
-                result[family] = (0.0, 0.0, max(0.0, float(np.median(found))))
+    for family in sorted({s.family for s in away}):
+        known, found = ([s for s in of if s.family == family] for of in (alike, away))
+        if min(len(known), len(found)) >= _FEW:
+            beyond = np.median(_ratios(law, known))
+            said = np.array([s.warm_s for s in found]) / _ratios(law, found) * beyond
+            waiting = [(s.warm_s - t) / _far_bytes(s, caches) for s, t in zip(found, said, strict=True)]
+            result[family] = (0.0, 0.0, max(0.0, float(np.median(waiting))))
     return result
+
+
+def _ratios(law: rates.Rates, samples: Sequence[Sample]) -> np.ndarray:
+    """Times in units of what the law says."""
+    said, _ = predict_samples((law,), samples)
+    return np.array([s.warm_s for s in samples]) / said
+
+
+def _heavy(sample: Sample) -> bool:
+    """Whether a sample has weights that can be waited for."""
+    return float(rounded_work(sample, {})[0].weight_bytes) >= _LEAST_BYTES
 
 
 def _far_bytes(sample: Sample, caches: Caches) -> float:

@@ -33,7 +33,7 @@ CONTRACTION = (
 MOVEMENT = (
     *("log_bytes", "log_read", "log_written", "log_taps", "stride", "operands", "stored", "outputs"),
     *("rank", "log_fixed", "last", "smallest", "item_bytes", "align", "epilogue"),
-    *("log_second", "align_second", "whole_blocks", "log_rest"),
+    *("log_second", "align_second", "whole_blocks", "log_rest", "align_rest"),
 )
 _ELEMENTWISE = frozenset({"Add", "Sub", "Mul", "Div", "Pow", "Sqrt", "Erf", "Exp", "Where", "PRelu"})
 COSTLY = ACTIVATIONS - {"Relu", "Clip", "LeakyRelu", "HardSigmoid", "HardSwish", "ThresholdedRelu"} | {"Silu"}
@@ -151,16 +151,23 @@ def _ways(spec: Mapping[str, Any], found: Work) -> np.ndarray:
     return np.select([ways == w for w in WAYS], range(len(WAYS)), len(WAYS))
 
 
-WAYS = ("image", "blocked window", "blocked point", "unblocked window", "unblocked point")
+WAYS = (
+    *("image", "blocked window", "blocked point", "unblocked window", "unblocked point"),
+    *("vector", "matrix"),
+)
 
 
 def ways_of(spec: Mapping[str, Any], found: Work) -> np.ndarray:
-    """How runtimes on CPUs compute a convolution of these sizes; one way, "", for everything else.
+    """How runtimes on CPUs compute a convolution of these sizes, or a product with a stored matrix; "" for the rest.
+
+    A product of one row reads every weight once and computes nothing beside it; its time says nothing of more rows.
 
     Args:
         spec: of the kernel.
         found: its work.
     """
+    if "rows" in spec:
+        return np.full(found.macs.shape, "vector" if math.prod(spec["rows"]) == 1 else "matrix")
     if is_movement(spec) or spec["op"] not in ("Conv", "ConvTranspose"):
         return np.full(found.macs.shape, "")
     blocked = convolves_blocked(found.groups, found.channels, found.columns)
@@ -180,6 +187,7 @@ def _movement(spec: Mapping[str, Any], found: Work) -> list[Any]:
     if isinstance(second, str):
         second = float(second[:-1] or 1) * np.rint(unit_length(spec, found.rows))
     second = np.asarray(second, float)
+    rest = math.prod(d for d in first[2:] if not isinstance(d, str))
     item = 4.0 if not operands else item_bytes(operands[0]["dtype"])
     return [
         *map(_log, (found.moved, found.read, found.written)),
@@ -198,5 +206,6 @@ def _movement(spec: Mapping[str, Any], found: Work) -> list[Any]:
         _log(second),
         alignment(second),
         second % BLOCK == 0,  # poolings of whole blocks stay in the blocked layout
-        _log(math.prod(d for d in first[2:] if not isinstance(d, str))),
+        _log(rest),
+        alignment(rest),
     ]

@@ -18,7 +18,7 @@ import numpy as np
 from sartor.cost_models.items import Item, copies_s, full_weights
 from sartor.cost_models.ladder import Ladder
 from sartor.cost_models.law import Law, cold_share
-from sartor.cost_models.surface import gathered
+from sartor.cost_models.surface import Weights, gathered
 from sartor.errors import PlanError, UsageError
 from sartor.ir.layout import FAMILY as LAYOUT
 from sartor.ir.plan import Plan
@@ -60,7 +60,7 @@ class _Knotted:
     """One kernel of two large groups: its surface, with the weights of an axis per kept unit of its group."""
 
     columns: tuple[int, ...]
-    weights: tuple[tuple[np.ndarray, np.ndarray, np.ndarray], ...]
+    weights: tuple[Weights, ...]
     seconds: np.ndarray
     stored: np.ndarray  # `[2, 2]` coefficients of 1, k and k · l
     item: Item

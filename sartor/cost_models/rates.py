@@ -181,7 +181,7 @@ def _names(family: str, op: str, way: str) -> tuple[str, ...]:
 
 
 def _ways(spec: Mapping[str, Any], sizes: Sequence[Any]) -> np.ndarray:
-    if is_movement(spec) or spec["op"] not in ("Conv", "ConvTranspose"):
+    if is_movement(spec) or spec["op"] not in ("Conv", "ConvTranspose", "Gemm", "MatMul"):
         return np.asarray("")
     return ways_of(spec, work_of_spec(spec, [np.asarray(s, float) for s in sizes]))
 

@@ -16,6 +16,8 @@ import numpy as np
 
 from sartor.cost_models.features import alignment
 
+Weights = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
+"""Index of a knot, the weight of it and of the next one, and a penalty."""
 Predict = Callable[[Sequence[np.ndarray]], tuple[np.ndarray, np.ndarray]]
 """Seconds and the standard deviation of their logarithm at sizes, one flat array per variable."""
 _MOST_KNOTS = {0: 1, 1: 40, 2: 14, 3: 7}
@@ -83,8 +85,8 @@ class Axis:
     knots: np.ndarray
     off_grid: OffGrid | None = None
 
-    def weights(self, values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Index of the lower knot, weight of it, and weight of the next; penalties are in the weights."""
+    def weights(self, values: np.ndarray) -> Weights:
+        """Index of the lower knot, weight of it, weight of the next, and the penalty of a width off the grid."""
         values = np.asarray(values, float)
         if len(self.knots) == 1:
             index = np.zeros(values.shape, np.intp)
@@ -95,11 +97,11 @@ class Axis:
             below = self.knots[index]
             high = (x - below) / (self.knots[index + 1] - below)
             low = 1.0 - high
+        penalty = np.ones(values.shape)
         if self.off_grid is not None:
             exact = (values % self.extent.step == 0) | (values == self.extent.full)
-            factor = np.where(exact, 1.0, self.off_grid.factor(values, index, low, high))
-            low, high = low * factor, high * factor
-        return index, low, high
+            penalty = np.where(exact, penalty, self.off_grid.factor(values, index, low, high))
+        return index, low, high, penalty
 
     def _up(self, values: np.ndarray) -> np.ndarray:
         extent = self.extent
@@ -130,18 +132,24 @@ class Surface:
         return gathered(self.seconds, weights), gathered(self.seconds * self.log_sd, weights)
 
 
-def gathered(table: np.ndarray, weights: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> np.ndarray:
-    """Multilinear interpolation: `(index, low, high)` per axis of `table`."""
+def gathered(table: np.ndarray, weights: Sequence[Weights]) -> np.ndarray:
+    """Multilinear interpolation, `Axis.weights` per axis of `table`, times the largest of the penalties.
+
+    Not times all of them: one width off the grid is enough to leave the kernel that whole vectors have.
+    """
     total: np.ndarray | float = 0.0
+    worst: np.ndarray | None = None
     varying = [n > 1 for n in table.shape]
     for corner in itertools.product(*((0, 1) if v else (0,) for v in varying)):
         factor: np.ndarray | float = 1.0
         place = []
-        for (index, low, high), step in zip(weights, corner, strict=True):
+        for (index, low, high, _), step in zip(weights, corner, strict=True):
             factor = factor * (high if step else low)
             place.append(index + step)
         total = total + factor * table[tuple(place)]
-    return np.asarray(total)
+    for *_, penalty in weights:
+        worst = penalty if worst is None else np.maximum(worst, penalty)
+    return np.asarray(total if worst is None else total * worst)
 
 
 def build(ranges: Sequence[Range], predict: Predict) -> Surface:

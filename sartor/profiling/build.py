@@ -294,6 +294,7 @@ class _Builder:
         rows_of_model, total = whole(inside.kernels)
         model = {
             "ratio": inside.latency.ratio if inside.latency is not None else math.nan,
+            "half_width": min(inside.latency.half_width, 1.0) if inside.latency is not None else 1.0,
             "sum": total,
             "rows": rows_of_model,
         }

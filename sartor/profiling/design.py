@@ -93,12 +93,12 @@ class Design:
         "steps": 0.14,
         "depthwise": 0.12,
         "grouped": 0.06,
-        "gemm": 0.03,
+        "gemm": 0.05,
         "matmul": 0.08,
         "attention": 0.04,
         "pool": 0.04,
-        "elementwise": 0.06,
-        "norm": 0.04,
+        "elementwise": 0.05,
+        "norm": 0.03,
         "movement": 0.05,
     }
 
@@ -197,8 +197,10 @@ class Design:
         return spec, (groups, inner, outer), "conv"
 
     def _gemm(self, rng: random.Random) -> tuple[Any, ...]:
-        spec = made.product("Gemm", (1,), self._epilogue(rng, "Gemm", residual=False))
-        return spec, (width(rng, 16, 4096), width(rng, 8, 4096)), "gemm"
+        rows = 1 if rng.random() < 0.6 else made.tokens(rng)
+        most = 4096 if rows == 1 else 3072
+        spec = made.product("Gemm", (rows,), self._epilogue(rng, "Gemm", residual=False))
+        return spec, (width(rng, 16, most), width(rng, 8, most)), "gemm"
 
     def _matmul(self, rng: random.Random) -> tuple[Any, ...]:
         spec = made.product("MatMul", (1, made.tokens(rng)), self._epilogue(rng, "MatMul", residual=False))

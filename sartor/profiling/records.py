@@ -179,7 +179,7 @@ def _sample(
         role: None: it is no sample.
         around_bytes: of the weights of its model.
         scale: seconds of the reference.
-        model: `ratio`, `sum` and `rows` of the model that it ran in.
+        model: `ratio`, `half_width`, `sum` and `rows` of the model that it ran in.
         beside: the profiler's part of a kernel in models at large, and an empty call.
     """
     if role is None:
@@ -199,7 +199,7 @@ def _sample(
         at=tuple(map(float, result["at"])),
         family=result["family"],
         warm_s=own_s,
-        half_width=min(1.0, math.hypot(_NOISE, _RESOLUTION / own_s)),
+        half_width=min(1.0, math.hypot(_NOISE, _RESOLUTION / own_s, model.get("half_width", 0.0))),
         role=role,
         around_bytes=around_bytes,
     )
