@@ -8,6 +8,7 @@ import statistics
 
 import pytest
 
+from sartor.backends import quiet, visits
 from sartor.backends.visits import Visit, median_of_microseconds, summarise, visit_all
 
 REFERENCE_S = 3e-4
@@ -110,3 +111,37 @@ def test_the_median_of_whole_microseconds_is_between_them():
         taken = [round(draw.gauss(true_us, 0.7)) * 1e-6 for _ in range(400)]
         assert median_of_microseconds(taken) * 1e6 == pytest.approx(true_us, abs=0.15)
     assert median_of_microseconds([5e-6] * 3 + [900e-6]) == pytest.approx(5e-6, abs=0.5e-6)
+
+
+# ---- quiet moments -------------------------------------------------------------------------------
+class Shared(Machine):
+    """Another tenant is busy for 60 % of the time, half a second at once, and slows the reference down by less."""
+
+    def run(self, seconds: float) -> float:
+        own = super().run(seconds)
+        busy = (self.now / 0.5) % 2 < 1.2
+        return own * ((1.15 if seconds == REFERENCE_S else 1.5) if busy else 1.0)
+
+
+def shared_errors(monkeypatch, near):
+    for module in (quiet, visits):
+        monkeypatch.setattr(module, "NEAR", near)
+    machines = [Shared(seed, noise=0.005, drift=0, interrupted=0) for seed in range(4)]
+    return [abs(e) for machine in machines for e in errors(machine, fewest=6)]
+
+
+def test_in_quiet_moments_a_neighbour_that_slows_kernels_unlike_the_reference_does_no_harm(monkeypatch):
+    assert statistics.median(shared_errors(monkeypatch, quiet.NEAR)) < 0.01
+    assert statistics.median(shared_errors(monkeypatch, math.inf)) > 0.1  # a ratio does not cancel it
+
+
+def test_patience_ends_and_what_was_best_is_forgotten_in_time():
+    times = iter([1.0, *[1.2] * 40_000])
+    now = iter(range(100_000))
+    looking = quiet.Quiet(lambda: next(times), patience_s=10, clock=lambda: next(now))
+    assert looking.wait() == 1.0  # the first is the best so far
+    assert looking.wait() == 1.2 and next(now) < 20
+    while not looking.now(1.2):
+        looking.look()
+    assert looking.best_s > 1.2 / quiet.NEAR and next(times) == 1.2
+    assert quiet.Quiet(lambda: 1.05, best_s=1.0).wait() == 1.05  # near enough
