@@ -27,7 +27,7 @@ Coefficients = tuple[float, float, float]
 
 
 def fitted(samples: Sequence[Sample], caches: Caches, grid: Mapping[str, int]) -> dict[str, Coefficients]:
-    """`Cold.by_family` of samples that were timed inside models; empty where there are none.
+    """`Cold.by_family` of samples that were timed inside models, without families of which too few tell it.
 
     Models whose weights fit the last cache give the laws of kernels; how much longer kernels take in larger ones, per
     byte of their weights that memory holds, is the median over samples. What a law gets wrong of kernels with as many
@@ -48,7 +48,9 @@ def fitted(samples: Sequence[Sample], caches: Caches, grid: Mapping[str, int]) -
     away = [s for s in inside if _far_bytes(s, caches) >= _LEAST_BYTES]
     for family in sorted({s.family for s in away}):
         known, found = ([s for s in of if s.family == family] for of in (alike, away))
-        if min(len(known), len(found)) >= _FEW:
+        if min(len(known), len(found)) < _FEW:
+            del result[family]  # not known
+        else:
             beyond = np.median(_ratios(law, known))
             said = np.array([s.warm_s for s in found]) / _ratios(law, found) * beyond
             waiting = [(s.warm_s - t) / _far_bytes(s, caches) for s, t in zip(found, said, strict=True)]

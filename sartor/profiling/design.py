@@ -93,12 +93,12 @@ class Design:
         "steps": 0.14,
         "depthwise": 0.12,
         "grouped": 0.06,
-        "gemm": 0.05,
+        "gemm": 0.04,
         "matmul": 0.08,
         "attention": 0.04,
         "pool": 0.04,
         "elementwise": 0.05,
-        "norm": 0.03,
+        "norm": 0.04,
         "movement": 0.05,
     }
 
