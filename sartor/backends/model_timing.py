@@ -26,12 +26,10 @@ from sartor.backends.quiet import Quiet
 from sartor.backends.serving import Send
 
 _MOST_RUNS = 200
-_LONG_S = (
-    0.02  # a model that takes so long finds its caches by itself, and moments in which it is quiet are short
-)
+_LONG_S = 0.02
+"""A model that takes so long fills the caches itself, and quiet moments are too short for one run more."""
 _MOST_TRIES = 4  # visits for every one that shall be quiet
 _FEWEST_PROFILED, _MOST_PROFILED = 8, 60
-_LEARNING_S = 1.0
 
 Run = Callable[[], object]
 
@@ -45,7 +43,7 @@ def time_inside(request: Mapping[str, Any], send: Send) -> dict[str, Any]:
     run = _reference(backend, Path(request["reference"]).read_bytes(), options, request["seed"])
     quiet = Quiet(lambda: reference_s(run), request["best_s"])
     if not request["best_s"]:
-        _learn(quiet)
+        quiet.learn()
     deadline = time.monotonic() + request["limit_s"]
     for index, path in request["models"]:
         if time.monotonic() >= deadline:
@@ -60,13 +58,6 @@ def time_inside(request: Mapping[str, Any], send: Send) -> dict[str, Any]:
         send({"event": "timed", "index": index, **found})
     conditions = {**host.conditions(), "runtime": backend.capabilities().version, "pinned": list(pinned)}
     return {"conditions": conditions, "best_s": quiet.best_s}
-
-
-def _learn(quiet: Quiet) -> None:
-    """See the reference at its best before it is judged by that."""
-    end = time.monotonic() + _LEARNING_S
-    while time.monotonic() < end:
-        quiet.look()
 
 
 def _reference(backend: Backend, model: bytes, options: TargetOptions, seed: int) -> Run:

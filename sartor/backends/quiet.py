@@ -44,6 +44,12 @@ class Quiet:
         self.best_s = min(seconds, self.best_s * (1 + _FORGOTTEN))
         return seconds
 
+    def learn(self) -> None:
+        """Look for as long as `wait` would: a best that is not known yet would be that of a busy moment."""
+        end = self._clock() + self._patience_s
+        while self._clock() < end:
+            self.look()
+
     def now(self, seconds: float) -> bool:
         """Whether the reference that took `seconds` did so in a quiet moment."""
         return seconds <= NEAR * self.best_s

@@ -92,7 +92,7 @@ def summarise(visits: Sequence[Visit], best_reference_s: float = 0.0) -> Summary
     spread = max(1.4826 * statistics.median(abs(x - middle) for x in logs), _FLOOR)
     kept = [x for x in logs if abs(x - middle) <= _FAR * spread]
     middle = float(np.quantile(kept, _BELIEVED))
-    if len(kept) < 3:
+    if len(kept) < _FEWEST:
         return Summary(math.exp(middle), math.inf, len(kept), len(visits))
     factor = _T95[min(len(kept) - 3, len(_T95) - 1)]
     half = _LESS_SURE * factor * statistics.stdev(kept) / math.sqrt(len(kept))

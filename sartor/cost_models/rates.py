@@ -1,7 +1,8 @@
 """The fitted roofline of single kernels: `t = launch + macs / rate + bytes / bandwidth + costly activations`.
 
 One law for each of the ways in which runtimes compute an operator: convolutions whose channels fill whole vectors
-and those that leave the blocked layout, windows of one position, images of a few channels. A way with few samples
+and those that leave the blocked layout, windows of one position, images of a few channels; products of one row and
+of several. A way with few samples
 takes the law of its operator, and an operator that of its family, times a factor of its own. Output widths are
 rounded up to the channel grid first: what a register or a block of channels computes, it computes whole.
 
@@ -18,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from sartor.cost_models.features import COSTLY, is_movement, ways_of
+from sartor.cost_models.features import COSTLY, ways_of
 from sartor.cost_models.profile import Sample
 from sartor.cost_models.signatures import Signature, variable_names
 from sartor.cost_models.work import Work, item_bytes, work_of_spec
@@ -181,8 +182,6 @@ def _names(family: str, op: str, way: str) -> tuple[str, ...]:
 
 
 def _ways(spec: Mapping[str, Any], sizes: Sequence[Any]) -> np.ndarray:
-    if is_movement(spec) or spec["op"] not in ("Conv", "ConvTranspose", "Gemm", "MatMul"):
-        return np.asarray("")
     return ways_of(spec, work_of_spec(spec, [np.asarray(s, float) for s in sizes]))
 
 

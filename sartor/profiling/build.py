@@ -28,7 +28,7 @@ from sartor.profiling import networks
 from sartor.profiling.design import Design, Novelty, Point, Uncertainty
 from sartor.profiling.inside import Inside, InsideEffort, Insider, ModelTimer
 from sartor.profiling.inside_samples import UnmadeError, carrier_model, describe, of_carrier, whole
-from sartor.profiling.records import Records
+from sartor.profiling.records import SENTENCE, Records
 
 _NETWORKS_AT_ONCE = len(networks.KINDS)
 _CARRIED = 32  # kernels of one carrier
@@ -103,7 +103,8 @@ def build_profile(
             f"The profile '{out}' cannot be written; '--out' names a file in a folder that exists."
         )
     facts = _facts(backend, options, pin)
-    key = {"what": "device-profile/2", "target": facts, "cpu": host.cpu_model(), "seed": seed}
+    # What was measured in another way is begun anew.
+    key = {"what": SENTENCE, "target": facts, "cpu": host.cpu_model(), "seed": seed}
     with Journal(journal_path(path), key) as journal:
         builder = _Builder(backend, journal, progress, minutes * 60, seed, clock)
         own = ModelTimer(target, options, pin=pin, seed=seed) if timer is None else None

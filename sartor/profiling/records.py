@@ -16,9 +16,10 @@ from sartor.profiling.design import Point
 
 SENTENCE = (
     "kernels inside models, as the target's own profiler tells them: generated networks, and carriers in which drawn "
-    "kernels stand side by side; medians of at least eight inferences, over the mean of a reference convolution in the "
-    "same runtime before and after; the profiler's own part of a kernel, known from what whole networks take without "
-    "it, is subtracted. Networks: medians of visits between runs of the reference"
+    "kernels stand side by side; medians over at least eight inferences, or the fastest of them, over the mean of a "
+    "reference convolution in the same runtime before and after, in moments in which that is near its best; the "
+    "profiler's own part of a kernel, known from what whole networks take without it, is subtracted. Networks: lower "
+    "quartiles of visits in such moments, each the median of its runs"
 )
 
 
@@ -114,7 +115,7 @@ class Records:
                 "sentence": SENTENCE,
                 "reference": "Conv 3x3, 48 to 48 channels on 28 x 28, Relu",
                 "reference_s": scale,
-                "statistic": "median of inferences; median of visits; Student's 95 % interval",
+                "statistic": "median of inferences; lower quartile of visits; Student's 95 % interval",
                 "profiler_s": overhead * scale,
                 "kernels": sum(s is not None for s in samples),
                 "networks": len(timed),
@@ -199,7 +200,7 @@ def _sample(
         at=tuple(map(float, result["at"])),
         family=result["family"],
         warm_s=own_s,
-        half_width=min(1.0, math.hypot(_NOISE, _RESOLUTION / own_s, model.get("half_width", 0.0))),
+        half_width=min(1.0, math.hypot(_NOISE, _RESOLUTION / own_s, model["half_width"])),
         role=role,
         around_bytes=around_bytes,
     )

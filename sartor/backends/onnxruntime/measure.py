@@ -69,13 +69,17 @@ def _collect(
         written[key] = int(event["args"].get("output_size", 0))
     found = _nodes(types, origin, executed)
     counted = {key: samples[-runs:] for key, samples in durations.items()}
-    fastest = _fastest([sum(times) for times in zip(*counted.values(), strict=False)])
+    most = max(map(len, counted.values()), default=0)
+    # What did not run in every inference, such as a branch, has fewer times, and no say.
+    fastest = _fastest([times for times in counted.values() if len(times) == most])
     return [
         KernelTime(
             name=key[0],
             op_type=types[key],
             nodes=found[key],
-            median_s=median_of_microseconds([samples[i] for i in fastest if i < len(samples)] or samples),
+            median_s=median_of_microseconds(
+                [samples[i] for i in fastest] if len(samples) == most else samples
+            ),
             runs=len(samples),
             implementation="nchwc" if key[0].endswith("_nchwc") else "",
             written_bytes=written[key],
@@ -84,8 +88,9 @@ def _collect(
     ]
 
 
-def _fastest(totals: list[float]) -> list[int]:
+def _fastest(kernels: list[list[float]]) -> list[int]:
     """Inferences that others disturbed least: chosen by their whole time, which no single kernel decides."""
+    totals = [sum(times) for times in zip(*kernels, strict=True)]
     count = max(_FEWEST_COUNTED, len(totals) // _COUNTED)
     return sorted(range(len(totals)), key=totals.__getitem__)[:count]
 
