@@ -9,12 +9,14 @@ import math
 import numpy as np
 import pytest
 from cost_networks import FakeBlock, Net, residual, residual_blocks
-from cost_profiles import CALL_S, STEP, make_profile, true_s, with_samples
+from cost_profiles import CALL_S, STEP, gemm_spec, make_profile, true_s, with_samples
 
+from sartor.cost_models import rates
 from sartor.cost_models.features import family_of
 from sartor.cost_models.fitting import fit_profile
 from sartor.cost_models.ladder import Ladder
 from sartor.cost_models.law import FAMILIES
+from sartor.cost_models.learned import as_signature
 from sartor.cost_models.pricer import Pricer
 from sartor.cost_models.profile import DeviceProfile, Sample
 from sartor.cost_models.protocol import CostModel
@@ -308,6 +310,34 @@ def test_input_sizes_and_batches_are_priced_as_networks_of_that_size():
     assert together[2] > 2 * together[1]
     with pytest.raises(PlanError, match="not declared"):
         ladder.estimate_batch(workload, {}, size=2)
+
+
+def test_two_widths_off_the_grid_are_no_worse_than_one():
+    """A kernel that only whole vectors of both widths can have; without it, everything takes twice as long."""
+
+    def whole_vectors(sizes):
+        plain = 1e-9 * sizes[0] * sizes[1]
+        left = (sizes[0] % STEP != 0) | (sizes[1] % STEP != 0)
+        return np.where(left, 2.0, 1.0) * plain, np.full(plain.shape, 0.1)
+
+    surface = build([Range(96.0, True, STEP), Range(128.0, True, STEP, True)], whole_vectors)
+    one, both = (float(surface.interpolate([np.array(a), np.array(127.0)])[0]) for a in (88.0, 87.0))
+    assert one == pytest.approx(2e-9 * 88 * 127, rel=0.03)
+    assert both == pytest.approx(2e-9 * 87 * 127, rel=0.03)
+
+
+def test_products_of_several_rows_are_not_told_by_those_of_one():
+    """One row waits for its weights, 200 ps per MAC; several hide that behind what they compute."""
+
+    def sample(rows, c):
+        seconds = 2e-6 + (200e-12 if rows == 1 else 20e-12) * rows * c * c
+        return Sample(gemm_spec(rows), (float(c), float(c)), "gemm", seconds)
+
+    known = [sample(rows, c) for rows in (1, 16, 64) for c in range(64, 1024, 48)]
+    law = rates.fitted([*known, *(sample(1, c) for c in range(65, 2000, 4))])
+    asked = sample(50, 768)
+    seconds, _ = law.predict(as_signature(asked), [np.array(a) for a in asked.at])
+    assert float(seconds) == pytest.approx(asked.warm_s, rel=0.25)
 
 
 def test_a_surface_never_falls_on_the_grid_whatever_the_model_says():

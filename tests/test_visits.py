@@ -6,9 +6,12 @@ import math
 import random
 import statistics
 
+import onnx
 import pytest
 
 from sartor.backends import quiet, visits
+from sartor.backends.onnxruntime import measure
+from sartor.backends.origin import Origin
 from sartor.backends.visits import Visit, median_of_microseconds, summarise, visit_all
 
 REFERENCE_S = 3e-4
@@ -145,3 +148,20 @@ def test_patience_ends_and_what_was_best_is_forgotten_in_time():
         looking.look()
     assert looking.best_s > 1.2 / quiet.NEAR and next(times) == 1.2
     assert quiet.Quiet(lambda: 1.05, best_s=1.0).wait() == 1.05  # near enough
+
+
+def test_kernels_are_those_of_the_fastest_inferences_and_a_branch_has_no_say():
+    first, second = [10e-6] * 6 + [30e-6] * 6, [50e-6] * 6 + [20e-6] * 6  # the last six are the faster ones
+    events = [
+        {
+            "cat": "Node",
+            "name": f"{name}_kernel_time",
+            "dur": s * 1e6,
+            "args": {"node_index": i, "op_name": "X"},
+        }
+        for i, (name, times) in enumerate({"a": first, "b": second, "branch": [7e-6]}.items())
+        for s in times
+    ]
+    names = {name: (name,) for name in ("a", "b", "branch")}
+    found = {k.name: k.median_s for k in measure._collect(events, Origin(onnx.GraphProto()), names, 12)}
+    assert found == pytest.approx({"a": 30e-6, "b": 20e-6, "branch": 7e-6}, abs=0.6e-6)
