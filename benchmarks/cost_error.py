@@ -8,7 +8,7 @@ killed goes on, and predictions of another profile can be compared with the same
 built on the same machine and has the same reference networks.
 
 Beside the profile stand two baselines, each scaled to the profile's own networks: time proportional to MACs, and the
-roofline alone.
+roofline alone, one per way of computing.
 """
 
 from __future__ import annotations
@@ -206,7 +206,7 @@ class Baselines:
         from sartor.cost_models.profile import of_role
 
         self.call_s = profile.call_s
-        self.rates = rates.fitted(of_role(profile.samples, "fit"))
+        self.rates = rates.fitted(of_role(profile.samples, "fit"), periods=(0.0, 0.0))
         fitted = [(n.kernels, n.latency_s) for n in of_role(profile.networks, "fit")]
         self.scales = {"flops": 1.0, "roofline": 1.0}
         logs: dict[str, list[float]] = {name: [] for name in self.scales}
@@ -217,13 +217,14 @@ class Baselines:
 
     def predict(self, kernels: Sequence[Any]) -> dict[str, float]:
         """Seconds by baseline; `kernels` are `(spec, sizes, how often)`."""
+        from sartor.cost_models.features import family_of
         from sartor.cost_models.learned import signature_at
         from sartor.cost_models.work import work_of_spec
 
         macs, seconds = 0.0, self.call_s
         for spec, sizes, count in kernels:
             macs += count * float(work_of_spec(spec, sizes).macs)
-            signature = signature_at(spec, "", sizes)
+            signature = signature_at(spec, family_of(spec), sizes)
             seconds += count * float(
                 np.ravel(self.rates.predict(signature, [np.asarray([s]) for s in sizes])[0])[0]
             )

@@ -2,8 +2,8 @@
 
 Measured is every width inside a model of 32 kernels side by side, as in a profile (`sartor.profiling.inside`): what
 the target's own profiler says of the kernel, in units of a reference kernel, less what the profiler adds to it.
-Predicted is what a device profile says of the same kernel. Samples of the very kernel that the profile may have are
-taken out of it first, so that nothing is predicted which was looked up.
+Predicted is what a device profile says of the same kernel, run as often as in that model. Samples of the very kernel
+that the profile may have are taken out of it first, so that nothing is predicted which was looked up.
 Without --profile, the times at multiples of --stride, and those next to every second of them, are the profile.
 
 Every width is measured in two passes; a pass is the median of three rounds of different order, and its half width is
@@ -61,25 +61,27 @@ def specs(size: int) -> dict[str, tuple[dict[str, Any], tuple[float, ...]]]:
 
 
 def measured(
-    spec: dict[str, Any], before: Sequence[float], widths: Sequence[int], timer: Any, seed: int, profile: Any
-) -> list[tuple[float, float]]:
-    """Time of the kernel with warm weights in units of the reference and its half width, per width; NaN if it failed.
+    spec: dict[str, Any], before: Sequence[float], widths: Sequence[int], timer: Any, seed: int
+) -> tuple[list[tuple[float, float]], float]:
+    """Time of the kernel in units of the reference and its half width, per width, NaN if it failed; and the period.
 
-    Where no profile says what displaced weights cost, they are part of the time, in every carrier about the same.
+    The period is what one inference of a carrier takes, in units of the reference.
     """
     rounds = [
-        one_round(spec, before, widths, timer, np.random.default_rng([seed, number]), profile)
+        one_round(spec, before, widths, timer, np.random.default_rng([seed, number]))
         for number in range(_ROUNDS)
     ]
-    middle = np.median(rounds, 0)  # NaN where a round failed
-    return list(zip(middle.tolist(), (np.ptp(rounds, 0) / 2 / middle).tolist(), strict=True))
+    times = [found for found, _ in rounds]
+    middle = np.median(times, 0)  # NaN where a round failed
+    halves = np.ptp(times, 0) / 2 / middle
+    return list(zip(middle.tolist(), halves.tolist(), strict=True)), float(np.median([p for _, p in rounds]))
 
 
 def one_round(
-    spec: dict[str, Any], before: Sequence[float], widths: Sequence[int], timer: Any, rng: Any, profile: Any
-) -> np.ndarray:
+    spec: dict[str, Any], before: Sequence[float], widths: Sequence[int], timer: Any, rng: Any
+) -> tuple[np.ndarray, float]:
     from sartor.cost_models.features import family_of
-    from sartor.cost_models.samples import empty_model, weight_bytes
+    from sartor.cost_models.samples import empty_model
     from sartor.profiling.design import Point
     from sartor.profiling.inside import InsideEffort
     from sartor.profiling.inside_samples import carrier_model, of_carrier
@@ -88,15 +90,15 @@ def one_round(
     chunks = [shuffled[start : start + _CARRIED] for start in range(0, len(widths), _CARRIED)]
     points = [[Point(spec, (*before, float(widths[i])), family_of(spec)) for i in chunk] for chunk in chunks]
     call, *timed = timer([empty_model(), *(carrier_model(one) for one in points)], InsideEffort(**_EFFORT))
-    added = profilers_own([one for one in timed if one.latency is not None], call)
+    known = [one for one in timed if one.latency is not None]
+    added = profilers_own(known, call)
     found = np.full(len(widths), math.nan)
     for chunk, carried, inside in zip(chunks, points, timed, strict=True):
-        weights = sum(weight_bytes(p.spec, p.at) for p in carried)
-        for i, point, told in zip(chunk, carried, of_carrier(carried, inside.kernels), strict=True):
+        for i, told in zip(chunk, of_carrier(carried, inside.kernels), strict=True):
             if told is not None and told[0] > told[1] * added:
-                found[i] = warm(point, told[0] - told[1] * added, weights, profile)
+                found[i] = told[0] - told[1] * added
     print(f"{np.isfinite(found).sum()} of {len(widths)} widths", file=sys.stderr, flush=True)
-    return found
+    return found, float(np.median([one.latency.ratio for one in known])) if known else 0.0
 
 
 def profilers_own(timed: Sequence[Any], call: Any) -> float:
@@ -109,26 +111,12 @@ def profilers_own(timed: Sequence[Any], call: Any) -> float:
     return max(0.0, float(np.median(beyond))) if beyond else 0.0
 
 
-def warm(point: Any, own: float, around_bytes: float, profile: Any) -> float:
-    """The time less what a profile says of weights that were displaced."""
-    from sartor.cost_models import around
-    from sartor.cost_models.law import Caches
-    from sartor.cost_models.profile import Sample
-
-    if profile is None:
-        return own
-    scale = float(profile.protocol["reference_s"])
-    sample = Sample(point.spec, point.at, point.family, own * scale, around_bytes=around_bytes)
-    cold = {name: tuple(found) for name, found in profile.models.get("cold", {}).items()}
-    (warmed,) = around.warmed([sample], Caches.of(profile.device), cold)
-    return warmed.warm_s / scale
-
-
 def predicted(
-    spec: dict[str, Any], before: Sequence[float], widths: Sequence[int], profile: Any
+    spec: dict[str, Any], before: Sequence[float], widths: Sequence[int], profile: Any, period_s: float
 ) -> tuple[np.ndarray, np.ndarray]:
     """Seconds, and standard deviation in seconds, from a profile without samples of this kernel."""
     from sartor.cost_models.features import family_of
+    from sartor.cost_models.items import shares_at
     from sartor.cost_models.ladder import Ladder
     from sartor.cost_models.signatures import Signature, key_of
     from sartor.ir.extents import Extent
@@ -140,7 +128,9 @@ def predicted(
     ladder = Ladder(profile)
     surface = ladder.tiers.surface(signature, [False] * len(before) + [True])
     sizes = [*(np.full(len(widths), b) for b in before), np.asarray(widths, float)]
-    return surface.interpolate(sizes)
+    shares = shares_at(period_s, ladder.tiers.periods)
+    seconds, sd = surface.interpolate(sizes)
+    return seconds @ shares, sd @ shares
 
 
 def own_profile(
@@ -235,7 +225,7 @@ def examine(name: str, options: argparse.Namespace, timer: Any, profile: Any, ba
 
     spec, before = specs(options.size)[name]
     widths = list(range(1, options.channels + 1))
-    passes = [measured(spec, before, widths, timer, seed, profile) for seed in (0, 1)]
+    (*passes,), periods = zip(*(measured(spec, before, widths, timer, seed) for seed in (0, 1)), strict=True)
     truth = [(math.sqrt(a * b), math.hypot(p, q) / 2) for (a, p), (b, q) in zip(*passes, strict=True)]
     scale = 1e-3 if profile is None else float(profile.protocol["reference_s"])
     seconds = [own * scale for own, _ in truth]
@@ -245,7 +235,7 @@ def examine(name: str, options: argparse.Namespace, timer: Any, profile: Any, ba
     else:
         rest = tuple(s for s in profile.samples if key_of(s.spec) != key_of(spec))
         basis = dataclasses.replace(profile, samples=rest)
-    said, sd = predicted(spec, before, widths, basis)
+    said, sd = predicted(spec, before, widths, basis, scale * float(np.mean(periods)))
     usable = np.isfinite(seconds)
     errors = np.abs(said[usable] / np.asarray(seconds)[usable] - 1)
     found = steps(widths, passes, said)

@@ -14,7 +14,8 @@ from sartor.cost_models.profile import DeviceProfile, NetworkTime, Sample
 from sartor.cost_models.work import work_of_spec
 
 STEP = 16
-CACHE = 2e6
+PERIODS = (2e-4, 2e-2)
+"""Seconds between two runs of a kernel within which all that it needs is displaced, in the logarithm evenly."""
 CALL_S = 5e-6
 
 
@@ -54,7 +55,7 @@ def gemm_spec(rows: int = 1) -> dict[str, Any]:
 
 
 def true_s(spec: Mapping[str, Any], at: Sequence[float]) -> float:
-    """Warm seconds on the machine, without noise.
+    """Seconds on the machine right after a run of the same kernel, without noise.
 
     Channels that are made are padded to the grid; a convolution that reads channels which do not fill a vector is
     computed another way, slower and without padding.
@@ -74,24 +75,28 @@ def true_s(spec: Mapping[str, Any], at: Sequence[float]) -> float:
     return 1.5e-6 + macs * math.ceil(c_out / STEP) * STEP / c_out / rate + moved / 15e9
 
 
-def cold_extra_s(spec: Mapping[str, Any], at: Sequence[float]) -> float:
-    return float(work_of_spec(spec, [np.asarray(float(v)) for v in at]).weight_bytes) / 8e9
+def waiting_s(spec: Mapping[str, Any], at: Sequence[float], period_s: float) -> float:
+    """Seconds more after a period."""
+    low, high = PERIODS
+    share = min(max(math.log(max(period_s, low) / low) / math.log(high / low), 0.0), 1.0)
+    weights = float(work_of_spec(spec, [np.asarray(float(v)) for v in at]).weight_bytes)
+    return share * (2e-6 + weights / 8e9)
 
 
 def sample(
-    spec: dict, at: Sequence[float], rng: np.random.Generator, noise: float, role: str = "fit"
+    spec: dict,
+    at: Sequence[float],
+    rng: np.random.Generator,
+    noise: float,
+    role: str = "fit",
+    period_s: float = 0.0,
 ) -> Sample:
-    factor = math.exp(noise * rng.standard_normal())
-    warm = true_s(spec, at) * factor
-    cold = warm + cold_extra_s(spec, at)
-    return Sample(spec, tuple(map(float, at)), family_of(spec), warm, cold, 1.96 * noise, role)
+    seconds = (true_s(spec, at) + waiting_s(spec, at, period_s)) * math.exp(noise * rng.standard_normal())
+    return Sample(spec, tuple(map(float, at)), family_of(spec), seconds, 1.96 * noise, role, period_s)
 
 
-def inside(one: Sample, rng: np.random.Generator) -> Sample:
-    """The same kernel, timed inside a model beside whose weights the caches hold little of its own."""
-    around_bytes = math.exp(rng.uniform(math.log(CACHE / 4), math.log(20 * CACHE)))
-    waiting = max(0.0, 1 - CACHE / around_bytes) * cold_extra_s(one.spec, one.at)
-    return dataclasses.replace(one, warm_s=one.warm_s + waiting, cold_s=None, around_bytes=around_bytes)
+def draw_period(rng: np.random.Generator) -> float:
+    return math.exp(rng.uniform(*np.log(PERIODS)))
 
 
 def width(rng: np.random.Generator, low: int = 8, high: int = 256) -> int:
@@ -130,22 +135,22 @@ def network(
     noise: float = 0.005,
     role: str = "fit",
     scales: Mapping[str, float] | None = None,
+    in_models: bool = False,
 ) -> NetworkTime:
-    """A network that takes `call + Σ scale · (warm + share · cold)`, times a bias of its own."""
+    """A network that takes `call + Σ scale · (seconds + waiting)`, the period being what it takes; times a bias."""
     drawn = [(*draw_kernel(rng), int(rng.integers(1, 4))) for _ in range(12)]
     kernels = [(spec, tuple(map(float, at)), count) for spec, at, count in drawn]
-    weights = sum(
-        n * float(work_of_spec(s, [np.asarray(float(v)) for v in at]).weight_bytes) for s, at, n in kernels
-    )
-    share = max(0.0, (weights - CACHE) / weights)
     scales = scales or {}
-    total = sum(
-        n * scales.get(family_of(s), 1.0) * (true_s(s, at) + share * cold_extra_s(s, at))
-        for s, at, n in kernels
-    )
+    total = 0.0
+    for _ in range(20 if in_models else 1):  # until the period is what it takes
+        period_s = CALL_S + total if in_models else 0.0
+        total = sum(
+            n * scales.get(family_of(s), 1.0) * (true_s(s, at) + waiting_s(s, at, period_s))
+            for s, at, n in kernels
+        )
     latency = (CALL_S + total) * math.exp(bias * rng.standard_normal() + noise * rng.standard_normal())
     half = 1.96 * noise * latency
-    return NetworkTime(name, tuple(kernels), weights, latency, (latency - half, latency + half), role)
+    return NetworkTime(name, tuple(kernels), latency, (latency - half, latency + half), role)
 
 
 def make_profile(
@@ -161,13 +166,21 @@ def make_profile(
     rng = np.random.default_rng(seed)
     kernels = [draw_kernel(rng) for _ in range(samples)]
     roles = np.where(rng.random(samples) < heldout, "heldout", "fit")
-    taken = tuple(sample(s, at, rng, noise, str(r)) for (s, at), r in zip(kernels, roles, strict=True))
-    if in_models:
-        others = np.random.default_rng([seed, 1])
-        taken = tuple(inside(one, others) for one in taken)
+    others = np.random.default_rng([seed, 1])
+    taken = tuple(
+        sample(s, at, rng, noise, str(r), draw_period(others) if in_models else 0.0)
+        for (s, at), r in zip(kernels, roles, strict=True)
+    )
     kinds = ("plain", "residual", "inverted", "grouped", "dense")
     nets = tuple(
-        network(f"{kinds[i % 5]}-{i}", rng, bias, role="heldout" if i % 2 else "fit", scales=scales)
+        network(
+            f"{kinds[i % 5]}-{i}",
+            rng,
+            bias,
+            role="heldout" if i % 2 else "fit",
+            scales=scales,
+            in_models=in_models,
+        )
         for i in range(networks)
     )
     return DeviceProfile(
@@ -178,7 +191,7 @@ def make_profile(
             "precision": "f32",
             "channel_grid": {"Conv": STEP, "Gemm": STEP},
         },
-        device={"cpu": "synthetic", "cores": 1, "caches": {"l2_bytes": CACHE, "l3_bytes": CACHE}},
+        device={"cpu": "synthetic", "cores": 1, "caches": {"l2_bytes": 2e6, "l3_bytes": 2e6}},
         protocol={"minutes": 1},
         call_s=CALL_S,
         samples=taken,

@@ -12,7 +12,6 @@ from pathlib import Path
 from sartor import backends
 from sartor.backends.protocol import KernelTime
 from sartor.backends.visits import Summary
-from sartor.cost_models.law import cold_share
 from sartor.ir.fusion import partition
 from sartor.ir.kernels import FREE
 from sartor.ir.load import load
@@ -27,8 +26,8 @@ LAUNCH = 0.002
 MACS, BYTES = 18e6, 6e6  # per unit of the reference
 OFF_GRID = 1.25
 FAR_BYTES = 4e6  # of displaced weights per unit of the reference
-CACHES = {"l2_bytes": 1_000_000, "l3_bytes": 5_000_000}
-"""A test that compares with `cold_units` patches them into `host.device`."""
+PERIODS = (0.5, 50.0)
+"""Units of the reference between two runs of a kernel: up to one its weights stay, after the other they are gone."""
 
 
 class Clock:
@@ -40,13 +39,15 @@ class Clock:
 
 
 def law(macs: float, moved: float, off_grid: bool = False) -> float:
-    """Units of the reference that one kernel takes with warm weights."""
+    """Units of the reference that one kernel takes right after a run of it."""
     return (OFF_GRID if off_grid else 1.0) * max(macs / MACS, moved / BYTES) + LAUNCH
 
 
-def cold_units(weights: float, around: float) -> float:
-    """Units that a kernel waits for its weights beside those of all its model, in bytes."""
-    return weights * float(cold_share(around, CACHES["l3_bytes"])) / FAR_BYTES
+def waiting_units(weights: float, period: float) -> float:
+    """Units that a kernel waits for its weights, in bytes, after a period."""
+    low, high = PERIODS
+    share = math.log(max(period, low) / low) / math.log(high / low)
+    return min(share, 1.0) * weights / FAR_BYTES
 
 
 class Machine:
@@ -72,12 +73,13 @@ class Machine:
         return found if effort.profile_s else [dataclasses.replace(one, kernels=()) for one in found]
 
     def _inside(self, model) -> Inside:
-        nodes, kernels, weights = _read(model)
+        nodes, kernels = _read(model)
         if nodes & self.broken:
             return Inside(None, reason="planted failure", reference_s=0.0)
         executed, latency = [], CALL
+        period = self._period(kernels)
         for lead, names, warm, own_weights, written in kernels:
-            units = warm * self.speed.get(lead, 1.0) + cold_units(own_weights, weights)
+            units = warm * self.speed.get(lead, 1.0) + waiting_units(own_weights, period)
             latency += units
             parts = [(lead, names)]
             if lead == "HardSwish":
@@ -87,9 +89,21 @@ class Machine:
                 own = (units if len(parts) == 1 else (units + LAUNCH) / 2) * self._noise() + PROFILER
                 if lead == "Reshape":
                     own = 3 * PROFILER  # nothing but the profiler, which takes longer for it
-                executed.append(KernelTime(op_type, op_type, of, own, 8, written_bytes=written))
+                executed.append(KernelTime(op_type, op_type, of, own, 8, written=written))
         summary = Summary(latency * self._noise(), 0.01, 4, 4)
         return Inside(summary, tuple(executed), REFERENCE_S * self.scale)
+
+    def _period(self, kernels) -> float:
+        """What one inference takes, if it takes that long since the last one."""
+        period = 0.0
+        for _ in range(50):
+            period = CALL + sum(
+                warm * self.speed.get(lead, 1.0)
+                + waiting_units(own_weights, period)
+                + (LAUNCH if lead == "HardSwish" else 0.0)
+                for lead, _, warm, own_weights, _ in kernels
+            )
+        return period
 
     def _noise(self) -> float:
         return 1 + self.noise * self.random.gauss(0, 1)
@@ -102,7 +116,7 @@ def _rules():
 
 @functools.lru_cache(maxsize=256)
 def _read(model: bytes):
-    """Types of all nodes; per kernel type, nodes, warm units, weights and bytes written; all weights."""
+    """Types of all nodes; per kernel type, nodes, units, weights and the shape that it writes."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
         path.write_bytes(model)
@@ -113,18 +127,17 @@ def _read(model: bytes):
         node = group.lead
         names = tuple(n.name for n in group.nodes)
         if node.op_type in FREE:
-            kernels.append(("Reshape", names, 0.0, 0.0, 0))
+            kernels.append(("Reshape", names, 0.0, 0.0, ()))
             continue
         warm, own_weights, written = _work(node, shapes)
         kernels.append((node.op_type, names, warm, own_weights, written))
         if node.op_type == "GlobalAveragePool":  # its map leaves the layout first
-            kernels.append(("ReorderOutput", (), law(0.0, 2.0 * written), 0.0, written))
-    weights = sum(4.0 * math.prod(shapes[name]) for name in program.graph.initializers)
-    return {node.op_type for node in program.nodes()}, tuple(kernels), weights
+            kernels.append(("ReorderOutput", (), law(0.0, 8.0 * math.prod(written)), 0.0, written))
+    return {node.op_type for node in program.nodes()}, tuple(kernels)
 
 
-def _work(node, shapes) -> tuple[float, float, int]:
-    """Warm units, bytes of weights, and bytes written; biases are nothing to this machine."""
+def _work(node, shapes) -> tuple[float, float, tuple[int, ...]]:
+    """Units, bytes of weights, and the shape that is written; biases are nothing to this machine."""
     out, x = shapes[node.outputs[0].name], shapes[node.inputs[0].name]
     moved = 4.0 * (math.prod(out) + math.prod(x))
     stored = [v for v in node.inputs[1:] if v is not None and v.is_initializer()]
@@ -138,4 +151,4 @@ def _work(node, shapes) -> tuple[float, float, int]:
         macs = math.prod(out) * x[-1]
     else:
         own_weights = 0.0
-    return law(macs, moved, off_grid), own_weights, int(4 * math.prod(out))
+    return law(macs, moved, off_grid), own_weights, tuple(out)

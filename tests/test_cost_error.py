@@ -98,7 +98,7 @@ def test_plans_are_on_the_grid_next_to_it_and_without_blocks():
 
 def test_references_are_the_same_networks_of_every_profile_and_of_different_kinds():
     def profile(names):
-        times = tuple(NetworkTime(name, (), 0.0, 5e-3, (4.9e-3, 5.1e-3)) for name in names)
+        times = tuple(NetworkTime(name, (), 5e-3, (4.9e-3, 5.1e-3)) for name in names)
         return DeviceProfile({}, {}, {}, 0.0, networks=times)
 
     names = anchors(cost_error.SEED)

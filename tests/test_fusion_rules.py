@@ -190,8 +190,9 @@ def copies(program, fractions=None, extents=None):
     """Bytes moved by each copy that exists."""
     rules = FusionRules.of({"Conv": ("BlockedAdd",)})
     layout = build_workload(program, extents, rules=rules).layout
-    found = layout.copies(Population(fractions or {}, {}))
-    return {(c.op_type, c.value): c.moved for c in found if c.op_type != "Reshape" and np.all(c.count)}
+    plans = Population(fractions or {}, {})
+    found = [c for c in layout.copies(plans) if c.op_type != "Reshape" and np.all(c.count)]
+    return {(c.op_type, c.value): plans.quantity(c.moved) for c in found}
 
 
 def test_no_copies_where_a_runtime_has_no_layout_of_its_own():
@@ -211,13 +212,14 @@ def test_copies_under_a_plan_are_those_of_the_smaller_network(seed):
         net.program(("logits",)), net.extents, rules=FusionRules.of({"Conv": ("BlockedAdd",)})
     ).layout
     fractions = {g: np.array([kept[g] / n for kept in plans]) for g, n in sizes.items()}
-    found = list(layout.copies(Population(fractions, {})))
+    population = Population(fractions, {})
+    found = list(layout.copies(population))
     assert (
         len({tuple(np.broadcast_to(c.count, len(plans))) for c in found}) > 1
     )  # plans differ in what they copy
     for number, kept in enumerate(plans):
         mine = {
-            (c.op_type, c.value): float(np.broadcast_to(c.moved, len(plans))[number])
+            (c.op_type, c.value): float(np.broadcast_to(population.quantity(c.moved), len(plans))[number])
             for c in found
             if c.op_type != "Reshape" and np.broadcast_to(c.count, len(plans))[number]
         }

@@ -23,7 +23,7 @@ def copies(workload, plans):
     shape = plans.shape or (1,)
     found = [[] for _ in range(shape[0])]
     for copy in workload.layout.copies(plans):
-        count, moved = np.broadcast_to(copy.count, shape), np.broadcast_to(copy.moved, shape)
+        count, moved = (np.broadcast_to(v, shape) for v in (copy.count, plans.quantity(copy.moved)))
         for plan in np.flatnonzero(count):
             found[plan].append((copy.op_type, round(float(moved[plan]))))
     return [sorted(one) for one in found]

@@ -123,9 +123,6 @@ def test_weights_stream_from_memory_for_the_share_that_does_not_fit():
     fits, half = (float(Roofline(edge).terms(spec, found, n).seconds) for n in (8e6, 16e6))
     assert fits == pytest.approx((weights + moved) / 1e9)
     assert half == pytest.approx(weights * (0.5 / 1e9 + 0.5 / 1e6) + moved / 1e9)
-    signature = next(signature_of(k) for k in workload_of().kernels if k.name == "n_b0.c1")
-    cold = Roofline(edge).predict_cold(signature, (16, 16))
-    assert cold > 10 * Roofline(edge).predict(signature, (16, 16))[0]
 
 
 def test_a_sequence_cannot_run_its_steps_side_by_side():
@@ -355,11 +352,9 @@ def drawn(count=160, noise=0.03, outliers=0.0, seed=0):
         k, size = int(rng.choice([1, 3])), int(rng.choice([7, 14, 28, 56]))
         spec, sizes = conv(c_in, c_in, size, 3, group=c_in) if depthwise else conv(c_in, c_out, size, k)
         warm = seconds(TRUE, spec, sizes) * math.exp(noise * rng.standard_normal())
-        found = work_of_spec(spec, sizes)
-        cold = warm + float(found.weight_bytes) * (1 / 2e9 - 1 / 2e10)
         if rng.random() < outliers:
             warm *= 20.0
-        samples.append(Sample(spec, sizes, "conv", warm, cold))
+        samples.append(Sample(spec, sizes, "conv", warm))
     return samples
 
 
@@ -368,10 +363,8 @@ def test_known_constants_are_found_again_with_noise_and_outliers(outliers):
     found = Roofline.fitted(drawn(outliers=outliers), grid_out=16).constants
     assert found.macs_per_s == pytest.approx(4e10, rel=0.1)
     assert found.depthwise_macs_per_s == pytest.approx(5e9, rel=0.1)
-    assert found.levels[0].bytes_per_s == pytest.approx(2e10, rel=0.3)
+    assert found.bytes_per_s == pytest.approx(2e10, rel=0.3) and not found.levels
     assert found.launch_s == pytest.approx(3e-6, rel=0.25)
-    if not outliers:
-        assert found.bytes_per_s == pytest.approx(2e9, rel=0.1)
     assert found.log_sd < 0.1 and found.samples == 160
 
 

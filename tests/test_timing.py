@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import null_backend
 import pytest
-from profile_machine import CACHES, Machine
+from profile_machine import Machine
 
 from sartor import backends
 from sartor.backends import host, kernel_timing
@@ -90,11 +90,6 @@ def synthetic(monkeypatch):
     """`sartor profile` on a synthetic machine, without models."""
     machine = Machine(noise=0.002)
     machine.close = lambda: None
-    device = host.device()
-    monkeypatch.setitem(
-        CACHES, "l3_bytes", 1 << 30
-    )  # few kernels are timed, too few to tell what memory costs
-    monkeypatch.setattr(host, "device", lambda: {**device, "caches": dict(CACHES)})
     monkeypatch.setattr(build, "ModelTimer", lambda *_, **__: machine)
     monkeypatch.setattr("sartor.profiling.check.ModelTimer", lambda *_, **__: machine)
     monkeypatch.setattr(networks, "KINDS", {k: networks.KINDS[k] for k in ("residual", "inverted")})

@@ -245,7 +245,7 @@ class KernelTime:
             OpenVINO only their average, so that it is the mean there.
         runs: inferences that were profiled.
         implementation: the backend's kernel choice, such as `brgconv_avx512_f32`, or empty.
-        written_bytes: of its outputs; 0 where the backend does not say.
+        written: shape of its first output; empty where the backend does not say.
     """
 
     name: str
@@ -254,16 +254,17 @@ class KernelTime:
     median_s: float
     runs: int
     implementation: str = ""
-    written_bytes: int = 0
+    written: tuple[int, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready form."""
-        return dataclasses.asdict(self) | {"nodes": list(self.nodes)}
+        return dataclasses.asdict(self) | {"nodes": list(self.nodes), "written": list(self.written)}
 
     @staticmethod
     def from_dict(data: Mapping[str, Any]) -> KernelTime:
         """Inverse of `to_dict`."""
-        return KernelTime(**{**data, "nodes": tuple(data["nodes"])})
+        shape = tuple(data.get("written", ()))
+        return KernelTime(**{**data, "nodes": tuple(data["nodes"]), "written": shape})
 
 
 class Session(Protocol):

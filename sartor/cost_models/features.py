@@ -5,7 +5,9 @@ block enters as alignment and as the share that rounding up wastes. Groups, and 
 are features of their own: two convolutions of equal work but other groups are different kernels.
 
 A size relative to a cache of the machine differs from the size itself by a constant, which a decision tree
-does not see; `working_set` and `weight_bytes` therefore stand for both.
+does not see; `working_set` and `weight_bytes` therefore stand for both. What others have displaced from the
+caches since a kernel last ran is seen in how long ago that was: the period. Kernels without weights do not see it: what
+they read has just been made, and in long networks maps are large, which trees would take for the same.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ CONTRACTION = (
     *("align_in", "align_out", "align_columns", "waste_in_8", "waste_out_8", "waste_in_16", "waste_out_16"),
     *("width", "stride", "dilation", "padding", "residuals", "activations", "gated", "transposed", "stored"),
     *("height", "out_width", "window_width", "blocks", "blocks_left", "columns_left", "way"),
+    "log_period",
 )
 MOVEMENT = (
     *("log_bytes", "log_read", "log_written", "log_taps", "stride", "operands", "stored", "outputs"),
@@ -52,12 +55,13 @@ def is_movement(spec: Mapping[str, Any]) -> bool:
     return "inputs" in spec
 
 
-def features(spec: Mapping[str, Any], sizes: Sequence[Any]) -> np.ndarray:
+def features(spec: Mapping[str, Any], sizes: Sequence[Any], period_s: Any = 0.0) -> np.ndarray:
     """Features of one kernel at many sizes.
 
     Args:
         spec: `Signature.spec`.
         sizes: one array per variable of the signature, all of one shape.
+        period_s: as `Sample.period_s`, a number or an array of that shape.
 
     Returns:
         `[rows, len(names_of(spec))]`, rows being the flattened sizes.
@@ -67,7 +71,7 @@ def features(spec: Mapping[str, Any], sizes: Sequence[Any]) -> np.ndarray:
     """
     arrays = [np.atleast_1d(np.asarray(s, float)).ravel() for s in sizes]
     found = work_of_spec(spec, arrays)
-    columns = _movement(spec, found) if is_movement(spec) else _contraction(spec, found)
+    columns = _movement(spec, found) if is_movement(spec) else _contraction(spec, found, period_s)
     rows = max((len(a) for a in arrays), default=1)
     return np.column_stack([np.broadcast_to(np.asarray(c, float), rows) for c in columns])
 
@@ -108,7 +112,7 @@ def _waste(widths: np.ndarray, block: int) -> np.ndarray:
     return np.log(np.ceil(widths / block) * block / np.maximum(widths, 1.0))
 
 
-def _contraction(spec: Mapping[str, Any], found: Work) -> list[Any]:
+def _contraction(spec: Mapping[str, Any], found: Work, period_s: Any) -> list[Any]:
     c_in, c_out = found.groups * found.channels, found.groups * found.columns
     attributes = spec.get("attributes", {})
     epilogue = [op for op, _ in spec.get("epilogue", ())]
@@ -135,6 +139,7 @@ def _contraction(spec: Mapping[str, Any], found: Work) -> list[Any]:
         blocks % _BLOCKS_AT_ONCE,
         c_out % BLOCK,
         _ways(spec, found),
+        _log(1e6 * np.ravel(np.asarray(period_s, float))),
     ]
 
 

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from sartor.cost_models import around
 from sartor.cost_models import learned as boosting
 from sartor.cost_models import rates as roofline
 from sartor.cost_models.features import family_of
 from sartor.cost_models.interval import Interval, conformal, excess_sd
-from sartor.cost_models.law import Caches, Law, Observation, cold_share
+from sartor.cost_models.items import Terms, settled_shares, shares_at
+from sartor.cost_models.law import Law, Observation
 from sartor.cost_models.learned import noise_of
 from sartor.cost_models.profile import DeviceProfile, NetworkTime, Sample, of_role
 from sartor.cost_models.scores import summary
 from sartor.cost_models.table import corrections, predict_samples
-from sartor.cost_models.tiers import Tiers, below, fitted_cold
+from sartor.cost_models.tiers import Tiers, below
 
 _SHARED = 0.8
 """Of the error of unseen networks, expected in what all kernels share and again in each family: families
@@ -28,19 +28,19 @@ _LEAST_NOISE = 0.005
 _FEWEST_NETWORKS = 4
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class NetworkTerms:
     """A network as the law sees it.
 
     Attributes:
         network: what was timed.
-        seconds: predicted seconds by term of the law.
-        kernel_sd: standard deviation of its sum of kernels, seconds.
+        terms: in every state of the caches.
+        periods: of these states, seconds.
     """
 
     network: NetworkTime
-    seconds: Mapping[str, float]
-    kernel_sd: float
+    terms: Terms
+    periods: np.ndarray
 
     @property
     def noise(self) -> float:
@@ -48,15 +48,31 @@ class NetworkTerms:
         low, high = self.network.ci95
         return max((high - low) / (2 * 1.96 * self.network.latency_s), _LEAST_NOISE)
 
+    def seen(self) -> Terms:
+        """In the state that its measured latency says."""
+        return self.terms.settled(shares_at(self.network.latency_s, self.periods))
+
+    def expected(self, law: Law) -> Terms:
+        """In the state that a law says; its measured latency is not looked at."""
+        return self.terms.settled(settled_shares(law.predict(self.terms.seconds), self.periods))
+
     def observed(self, unknown: float) -> Observation:
         """As an observation of the law.
 
         Args:
             unknown: standard deviation of what no law knows of a network.
         """
-        kernels = self.kernel_sd / self.network.latency_s
-        sd = float(np.sqrt(self.noise**2 + kernels**2 + unknown**2))
-        return Observation(self.seconds, self.network.latency_s, sd)
+        seen = self.seen()
+        variance = _kernel_variance(seen) / self.network.latency_s**2
+        seconds = {name: float(value) for name, value in seen.seconds.items()}
+        return Observation(
+            seconds, self.network.latency_s, float(np.sqrt(self.noise**2 + variance + unknown**2))
+        )
+
+
+def _kernel_variance(found: Terms) -> float:
+    """Of the sum of the kernels, seconds squared."""
+    return float(sum(found.variances.values()))
 
 
 def fit_profile(profile: DeviceProfile, *, learned: bool = True) -> DeviceProfile:
@@ -73,30 +89,24 @@ def fit_profile(profile: DeviceProfile, *, learned: bool = True) -> DeviceProfil
         MetricUnavailableError: there are no samples.
         UsageError: LightGBM is not installed.
     """
-    measured = of_role(profile.samples, "fit")
-    caches = Caches.of(profile.device)
-    cold = around.fitted(measured, caches, profile.target.get("channel_grid", {}))
-    samples = around.warmed(measured, caches, cold)
+    samples = of_role(profile.samples, "fit")
     rates = roofline.fitted(samples, profile.target.get("channel_grid", {}))
     fit = boosting.fit(samples, rates) if learned else None
     model = fit.model if fit is not None and fit.families else None
-    models: dict[str, Any] = {
-        "roofline": rates.save(),
-        "cold": _plain(cold or fitted_cold(samples).by_family),
-    }
+    models: dict[str, Any] = {"roofline": rates.save()}
     if model is not None:
         models["learned"] = model.save()
     fitted = dataclasses.replace(profile, models=models, law={}, interval={}, errors={})
     tiers = Tiers.of(fitted)
     quantiles = _kernel_quantiles(samples, tiers, None if fit is None else fit.unseen)
     interval, law = Interval(kernels=quantiles), None
-    heldout = around.warmed(of_role(profile.samples, "heldout"), caches, cold)
+    heldout = of_role(profile.samples, "heldout")
     errors: dict[str, Any] = {"kernels": _kernel_errors(heldout, tiers, interval)}
     judged = [n for n in profile.networks if n.role in ("fit", "heldout")]
     terms = networks_terms(judged, tiers, profile)
     fitting = [t for t in terms if t.network.role == "fit"]
     if len(fitting) >= _FEWEST_NETWORKS:
-        law, interval = _fit_law(fitting, interval, any(s.around_bytes for s in profile.samples))
+        law, interval = _fit_law(fitting, interval, any(s.period_s for s in profile.samples))
         errors["networks"] = _network_errors([t for t in terms if t.network.role == "heldout"], law, interval)
     return dataclasses.replace(
         fitted,
@@ -110,24 +120,24 @@ def networks_terms(
     networks: Sequence[NetworkTime], tiers: Tiers, profile: DeviceProfile
 ) -> list[NetworkTerms]:
     """Price the kernels of networks that the profile holds."""
+    periods = tiers.periods
     kernels = [
         (number, count, Sample(spec, at, family_of(spec), 1.0))
         for number, network in enumerate(networks)
         for spec, at, count in network.kernels
     ]
-    said = tiers.many([sample for _, _, sample in kernels])
-    caches = Caches.of(profile.device)
-    seconds: list[dict[str, float]] = [{"call": profile.call_s, "cold": 0.0} for _ in networks]
-    variances = np.zeros(len(networks))
-    for index, (number, count, sample) in enumerate(kernels):
-        mine, weights = seconds[number], networks[number].weight_bytes
-        near, last = (float(cold_share(weights, size)) for size in (caches.near, caches.last))
-        mine[sample.family] = mine.get(sample.family, 0.0) + count * float(said.warm_s[index])
-        mine["cold"] += count * float(near * said.near_s[index] + last * said.far_s[index])
-        variances[number] += (count * float(said.sd_s[index])) ** 2
+    alone = [sample for _, _, sample in kernels]
+    said = [tiers.many([dataclasses.replace(s, period_s=period) for s in alone]) for period in periods]
+    seconds, sds = np.stack([s.seconds for s in said], -1), np.stack([s.sd_s for s in said], -1)
+    parts: list[dict[str, Any]] = [{"call": np.full(len(periods), profile.call_s)} for _ in networks]
+    variances: list[dict[str, Any]] = [{} for _ in networks]
+    for (number, count, sample), one, sd in zip(kernels, seconds, sds, strict=True):
+        mine, spread = parts[number], variances[number]
+        mine[sample.family] = mine.get(sample.family, 0.0) + count * one
+        spread[sample.family] = spread.get(sample.family, 0.0) + np.square(count * sd)
     return [
-        NetworkTerms(network, mine, float(np.sqrt(variance)))
-        for network, mine, variance in zip(networks, seconds, variances, strict=True)
+        NetworkTerms(network, Terms(mine, spread), periods)
+        for network, mine, spread in zip(networks, parts, variances, strict=True)
     ]
 
 
@@ -149,7 +159,9 @@ def _fit_law(terms: Sequence[NetworkTerms], interval: Interval, inside: bool = F
             for kind in sorted(set(kinds))
         }
         errors = [_log_error(t, laws[k]) for t, k in zip(terms, kinds, strict=True)]
-        explained = [float(np.hypot(t.kernel_sd / t.network.latency_s, t.noise)) for t in terms]
+        explained = [
+            float(np.sqrt(_kernel_variance(t.seen()) / t.network.latency_s**2 + t.noise**2)) for t in terms
+        ]
         unknown = max(excess_sd(errors, explained), 0.01)
     noise = float(np.median([t.noise for t in terms]))
     shared = _SHARED * unknown
@@ -167,21 +179,23 @@ def _law(terms: Sequence[NetworkTerms], unknown: float, inside: bool) -> Law:
 
 
 def _log_error(terms: NetworkTerms, law: Law) -> float:
-    return float(np.log(law.predict(terms.seconds) / terms.network.latency_s))
+    return float(np.log(law.predict(terms.expected(law).seconds) / terms.network.latency_s))
 
 
 def _sd(terms: NetworkTerms, law: Law, interval: Interval) -> float:
-    predicted = law.predict(terms.seconds)
-    variance = law.variance(terms.seconds) + terms.kernel_sd**2
+    found = terms.expected(law)
+    predicted = law.predict(found.seconds)
+    variance = law.variance(found.seconds) + _kernel_variance(found)
     return float(np.sqrt(variance / predicted**2 + interval.noise**2))
 
 
 def _network_errors(terms: Sequence[NetworkTerms], law: Law, interval: Interval) -> dict[str, float]:
     unseen = law.for_network(interval.common, interval.family)
-    predicted = [float(law.predict(t.seconds)) for t in terms]
+    found = [t.expected(law) for t in terms]
+    predicted = [float(law.predict(f.seconds)) for f in found]
     intervals = [
-        interval.of_network(p, float(unseen.variance(t.seconds)) + t.kernel_sd**2)
-        for p, t in zip(predicted, terms, strict=True)
+        interval.of_network(p, float(unseen.variance(f.seconds)) + _kernel_variance(f))
+        for p, f in zip(predicted, found, strict=True)
     ]
     return summary(predicted, [t.network.latency_s for t in terms], intervals or None)
 
@@ -196,7 +210,7 @@ def _kernel_quantiles(samples: Sequence[Sample], tiers: Tiers, unseen: np.ndarra
             scores.setdefault("measured", []).extend(errors / expected)
     noise = np.array([noise_of(s) for s in samples])
     seconds, sd = predict_samples((tiers.rates,), samples)
-    errors = np.log(np.array([s.warm_s for s in samples]) / seconds)
+    errors = np.log(np.array([s.seconds for s in samples]) / seconds)
     scores["roofline"] = list(errors / np.hypot(sd, noise))
     if unseen is not None and tiers.learned is not None:
         known = [int(i) for i in np.flatnonzero(np.isfinite(unseen))]
@@ -208,13 +222,9 @@ def _kernel_quantiles(samples: Sequence[Sample], tiers: Tiers, unseen: np.ndarra
 def _kernel_errors(samples: Sequence[Sample], tiers: Tiers, interval: Interval) -> dict[str, Any]:
     rows: dict[str, list[tuple[float, float, tuple[float, float]]]] = {}
     said = tiers.many(samples)
-    for sample, warm, sd, tier in zip(samples, said.warm_s, said.sd_s, said.tiers, strict=True):
-        span = interval.of_kernel(tier, float(warm), float(np.hypot(sd / warm, noise_of(sample))))
+    for sample, own, sd, tier in zip(samples, said.seconds, said.sd_s, said.tiers, strict=True):
+        span = interval.of_kernel(tier, float(own), float(np.hypot(sd / own, noise_of(sample))))
         for name in ("all", tier, sample.family):
-            rows.setdefault(name, []).append((float(warm), sample.warm_s, span))
+            rows.setdefault(name, []).append((float(own), sample.seconds, span))
     found = {name: summary(*zip(*entries, strict=True)) for name, entries in rows.items()}
     return {**found.pop("all", {"n": 0}), "parts": found}
-
-
-def _plain(pairs: Mapping[str, tuple[float, ...]]) -> dict[str, list[float]]:
-    return {name: list(pair) for name, pair in pairs.items()}

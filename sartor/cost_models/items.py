@@ -7,14 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from sartor.cost_models.law import Caches, cold_share
-from sartor.cost_models.signatures import Signature, signature_of
+from sartor.cost_models.signatures import Signature, copy_signature, signature_of
 from sartor.cost_models.surface import Surface
-from sartor.cost_models.tiers import Tiers, waiting_s
-from sartor.cost_models.work import work_of_spec
+from sartor.cost_models.tiers import Tiers
 from sartor.ir.kernels import Kernel
 from sartor.ir.layout import FAMILY as LAYOUT
-from sartor.ir.layout import Layout
+from sartor.ir.layout import Copy, Layout
 from sartor.ir.population import Population, Presence
 from sartor.ir.workload import Workload, presence
 
@@ -27,13 +25,11 @@ class Item:
         kernels: in execution order.
         signature: None where no sample can stand for it.
         surface: its times; None without a signature.
-        cold: as `Cold.coefficients`.
     """
 
     kernels: tuple[Kernel, ...]
     signature: Signature | None
     surface: Surface | None
-    cold: tuple[float, float, float]
 
     @property
     def kernel(self) -> Kernel:
@@ -46,23 +42,13 @@ class Item:
         return tuple(presence(kernel) for kernel in self.kernels)
 
     def seconds(self, plans: Population, tiers: Tiers) -> tuple[Any, Any]:
-        """Warm seconds of one of them and their standard deviation in seconds, scalars or `[plans]`."""
+        """Seconds of one of them and their standard deviation, `[states]` or `[plans, states]`."""
         if self.surface is None or self.signature is None:
             moved = plans.quantity(self.kernel.bytes_read) + plans.quantity(self.kernel.bytes_written)
-            seconds, sd = tiers.rates.seconds(self.kernel.family, plans.quantity(self.kernel.macs), moved)
+            macs, moved = (np.asarray(v, float)[..., None] for v in (plans.quantity(self.kernel.macs), moved))
+            seconds, sd = tiers.rates.seconds(self.kernel.family, macs, moved, tiers.periods)
             return seconds, seconds * sd
         return self.surface.interpolate([plans.quantity(v) for v in self.signature.variables])
-
-    def weight_bytes(self, plans: Population) -> Any:
-        """Stored bytes that one of them reads."""
-        if self.signature is None:
-            return 0.0
-        sizes = [np.asarray(plans.quantity(v), float) for v in self.signature.variables]
-        return work_of_spec(self.signature.spec, sizes).weight_bytes
-
-    def waiting_s(self, weight_bytes: Any) -> tuple[Any, Any]:
-        """Seconds that one of them waits for these weights; see `tiers.waiting_s`."""
-        return waiting_s(self.cold, weight_bytes)
 
 
 def bind(workload: Workload, tiers: Tiers) -> tuple[Item, ...]:
@@ -78,77 +64,95 @@ def bind(workload: Workload, tiers: Tiers) -> tuple[Item, ...]:
         surface = None
         if signature is not None:
             surface = tiers.surface(signature, [bool(v.groups) for v in signature.variables])
-        cold = tiers.cold.coefficients(kernel.family) if signature is not None else (0.0, 0.0, 0.0)
-        merged[key] = Item((kernel,), signature, surface, cold)
+        merged[key] = Item((kernel,), signature, surface)
     return tuple(merged.values())
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Terms:
-    """Seconds of a population before the law, each a scalar or `[plans]`.
+    """Seconds of a population before the law.
 
     Attributes:
         seconds: by term of the law.
         variances: of the sum of the kernels of a family, seconds squared, errors of single kernels only.
+        shares: of the states of the caches that kernels are priced in, `[states]` or `[plans, states]`; None where
+            there still is a time of every state, in a last axis, and nothing has been settled.
     """
 
     seconds: dict[str, Any]
     variances: dict[str, Any]
+    shares: np.ndarray | None = None
+
+    def settled(self, shares: np.ndarray) -> Terms:
+        """With the caches in a known state."""
+        seconds, variances = (
+            {name: (shares * values).sum(-1) for name, values in parts.items()}
+            for parts in (self.seconds, self.variances)
+        )
+        return Terms(seconds, variances, shares)
+
+
+def copy_s(copy: Copy, plans: Population, tiers: Tiers) -> tuple[Any, Any]:
+    """Seconds of a copy between layouts and their standard deviation, as of `Item.seconds`."""
+    surface = tiers.surface(copy_signature(copy), [bool(copy.moved.groups)])
+    return surface.interpolate([plans.quantity(copy.moved)])
 
 
 def copies_s(layout: Layout, plans: Population, tiers: Tiers) -> tuple[Any, Any]:
-    """Seconds of all copies between layouts and their variance; nothing where copies were not timed."""
-    seconds: Any = 0.0
-    variance: Any = 0.0
+    """Seconds of all copies and their variance, as of `Item.seconds`; nothing where copies were not timed."""
+    seconds: Any = np.zeros(len(tiers.periods))
+    variance: Any = np.zeros(len(tiers.periods))
     for copy in layout.copies(plans) if tiers.prices_layout else ():
-        one, sd = tiers.rates.seconds(LAYOUT, 0.0, copy.moved, copy.op_type)
-        seconds = seconds + copy.count * one
-        variance = variance + copy.count * np.square(one * sd)
+        one, sd = copy_s(copy, plans, tiers)
+        count = np.asarray(copy.count, float)[..., None]
+        seconds, variance = seconds + count * one, variance + count * np.square(sd)
     return seconds, variance
 
 
-def terms(
-    items: tuple[Item, ...], layout: Layout, plans: Population, tiers: Tiers, call_s: float, caches: Caches
-) -> Terms:
-    """Add up a population."""
-    seconds: dict[str, Any] = {"call": call_s, "cold": 0.0}
+def terms(items: tuple[Item, ...], layout: Layout, plans: Population, tiers: Tiers, call_s: float) -> Terms:
+    """Add up a population, in every state of the caches."""
+    seconds: dict[str, Any] = {"call": np.full(len(tiers.periods), call_s)}
     variances: dict[str, Any] = {}
     seconds[LAYOUT], variances[LAYOUT] = copies_s(layout, plans, tiers)
-    weights: Any = 0.0
-    extra: Any = 0.0
-    far: Any = 0.0
-    may_be_cold = full_weights(items) > caches.near > 0
     for item in items:
-        count: Any = sum(plans.present(when) for when in item.when)
-        warm, sd = item.seconds(plans, tiers)
+        count = np.asarray(sum(plans.present(when) for when in item.when), float)[..., None]
+        one, sd = item.seconds(plans, tiers)
         family = item.kernel.family
-        seconds[family] = seconds.get(family, 0.0) + count * warm
+        seconds[family] = seconds.get(family, 0.0) + count * one
         variances[family] = variances.get(family, 0.0) + np.square(count * sd)
-        if may_be_cold and item.signature is not None:
-            stored = item.weight_bytes(plans)
-            weights = weights + count * stored
-            near_s, far_s = item.waiting_s(stored)
-            extra, far = extra + count * near_s, far + count * far_s
-    if may_be_cold:
-        seconds["cold"] = cold_share(weights, caches.near) * extra + cold_share(weights, caches.last) * far
     return Terms(seconds, variances)
 
 
-def full_weights(items: tuple[Item, ...]) -> float:
-    """Stored bytes that all kernels read before pruning."""
-    plans = Population({}, {})
-    return sum(
-        float(item.weight_bytes(plans)) * sum(float(plans.present(when)) for when in item.when)
-        for item in items
-    )
+# ---- the state of the caches ---------------------------------------------------------------------
+_ROUNDS = 8
 
 
-def cold_weights(items: tuple[Item, ...], plans: Population, caches: Caches) -> tuple[float, float]:
-    """Shares of the weights of one plan that the nearest cache, and that no cache keeps."""
-    if not full_weights(items) > caches.near > 0:
-        return 0.0, 0.0
-    stored = sum(
-        float(item.weight_bytes(plans)) * sum(float(plans.present(when)) for when in item.when)
-        for item in items
-    )
-    return float(cold_share(stored, caches.near)), float(cold_share(stored, caches.last))
+def shares_at(period_s: Any, periods: np.ndarray) -> np.ndarray:
+    """How much of each of some states there is in a period: of the two nearest, by its logarithm.
+
+    Args:
+        period_s: seconds, a scalar or an array.
+        periods: of the states, ascending.
+
+    Returns:
+        `[…, states]`, each row adding up to 1.
+    """
+    if len(periods) == 1:
+        return np.ones((*np.shape(period_s), 1))
+    knots = np.log(periods)
+    step = knots[1] - knots[0]  # they are spaced evenly
+    place = np.clip((np.log(np.maximum(period_s, 1e-12)) - knots[0]) / step, 0.0, len(knots) - 1.0)
+    return np.maximum(0.0, 1.0 - np.abs(np.asarray(place)[..., None] - np.arange(len(knots))))
+
+
+def settled_shares(latency_s: np.ndarray, periods: np.ndarray) -> np.ndarray:
+    """Shares of the states in which networks run again and again: the period is what they then take.
+
+    Args:
+        latency_s: in every state, `[…, states]`.
+        periods: of the states.
+    """
+    shares = shares_at(latency_s[..., len(periods) // 2], periods)
+    for _ in range(_ROUNDS):  # a longer period makes little longer, so that this contracts quickly
+        shares = shares_at((shares * latency_s).sum(-1), periods)
+    return shares

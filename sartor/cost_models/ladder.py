@@ -1,7 +1,8 @@
 """The cost model of a device profile: every kernel by the best tier that knows it, corrected while a run measures.
 
 Latency of a plan = the law of the profile (`law`) over its kernels, each from the tiers (`tiers`): measured,
-learned, roofline. Every whole network that a run measures sharpens the law's scales; the profile stays as it is.
+learned, roofline; with the caches in the state that the network itself leaves them in. Every whole network that a run
+measures sharpens the law's scales; the profile stays as it is.
 """
 
 from __future__ import annotations
@@ -19,13 +20,14 @@ import numpy as np
 from sartor.cost_models.features import is_movement
 from sartor.cost_models.fitting import fit_profile
 from sartor.cost_models.interval import NORMAL, Interval
-from sartor.cost_models.items import Item, Terms, bind, cold_weights, terms
-from sartor.cost_models.law import FAMILIES, Caches, Law, Observation
+from sartor.cost_models.items import Item, Terms, bind, copy_s, settled_shares, shares_at, terms
+from sartor.cost_models.law import FAMILIES, Law, Observation
 from sartor.cost_models.populations import by_size
 from sartor.cost_models.profile import DeviceProfile
 from sartor.cost_models.protocol import CostEstimate, KernelCost
-from sartor.cost_models.signatures import Signature, key_of
+from sartor.cost_models.signatures import Signature, copy_signature, key_of
 from sartor.cost_models.tiers import Tiers
+from sartor.cost_models.work import work
 from sartor.errors import MetricUnavailableError, UsageError
 from sartor.ir.files import write_atomic
 from sartor.ir.kernels import Kernel
@@ -68,9 +70,8 @@ class Ladder:
                 f"Law or interval of the device profile is malformed ({type(error).__name__}: {error}); build it "
                 "again with 'sartor profile'."
             ) from error
-        self.caches = Caches.of(profile.device)
         self._failed = {key_of(f["spec"]): str(f["reason"]) for f in profile.failures}
-        self._bound: weakref.WeakKeyDictionary[Workload, tuple[Item, ...]] = weakref.WeakKeyDictionary()
+        self._items: weakref.WeakKeyDictionary[Workload, tuple[Item, ...]] = weakref.WeakKeyDictionary()
         self._observe(observations)
 
     # ---- what it rests on ------------------------------------------------------------------
@@ -118,15 +119,22 @@ class Ladder:
     # ---- pricing ---------------------------------------------------------------------------
     def items(self, workload: Workload) -> tuple[Item, ...]:
         """Kernels of a workload with their surfaces; made once per workload."""
-        if workload not in self._bound:
-            self._bound[workload] = bind(workload, self.tiers)
-        return self._bound[workload]
+        if workload not in self._items:
+            self._items[workload] = bind(workload, self.tiers)
+        return self._items[workload]
 
-    def terms(self, workload: Workload, plans: Population) -> Terms:
-        """Seconds of a population by term of the law, before the law."""
-        return terms(
-            self.items(workload), workload.layout, plans, self.tiers, self.profile.call_s, self.caches
-        )
+    def terms(self, workload: Workload, plans: Population, latency_s: float | None = None) -> Terms:
+        """Seconds of a population by term of the law, before the law.
+
+        Args:
+            workload: what the plans belong to.
+            plans: the population.
+            latency_s: what they take, where it was measured.
+        """
+        found = terms(self.items(workload), workload.layout, plans, self.tiers, self.profile.call_s)
+        if latency_s is not None:
+            return found.settled(shares_at(latency_s, self.tiers.periods))
+        return found.settled(settled_shares(self._law.predict(found.seconds), self.tiers.periods))
 
     def estimate_batch(
         self,
@@ -205,15 +213,16 @@ class Ladder:
         plans = Population(fractions or {}, removed or {})
         priced = self.terms(workload, plans)
         latency = float(self._law.predict(priced.seconds))
-        costs, unmodelled = self._kernels(workload, plans)
+        costs, unmodelled = self._kernels(workload, plans, priced)
         found = self._interval_of(latency, priced)
         intervals = {} if found is None else {"latency_s": (float(found[0]), float(found[1]))}
         return CostEstimate(self.method, {"latency_s": latency}, intervals, costs, unmodelled)
 
     def _kernels(
-        self, workload: Workload, plans: Population
+        self, workload: Workload, plans: Population, priced: Terms
     ) -> tuple[tuple[KernelCost, ...], tuple[str, ...]]:
-        shares = cold_weights(self.items(workload), plans, self.caches)
+        assert priced.shares is not None
+        shares = priced.shares
         item_of = {id(kernel): item for item in self.items(workload) for kernel in item.kernels}
         costs: list[KernelCost] = []
         unmodelled: list[str] = []
@@ -224,31 +233,28 @@ class Ladder:
             costs.append(self._kernel_cost(kernel, item, plans, shares))
             if costs[-1].method == "roofline":
                 unmodelled.append(f"{kernel.name} ({kernel.op_type}): {self._why(item.signature)}")
-        costs += self._copies(workload, plans)
+        costs += self._copies(workload, plans, shares)
         return tuple(costs), tuple(unmodelled)
 
-    def _copies(self, workload: Workload, plans: Population) -> list[KernelCost]:
+    def _copies(self, workload: Workload, plans: Population, shares: np.ndarray) -> list[KernelCost]:
         """Copies between layouts, which no node of the program names."""
         costs = []
         for copy in workload.layout.copies(plans) if self.tiers.prices_layout else ():
             if float(copy.count):
-                warm, sd = (float(v) for v in self.tiers.rates.seconds(LAYOUT, 0.0, copy.moved, copy.op_type))
-                seconds = warm * self._law.scale_of(LAYOUT)
+                own, sd = (float(shares @ v) for v in copy_s(copy, plans, self.tiers))
+                seconds = own * self._law.scale_of(LAYOUT)
+                tier = self.tiers.model_for(copy_signature(copy)).tier
                 interval = (
-                    self._interval.of_kernel("roofline", seconds, sd) if self._interval.kernels else None
+                    self._interval.of_kernel(tier, seconds, sd / own) if self._interval.kernels else None
                 )
                 name = f"{copy.op_type} {copy.value}"
-                costs.append(KernelCost(name, copy.op_type, seconds, "roofline", interval, "bandwidth"))
+                costs.append(KernelCost(name, copy.op_type, seconds, tier, interval, "bandwidth"))
         return costs
 
-    def _kernel_cost(
-        self, kernel: Kernel, item: Item, plans: Population, shares: tuple[float, float]
-    ) -> KernelCost:
+    def _kernel_cost(self, kernel: Kernel, item: Item, plans: Population, shares: np.ndarray) -> KernelCost:
         signature = item.signature
-        warm, sd = (float(v) for v in item.seconds(plans, self.tiers))
-        near_s, far_s = item.waiting_s(item.weight_bytes(plans))
-        extra = shares[0] * float(near_s) + shares[1] * float(far_s)
-        seconds = warm * self._law.scale_of(kernel.family) + extra * self._law.scale_of("cold")
+        own, sd = (float(shares @ v) for v in item.seconds(plans, self.tiers))
+        seconds = own * self._law.scale_of(kernel.family)
         tier = "roofline" if signature is None else self.tiers.model_for(signature).tier
         how = tier
         if tier == "measured" and signature is not None:
@@ -257,12 +263,23 @@ class Ladder:
             how = "interpolated" if inside else "extrapolated"
         interval = None
         if self._interval.kernels:
-            interval = self._interval.of_kernel(tier, seconds, sd / max(warm, 1e-12))
-        moved = float(plans.quantity(kernel.bytes_read) + plans.quantity(kernel.bytes_written))
-        bound = self.tiers.rates.bound(
-            kernel.family, float(plans.quantity(kernel.macs)), moved, kernel.op_type
+            interval = self._interval.of_kernel(tier, seconds, sd / max(own, 1e-12))
+        return KernelCost(
+            kernel.name, kernel.op_type, seconds, how, interval, self._bound(kernel, signature, plans, shares)
         )
-        return KernelCost(kernel.name, kernel.op_type, seconds, how, interval, bound)
+
+    def _bound(
+        self, kernel: Kernel, signature: Signature | None, plans: Population, shares: np.ndarray
+    ) -> str:
+        period = float(np.exp(shares @ np.log(np.maximum(self.tiers.periods, 1e-12))))
+        macs, moved = float(plans.quantity(kernel.macs)), 0.0
+        for part in (kernel.bytes_read, kernel.bytes_written):
+            moved += float(plans.quantity(part))
+        weights = 0.0
+        if signature is not None:
+            sizes = [float(plans.quantity(v)) for v in signature.variables]
+            weights = float(work(signature, sizes).weight_bytes)
+        return self.tiers.rates.bound(kernel.family, kernel.op_type, macs, moved, weights, period)
 
     def _why(self, signature: Signature | None) -> str:
         if signature is None:
@@ -305,7 +322,8 @@ class Ladder:
         workload = workload.at(size, batch)
         workload.check_removed(removed or {})
         plans = Population(fractions or {}, removed or {})
-        seconds = {term: float(v) for term, v in self.terms(workload, plans).seconds.items()}
+        found = self.terms(workload, plans, float(latency_s)).seconds
+        seconds = {term: float(v) for term, v in found.items()}
         self._observe((*self._observations, Observation(seconds, float(latency_s), _MEASUREMENT_SD)))
 
     def _observe(self, observations: tuple[Observation, ...]) -> None:

@@ -1,6 +1,6 @@
 """From the times of kernels to the latency of a whole network, and what is not known about that.
 
-    t = call + offset + Σ_family scale · Σ_kernel warm  +  cold · share · Σ_kernel (cold - warm)
+    t = call + offset + Σ_family scale · Σ_kernel seconds
 
 Kernels timed alone do not add up to a network: layouts stay blocked between kernels, caches are warm, and the
 weights of a large network are not. Every coefficient is a Gaussian: the scales are expected at 1, with an error
@@ -28,9 +28,9 @@ FAMILIES = (
     "other",
     "layout",
 )
-TERMS = (*FAMILIES, "cold", "call", "offset")
-"""`cold` multiplies the time that weights from memory cost, `call` an empty call, `offset` is in seconds."""
-_COMMON_SD, _FAMILY_SD, _COLD_SD, _CALL_SD = 1.0, 0.25, 0.5, 0.5
+TERMS = (*FAMILIES, "call", "offset")
+"""`call` multiplies an empty call, `offset` is in seconds."""
+_COMMON_SD, _FAMILY_SD, _CALL_SD = 1.0, 0.25, 0.5
 _COMMON_INSIDE_SD, _FAMILY_INSIDE_SD = 0.01, 0.02
 _OFFSET_SHARE = 0.02  # of the smallest measured network
 _FLOOR = 0.2  # of the common scale: no kernel runs in no time, whatever the noise says
@@ -41,7 +41,7 @@ class Observation:
     """One measured network.
 
     Attributes:
-        seconds: predicted seconds by term, before scaling; families, `cold` and `call`.
+        seconds: predicted seconds by term, before scaling; families and `call`.
         latency_s: what the whole took.
         sd: of its logarithm: noise of the measurement, and of what the law cannot know.
     """
@@ -72,7 +72,7 @@ class Law:
         """
         mean = np.array([0.0 if t == "offset" else 1.0 for t in TERMS])
         common, family = (_COMMON_INSIDE_SD, _FAMILY_INSIDE_SD) if inside else (_COMMON_SD, _FAMILY_SD)
-        own = {"cold": _COLD_SD, "call": _CALL_SD, "offset": 0.0}
+        own = {"call": _CALL_SD, "offset": 0.0}
         covariance = np.diag([own.get(t, family) ** 2 for t in TERMS])
         scales = mean[:, None] * mean[None, :]
         return Law(mean, covariance + common**2 * scales)
@@ -110,7 +110,7 @@ class Law:
         return Law(_clipped(mean), (covariance + covariance.T) / 2)
 
     def scale_of(self, term: str) -> float:
-        """Factor of one family, `cold` or `call`; families that are not listed are `other`."""
+        """Factor of one family or `call`; families that are not listed are `other`."""
         return float(self.mean[_place(term)])
 
     @property
@@ -162,39 +162,6 @@ class Law:
         return Law(mean, covariance)
 
 
-@dataclasses.dataclass(frozen=True)
-class Caches:
-    """Bytes of the caches that weights can be in, 0 where a size is not known.
-
-    Attributes:
-        near: a core's own, second level: what one kernel's weights stay in while it runs again and again.
-        last: the last level.
-    """
-
-    near: float = 0.0
-    last: float = 0.0
-
-    @staticmethod
-    def of(device: Mapping[str, Any]) -> Caches:
-        """Of a profile's device; where it names no second level, the last stands for it."""
-        known = device.get("caches") or {}
-        last = float(max((v for v in known.values() if isinstance(v, (int, float))), default=0.0))
-        return Caches(float(known.get("l2_bytes") or last), last)
-
-
-def cold_share(weight_bytes: Any, cache_bytes: float) -> Any:
-    """Share of a network's weights that a cache cannot keep from one inference to the next.
-
-    Args:
-        weight_bytes: of the network; scalar or `[plans]`.
-        cache_bytes: its size; 0 where it is not known: all weights are then taken as cached.
-    """
-    if not cache_bytes:
-        return np.zeros(np.shape(weight_bytes))
-    weights = np.maximum(np.asarray(weight_bytes, float), 1.0)
-    return np.clip((weights - cache_bytes) / weights, 0.0, 1.0)
-
-
 def _place(term: str) -> int:
     return TERMS.index(term) if term in TERMS else TERMS.index("other")
 
@@ -203,5 +170,5 @@ def _clipped(mean: np.ndarray) -> np.ndarray:
     """A scale that is not positive would make more channels cheaper; an offset below zero, nothing negative."""
     common = float(np.median(mean[: len(FAMILIES)]))
     least = np.full(len(mean), _FLOOR * max(common, 1e-3))
-    least[TERMS.index("cold")] = least[-1] = 0.0
+    least[-1] = 0.0
     return np.maximum(mean, least)

@@ -68,9 +68,9 @@ class Family:
     sd: float
     heldout: Mapping[str, float]
 
-    def rows(self, spec: Mapping[str, Any], sizes: Sequence[Any]) -> np.ndarray:
+    def rows(self, spec: Mapping[str, Any], sizes: Sequence[Any], period_s: Any = 0.0) -> np.ndarray:
         """Features with the columns of the operators."""
-        return _with_ops(features(spec, sizes), str(spec["op"]), self.ops)
+        return _with_ops(features(spec, sizes, period_s), str(spec["op"]), self.ops)
 
     def correction(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Mean and standard deviation of `log(measured / roofline)`, each `[rows]`."""
@@ -100,11 +100,13 @@ class BoostedResidual:
         family = self.families.get(signature.family)
         return family is not None and signature.spec["op"] in family.ops
 
-    def predict(self, signature: Signature, sizes: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    def predict(
+        self, signature: Signature, sizes: Sequence[np.ndarray], period_s: Any = 0.0
+    ) -> tuple[np.ndarray, np.ndarray]:
         """See `KernelModel`."""
         family = self.families[signature.family]
-        seconds, _ = self.base.predict(signature, sizes)
-        mean, sd = family.correction(family.rows(signature.spec, sizes))
+        seconds, _ = self.base.predict(signature, sizes, period_s)
+        mean, sd = family.correction(family.rows(signature.spec, sizes, period_s))
         shape = np.shape(seconds)
         return seconds * np.exp(mean).reshape(shape), sd.reshape(shape)
 
@@ -192,10 +194,13 @@ def _fit_family(
 ) -> tuple[Family, np.ndarray]:
     ops = tuple(sorted({str(s.spec["op"]) for s in samples}))
     rows = np.vstack(
-        [_with_ops(features(s.spec, [[v] for v in s.at]), str(s.spec["op"]), ops) for s in samples]
+        [
+            _with_ops(features(s.spec, [[v] for v in s.at], s.period_s), str(s.spec["op"]), ops)
+            for s in samples
+        ]
     )
-    said = [base.predict(as_signature(s), [np.asarray([v]) for v in s.at])[0] for s in samples]
-    target = np.log(np.array([s.warm_s for s in samples]) / np.concatenate(said))
+    said = [base.predict(as_signature(s), [np.asarray([v]) for v in s.at], s.period_s)[0] for s in samples]
+    target = np.log(np.array([s.seconds for s in samples]) / np.concatenate(said))
     weight = np.array([1.0 / (noise_of(s) ** 2 + _TIMING_NOISE**2) for s in samples])
     weight /= weight.mean()
     fold = _folds(samples, seed)

@@ -3,7 +3,8 @@
 Bound once to a ladder and a workload. What a kernel takes depends on the kept units of one or two groups, as a
 rule, so its times over all of them are a table, and the tables of kernels that depend on the same groups are
 added up before any plan is priced. Tables of two large groups stay on the knots of the kernel's surface, where
-four entries are interpolated with weights that are tables, too. Equal to `Ladder.estimate_batch`.
+four entries are interpolated with weights that are tables, too. Every entry has a time per state of the caches.
+Equal to `Ladder.estimate_batch`.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from sartor.cost_models.items import Item, copies_s, full_weights
+from sartor.cost_models.items import Item, copies_s, settled_shares
 from sartor.cost_models.ladder import Ladder
-from sartor.cost_models.law import Law, cold_share
+from sartor.cost_models.law import Law
 from sartor.cost_models.surface import Weights, gathered
 from sartor.errors import PlanError, UsageError
 from sartor.ir.layout import FAMILY as LAYOUT
@@ -27,8 +28,6 @@ from sartor.ir.quantities import Quantity
 from sartor.ir.workload import Workload
 
 _MOST_CELLS = 1 << 16
-_WARM, _EXTRA, _FAR, _STORED = range(4)
-"""Columns of a table: scaled seconds; what weights add that are in another cache, and in none; bytes of weights."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +45,7 @@ class PlanBatch:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Dense:
-    """Sums over all kept units of at most two groups: `[units + 1 per group, columns]`."""
+    """Sums over all kept units of at most two groups: `[units + 1 per group, states]`."""
 
     columns: tuple[int, ...]
     table: np.ndarray
@@ -62,22 +61,12 @@ class _Knotted:
     columns: tuple[int, ...]
     weights: tuple[Weights, ...]
     seconds: np.ndarray
-    stored: np.ndarray  # `[2, 2]` coefficients of 1, k and k · l
-    item: Item
     times: int
-    width: int
 
     def rows(self, kept: np.ndarray, _: Any) -> np.ndarray:
         at = [kept[c] for c in self.columns]
         chosen = [tuple(part[k] for part in w) for w, k in zip(self.weights, at, strict=True)]
-        result = np.zeros((len(at[0]), self.width))
-        result[:, _WARM] = gathered(self.seconds, chosen)  # type: ignore[arg-type]
-        if self.width > 1:
-            a, b = (k.astype(float) for k in at)
-            c = self.stored
-            result[:, _STORED] = c[0, 0] + c[1, 0] * a + (c[0, 1] + c[1, 1] * a) * b
-            result[:, _EXTRA], result[:, _FAR] = self.item.waiting_s(result[:, _STORED])
-        return self.times * result
+        return self.times * gathered(self.seconds, chosen)  # type: ignore[arg-type]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -87,10 +76,9 @@ class _Direct:
     item: Item
     ladder: Ladder
     scale: float
-    width: int
 
     def rows(self, _: Any, plans: Population) -> np.ndarray:
-        return _columns(self.item, plans, self.ladder, self.width) * _scaled(self.scale, self.width)
+        return self.scale * _seconds(self.item, plans, self.ladder)
 
 
 _Part = _Dense | _Knotted | _Direct
@@ -137,8 +125,7 @@ class Pricer:
         self._full = np.array([self.sizes[name] for name in self.groups], np.intp)
         self._items = ladder.items(workload)
         self._of_layout = workload.layout.varying if ladder.tiers.prices_layout else frozenset()
-        cold = full_weights(self._items) > ladder.caches.near > 0
-        self._width = 4 if cold else 1
+        self._states = len(ladder.tiers.periods)
         self._raw: dict[int, np.ndarray] = {}
         self._law: Law | None = None
         self._bind()
@@ -209,24 +196,16 @@ class Pricer:
         removed = dict(zip(self.workload.blocks, batch.removed.T, strict=True))
         plain = Population(self._as_fractions(kept), removed)
         gone = Population({}, removed)
-        total = np.zeros((len(batch.kept), self._width))
+        total = np.zeros((len(batch.kept), self._states))
         for when, parts in self._parts.items():
             mine = sum((part.rows(kept, plain) for part in parts), np.zeros(total.shape))
             if when:
                 count: Any = sum(gone.present(one) for one in when)
                 mine = mine * np.broadcast_to(count, len(total))[:, None]
             total += mine
-        law = self.ladder.law
-        latency = total[:, _WARM] + self.ladder.constant_s
         copies, _ = copies_s(self.workload.layout, plain, self.ladder.tiers)
-        latency = latency + law.scale_of(LAYOUT) * copies
-        if self._width > 1:
-            near, last = (
-                cold_share(total[:, _STORED], size)
-                for size in (self.ladder.caches.near, self.ladder.caches.last)
-            )
-            latency = latency + law.scale_of("cold") * (near * total[:, _EXTRA] + last * total[:, _FAR])
-        return latency
+        latency = total + self.ladder.law.scale_of(LAYOUT) * copies + self.ladder.constant_s
+        return np.asarray((settled_shares(latency, self.ladder.tiers.periods) * latency).sum(-1))
 
     def _check_units(self, kept: np.ndarray) -> None:
         most = self._full[:, None]
@@ -258,26 +237,26 @@ class Pricer:
             columns = tuple(sorted(self._column[name] for name in _groups(item)))
             cells = int(np.prod([self.sizes[self.groups[c]] + 1 for c in columns], dtype=np.int64))
             if len(columns) <= 2 and cells <= _MOST_CELLS:
-                table = times * self._table(number, item, columns) * _scaled(scale, self._width)
+                table = times * scale * self._table(number, item, columns)
                 dense[when, columns] = dense[when, columns] + table if (when, columns) in dense else table
             elif (knotted := self._knotted(item, scale, times)) is not None:
                 parts.setdefault(when, []).append(knotted)
             else:
-                parts.setdefault(when, []).extend([_Direct(item, self.ladder, scale, self._width)] * times)
+                parts.setdefault(when, []).extend([_Direct(item, self.ladder, scale)] * times)
                 self._direct |= _groups(item)
         for (when, columns), table in dense.items():
             parts.setdefault(when, []).append(_Dense(columns, table))
         self._parts = {when: tuple(found) for when, found in parts.items()}
 
     def _table(self, number: int, item: Item, columns: tuple[int, ...]) -> np.ndarray:
-        """Columns of one kernel before the law, over all kept units of its groups."""
+        """Seconds of one kernel before the law, over all kept units of its groups, in every state."""
         if number not in self._raw:
             names = [self.groups[c] for c in columns]
             # A group never keeps nothing; the entry is there so that kept units are the index.
             mesh = np.meshgrid(*(np.maximum(np.arange(self.sizes[n] + 1), 1) for n in names), indexing="ij")
             plans = Population({n: m.ravel() / self.sizes[n] for n, m in zip(names, mesh, strict=True)}, {})
-            found = _columns(item, plans, self.ladder, self._width)
-            self._raw[number] = found.reshape(*(self.sizes[n] + 1 for n in names), self._width)
+            found = _seconds(item, plans, self.ladder)
+            self._raw[number] = found.reshape(*(self.sizes[n] + 1 for n in names), self._states)
         return self._raw[number]
 
     def _knotted(self, item: Item, scale: float, times: int) -> _Knotted | None:
@@ -298,27 +277,8 @@ class Pricer:
         seconds = item.surface.seconds
         for place in reversed([i for i in range(len(variables)) if i not in varying]):
             seconds = np.take(seconds, 0, place)  # what no plan changes has one knot
-        stored = self._bilinear(item, names)
         columns = tuple(self._column[n] for n in names)
-        return _Knotted(columns, tuple(weights), scale * seconds, stored, item, times, self._width)
-
-    def _bilinear(self, item: Item, names: Sequence[str]) -> np.ndarray:
-        """Coefficients of the stored bytes: a product of widths, each linear in the kept units of one group."""
-        # Not at zero: a convolution without groups has no channels per group.
-        corner = np.array([[0.5, 0.5], [0.5, 1.0], [1.0, 0.5], [1.0, 1.0]]).T
-        found = np.asarray(item.weight_bytes(Population(dict(zip(names, corner, strict=True)), {})), float)
-        to_zero = np.array([[2.0, -1.0], [0.0, 1.0]])  # from values at (1/2, 1) to those at (0, 1)
-        at = to_zero @ np.broadcast_to(found, 4).reshape(2, 2) @ to_zero.T
-        first, second = (float(self.sizes[n]) for n in names)
-        return np.array(
-            [
-                [at[0, 0], (at[0, 1] - at[0, 0]) / second],
-                [
-                    (at[1, 0] - at[0, 0]) / first,
-                    (at[1, 1] - at[1, 0] - at[0, 1] + at[0, 0]) / (first * second),
-                ],
-            ]
-        )
+        return _Knotted(columns, tuple(weights), scale * seconds, times)
 
 
 def _over_units(variable: Quantity, name: str, sizes: Mapping[str, int]) -> np.ndarray:
@@ -334,17 +294,7 @@ def _groups(item: Item) -> frozenset[str]:
     return kernel.macs.groups | kernel.bytes_read.groups | kernel.bytes_written.groups
 
 
-def _columns(item: Item, plans: Population, ladder: Ladder, width: int) -> np.ndarray:
-    """Seconds, and with cold weights what they add and how many there are, `[plans, width]`."""
-    warm, _ = item.seconds(plans, ladder.tiers)
-    shape = plans.shape or (1,)
-    parts = [warm]
-    if width > 1:
-        stored = np.asarray(item.weight_bytes(plans), float)
-        parts += [*item.waiting_s(stored), stored]
-    return np.stack([np.broadcast_to(np.asarray(p, float), shape) for p in parts], -1)
-
-
-def _scaled(scale: float, width: int) -> np.ndarray:
-    """Factors of the columns: the law scales what is warm per family, what is cold as one."""
-    return np.array([scale, 1.0, 1.0, 1.0][:width])
+def _seconds(item: Item, plans: Population, ladder: Ladder) -> np.ndarray:
+    """Seconds of one kernel, `[plans, states]`."""
+    seconds, _ = item.seconds(plans, ladder.tiers)
+    return np.broadcast_to(seconds, (*(plans.shape or (1,)), np.shape(seconds)[-1]))

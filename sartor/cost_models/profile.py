@@ -1,6 +1,6 @@
 """A device profile: what was timed on one machine, the models fitted to it, and how far off they are.
 
-The file is JSON of schema `sartor.device-profile/2`, written by `sartor profile` and read by everything that predicts.
+The file is JSON of schema `sartor.device-profile/3`, written by `sartor profile` and read by everything that predicts.
 It holds plain numbers only: samples, whole networks, and fitted coefficients.
 """
 
@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 from sartor.errors import UsageError
 from sartor.ir.files import write_atomic
 
-SCHEMA = "sartor.device-profile/2"
+SCHEMA = "sartor.device-profile/3"
 ROLES = ("fit", "heldout", "kernels")
 
 
@@ -29,21 +29,20 @@ class Sample:
         spec: as in `sartor.cost_models.signatures.Signature`: everything but the sizes.
         at: one size per variable of the signature (channels; for a kernel that moves data, its bytes).
         family: of kernels, as in `sartor.ir.kernels.Kernel`.
-        warm_s: seconds of the kernel itself, its data in the caches.
-        cold_s: seconds when its weights come from memory; None where that was not timed.
-        half_width: of the 95 % interval of `warm_s`, as a share of it.
+        seconds: of the kernel itself.
+        half_width: of the 95 % interval of `seconds`, as a share of it.
         role: `fit`, or `heldout`: never seen by a model.
-        around_bytes: of all weights of the model that it ran in, which it shares the caches with; 0: it ran alone.
+        period_s: seconds from one run of it to the next, in which others used the caches: one inference of the model
+            that it ran in. 0: it ran alone.
     """
 
     spec: Mapping[str, Any]
     at: tuple[float, ...]
     family: str
-    warm_s: float
-    cold_s: float | None = None
+    seconds: float
     half_width: float = 0.0
     role: str = "fit"
-    around_bytes: float = 0.0
+    period_s: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +52,6 @@ class NetworkTime:
     Attributes:
         name: how it was made; equal names, equal networks.
         kernels: `(spec, sizes, how often)`, merged; enough to price it again.
-        weight_bytes: of all its weights.
         latency_s: median seconds of one inference, on the scale of the profile's reference.
         ci95: 95 % interval of it.
         role: as of a sample; `kernels`: its kernels are samples, and it is not used otherwise.
@@ -61,7 +59,6 @@ class NetworkTime:
 
     name: str
     kernels: tuple[tuple[Mapping[str, Any], tuple[float, ...], int], ...]
-    weight_bytes: float
     latency_s: float
     ci95: tuple[float, float]
     role: str = "fit"
@@ -188,11 +185,9 @@ def _spec(number: Any, specs: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _sample(entry: Mapping[str, Any], specs: Sequence[dict[str, Any]]) -> Sample:
-    known = {**entry, "at": tuple(map(float, entry["at"])), "warm_s": _positive(entry["warm_s"])}
+    known = {**entry, "at": tuple(map(float, entry["at"])), "seconds": _positive(entry["seconds"])}
     known["spec"] = _spec(entry["spec"], specs)
-    known["around_bytes"] = _positive(entry["around_bytes"], zero=True)
-    if known.get("cold_s") is not None:
-        known["cold_s"] = _positive(known["cold_s"])
+    known["period_s"] = _positive(entry["period_s"], zero=True)
     return _with_role(Sample(**known))
 
 

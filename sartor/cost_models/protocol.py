@@ -138,12 +138,15 @@ class KernelModel(Protocol):
         """Whether `predict` answers for it."""
         ...
 
-    def predict(self, signature: Signature, sizes: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    def predict(
+        self, signature: Signature, sizes: Sequence[np.ndarray], period_s: Any = 0.0
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Seconds, and the standard deviation of their logarithm.
 
         Args:
             signature: of a kernel.
             sizes: one array per variable of the signature, all of one shape.
+            period_s: as `Sample.period_s`, a number or an array of that shape.
 
         Returns:
             Two arrays of that shape.

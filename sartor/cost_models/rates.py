@@ -1,4 +1,9 @@
-"""The fitted roofline of single kernels: `t = launch + macs / rate + bytes / bandwidth + costly activations`.
+"""The fitted roofline of single kernels: `t = launch + macs / rate + bytes / bandwidth + costly activations + waiting`.
+
+The longer ago a kernel last ran, the more of what it needs others have displaced from the caches: its code and what
+the runtime knows of it, and its weights; what it reads has just been made. It waits `share * (fixed + weights)`, each
+with a coefficient; `share` rises from 0 to 1 with the logarithm of the period (`Sample.period_s`), between the shortest
+and the longest that were seen.
 
 One law for each of the ways in which runtimes compute an operator: convolutions whose channels fill whole vectors
 and those that leave the blocked layout, windows of one position, images of a few channels; products of one row and
@@ -37,24 +42,35 @@ _STEPPED = frozenset(
 _ROUNDED = frozenset({"channels", "c_out", "n"})
 """Output widths that are computed in whole registers. How a runtime pads the groups of a convolution, if it does,
 is left to what was learned."""
-BOUNDS = ("launch", "compute", "bandwidth", "compute")
 
 
 @dataclasses.dataclass(frozen=True)
 class Rate:
-    """Coefficients of one law: seconds, seconds per MAC, per byte and per costly element, and its error."""
+    """Coefficients of one law: seconds, seconds per MAC, per byte and per costly element; its waiting; its error."""
 
     launch_s: float
     per_mac_s: float
     per_byte_s: float
     per_element_s: float
+    waiting_s: float
+    waiting_per_weight_s: float
     sd: float
 
-    def terms(self, macs: Any, moved: Any, costly: Any = 0.0) -> np.ndarray:
-        """Seconds that go into each of `BOUNDS`."""
-        none = 0.0 * moved
-        parts = (self.launch_s, self.per_mac_s * macs, self.per_byte_s * moved, self.per_element_s * costly)
-        return np.stack([part + none for part in parts])
+    @property
+    def coefficients(self) -> tuple[float, ...]:
+        """All but the error, in the order of `columns_of`."""
+        return dataclasses.astuple(self)[:-1]
+
+    def seconds(self, columns: np.ndarray) -> np.ndarray:
+        """Of kernels, from `columns_of`."""
+        return np.asarray(np.tensordot(self.coefficients, columns, 1))
+
+    def bound(self, columns: np.ndarray) -> str:
+        """What most of one kernel's time goes into: `launch`, `compute` or `bandwidth`."""
+        parts = np.asarray(self.coefficients) * columns
+        launch, mac, byte, element, fixed, weight = (float(p) for p in parts)
+        found = {"launch": launch + fixed, "compute": mac + element, "bandwidth": byte + weight}
+        return max(found, key=found.__getitem__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,10 +79,13 @@ class Rates:
 
     Attributes:
         laws: by way of computing: `family/operator/way`, `family/operator`, `family`, and `*` for all others.
+        periods: the shortest and the longest seconds between two runs of a kernel, see the module docstring; zeros
+            where all samples ran alone.
         grid: channel grid by family or operator; widths of others are not rounded.
     """
 
     laws: Mapping[str, Rate]
+    periods: tuple[float, float] = (0.0, 0.0)
     grid: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     @property
@@ -78,42 +97,51 @@ class Rates:
         """See `KernelModel`."""
         return True
 
-    def predict(self, signature: Signature, sizes: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    def predict(
+        self, signature: Signature, sizes: Sequence[np.ndarray], period_s: Any = 0.0
+    ) -> tuple[np.ndarray, np.ndarray]:
         """See `KernelModel`."""
         spec, family = signature.spec, signature.family
         found = _work(spec, family, sizes, self.grid)
-        costly = _costly(spec, found)
+        columns = self._columns(found.macs, found.moved, _costly(spec, found), found.weight_bytes, period_s)
         ways = _ways(spec, sizes)
-        seconds, sd = np.zeros(found.macs.shape), np.zeros(found.macs.shape)
+        seconds, sd = np.zeros(columns.shape[1:]), np.zeros(columns.shape[1:])
         for way in np.unique(ways):
             law = self._law(family, str(spec["op"]), str(way))
             here = np.broadcast_to(ways == way, seconds.shape)
-            seconds = np.where(here, law.terms(found.macs, found.moved, costly).sum(0), seconds)
+            seconds = np.where(here, law.seconds(columns), seconds)
             sd = np.where(here, law.sd, sd)
         return np.maximum(seconds, 1e-9), sd
 
-    def seconds(self, family: str, macs: Any, moved: Any, op: str = "") -> tuple[np.ndarray, np.ndarray]:
+    def seconds(self, family: str, macs: Any, moved: Any, period_s: Any) -> tuple[np.ndarray, np.ndarray]:
         """As `predict`, of kernels without a signature."""
-        law = self._law(family, op, "")
-        total = np.maximum(law.terms(np.asarray(macs, float), np.asarray(moved, float)).sum(0), 1e-9)
+        law = self._law(family, "", "")
+        total = np.maximum(law.seconds(self._columns(macs, moved, 0.0, 0.0, period_s)), 1e-9)
         return total, np.full(total.shape, law.sd)
 
-    def bound(self, family: str, macs: float, moved: float, op: str = "") -> str:
-        """Which of the terms is the largest."""
-        return BOUNDS[int(np.argmax(self._law(family, op, "").terms(np.asarray(macs), np.asarray(moved))))]
+    def bound(
+        self, family: str, op: str, macs: float, moved: float, weight_bytes: float, period_s: float
+    ) -> str:
+        """What most of a kernel's time goes into, see `Rate.bound`."""
+        return self._law(family, op, "").bound(self._columns(macs, moved, 0.0, weight_bytes, period_s))
+
+    def _columns(self, macs: Any, moved: Any, costly: Any, weights: Any, period_s: Any) -> np.ndarray:
+        return columns_of(macs, moved, costly, weights, share_of(period_s, self.periods))
 
     def update(self, samples: Sequence[Sample]) -> Rates:
         """See `KernelModel`: the laws of these samples are fitted anew, to them alone."""
-        return Rates({**self.laws, **fitted(samples, self.grid).laws}, self.grid)
+        return Rates({**self.laws, **fitted(samples, self.grid, self.periods).laws}, self.periods, self.grid)
 
     def save(self) -> dict[str, Any]:
         """See `KernelModel`."""
-        return {name: dataclasses.asdict(law) for name, law in sorted(self.laws.items())}
+        laws = {name: dataclasses.asdict(law) for name, law in sorted(self.laws.items())}
+        return {"laws": laws, "periods": list(self.periods)}
 
     @staticmethod
     def load(document: Mapping[str, Any], grid: Mapping[str, int]) -> Rates:
         """Inverse of `save`; the grid is that of the profile."""
-        return Rates({name: Rate(**entry) for name, entry in document.items()}, grid)
+        low, high = map(float, document["periods"])
+        return Rates({name: Rate(**entry) for name, entry in document["laws"].items()}, (low, high), grid)
 
     def _law(self, family: str, op: str, way: str) -> Rate:
         return next(self.laws[name] for name in _names(family, op, way) if name in self.laws)
@@ -129,12 +157,41 @@ def stepped(spec: Mapping[str, Any]) -> list[int]:
     return [i for i, name in enumerate(variable_names(spec)) if name in _STEPPED]
 
 
-def fitted(samples: Sequence[Sample], grid: Mapping[str, int] | None = None) -> Rates:
+def share_of(period_s: Any, periods: tuple[float, float]) -> np.ndarray:
+    """Share of what a kernel needs that others have displaced since it last ran, in 0..1."""
+    low, high = periods
+    if not 0 < low < high:
+        return np.zeros(np.shape(period_s))
+    reached = np.log(np.maximum(np.asarray(period_s, float), low) / low) / np.log(high / low)
+    return np.minimum(reached, 1.0)
+
+
+def columns_of(macs: Any, moved: Any, costly: Any, weight_bytes: Any, share: Any) -> np.ndarray:
+    """What the coefficients of a law multiply, `[coefficients, …]`."""
+    parts = (1.0, macs, moved, costly, share, share * weight_bytes)
+    return np.stack(np.broadcast_arrays(*(np.asarray(part, float) for part in parts)))
+
+
+def periods_of(samples: Sequence[Sample]) -> tuple[float, float]:
+    """The shortest and the longest period, a twentieth of the models that samples ran in left out at either end."""
+    seen = sorted({s.period_s for s in samples if s.period_s > 0})
+    if not seen:
+        return 0.0, 0.0
+    low, high = np.quantile(seen, [0.05, 0.95])
+    return float(low), float(high)
+
+
+def fitted(
+    samples: Sequence[Sample],
+    grid: Mapping[str, int] | None = None,
+    periods: tuple[float, float] | None = None,
+) -> Rates:
     """Laws that fit the logarithms of the samples best, with coefficients that are not negative.
 
     Args:
         samples: timed kernels.
         grid: channel grid by family or operator.
+        periods: as `Rates.periods`; by default those of the samples.
 
     Raises:
         MetricUnavailableError: there are no samples.
@@ -144,12 +201,15 @@ def fitted(samples: Sequence[Sample], grid: Mapping[str, int] | None = None) -> 
             "No kernel could be timed on the target, so there is nothing to fit a latency to; look at the reasons "
             "that the timer gives."
         )
-    rows: dict[str, list[tuple[float, ...]]] = {}
+    between = periods_of(samples) if periods is None else periods
+    rows: dict[str, list[np.ndarray]] = {}
     for sample in samples:
         found, costly = rounded_work(sample, grid or {})
-        # How well a time is known matters only where it is known worse than a law of four numbers can say it.
+        share = share_of(sample.period_s, between)
+        columns = columns_of(found.macs, found.moved, costly, found.weight_bytes, share)
+        # How well a time is known matters only where it is known worse than a law of a few numbers can say it.
         weight = 1.0 / np.hypot(_LAW_SD, sample.half_width / 1.96)
-        row = (float(found.macs), float(found.moved), costly, sample.warm_s, float(weight))
+        row = np.array([*columns, sample.seconds, weight])
         for name in names_of_laws(sample):
             rows.setdefault(name, []).append(row)
     laws: dict[str, Rate] = {}
@@ -162,7 +222,7 @@ def fitted(samples: Sequence[Sample], grid: Mapping[str, int] | None = None) -> 
             laws[name] = _fit(mine)
         else:
             laws[name] = _scaled(laws[wider] if wider in laws else laws[_ANY], mine)
-    return Rates(laws, dict(grid or {}))
+    return Rates(laws, between, dict(grid or {}))
 
 
 def rounded_work(sample: Sample, grid: Mapping[str, int]) -> tuple[Work, float]:
@@ -201,11 +261,8 @@ def _work(spec: Mapping[str, Any], family: str, sizes: Sequence[Any], grid: Mapp
 
 
 def _fit(rows: np.ndarray) -> Rate:
-    macs, moved, costly, seconds, weight = rows.T
-    columns = np.stack([np.ones(len(rows)), macs, moved, costly], 1)
-    best, sd = fit_logarithm(columns, seconds, weight)
-    launch, mac, byte, element = (float(b) for b in best)
-    return Rate(launch, mac, byte, element, max(sd, _LEAST_SD))
+    best, sd = fit_logarithm(rows[:, :-2], rows[:, -2], rows[:, -1])
+    return Rate(*map(float, best), max(sd, _LEAST_SD))
 
 
 def fit_logarithm(columns: np.ndarray, seconds: np.ndarray, weight: np.ndarray) -> tuple[np.ndarray, float]:
@@ -232,12 +289,9 @@ def fit_logarithm(columns: np.ndarray, seconds: np.ndarray, weight: np.ndarray) 
 
 def _scaled(law: Rate, rows: np.ndarray) -> Rate:
     """A law times what its few samples have in common, drawn towards 1 as if one more had said so."""
-    macs, moved, costly, seconds, _ = rows.T
-    error = np.log(seconds / np.maximum(law.terms(macs, moved, costly).sum(0), 1e-12))
+    error = np.log(rows[:, -2] / np.maximum(law.seconds(rows[:, :-2].T), 1e-12))
     factor = float(np.exp(error.sum() / (len(error) + 1)))
-    parts = (law.launch_s, law.per_mac_s, law.per_byte_s, law.per_element_s)
-    launch, mac, byte, element = (factor * part for part in parts)
-    return Rate(launch, mac, byte, element, law.sd)
+    return Rate(*(factor * part for part in law.coefficients), law.sd)
 
 
 def _not_negative(design: np.ndarray, target: np.ndarray) -> np.ndarray:

@@ -105,14 +105,12 @@ class Roofline:
         """Always: work follows from the signature."""
         return True
 
-    def predict(self, signature: Signature, sizes: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
+    def predict(
+        self, signature: Signature, sizes: Sequence[Any], period_s: Any = 0.0
+    ) -> tuple[np.ndarray, np.ndarray]:
         """See `KernelModel.predict`: the kernel alone, its weights in the caches that hold them."""
         seconds = self.terms(signature.spec, work(signature, sizes)).seconds
         return seconds, np.full(seconds.shape, self.constants.log_sd)
-
-    def predict_cold(self, signature: Signature, sizes: Sequence[Any]) -> np.ndarray:
-        """Seconds when the weights come from main memory."""
-        return self.terms(signature.spec, work(signature, sizes), math.inf).seconds
 
     def terms(self, spec: Mapping[str, Any], found: Work, network_weight_bytes: Any = None) -> Terms:
         """Where the time of a kernel goes; arguments as of `sartor.cost_models.roofline_law.terms`."""

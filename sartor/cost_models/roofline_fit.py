@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from sartor.cost_models.profile import Sample
-from sartor.cost_models.roofline_law import Level, RooflineConstants, Terms, terms
+from sartor.cost_models.roofline_law import RooflineConstants, Terms, terms
 from sartor.cost_models.work import Work, work_of_spec
 from sartor.errors import UsageError
 
@@ -21,7 +21,6 @@ _ROUNDS = 14
 _STEPS = np.linspace(-1.0, 1.0, 11)
 _WIDEST = math.log(30.0)  # first step away from the starting point
 _NARROWING = 0.6
-_COLD_WEIGHT_BYTES = 65536.0  # fewer weights tell nothing about memory
 _GRIDS = (1, 4, 8, 16, 32)  # widths of vector registers, in floats
 _MAD_TO_SD = 1.4826
 _SMALLEST_LOG_SD = 0.02
@@ -31,16 +30,14 @@ def fit(
     samples: Sequence[Sample],
     *,
     prior: RooflineConstants | None = None,
-    cache_bytes: float = math.inf,
     grid_out: int | None = None,
     precision: str | None = None,
 ) -> RooflineConstants:
     """The constants under which a roofline is nearest to these samples.
 
     Args:
-        samples: warm times, of which those with cold times also give the bandwidth of main memory.
+        samples: timed kernels.
         prior: constants to start from; they count as much as the samples that they rest on, at least as one.
-        cache_bytes: capacity of the last cache level, for weights that are warm.
         grid_out: step of output channels, where `prior` does not say; None: the one that fits best.
         precision: that the samples ran in; None: in that of their tensors.
 
@@ -60,11 +57,9 @@ def fit(
         starts = [prior]
     else:
         steps = _GRIDS if grid_out is None else (grid_out,)
-        starts = [_start(samples, works, cache_bytes, step) for step in steps]
+        starts = [_start(samples, works, step) for step in steps]
     fits = [_descend(start, samples, _terms(start, samples, works, precision), prior) for start in starts]
     found = fits[0] if len(fits) == 1 else min(fits, key=lambda c: float(np.mean(errors(c))))
-    if prior is None:
-        found = _with_memory(found, samples, works, cache_bytes)
     sd = _MAD_TO_SD * float(np.median(errors(found)))
     known = prior.samples if prior else 0
     if prior:
@@ -79,12 +74,10 @@ def _terms(
 
 
 def _times(samples: Sequence[Sample]) -> np.ndarray:
-    return np.array([sample.warm_s for sample in samples])
+    return np.array([sample.seconds for sample in samples])
 
 
-def _start(
-    samples: Sequence[Sample], works: Sequence[Work], cache_bytes: float, grid_out: int
-) -> RooflineConstants:
+def _start(samples: Sequence[Sample], works: Sequence[Work], grid_out: int) -> RooflineConstants:
     seconds = _times(samples)
     macs = np.array([float(w.macs) for w in works])
     moved = np.array([float(w.moved) for w in works])
@@ -96,7 +89,6 @@ def _start(
         launch_s=0.5 * float(seconds.min()),
         depthwise_macs_per_s=float(np.quantile(rates, 0.5)) if rates.size else None,
         grid_out=grid_out,
-        levels=(Level(cache_bytes, fast),) if math.isfinite(cache_bytes) else (),
     )
 
 
@@ -162,19 +154,3 @@ def _moved(start: RooflineConstants, shift: np.ndarray) -> RooflineConstants:
         launch_s=start.launch_s * launch,
         levels=tuple(dataclasses.replace(lv, bytes_per_s=lv.bytes_per_s / moving) for lv in start.levels),
     )
-
-
-def _with_memory(
-    found: RooflineConstants, samples: Sequence[Sample], works: Sequence[Work], cache_bytes: float
-) -> RooflineConstants:
-    """Main memory from what cold weights cost more; the warm bandwidth becomes that of a cache."""
-    extra = [
-        (sample.cold_s - sample.warm_s) / float(w.weight_bytes)
-        for sample, w in zip(samples, works, strict=True)
-        if sample.cold_s is not None and float(w.weight_bytes) > _COLD_WEIGHT_BYTES
-    ]
-    if not extra:
-        return found
-    slower = 1.0 / found.bytes_per_s + max(float(np.median(extra)), 0.0)
-    warm = Level(cache_bytes, found.bytes_per_s)
-    return dataclasses.replace(found, bytes_per_s=1.0 / slower, levels=(warm,))

@@ -18,7 +18,6 @@ from sartor.cost_models.signatures import Signature, copy_signature, signature_o
 from sartor.errors import InternalError
 from sartor.ir.operands import RECURRENT
 from sartor.ir.population import Fractions, Population, Removed
-from sartor.ir.quantities import Quantity
 from sartor.ir.workload import Workload, presence
 
 GATED = {"Sigmoid": "Silu", "HardSigmoid": "HardSwish"}
@@ -108,7 +107,8 @@ def kernels_of(
         known = found.get((signature.key, sizes))
         found[signature.key, sizes] = (signature, (known[1] if known else 0) + 1)
     for copy in workload.layout.copies(plans) if layout else ():
-        signature, moved = copy_signature(copy.op_type, Quantity()), (float(copy.moved),)
+        signature = copy_signature(copy)
+        moved = (float(plans.quantity(copy.moved)),)
         if copy.count:
             _, count = found.get((signature.key, moved), (signature, 0))
             found[signature.key, moved] = (signature, count + 1)

@@ -20,6 +20,7 @@ from typing import Any
 from sartor.ir.extents import Extent
 from sartor.ir.kernels import Kernel
 from sartor.ir.layout import FAMILY as LAYOUT
+from sartor.ir.layout import Copy
 from sartor.ir.operands import RECURRENT, Operand
 from sartor.ir.quantities import Quantity
 
@@ -72,19 +73,19 @@ def signature_of(kernel: Kernel) -> Signature | None:
     return Signature(key_of(spec), kernel.family, "contraction", spec, variables)
 
 
-def copy_signature(op_type: str, moved: Quantity) -> Signature:
-    """Of a kernel that a runtime puts between two others, to change the layout of a value or its shape."""
-    row: Spec = {"slot": 0, "dims": ["*"], "dtype": "FLOAT", "stored": False}
+def copy_signature(copy: Copy) -> Signature:
+    """Of a kernel that a runtime puts between two others, to change the layout of a value."""
+    row: Spec = {"slot": 0, "dims": list(copy.dims), "dtype": "FLOAT", "stored": False}
     spec: Spec = {
-        "op": op_type,
+        "op": copy.op_type,
         "attributes": {},
         "inputs": [row],
-        "outputs": [["*"]],
+        "outputs": [list(copy.dims)],
         "output_dtypes": ["FLOAT"],
         "output_count": 1,
         "epilogue": [],
     }
-    return Signature(key_of(spec), LAYOUT, "movement", spec, (moved,), scalable=False)
+    return Signature(key_of(spec), LAYOUT, "movement", spec, (copy.moved,), scalable=False)
 
 
 def key_of(spec: Mapping[str, Any]) -> str:

@@ -4,6 +4,9 @@ A model is asked at widths that are multiples of the target's channel grid, and 
 not. Between two multiples an output width costs what the upper one costs; an input width is interpolated. On
 multiples of the grid, more channels are never cheaper. A width off the grid costs its measured penalty: time
 may well fall from 126 to 128 channels, and a model that hides it would cut there.
+
+A surface has the times of several states of the caches side by side, in its last axis, from a kernel that ran a moment
+ago to one that ran long ago (`Sample.period_s`); a longer period is never cheaper.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ from sartor.cost_models.features import alignment
 Weights = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 """Index of a knot, the weight of it and of the next one, and a penalty."""
 Predict = Callable[[Sequence[np.ndarray]], tuple[np.ndarray, np.ndarray]]
-"""Seconds and the standard deviation of their logarithm at sizes, one flat array per variable."""
+"""Seconds and the standard deviation of their logarithm, `[rows, states]` each, at sizes, a flat array per variable."""
 _MOST_KNOTS = {0: 1, 1: 40, 2: 14, 3: 7}
 """Per axis, by how many axes vary."""
 
@@ -118,7 +121,7 @@ class Surface:
 
     Attributes:
         axes: one per variable; may be empty (a constant).
-        seconds: `[knots per axis]`, never falling along any axis.
+        seconds: `[knots per axis, states]`, never falling along any axis.
         log_sd: standard deviation of their logarithm.
     """
 
@@ -127,29 +130,29 @@ class Surface:
     log_sd: np.ndarray
 
     def interpolate(self, variables: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-        """Seconds and their standard deviation in seconds; one array per variable, all of one shape."""
+        """Seconds and their standard deviation in seconds, `[…, states]`; one array per variable, all of one shape."""
         weights = [axis.weights(v) for axis, v in zip(self.axes, variables, strict=True)]
         return gathered(self.seconds, weights), gathered(self.seconds * self.log_sd, weights)
 
 
 def gathered(table: np.ndarray, weights: Sequence[Weights]) -> np.ndarray:
-    """Multilinear interpolation, `Axis.weights` per axis of `table`, times the largest of the penalties.
+    """Multilinear interpolation, `Axis.weights` per axis of `table` but the last, times the largest of the penalties.
 
     Not times all of them: one width off the grid is enough to leave the kernel that whole vectors have.
     """
     total: np.ndarray | float = 0.0
     worst: np.ndarray | None = None
-    varying = [n > 1 for n in table.shape]
+    varying = [n > 1 for n in table.shape[:-1]]
     for corner in itertools.product(*((0, 1) if v else (0,) for v in varying)):
-        factor: np.ndarray | float = 1.0
+        factor = np.ones(())
         place = []
         for (index, low, high, _), step in zip(weights, corner, strict=True):
             factor = factor * (high if step else low)
             place.append(index + step)
-        total = total + factor * table[tuple(place)]
+        total = total + factor[..., None] * table[tuple(place)]
     for *_, penalty in weights:
         worst = penalty if worst is None else np.maximum(worst, penalty)
-    return np.asarray(total if worst is None else total * worst)
+    return np.asarray(total if worst is None else total * worst[..., None])
 
 
 def build(ranges: Sequence[Range], predict: Predict) -> Surface:
@@ -163,7 +166,7 @@ def build(ranges: Sequence[Range], predict: Predict) -> Surface:
     knots = [_knots(r, most) for r in ranges]
     mesh = np.meshgrid(*knots, indexing="ij") if knots else []
     seconds, log_sd = predict([m.ravel() for m in mesh])
-    shape = tuple(map(len, knots))
+    shape = (*map(len, knots), seconds.shape[-1])
     times, sds = monotone(seconds.reshape(shape)), log_sd.reshape(shape)
     axes = []
     for number, (extent, found) in enumerate(zip(ranges, knots, strict=True)):
@@ -222,12 +225,14 @@ def _penalised(surface: Surface, number: int, predict: Predict) -> Axis:
     widths = anchors[None, :] - 2.0 ** np.arange(on_grid)[:, None]  # [alignments, anchors]
     full = [np.full(widths.size, a.extent.full) for a in surface.axes]
     seconds, _ = predict([widths.ravel() if i == number else f for i, f in enumerate(full)])
+    middle = seconds.shape[-1] // 2  # what registers are left empty does not depend on the caches
     on_knots = [
         axis.knots if i == number else np.full(len(axis.knots), a.extent.full)
         for i, a in enumerate(surface.axes)
     ]
     line, _ = surface.interpolate(on_knots)
-    return dataclasses.replace(axis, off_grid=OffGrid(widths, seconds.reshape(widths.shape), line))
+    off_grid = OffGrid(widths, seconds[:, middle].reshape(widths.shape), line[:, middle])
+    return dataclasses.replace(axis, off_grid=off_grid)
 
 
 def ranges_of(

@@ -90,9 +90,11 @@ class KernelTable:
         """Whether a sample of this very signature was timed."""
         return signature.key in self.corrections
 
-    def predict(self, signature: Signature, sizes: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    def predict(
+        self, signature: Signature, sizes: Sequence[np.ndarray], period_s: Any = 0.0
+    ) -> tuple[np.ndarray, np.ndarray]:
         """See `KernelModel`."""
-        seconds, _ = first_that_knows(self.base, signature).predict(signature, sizes)
+        seconds, _ = first_that_knows(self.base, signature).predict(signature, sizes, period_s)
         flat = [np.broadcast_to(np.asarray(s, float), np.shape(seconds)).ravel() for s in sizes]
         mean, variance = self.corrections[signature.key].at(flat or [np.zeros(1)])
         shape = np.shape(seconds)
@@ -124,7 +126,7 @@ def corrections(
             sample; NaN elsewhere. Those of `base` by default.
     """
     predicted, sd = predict_samples(base, samples)
-    target = np.log(np.array([s.warm_s for s in samples]) / predicted)
+    target = np.log(np.array([s.seconds for s in samples]) / predicted)
     if residuals is not None:
         target = np.where(np.isnan(residuals), target, residuals)
     noise = np.array([noise_of(s) for s in samples])
@@ -148,11 +150,11 @@ def predict_samples(base: Sequence[KernelModel], samples: Sequence[Sample]) -> t
     places: dict[str, list[int]] = {}
     for indices in by_spec(samples).values():
         signature = as_signature(samples[indices[0]])
-        sizes = sizes_of(samples, indices)
-        seconds[indices], sd[indices] = base[-1].predict(signature, sizes)
+        sizes, periods = sizes_of(samples, indices), np.array([samples[i].period_s for i in indices])
+        seconds[indices], sd[indices] = base[-1].predict(signature, sizes, periods)
         if learned is not None and learned.knows(signature):
             family = signature.family
-            rows.setdefault(family, []).append(learned.families[family].rows(signature.spec, sizes))
+            rows.setdefault(family, []).append(learned.families[family].rows(signature.spec, sizes, periods))
             places.setdefault(family, []).extend(indices)
     for family, found in rows.items():
         assert learned is not None

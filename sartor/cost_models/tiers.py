@@ -1,4 +1,4 @@
-"""The escalation for single kernels: measured, learned, roofline; and what cold weights add to each.
+"""The escalation for single kernels: measured, learned, roofline; in several states of the caches.
 
 Built from a device profile. A profile without fitted models (samples only) has the measured tier above a
 roofline that is fitted to those samples on the spot.
@@ -12,9 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from sartor.cost_models import around
 from sartor.cost_models import rates as roofline
-from sartor.cost_models.law import Caches
 from sartor.cost_models.learned import BoostedResidual, as_signature
 from sartor.cost_models.profile import DeviceProfile, Sample, of_role
 from sartor.cost_models.protocol import KernelModel
@@ -29,41 +27,10 @@ from sartor.cost_models.table import (
     predict_samples,
     sizes_of,
 )
-from sartor.cost_models.work import work_of_spec
 from sartor.errors import UsageError
 from sartor.ir.layout import FAMILY as LAYOUT
 
-_ANY = "*"
-_FEW = 8
-
-
-@dataclasses.dataclass(frozen=True)
-class Cold:
-    """Seconds that a kernel takes longer when its weights are not in the nearest cache.
-
-    `fixed + per_byte · weight bytes`, and `per_far_byte · weight bytes` more if they are in no cache at all.
-
-    Attributes:
-        by_family: the three coefficients, none negative.
-    """
-
-    by_family: Mapping[str, tuple[float, float, float]]
-
-    def coefficients(self, family: str) -> tuple[float, float, float]:
-        """Those of one family; zero where nothing was timed cold."""
-        return self.by_family.get(family) or self.by_family.get(_ANY, (0.0, 0.0, 0.0))
-
-
-def waiting_s(coefficients: tuple[float, float, float], weight_bytes: Any) -> tuple[Any, Any]:
-    """Seconds that a kernel waits for weights that are not in the nearest cache; and besides, if they are in none.
-
-    Args:
-        coefficients: of `Cold`.
-        weight_bytes: of the kernel, a scalar or an array.
-    """
-    fixed, per_byte, per_far_byte = coefficients
-    weights = np.asarray(weight_bytes, float)
-    return np.where(weights > 0, fixed + per_byte * weights, 0.0), per_far_byte * weights
+_STATES = 5
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -71,17 +38,13 @@ class Predicted:
     """What the tiers say of many kernels, an array each.
 
     Attributes:
-        warm_s: seconds with warm weights.
+        seconds: of each.
         sd_s: standard deviation of them.
-        near_s: what weights add that are in another cache.
-        far_s: what weights add besides that are in none.
         tiers: which tier said it.
     """
 
-    warm_s: np.ndarray
+    seconds: np.ndarray
     sd_s: np.ndarray
-    near_s: np.ndarray
-    far_s: np.ndarray
     tiers: tuple[str, ...]
 
 
@@ -93,14 +56,12 @@ class Tiers:
         rates: roofline; knows every kernel.
         learned: None where it was not fitted.
         table: measured.
-        cold: see `Cold`.
         grid: channel grid by family or operator.
     """
 
     rates: Rates
     learned: BoostedResidual | None
     table: KernelTable
-    cold: Cold
     grid: Mapping[str, int]
     _surfaces: dict[Any, Surface] = dataclasses.field(default_factory=dict, repr=False)
 
@@ -114,14 +75,8 @@ class Tiers:
         """
         samples = of_role(profile.samples, "fit")
         models = profile.models
-        caches = Caches.of(profile.device)
         try:
             grid = {str(k): int(v) for k, v in profile.target.get("channel_grid", {}).items()}
-            cold = {name: tuple(map(float, found)) for name, found in models.get("cold", {}).items()}
-            coefficients = {name: (near, far, farther) for name, (near, far, farther) in cold.items()}
-            if "cold" not in models:
-                coefficients = around.fitted(samples, caches, grid) or dict(fitted_cold(samples).by_family)
-            samples = around.warmed(samples, caches, coefficients)
             known = models.get("roofline")
             rates = Rates.load(known, grid) if known is not None else roofline.fitted(samples, grid)
             learned = BoostedResidual.load(models["learned"], rates) if models.get("learned") else None
@@ -132,7 +87,13 @@ class Tiers:
                 f"The models of the device profile are malformed ({type(error).__name__}: {str(error)[:200]}); build "
                 "it again with 'sartor profile'."
             ) from error
-        return Tiers(rates, learned, table, Cold(coefficients), grid)
+        return Tiers(rates, learned, table, grid)
+
+    @property
+    def periods(self) -> np.ndarray:
+        """Seconds between two runs of a kernel, ascending `[states]`: the states of the caches that it is priced in."""
+        low, high = self.rates.periods
+        return np.geomspace(low, high, _STATES) if low else np.zeros(1)
 
     @property
     def prices_layout(self) -> bool:
@@ -153,14 +114,14 @@ class Tiers:
             steps = {names[i]: step for i in roofline.stepped(signature.spec)}
             model = self.model_for(signature)
             self._surfaces[key] = build(
-                ranges_of(names, fulls, varies, steps), lambda sizes: _predict(model, signature, sizes)
+                ranges_of(names, fulls, varies, steps),
+                lambda sizes: _predict(model, signature, sizes, self.periods),
             )
         return self._surfaces[key]
 
     def many(self, samples: Sequence[Sample]) -> Predicted:
-        """Many kernels at once; their times are not looked at."""
+        """Many kernels at once, each with the period of its sample; their times are not looked at."""
         seconds, log_sd = predict_samples(self.table.base, samples)
-        near, far = np.zeros(len(samples)), np.zeros(len(samples))
         tiers = [""] * len(samples)
         for key, indices in by_spec(samples).items():
             one, sizes = samples[indices[0]], sizes_of(samples, indices)
@@ -169,46 +130,22 @@ class Tiers:
                 mean, variance = correction.at(sizes or [np.zeros(len(indices))])
                 seconds[indices] *= np.exp(mean)
                 log_sd[indices] = np.sqrt(variance)
-            near[indices], far[indices] = waiting_s(
-                self.cold.coefficients(one.family), work_of_spec(one.spec, sizes).weight_bytes
-            )
             for index in indices:
                 tiers[index] = self.model_for(as_signature(one)).tier
-        return Predicted(seconds, seconds * log_sd, near, far, tuple(tiers))
+        return Predicted(seconds, seconds * log_sd, tuple(tiers))
 
 
 def _predict(
-    model: KernelModel, signature: Signature, sizes: Sequence[np.ndarray]
+    model: KernelModel, signature: Signature, sizes: Sequence[np.ndarray], periods: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    seconds, log_sd = model.predict(signature, sizes)
-    return np.atleast_1d(seconds), np.atleast_1d(log_sd)
+    """`[rows, states]` each."""
+    found = [model.predict(signature, sizes, period) for period in periods]
+    seconds, log_sd = (
+        np.stack([np.atleast_1d(part) for part in parts], -1) for parts in zip(*found, strict=True)
+    )
+    return seconds, log_sd
 
 
 def below(rates: Rates, learned: BoostedResidual | None) -> tuple[KernelModel, ...]:
     """The tiers below the measured one, best first."""
     return (rates,) if learned is None else (learned, rates)
-
-
-def fitted_cold(samples: Sequence[Sample]) -> Cold:
-    """Fit what cold weights cost, per family, relative to the warm time."""
-    rows: dict[str, list[tuple[float, float, float]]] = {}
-    for sample in samples:
-        if sample.cold_s is None:
-            continue
-        weights = float(work_of_spec(sample.spec, [np.asarray(s) for s in sample.at]).weight_bytes)
-        if weights:
-            for family in (sample.family, _ANY):
-                rows.setdefault(family, []).append((weights, sample.cold_s - sample.warm_s, sample.warm_s))
-    return Cold({f: (*_fit_cold(np.array(r)), 0.0) for f, r in rows.items() if f == _ANY or len(r) >= _FEW})
-
-
-def _fit_cold(rows: np.ndarray) -> tuple[float, float]:
-    weights, extra, warm = rows.T
-    design = np.stack([1.0 / warm, weights / warm], 1)
-    target = extra / warm
-    both, *_ = np.linalg.lstsq(design, target, rcond=None)
-    if (both >= 0).all():
-        return float(both[0]), float(both[1])
-    singles = [max(0.0, float(c @ target / (c @ c))) for c in design.T]
-    errors = [float(np.square(c * s - target).sum()) for c, s in zip(design.T, singles, strict=True)]
-    return (singles[0], 0.0) if errors[0] < errors[1] else (0.0, singles[1])

@@ -7,12 +7,13 @@ goes left where `x[feature] <= number`; a leaf has feature -1 and its value as n
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-_CELLS = 1_000_000  # (tree, row) pairs that are walked at once: a few tens of megabytes
+_CELLS = 1 << 16  # (tree, row) pairs that are walked at once: what a core's own caches hold
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -46,17 +47,24 @@ class Trees:
         return total
 
     def _walk(self, rows: np.ndarray) -> np.ndarray:
-        node = np.repeat(self.roots[:, None], len(rows), 1)  # [trees, rows]
-        column = np.arange(len(rows))
-        while True:
-            feature = self.feature[node]
-            inner = feature >= 0
-            if not inner.any():
-                return self.number[node].sum(0)
-            goes_left = (
-                rows[column, feature] <= self.number[node]
-            )  # a leaf reads the last column, for nothing
-            node = np.where(inner & goes_left, node + 1, self.right[node])
+        feature, number, right, depth = self._compact
+        flat, first = rows.ravel(), np.arange(len(rows), dtype=np.int32) * np.int32(rows.shape[1])
+        node = np.repeat(self.roots.astype(np.int32)[:, None], len(rows), 1)  # [trees, rows]
+        for _ in range(depth):
+            goes_left = flat[first + feature[node]] <= number[node]
+            node = np.where(goes_left, node + np.int32(1), right[node])
+        return self.number[node].sum(0)
+
+    @functools.cached_property
+    def _compact(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
+        """Small arrays, in which a leaf is a split whose right child it is itself; and the depth of the deepest."""
+        leaf = self.feature < 0
+        feature = np.where(leaf, 0, self.feature).astype(np.int32)
+        level = np.zeros(len(leaf), np.int64)
+        for parent in np.flatnonzero(~leaf):  # in preorder, children come behind
+            level[[parent + 1, self.right[parent]]] = level[parent] + 1
+        number = np.where(leaf, -np.inf, self.number)
+        return feature, number, self.right.astype(np.int32), int(level.max(initial=0))
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready form."""

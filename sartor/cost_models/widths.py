@@ -90,6 +90,7 @@ def rounded_up(ladder: Ladder, workload: Workload, name: str, size: int) -> int 
     if wanted == size:
         return None
     now = then = 0.0
+    period_s = float(ladder.estimate_batch(workload))
     for item in ladder.items(workload):
         signature = item.signature
         if signature is None or name not in {g for v in signature.variables for g in v.groups}:
@@ -97,12 +98,12 @@ def rounded_up(ladder: Ladder, workload: Workload, name: str, size: int) -> int 
         for fraction in (1.0, wanted / size):
             plans = Population({name: np.asarray(fraction)}, {})
             sizes = [float(plans.quantity(v)) for v in signature.variables]
-            kernel = Sample(signature.spec, tuple(sizes), signature.family, 1.0)
-            warm = float(ladder.tiers.many([kernel]).warm_s[0])
+            kernel = Sample(signature.spec, tuple(sizes), signature.family, 1.0, period_s=period_s)
+            own = float(ladder.tiers.many([kernel]).seconds[0])
             if fraction == 1.0:
-                now += warm * len(item.kernels)
+                now += own * len(item.kernels)
             else:
-                then += warm * len(item.kernels)
+                then += own * len(item.kernels)
     return wanted if 0 < then <= now * (1 + _EQUAL) else None
 
 

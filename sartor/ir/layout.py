@@ -15,6 +15,7 @@ from sartor.ir.fusion_layout import Step, copied, steps_of
 from sartor.ir.operands import Operand, Tensors, channels_per_group
 from sartor.ir.population import Population, Presence
 from sartor.ir.program import Program
+from sartor.ir.quantities import Quantity
 
 FAMILY = "layout"
 COPIES = ("ReorderInput", "ReorderOutput", "Reorder")
@@ -28,13 +29,15 @@ class Copy:
     Attributes:
         op_type: `ReorderInput` or `ReorderOutput`.
         value: its name.
-        moved: bytes read and written, a scalar or `[plans]`.
+        dims: its shape, `*` for the channels.
+        moved: bytes read and written.
         count: 1.0 where the copy exists, else 0.0.
     """
 
     op_type: str
     value: str
-    moved: Any
+    dims: tuple[int | str, ...]
+    moved: Quantity
     count: Any
 
 
@@ -91,9 +94,16 @@ class Layout:
         for op_type, names in zip(("ReorderInput", "ReorderOutput"), found, strict=True):
             for name, needed in names.items():
                 if needed.any():
-                    moved = self.values[name]
-                    count = needed * plans.present(Presence(moved.blocks))
-                    yield Copy(op_type, name, 2.0 * plans.quantity(moved.operand.bytes), count)
+                    value = self.values[name]
+                    count = needed * plans.present(Presence(value.blocks))
+                    yield Copy(op_type, name, *_moved(value.operand), count)
+
+
+def _moved(operand: Operand) -> tuple[tuple[int | str, ...], Quantity]:
+    """Shape of a copied value, `*` for its channels; bytes read and written."""
+    lengths = (round(dim.full) for dim in operand.dims)
+    dims = tuple("*" if axis == 1 else length for axis, length in enumerate(lengths))
+    return dims, Quantity.product(2.0 * operand.item_bytes, operand.dims)
 
 
 class _Planned:

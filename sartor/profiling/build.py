@@ -19,7 +19,7 @@ import numpy as np
 from sartor.backends import host
 from sartor.backends.protocol import Backend, TargetOptions
 from sartor.cost_models.profile import DeviceProfile, of_role
-from sartor.cost_models.samples import empty_model, weight_bytes
+from sartor.cost_models.samples import empty_model
 from sartor.cost_models.signatures import Signature
 from sartor.errors import BackendError, UsageError
 from sartor.ir.fusion_rules import CONTRACTIONS, GENERIC, FusionRules
@@ -32,7 +32,6 @@ from sartor.profiling.records import SENTENCE, Records
 
 _NETWORKS_AT_ONCE = len(networks.KINDS)
 _CARRIED = 32  # kernels of one carrier
-_CARRIER = InsideEffort(visits=2)
 _ANCHORED, _ANCHOR = 3, InsideEffort(visits=4, profile_s=0.0)  # rounds of networks between anchors
 _DRAWN, _TIMED, _REFINED = 0.10, 0.72, 0.92
 """Of the minutes: until when kernels are drawn, networks timed, kernels chosen by uncertainty. The rest is the fit."""
@@ -282,7 +281,7 @@ class _Builder:
 
     def _carried(self, timer: Insider, points: Sequence[Point], results: list[dict[str, Any]]) -> None:
         try:
-            inside = timer([carrier_model(points)], _CARRIER)[0]
+            inside = timer([carrier_model(points)], InsideEffort())[0]
         except UnmadeError as error:
             inside = Inside(None, reason=str(error))
         if inside.latency is None and len(points) > 1:
@@ -291,7 +290,6 @@ class _Builder:
             self._carried(timer, points[middle:], results)
             return
         self.records.saw(inside.reference_s)
-        around = sum(weight_bytes(p.spec, p.at) for p in points)
         rows_of_model, total = whole(inside.kernels)
         model = {
             "ratio": inside.latency.ratio if inside.latency is not None else math.nan,
@@ -307,8 +305,7 @@ class _Builder:
                 continue
             role = "heldout" if point.heldout else "fit"
             ratio, rows = time_and_rows
-            timed = {"ratio": ratio, "rows": rows, "role": role, "around_bytes": max(around, 1.0)}
-            results.append({**described, **timed, "model": model})
+            results.append({**described, "ratio": ratio, "rows": rows, "role": role, "model": model})
 
     def _networks(self, timer: Insider) -> None:
         number = self.records.next("networks")
@@ -345,7 +342,6 @@ class _Builder:
             "name": name,
             "ratio": inside.latency.ratio,
             "half_width": min(inside.latency.half_width, 1.0),
-            "weight_bytes": max(described.weight_bytes, 1.0),
             "kernels": [
                 [signature.spec, list(sizes), count] for signature, sizes, count in described.kernels
             ],

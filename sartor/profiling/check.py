@@ -11,10 +11,7 @@ from typing import Any
 
 from sartor.backends import host
 from sartor.backends.protocol import TargetOptions
-from sartor.cost_models import around
-from sartor.cost_models.law import Caches, cold_share
 from sartor.cost_models.profile import DeviceProfile, Sample
-from sartor.cost_models.samples import weight_bytes
 from sartor.cost_models.tiers import Tiers
 from sartor.errors import BackendError, UsageError
 from sartor.ir.layout import FAMILY as LAYOUT
@@ -28,8 +25,6 @@ TOLERANCE = 0.10
 _PRECISE = 0.05  # samples with a wider interval say little
 _FEWEST, _CARRIED = 3, 32  # of one family; of one carrier
 _LEAST_S = 10e-6  # of a kernel: what the profiler adds to a shorter one matters too much
-_ALIKE = 0.1  # shares of the weights that were displaced
-_WAITING = 0.3  # of a time; what waiting for weights costs is known roughly
 _SLOWER = 0.15  # of the reference itself: other clocks, another machine
 
 
@@ -143,7 +138,7 @@ def _chosen(profile: DeviceProfile, seed: int) -> list[Sample]:
     """Well-known samples, the same number of every family where there are enough."""
     by_family: dict[str, list[Sample]] = {}
     for sample in profile.samples:
-        if sample.half_width <= _PRECISE and sample.family != LAYOUT and sample.warm_s >= _LEAST_S:
+        if sample.half_width <= _PRECISE and sample.family != LAYOUT and sample.seconds >= _LEAST_S:
             by_family.setdefault(sample.family, []).append(sample)
     rng = random.Random(seed)
     each = max(_FEWEST, SAMPLES // max(len(by_family), 1))
@@ -159,7 +154,7 @@ def _chosen(profile: DeviceProfile, seed: int) -> list[Sample]:
 def _again(
     chosen: Sequence[Sample], timer: Insider, profile: DeviceProfile
 ) -> tuple[dict[str, list[float]], float]:
-    """Times now over times then by family, with warm weights; and the reference's seconds."""
+    """Times now over times then by family, the caches in the same state; and the reference's seconds."""
     carriers = _carriers(chosen)
     points = [[Point(sample.spec, sample.at, sample.family) for sample in one] for one in carriers]
     effort = InsideEffort(visits=2, profile_s=1.0)
@@ -168,48 +163,37 @@ def _again(
     if not known:
         raise BackendError(f"None of the profile's kernels could be timed: {timed[0].reason}.")
     then_s, overhead_s = (float(profile.protocol[key]) for key in ("reference_s", "profiler_s"))
-    caches, cold = Caches.of(profile.device), Tiers.of(profile).cold.by_family
-    found: dict[str, list[float]] = {}
+    again: list[tuple[Sample, Sample]] = []
     for samples, of_samples, inside in zip(carriers, points, timed, strict=True):
-        weights = max(sum(weight_bytes(p.spec, p.at) for p in of_samples), 1.0)
+        if inside.latency is None:
+            continue
+        period_s = inside.latency.ratio * then_s
         for sample, time_and_rows in zip(samples, of_carrier(of_samples, inside.kernels), strict=True):
-            if time_and_rows is None:
-                continue
-            own = max(time_and_rows[0] * then_s - time_and_rows[1] * overhead_s, 1e-9)
-            now = dataclasses.replace(sample, warm_s=own, around_bytes=weights)
-            if _comparable(sample, now, caches, cold):
-                then, again = (one.warm_s for one in around.warmed([sample, now], caches, cold))
-                found.setdefault(sample.family, []).append(again / then)
+            if time_and_rows is not None:
+                own = max(time_and_rows[0] * then_s - time_and_rows[1] * overhead_s, 1e-9)
+                again.append((sample, dataclasses.replace(sample, seconds=own, period_s=period_s)))
+    tiers = Tiers.of(profile)
+    said = [tiers.many([pair[i] for pair in again]).seconds for i in (0, 1)]
+    found: dict[str, list[float]] = {}
+    for (then, now), before, after in zip(again, *said, strict=True):
+        found.setdefault(then.family, []).append((now.seconds / after) / (then.seconds / before))
     if not found:
         raise BackendError("None of the profile's kernels could be timed; look at 'sartor targets'.")
     return found, statistics.median(one.reference_s for one in known)
 
 
 def _carriers(chosen: Sequence[Sample]) -> list[list[Sample]]:
-    """Kernels that are timed side by side, with about as many weights around each as then."""
-    most = statistics.median(sample.around_bytes for sample in chosen)
+    """Kernels that are timed side by side, at most as many as take what their models took then."""
+    most = statistics.median(sample.period_s for sample in chosen)
     found: list[list[Sample]] = []
-    weights = math.inf
+    spent = math.inf
     for sample in chosen:
-        own = weight_bytes(sample.spec, sample.at)
-        if weights + own > most or len(found[-1]) == _CARRIED:
+        if spent + sample.seconds > most or len(found[-1]) == _CARRIED:
             found.append([])
-            weights = 0.0
+            spent = 0.0
         found[-1].append(sample)
-        weights += own
+        spent += sample.seconds
     return found
-
-
-def _comparable(then: Sample, now: Sample, caches: Caches, cold: Mapping[str, around.Coefficients]) -> bool:
-    """Whether as much of the kernel's weights was displaced then, or it is known, and little, what they cost."""
-    shares = [
-        [float(cold_share(one.around_bytes, size)) for size in (caches.near, caches.last)]
-        for one in (then, now)
-    ]
-    if not weight_bytes(then.spec, then.at) or all(abs(a - b) < _ALIKE for a, b in zip(*shares, strict=True)):
-        return True
-    times = zip((then, now), around.warmed([then, now], caches, cold), strict=True)
-    return then.family in cold and all(warm.warm_s > (1 - _WAITING) * one.warm_s for one, warm in times)
 
 
 def _median(ratios: Sequence[float]) -> tuple[float, float, float, int]:

@@ -23,7 +23,6 @@ from sartor.profiling import shapes as made
 
 HELD_OUT = 0.2
 MOST_MACS, MOST_WEIGHT_BYTES, MOST_MOVED_BYTES = 4e8, 24 << 20, 16 << 20
-_COLD_FROM_BYTES = 32 << 10
 _POOL = 6  # candidates looked at for every sample that `refine` takes
 _MOST_ALIKE = 4  # of one signature in one refinement
 
@@ -49,12 +48,6 @@ class Point:
         """Without variables: no plan stands behind it."""
         kind = "movement" if "inputs" in self.spec else "contraction"
         return Signature(key_of(self.spec), self.family, kind, dict(self.spec), ())
-
-    @property
-    def cold(self) -> bool:
-        """Whether it has weights that matter: enough of them, and not few beside its activations."""
-        weights = weight_bytes(self.spec, self.at)
-        return weights >= _COLD_FROM_BYTES and weights >= 0.1 * self._activation_bytes()
 
     @property
     def heldout(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 from sartor.backends.protocol import KernelTime
 from sartor.cost_models.samples import kernels_of, sample_model
 from sartor.cost_models.signatures import Signature, copy_signature, signature_of
+from sartor.cost_models.work import item_bytes
 from sartor.ir.fusion_rules import FusionRules
-from sartor.ir.layout import COPIES
+from sartor.ir.layout import COPIES, Copy
 from sartor.ir.quantities import Quantity
 from sartor.profiling.design import Point
 from sartor.profiling.fusion_check import NAMELESS_PARTS, Executed
@@ -45,14 +47,12 @@ class Described:
 
     Attributes:
         kernels: `(signature, sizes, how often)`, equal ones merged; copies between layouts that are expected, too.
-        weight_bytes: of all its weights.
         observed: kernels that ran as they are, and copies.
         rows: executed kernels in all, those that only change a shape excepted.
         ratio: of these together.
     """
 
     kernels: Sequence[tuple[Signature, tuple[float, ...], int]]
-    weight_bytes: float
     observed: tuple[Observed, ...]
     rows: int
     ratio: float
@@ -79,7 +79,6 @@ def describe(model: bytes, executed: Sequence[KernelTime], rules: FusionRules) -
     count, total = whole(executed)
     return Described(
         kernels=kernels,
-        weight_bytes=float(workload.evaluate().weight_bytes),
         observed=(*observed, *copies_of(found.inserted)),
         rows=count,
         ratio=total,
@@ -109,13 +108,14 @@ def whole(executed: Sequence[KernelTime]) -> tuple[int, float]:
 
 
 def copies_of(inserted: Sequence[KernelTime]) -> list[Observed]:
-    """Copies between layouts, of which the bytes are known."""
+    """Copies between layouts, of which the shape is known."""
     found = []
     for kernel in inserted:
-        moved = 2.0 * kernel.written_bytes
-        if kernel.op_type in COPIES and moved:
-            signature = copy_signature(kernel.op_type, Quantity.product(moved, ()))
-            found.append(Observed(signature, (moved,), kernel.median_s, 1))
+        if kernel.op_type in COPIES and len(kernel.written) > 1:
+            dims = tuple("*" if axis == 1 else length for axis, length in enumerate(kernel.written))
+            moved = 2.0 * item_bytes("FLOAT") * math.prod(kernel.written)
+            copy = Copy(kernel.op_type, "", dims, Quantity.product(moved, ()), 1.0)
+            found.append(Observed(copy_signature(copy), (moved,), kernel.median_s, 1))
     return found
 
 

@@ -15,11 +15,11 @@ from sartor.journal import Journal
 from sartor.profiling.design import Point
 
 SENTENCE = (
-    "kernels inside models, as the target's own profiler tells them: generated networks, and carriers in which drawn "
-    "kernels stand side by side; medians over at least eight inferences, or the fastest of them, over the mean of a "
-    "reference convolution in the same runtime before and after, in moments in which that is near its best; the "
-    "profiler's own part of a kernel, known from what whole networks take without it, is subtracted. Networks: lower "
-    "quartiles of visits in such moments, each the median of its runs"
+    "kernels and copies inside models, as the target's own profiler tells them: generated networks, and carriers "
+    "in which drawn kernels stand side by side; medians over at least eight inferences, or the fastest of them, "
+    "over the mean of a reference convolution in the same runtime before and after, in moments in which that is "
+    "near its best; the profiler's own part of a kernel, known from what whole networks take without it, is "
+    "subtracted. Networks: lower quartiles of visits in such moments, each the median of its runs"
 )
 
 
@@ -95,18 +95,16 @@ class Records:
         known = self.find("call")
         call = float(known["ratio"] or 0.0) if known else 0.0
         overhead = _overhead(timed, call)
-        beside = (overhead, call)
+        models = timed or [r["model"] for r in drawn if "ratio" in r]
+        doubt = statistics.median(m["half_width"] for m in models) if models else 0.0
+        beside = (overhead, call, doubt)
         inside = [(kernel, network) for network in timed for kernel in network["observed"]]
         conditions: Mapping[str, Any] = next(
             (r["conditions"] for r in reversed(self.batches("networks"))), {}
         )
         samples = [
-            *(
-                _sample(r, r["role"], r["around_bytes"], scale, r["model"], beside)
-                for r in drawn
-                if "ratio" in r
-            ),
-            *(_sample(k, _SAMPLE_ROLE[n["role"]], n["weight_bytes"], scale, n, beside) for k, n in inside),
+            *(_sample(r, r["role"], scale, r["model"], beside) for r in drawn if "ratio" in r),
+            *(_sample(k, _SAMPLE_ROLE[n["role"]], scale, n, beside) for k, n in inside),
         ]
         return DeviceProfile(
             target=target,
@@ -168,24 +166,22 @@ _STUDENT = 2.6  # at 95 %, for about five times
 def _sample(
     result: Mapping[str, Any],
     role: str | None,
-    around_bytes: float,
     scale: float,
     model: Mapping[str, Any],
-    beside: tuple[float, float],
+    beside: tuple[float, float, float],
 ) -> Sample | None:
     """One kernel without the profiler's own part, on the scale of its model's latency, which more runs say better.
 
     Args:
         result: of the kernel.
         role: None: it is no sample.
-        around_bytes: of the weights of its model.
         scale: seconds of the reference.
         model: `ratio`, `half_width`, `sum` and `rows` of the model that it ran in.
-        beside: the profiler's part of a kernel in models at large, and an empty call.
+        beside: the profiler's part of a kernel in models at large, an empty call, and how well models are known.
     """
     if role is None:
         return None
-    typical, call = beside
+    typical, call, doubt = beside
     # Where kernels are short, what a profiler writes down displaces more of the caches beside what they take.
     # A model tells how much that is the better, the more of its time it is.
     own_part = (model["sum"] + call - model["ratio"]) / model["rows"]
@@ -195,14 +191,16 @@ def _sample(
     factor = (model["ratio"] - call) / max(model["sum"] - overhead * model["rows"], 1e-9)
     own = max(result["ratio"] - result["rows"] * overhead, _LEAST_OWN * result["ratio"])
     own_s = own * scale * min(max(factor, 1 / _MOST_SCALED), _MOST_SCALED)
+    # The interval of four visits is itself known within a factor of three.
+    model_half_width = math.sqrt(model["half_width"] * doubt)
     return Sample(
         spec=result["spec"],
         at=tuple(map(float, result["at"])),
         family=result["family"],
-        warm_s=own_s,
-        half_width=min(1.0, math.hypot(_NOISE, _RESOLUTION / own_s, model["half_width"])),
+        seconds=own_s,
+        half_width=min(1.0, math.hypot(_NOISE, _RESOLUTION / own_s, model_half_width)),
         role=role,
-        around_bytes=around_bytes,
+        period_s=model["ratio"] * scale,
     )
 
 
@@ -216,7 +214,6 @@ def _network(result: Mapping[str, Any], scale: float, again: Sequence[float]) ->
     return NetworkTime(
         name=result["name"],
         kernels=tuple((spec, tuple(map(float, at)), count) for spec, at, count in result["kernels"]),
-        weight_bytes=result["weight_bytes"],
         latency_s=latency,
         ci95=(latency / (1 + half), latency * (1 + half)),
         role=result["role"],

@@ -59,14 +59,14 @@ def _collect(
     # Inserted nodes share a name (several `ReorderInput`), so kernels are told apart by their index.
     durations: dict[tuple[str, str], list[float]] = {}
     types: dict[tuple[str, str], str] = {}
-    written: dict[tuple[str, str], int] = {}
+    written: dict[tuple[str, str], tuple[int, ...]] = {}
     for event in events:
         if event.get("cat") != "Node" or not event["name"].endswith(_SUFFIX):
             continue
         key = (event["name"].removesuffix(_SUFFIX), str(event["args"].get("node_index", "")))
         durations.setdefault(key, []).append(event["dur"] * 1e-6)
         types[key] = event["args"].get("op_name", "")
-        written[key] = int(event["args"].get("output_size", 0))
+        written[key] = _shape(event["args"])
     found = _nodes(types, origin, executed)
     counted = {key: samples[-runs:] for key, samples in durations.items()}
     most = max(map(len, counted.values()), default=0)
@@ -82,10 +82,18 @@ def _collect(
             ),
             runs=len(samples),
             implementation="nchwc" if key[0].endswith("_nchwc") else "",
-            written_bytes=written[key],
+            written=written[key],
         )
         for key, samples in counted.items()
     ]
+
+
+def _shape(arguments: Mapping[str, Any]) -> tuple[int, ...]:
+    """Of the first output; the profiler says `[{"float": [1, 64, 28, 28]}, ...]`."""
+    for value in arguments.get("output_type_shape", ())[:1]:
+        for shape in value.values():
+            return tuple(map(int, shape))
+    return ()
 
 
 def _fastest(kernels: list[list[float]]) -> list[int]:

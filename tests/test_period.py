@@ -1,0 +1,207 @@
+"""A kernel takes the longer, the longer ago it last ran; a network decides itself how long that is."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+
+import numpy as np
+import pytest
+from cost_profiles import PERIODS, conv_spec, gemm_spec, make_profile, with_samples
+
+from sartor.cost_models import rates
+from sartor.cost_models.features import family_of, features, names_of
+from sartor.cost_models.fitting import fit_profile, networks_terms
+from sartor.cost_models.items import settled_shares, shares_at
+from sartor.cost_models.ladder import Ladder
+from sartor.cost_models.law import Law
+from sartor.cost_models.learned import as_signature
+from sartor.cost_models.profile import DeviceProfile, Sample
+from sartor.cost_models.tiers import Tiers
+from sartor.cost_models.work import work_of_spec
+from sartor.errors import UsageError
+from sartor.profiling.shapes import moving
+
+LAUNCH, PER_MAC, PER_BYTE = 2e-6, 1 / 40e9, 1 / 15e9
+FIXED, PER_WEIGHT = 1e-6, 1 / 8e9
+
+
+def seconds_of(spec, at, period_s):
+    found = work_of_spec(spec, at)
+    weights, moved = float(found.weight_bytes), float(found.moved)
+    waiting = FIXED + PER_WEIGHT * weights
+    share = float(rates.share_of(period_s, PERIODS))
+    return LAUNCH + PER_MAC * float(found.macs) + PER_BYTE * moved + share * waiting
+
+
+def timed(spec, at, period_s, factor=1.0):
+    at = tuple(map(float, at))
+    return Sample(spec, at, family_of(spec), seconds_of(spec, at, period_s) * factor, period_s=period_s)
+
+
+def drawn(count, seed=0, noise=0.0):
+    rng = np.random.default_rng(seed)
+    found = []
+    for _ in range(count):
+        spec = conv_spec(int(rng.choice([7, 14, 28])), int(rng.choice([1, 3])))
+        at = [16 * int(rng.integers(1, 32)) for _ in range(2)]
+        period_s = math.exp(rng.uniform(*np.log(PERIODS)))
+        found.append(timed(spec, at, period_s, math.exp(noise * rng.standard_normal())))
+    return found
+
+
+# ---- kernels -------------------------------------------------------------------------------------
+@pytest.mark.parametrize(("noise", "tolerance"), [(0.0, 0.01), (0.03, 0.6)])
+def test_what_waiting_costs_is_recovered_beside_everything_else_that_a_kernel_takes(noise, tolerance):
+    law = rates.fitted(drawn(800, noise=noise), periods=PERIODS).laws["conv/Conv"]
+    expected = (LAUNCH, PER_MAC, PER_BYTE, 0.0, FIXED, PER_WEIGHT)
+    assert law.coefficients == pytest.approx(expected, rel=tolerance)
+    assert min(law.coefficients[4:]) > 0
+
+
+def test_the_ends_of_the_periods_are_those_of_the_models_that_were_timed():
+    low, high = rates.periods_of(drawn(400))
+    assert PERIODS[0] < low < 1.5 * PERIODS[0] and PERIODS[1] / 1.5 < high < PERIODS[1]
+    assert rates.periods_of([dataclasses.replace(s, period_s=0.0) for s in drawn(20)]) == (0.0, 0.0)
+
+
+def test_the_share_that_is_displaced_is_nothing_at_one_end_and_all_at_the_other():
+    found = rates.share_of(np.array([0.0, 1e-4, 1e-3, 1e-2, 1.0]), (1e-4, 1e-2))
+    np.testing.assert_allclose(found, [0.0, 0.0, 0.5, 1.0, 1.0])
+    np.testing.assert_array_equal(rates.share_of(np.array([1e-3, 1.0]), (0.0, 0.0)), [0.0, 0.0])
+
+
+def test_kernels_that_ran_alone_know_no_waiting():
+    alone = [dataclasses.replace(s, period_s=0.0) for s in drawn(200)]
+    law = rates.fitted(alone)
+    assert all(one.coefficients[4:] == (0.0, 0.0) for one in law.laws.values())
+    signature, at = as_signature(alone[0]), [np.array([v]) for v in alone[0].at]
+    assert law.predict(signature, at, 1.0)[0] == law.predict(signature, at)[0]
+
+
+def test_what_a_kernel_is_bound_by_includes_what_it_waits_for():
+    laws = rates.fitted(
+        [*drawn(800), *(timed(gemm_spec(), (64 * i, 512), p) for i in range(1, 9) for p in PERIODS)]
+    )
+    spec, at = gemm_spec(), (512.0, 512.0)
+    found = work_of_spec(spec, at)
+    macs, moved, weights = float(found.macs), float(found.moved), float(found.weight_bytes)
+    assert laws.bound("conv", "Conv", macs, moved, weights, PERIODS[1]) == "bandwidth"
+    assert laws.bound("conv", "Conv", 40 * macs, moved, 0.0, PERIODS[0]) == "compute"
+
+
+def test_laws_survive_their_file_with_the_periods():
+    laws = rates.fitted(drawn(100), {"Conv": 16})
+    again = rates.Rates.load(json.loads(json.dumps(laws.save())), laws.grid)
+    assert again == laws
+    profile = fit_profile(make_profile(200, in_models=True), learned=False)
+    broken = {**profile.models, "roofline": {"laws": profile.models["roofline"]["laws"]}}
+    with pytest.raises(UsageError, match="malformed"):
+        Tiers.of(dataclasses.replace(profile, models=broken))
+
+
+def test_trees_are_told_the_period_of_kernels_with_weights_only():
+    """What others read has just been made; in long networks maps are large, which trees would take for the same."""
+    spec, relu = conv_spec(14), moving("Relu", [[1, "*", 14, 14]], [[1, "*", 14, 14]])
+    rows = {p: features(spec, [[16.0, 32.0], [16.0, 16.0]], p) for p in (0.0, 1e-3)}
+    place = names_of(spec).index("log_period")
+    assert (rows[0.0][:, place] == 0).all() and rows[1e-3][:, place] == pytest.approx(math.log(1e3))
+    assert features(spec, [[16.0, 32.0], [16.0, 16.0]], np.array([1e-3, 0.0]))[:, place] == pytest.approx(
+        [math.log(1e3), 0.0]
+    )
+    np.testing.assert_array_equal(features(relu, [[1e5]], 0.0), features(relu, [[1e5]], 1e-3))
+
+
+# ---- networks ------------------------------------------------------------------------------------
+STATES = np.geomspace(1e-4, 1e-2, 5)
+
+
+def test_a_period_lies_between_two_states_by_its_logarithm():
+    np.testing.assert_allclose(shares_at(1e-3, STATES), [0, 0, 1, 0, 0], atol=1e-12)
+    between = shares_at(np.sqrt(STATES[0] * STATES[1]), STATES)
+    np.testing.assert_allclose(between, [0.5, 0.5, 0, 0, 0], atol=1e-12)
+    np.testing.assert_allclose(shares_at([0.0, 1e-6, 1.0], STATES), np.eye(5)[[0, 0, 4]], atol=1e-12)
+    np.testing.assert_array_equal(shares_at(np.ones((2, 3)), np.zeros(1)), np.ones((2, 3, 1)))
+
+
+def test_the_period_of_a_network_is_what_it_takes():
+    """With a time of `a + b · log(period)`, against bisection."""
+    for a, b in ((1e-3, 1e-4), (3e-4, 2e-5), (5e-5, 1e-5), (0.1, 1e-3)):
+        times = a + b * np.log(STATES / STATES[0])
+        found = float((settled_shares(times, STATES) * times).sum())
+        low, high = 1e-9, 1.0
+        for _ in range(200):
+            middle = (low + high) / 2
+            takes = a + b * np.clip(np.log(middle / STATES[0]), 0, np.log(100))
+            low, high = (middle, high) if takes > middle else (low, middle)
+        assert found == pytest.approx(middle, rel=1e-4)
+    batch = np.stack([times, 2 * times])
+    np.testing.assert_allclose(settled_shares(batch, STATES)[0], settled_shares(times, STATES))
+
+
+def test_networks_are_predicted_with_the_waiting_that_they_cause():
+    """Held-out networks; and worse, if nobody had noted how long ago kernels ran."""
+    profile = make_profile(1200, networks=30, noise=0.01, bias=0.0, in_models=True)
+    samples = tuple(dataclasses.replace(s, period_s=0.0) for s in profile.samples)
+    forgetful = dataclasses.replace(profile, samples=samples)
+    known, not_known = (fit_profile(one, learned=False).errors for one in (profile, forgetful))
+    assert known["kernels"]["mape"] < 0.7 * not_known["kernels"]["mape"]
+    assert known["networks"]["mape"] < 0.7 * not_known["networks"]["mape"]
+
+
+def test_how_long_a_network_took_is_not_looked_at_when_it_is_predicted():
+    profile = make_profile(300, networks=4, in_models=True)
+    slow = tuple(dataclasses.replace(n, latency_s=9.0, ci95=(8.0, 10.0)) for n in profile.networks)
+    tiers, law = Tiers.of(profile), Law.prior()
+    first, second = (networks_terms(nets, tiers, profile) for nets in (profile.networks, slow))
+    for one, other in zip(first, second, strict=True):
+        expected = [law.predict(terms.expected(law).seconds) for terms in (one, other)]
+        assert expected[0] == expected[1]
+        assert law.predict(one.seen().seconds) < law.predict(other.seen().seconds)
+        assert float(one.expected(law).shares.sum()) == pytest.approx(1.0)
+
+
+def test_the_same_kernel_costs_more_in_a_longer_network():
+    from cost_networks import Net, residual_blocks
+
+    from sartor.ir.workload import build_workload
+
+    def workload(layers):
+        net = Net((1, 64, 14, 14))
+        x = "x"
+        for number in range(layers):
+            x = net.conv(x, ("g", 64), 3, f"c{number}")
+        net.label("x", (1, ("g", 64), 14, 14))
+        return build_workload(net.program((x,)), net.extents, residual_blocks()[:0])
+
+    ladder = Ladder(with_samples(make_profile(600, in_models=True, noise=0.0), drawn(200)))
+    one, many = (ladder.estimate(workload(layers)) for layers in (1, 60))
+    assert many.kernels[30].latency_s > 1.05 * one.kernels[0].latency_s
+    assert many.latency_s > 60 * 1.05 * one.kernels[0].latency_s
+    total = sum(kernel.latency_s for kernel in many.kernels)
+    assert total + ladder.constant_s == pytest.approx(many.latency_s, rel=1e-9)
+
+
+def test_a_measured_network_says_how_long_its_kernels_had_to_wait():
+    from test_ladder import sampled, wide_workload
+
+    workload = wide_workload()
+    profile = sampled(workload)
+    periods = (1e-4, 1e-3, 1e-2)
+    samples = tuple(
+        dataclasses.replace(s, seconds=factor * s.seconds, period_s=period)
+        for s in profile.samples
+        for factor, period in zip((1.0, 1.5, 2.0), periods, strict=True)
+    )
+    ladder = Ladder(dataclasses.replace(profile, samples=samples))
+    ladder.calibrate(workload, 2e-4)
+    ladder.calibrate(workload, 5e-3)
+    short, long = (sum(o.seconds.values()) for o in ladder.observations)
+    assert long > 1.3 * short
+
+
+def test_a_profile_of_the_format_before_is_refused_with_what_to_do():
+    text = json.loads(make_profile(3).to_json())
+    with pytest.raises(UsageError, match=r"device-profile/3'.*device-profile/2'"):
+        DeviceProfile.from_json(json.dumps({**text, "schema": "sartor.device-profile/2"}))
