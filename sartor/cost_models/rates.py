@@ -56,6 +56,12 @@ class Rate:
     waiting_per_weight_s: float
     sd: float
 
+    @classmethod
+    def of(cls, coefficients: np.ndarray, sd: float) -> Rate:
+        """From coefficients in the order of `columns_of`."""
+        launch, mac, byte, element, fixed, weight = map(float, coefficients)
+        return cls(launch, mac, byte, element, fixed, weight, sd)
+
     @property
     def coefficients(self) -> tuple[float, ...]:
         """All but the error, in the order of `columns_of`."""
@@ -262,7 +268,7 @@ def _work(spec: Mapping[str, Any], family: str, sizes: Sequence[Any], grid: Mapp
 
 def _fit(rows: np.ndarray) -> Rate:
     best, sd = fit_logarithm(rows[:, :-2], rows[:, -2], rows[:, -1])
-    return Rate(*map(float, best), max(sd, _LEAST_SD))
+    return Rate.of(best, max(sd, _LEAST_SD))
 
 
 def fit_logarithm(columns: np.ndarray, seconds: np.ndarray, weight: np.ndarray) -> tuple[np.ndarray, float]:
@@ -291,7 +297,7 @@ def _scaled(law: Rate, rows: np.ndarray) -> Rate:
     """A law times what its few samples have in common, drawn towards 1 as if one more had said so."""
     error = np.log(rows[:, -2] / np.maximum(law.seconds(rows[:, :-2].T), 1e-12))
     factor = float(np.exp(error.sum() / (len(error) + 1)))
-    return Rate(*(factor * part for part in law.coefficients), law.sd)
+    return Rate.of(factor * np.asarray(law.coefficients), law.sd)
 
 
 def _not_negative(design: np.ndarray, target: np.ndarray) -> np.ndarray:

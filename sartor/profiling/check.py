@@ -183,14 +183,18 @@ def _again(
 
 
 def _carriers(chosen: Sequence[Sample]) -> list[list[Sample]]:
-    """Kernels that are timed side by side, at most as many as take what their models took then."""
-    most = statistics.median(sample.period_s for sample in chosen)
+    """Kernels that are timed side by side, at most as many as take what their models took then.
+
+    (A longer wait than any sample knows would be the law's guess, not the machine's change.)
+    """
     found: list[list[Sample]] = []
-    spent = math.inf
-    for sample in chosen:
-        if spent + sample.seconds > most or len(found[-1]) == _CARRIED:
+    spent = most = 0.0
+    for sample in sorted(
+        chosen, key=lambda sample: sample.period_s
+    ):  # stable: kernels stay in their chance order
+        if not found or spent + sample.seconds > most or len(found[-1]) == _CARRIED:
             found.append([])
-            spent = 0.0
+            spent, most = 0.0, sample.period_s
         found[-1].append(sample)
         spent += sample.seconds
     return found
