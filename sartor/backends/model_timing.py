@@ -41,8 +41,8 @@ def time_inside(request: Mapping[str, Any], send: Send) -> dict[str, Any]:
     backend = backends.get(request["backend"])
     options = TargetOptions.from_dict(request["options"])
     run = _reference(backend, Path(request["reference"]).read_bytes(), options, request["seed"])
-    quiet = Quiet(lambda: reference_s(run), request["best_s"])
-    if not request["best_s"]:
+    quiet = Quiet(lambda: reference_s(run), request["level_s"])
+    if not request["level_s"]:
         quiet.learn()
     deadline = time.monotonic() + request["limit_s"]
     for index, path in request["models"]:
@@ -57,7 +57,7 @@ def time_inside(request: Mapping[str, Any], send: Send) -> dict[str, Any]:
             continue
         send({"event": "timed", "index": index, **found})
     conditions = {**host.conditions(), "runtime": backend.capabilities().version, "pinned": list(pinned)}
-    return {"conditions": conditions, "best_s": quiet.best_s}
+    return {"conditions": conditions, "level_s": quiet.level_s}
 
 
 def _reference(backend: Backend, model: bytes, options: TargetOptions, seed: int) -> Run:
@@ -92,7 +92,7 @@ def _timed(
         visits += _visits(once, seconds, quiet, half, request["visit_s"], alone)
     return {
         "visits": visits,
-        "best_s": quiet.best_s,
+        "level_s": quiet.level_s,
         "kernels": [kernel.to_dict() for kernel in kernels],
         "before_s": before,
         "after_s": after,

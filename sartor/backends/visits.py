@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from sartor.backends.quiet import NEAR, Quiet
+from sartor.backends.quiet import Quiet, is_near
 
 CONFIDENCE = 0.95
 QUANTILE = 0.1
@@ -77,16 +77,16 @@ def median_of_microseconds(seconds: Sequence[float]) -> float:
     return statistics.median_grouped([round(s * 1e6) for s in seconds], interval=1.0) * 1e-6
 
 
-def summarise(visits: Sequence[Visit], best_reference_s: float = 0.0) -> Summary:
+def summarise(visits: Sequence[Visit], level_s: float = 0.0) -> Summary:
     """The lower quartile of the visits that can be believed, and its interval.
 
     Args:
         visits: of one kernel, at least one.
-        best_reference_s: the reference at its fastest; 0 where that is not known.
+        level_s: seconds of the reference in quiet moments; 0 where they are not known.
     """
-    steady = [v for v in visits if _is_steady(v, best_reference_s)]
+    steady = [v for v in visits if _is_steady(v, level_s)]
     if len(steady) < _FEWEST:
-        steady = sorted(visits, key=lambda v: max(v.before_s, v.after_s))[:_FEWEST]
+        steady = sorted(visits, key=lambda v: _unsteadiness(v, level_s))[:_FEWEST]
     logs = [math.log(v.ratio) for v in steady]
     middle = statistics.median(logs)
     spread = max(1.4826 * statistics.median(abs(x - middle) for x in logs), _FLOOR)
@@ -99,9 +99,16 @@ def summarise(visits: Sequence[Visit], best_reference_s: float = 0.0) -> Summary
     return Summary(math.exp(middle), math.expm1(half), len(kept), len(visits))
 
 
-def _is_steady(visit: Visit, best_s: float) -> bool:
-    slow, fast = max(visit.before_s, visit.after_s), min(visit.before_s, visit.after_s)
-    return slow <= _UNSTEADY * fast and (best_s <= 0 or slow <= NEAR * best_s)
+def _is_steady(visit: Visit, level_s: float) -> bool:
+    references = (visit.before_s, visit.after_s)
+    quiet = level_s <= 0 or all(is_near(seconds, level_s) for seconds in references)
+    return quiet and max(references) <= _UNSTEADY * min(references)
+
+
+def _unsteadiness(visit: Visit, level_s: float) -> float:
+    """How far the references are from their quiet level; where that is not known, how slow they are."""
+    references = (visit.before_s, visit.after_s)
+    return max(abs(math.log(s / level_s)) for s in references) if level_s > 0 else max(references)
 
 
 def visit_all(
@@ -137,7 +144,7 @@ def visit_all(
             before, own = quiet.wait(), subjects[index]()
             found[index].append(Visit(own, before, quiet.look()))
         if number >= fewest:
-            pending = [i for i in pending if summarise(found[i], quiet.best_s).half_width > half_width]
+            pending = [i for i in pending if summarise(found[i], quiet.level_s).half_width > half_width]
         if not pending or clock() >= deadline:
             break
     return found

@@ -61,7 +61,7 @@ class ModelTimer(TimingProcess):
     """
 
     conditions: Mapping[str, Any] = types.MappingProxyType({})
-    _best_s = 0.0  # of the reference
+    _level_s = 0.0  # of the reference
 
     def __call__(self, models: Sequence[bytes], effort: InsideEffort) -> list[Inside]:
         """Time models.
@@ -99,9 +99,9 @@ class ModelTimer(TimingProcess):
                 found[message["index"]] = _inside(message)
 
         try:
-            request = {**dataclasses.asdict(effort), "best_s": self._best_s}
+            request = {**dataclasses.asdict(effort), "level_s": self._level_s}
             answer = self.ask("time_inside", collect, reference=reference, models=todo, **request)
-            self.conditions, self._best_s = answer["conditions"], answer["best_s"]
+            self.conditions, self._level_s = answer["conditions"], answer["level_s"]
         except BackendError as error:
             self.close()
             if not starting or starting[0] in found:
@@ -114,4 +114,4 @@ def _inside(message: Mapping[str, Any]) -> Inside:
     around = (float(message["before_s"]) + float(message["after_s"])) / 2
     kernels = [KernelTime.from_dict(k) for k in message["kernels"]]
     scaled = tuple(dataclasses.replace(k, median_s=k.median_s / around) for k in kernels)
-    return Inside(summarise(visits, message["best_s"]), scaled, around)
+    return Inside(summarise(visits, message["level_s"]), scaled, around)

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from sartor.backends.quiet import level
 from sartor.cost_models.profile import DeviceProfile, NetworkTime, Sample
 from sartor.journal import Journal
 from sartor.profiling.design import Point
@@ -18,8 +19,8 @@ SENTENCE = (
     "kernels and copies inside models, as the target's own profiler tells them: generated networks, and carriers "
     "in which drawn kernels stand side by side; medians over at least eight inferences, or the fastest of them, "
     "over the mean of a reference convolution in the same runtime before and after, in moments in which that is "
-    "near its best; the profiler's own part of a kernel, known from what whole networks take without it, is "
-    "subtracted. Networks: lower quartiles of visits in such moments, each the median of its runs"
+    "near the fastest that is no luck; the profiler's own part of a kernel, known from what whole networks take "
+    "without it, is subtracted. Networks: lower quartiles of visits in such moments, each the median of its runs"
 )
 
 
@@ -73,9 +74,9 @@ class Records:
 
     @property
     def reference_s(self) -> float:
-        """Seconds of the reference, on whose scale all times are: what it takes on a good day of this run."""
+        """Seconds of the reference, on whose scale all times are: what it takes in quiet moments of this run."""
         seen = [s for record in self._journal.records for s in record.get("references_s", ())]
-        return float(np.quantile(seen, 0.1)) if seen else 1.0
+        return level(seen) if seen else 1.0
 
     def _results(self, *stages: str) -> Iterator[dict[str, Any]]:
         for stage in stages:

@@ -12,6 +12,7 @@ from typing import Any, Self
 
 from sartor.backends import process
 from sartor.backends.protocol import TargetOptions
+from sartor.backends.quiet import level
 from sartor.backends.visits import QUANTILE, Summary, Visit, summarise
 from sartor.cost_models.samples import sample_model
 from sartor.errors import BackendError, UsageError
@@ -62,7 +63,7 @@ class Batch:
 
     Attributes:
         times: per model.
-        reference_s: the reference at its fastest.
+        reference_s: the reference in quiet moments; NaN where nothing was timed.
         conditions: machine, runtime, processors pinned to.
     """
 
@@ -203,11 +204,11 @@ def _batch(
     timed: Mapping[int, list[Visit]], failed: Mapping[int, str], count: int, conditions: Mapping[str, Any]
 ) -> Batch:
     references = [s for visits in timed.values() for v in visits for s in (v.before_s, v.after_s)]
-    best = min(references, default=math.nan)
+    reference_s = level(references) if references else math.nan
     times = [
-        Timed(summarise(timed[index], best))
+        Timed(summarise(timed[index], reference_s))
         if timed.get(index)
         else Timed(None, failed.get(index, "it was not reached"))
         for index in range(count)
     ]
-    return Batch(tuple(times), best, conditions)
+    return Batch(tuple(times), reference_s, conditions)
