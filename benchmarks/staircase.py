@@ -126,7 +126,7 @@ def predicted(
     variables = (*(Quantity.product(b, ()) for b in before), width)
     signature = Signature(key_of(spec), family_of(spec), "contraction", spec, variables)
     ladder = Ladder(profile)
-    surface = ladder.tiers.surface(signature, [False] * len(before) + [True])
+    surface = ladder.tiers.surface(signature, [False] * len(before) + [True], min(len(widths), _CARRIED))
     sizes = [*(np.full(len(widths), b) for b in before), np.asarray(widths, float)]
     shares = shares_at(period_s, ladder.tiers.periods)
     seconds, sd = surface.interpolate(sizes)

@@ -1,4 +1,4 @@
-"""A kernel takes the longer, the longer ago it last ran; a network decides itself how long that is."""
+"""A kernel takes the longer, the longer ago it, or its code, last ran; a network decides itself how long that is."""
 
 from __future__ import annotations
 
@@ -27,17 +27,20 @@ LAUNCH, PER_MAC, PER_BYTE = 2e-6, 1 / 40e9, 1 / 15e9
 FIXED, PER_WEIGHT = 1e-6, 1 / 8e9
 
 
-def seconds_of(spec, at, period_s):
+PAUSES = (PERIODS[0] / 8, PERIODS[1])
+
+
+def seconds_of(spec, at, period_s, alike=1):
     found = work_of_spec(spec, at)
     weights, moved = float(found.weight_bytes), float(found.moved)
-    waiting = FIXED + PER_WEIGHT * weights
-    share = float(rates.share_of(period_s, PERIODS))
-    return LAUNCH + PER_MAC * float(found.macs) + PER_BYTE * moved + share * waiting
+    waiting = FIXED * float(rates.share_of(period_s / alike, PAUSES))
+    waiting += PER_WEIGHT * weights * float(rates.share_of(period_s, PERIODS))
+    return LAUNCH + PER_MAC * float(found.macs) + PER_BYTE * moved + waiting
 
 
-def timed(spec, at, period_s, factor=1.0):
-    at = tuple(map(float, at))
-    return Sample(spec, at, family_of(spec), seconds_of(spec, at, period_s) * factor, period_s=period_s)
+def timed(spec, at, period_s, factor=1.0, alike=1):
+    at, seconds = tuple(map(float, at)), seconds_of(spec, at, period_s, alike)
+    return Sample(spec, at, family_of(spec), seconds * factor, period_s=period_s, alike=alike)
 
 
 def drawn(count, seed=0, noise=0.0):
@@ -47,14 +50,15 @@ def drawn(count, seed=0, noise=0.0):
         spec = conv_spec(int(rng.choice([7, 14, 28])), int(rng.choice([1, 3])))
         at = [16 * int(rng.integers(1, 32)) for _ in range(2)]
         period_s = math.exp(rng.uniform(*np.log(PERIODS)))
-        found.append(timed(spec, at, period_s, math.exp(noise * rng.standard_normal())))
+        factor, alike = math.exp(noise * rng.standard_normal()), int(rng.integers(1, 9))
+        found.append(timed(spec, at, period_s, factor, alike))
     return found
 
 
 # ---- kernels -------------------------------------------------------------------------------------
 @pytest.mark.parametrize(("noise", "tolerance"), [(0.0, 0.01), (0.03, 0.6)])
 def test_what_waiting_costs_is_recovered_beside_everything_else_that_a_kernel_takes(noise, tolerance):
-    law = rates.fitted(drawn(800, noise=noise), periods=PERIODS).laws["conv/Conv"]
+    law = rates.fitted(drawn(800, noise=noise), periods=PERIODS, pauses=PAUSES).laws["conv/Conv"]
     expected = (LAUNCH, PER_MAC, PER_BYTE, 0.0, FIXED, PER_WEIGHT)
     assert law.coefficients == pytest.approx(expected, rel=tolerance)
     assert min(law.coefficients[4:]) > 0
@@ -63,7 +67,10 @@ def test_what_waiting_costs_is_recovered_beside_everything_else_that_a_kernel_ta
 def test_the_ends_of_the_periods_are_those_of_the_models_that_were_timed():
     low, high = rates.periods_of(drawn(400))
     assert PERIODS[0] < low < 1.5 * PERIODS[0] and PERIODS[1] / 1.5 < high < PERIODS[1]
-    assert rates.periods_of([dataclasses.replace(s, period_s=0.0) for s in drawn(20)]) == (0.0, 0.0)
+    first, last = rates.pauses_of(drawn(400))
+    assert PAUSES[0] < first < low / 1.5 and first < last < high
+    alone = [dataclasses.replace(s, period_s=0.0) for s in drawn(20)]
+    assert rates.periods_of(alone) == rates.pauses_of(alone) == (0.0, 0.0)
 
 
 def test_the_share_that_is_displaced_is_nothing_at_one_end_and_all_at_the_other():
@@ -78,6 +85,19 @@ def test_kernels_that_ran_alone_know_no_waiting():
     assert all(one.coefficients[4:] == (0.0, 0.0) for one in law.laws.values())
     signature, at = as_signature(alone[0]), [np.array([v]) for v in alone[0].at]
     assert law.predict(signature, at, 1.0)[0] == law.predict(signature, at)[0]
+
+
+def test_a_kernel_of_which_there_are_many_waits_less_for_its_code():
+    """And no less for its weights, which are its own."""
+    laws = rates.fitted(drawn(800), periods=PERIODS, pauses=PAUSES)
+    sample = timed(conv_spec(14), (64, 64), PERIODS[1])
+    signature, at = as_signature(sample), [np.array([v]) for v in sample.at]
+    one, many = (float(laws.predict(signature, at, PERIODS[1], alike)[0][0]) for alike in (1, 30))
+    truth = [seconds_of(sample.spec, sample.at, PERIODS[1], alike) for alike in (1, 30)]
+    assert one - many == pytest.approx(truth[0] - truth[1], rel=0.05) and one > many
+    spec = moving("Relu", [[1, "*", 14, 14]], [[1, "*", 14, 14]])
+    rows = [features(spec, [[1e5]], 1e-3, alike)[0] for alike in (1, 10)]
+    assert [row[names_of(spec).index("log_pause")] for row in rows] == pytest.approx(np.log([1e3, 1e2]))
 
 
 def test_what_a_kernel_is_bound_by_includes_what_it_waits_for():
@@ -101,7 +121,7 @@ def test_laws_survive_their_file_with_the_periods():
         Tiers.of(dataclasses.replace(profile, models=broken))
 
 
-def test_trees_are_told_the_period_of_kernels_with_weights_only():
+def test_trees_are_told_the_period_of_kernels_with_weights_only():  # and the pause of all
     """What others read has just been made; in long networks maps are large, which trees would take for the same."""
     spec, relu = conv_spec(14), moving("Relu", [[1, "*", 14, 14]], [[1, "*", 14, 14]])
     rows = {p: features(spec, [[16.0, 32.0], [16.0, 16.0]], p) for p in (0.0, 1e-3)}
@@ -110,7 +130,9 @@ def test_trees_are_told_the_period_of_kernels_with_weights_only():
     assert features(spec, [[16.0, 32.0], [16.0, 16.0]], np.array([1e-3, 0.0]))[:, place] == pytest.approx(
         [math.log(1e3), 0.0]
     )
-    np.testing.assert_array_equal(features(relu, [[1e5]], 0.0), features(relu, [[1e5]], 1e-3))
+    pause = names_of(relu).index("log_pause")
+    short, long = (np.delete(features(relu, [[1e5]], p)[0], pause) for p in (0.0, 1e-3))
+    np.testing.assert_array_equal(short, long)
 
 
 # ---- networks ------------------------------------------------------------------------------------

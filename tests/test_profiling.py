@@ -26,6 +26,7 @@ from profile_machine import (
 
 from sartor import backends
 from sartor.backends.protocol import TargetOptions
+from sartor.cost_models.features import family_of
 from sartor.cost_models.fitting import fit_profile
 from sartor.cost_models.profile import DeviceProfile
 from sartor.cost_models.samples import weight_bytes
@@ -151,6 +152,27 @@ def test_a_sample_knows_how_long_ago_its_kernel_last_ran(profile):
             by_source[source].append(sample.seconds / (true_s(sample) - waiting))
     for ratios in by_source.values():
         assert len(ratios) >= 2 and min(ratios) > 1.2
+
+
+def test_a_sample_knows_how_many_kernels_share_its_code(profile):
+    """Those of its family and operator in its network or carrier; a kernel that ran twice is two."""
+    several = 0
+    for sample in profile.samples:
+        network = network_of(sample, profile)
+        if network is not None:
+            expected = sum(
+                count
+                for spec, _, count in network.kernels
+                if (family_of(spec), spec["op"]) == (sample.family, sample.spec["op"])
+            )
+            several += expected > 1
+        else:
+            expected = sum(
+                (s.period_s, s.family, s.spec["op"]) == (sample.period_s, sample.family, sample.spec["op"])
+                for s in profile.samples
+            )
+        assert sample.alike == expected
+    assert several > 50
 
 
 def test_kernels_in_parts_and_copies_are_samples(profile):
@@ -407,7 +429,7 @@ def test_how_well_a_model_is_known_is_itself_known_roughly():
 
     def half_width(of_model, of_all):
         model = {"ratio": 1.0, "half_width": of_model, "sum": 1.0, "rows": 1}
-        found = _sample(result, "fit", 1e-3, model, (0.0, 0.0, of_all))
+        found = _sample(result, "fit", 1e-3, model, (0.0, 0.0, of_all), 1)
         return found.half_width
 
     lucky, typical, apart = (half_width(own, 0.05) for own in (0.002, 0.05, 1.0))

@@ -6,8 +6,9 @@ are features of their own: two convolutions of equal work but other groups are d
 
 A size relative to a cache of the machine differs from the size itself by a constant, which a decision tree
 does not see; `working_set` and `weight_bytes` therefore stand for both. What others have displaced from the
-caches since a kernel last ran is seen in how long ago that was: the period. Kernels without weights do not see it: what
-they read has just been made, and in long networks maps are large, which trees would take for the same.
+caches since a kernel last ran is seen in how long ago that was, the period, and of its code in how long ago a kernel of
+the same operator ran, the pause. Kernels without weights see the pause only: what they read has just been made, and in
+long networks maps are large, which trees would take for the same.
 """
 
 from __future__ import annotations
@@ -31,12 +32,12 @@ CONTRACTION = (
     *("align_in", "align_out", "align_columns", "waste_in_8", "waste_out_8", "waste_in_16", "waste_out_16"),
     *("width", "stride", "dilation", "padding", "residuals", "activations", "gated", "transposed", "stored"),
     *("height", "out_width", "window_width", "blocks", "blocks_left", "columns_left", "way"),
-    "log_period",
+    *("log_period", "log_pause"),
 )
 MOVEMENT = (
     *("log_bytes", "log_read", "log_written", "log_taps", "stride", "operands", "stored", "outputs"),
     *("rank", "log_fixed", "last", "smallest", "item_bytes", "align", "epilogue"),
-    *("log_second", "align_second", "whole_blocks", "log_rest", "align_rest"),
+    *("log_second", "align_second", "whole_blocks", "log_rest", "align_rest", "log_pause"),
 )
 _ELEMENTWISE = frozenset({"Add", "Sub", "Mul", "Div", "Pow", "Sqrt", "Erf", "Exp", "Where", "PRelu"})
 COSTLY = ACTIVATIONS - {"Relu", "Clip", "LeakyRelu", "HardSigmoid", "HardSwish", "ThresholdedRelu"} | {"Silu"}
@@ -55,13 +56,16 @@ def is_movement(spec: Mapping[str, Any]) -> bool:
     return "inputs" in spec
 
 
-def features(spec: Mapping[str, Any], sizes: Sequence[Any], period_s: Any = 0.0) -> np.ndarray:
+def features(
+    spec: Mapping[str, Any], sizes: Sequence[Any], period_s: Any = 0.0, alike: Any = 1
+) -> np.ndarray:
     """Features of one kernel at many sizes.
 
     Args:
         spec: `Signature.spec`.
         sizes: one array per variable of the signature, all of one shape.
         period_s: as `Sample.period_s`, a number or an array of that shape.
+        alike: as `Sample.alike`, likewise.
 
     Returns:
         `[rows, len(names_of(spec))]`, rows being the flattened sizes.
@@ -71,7 +75,11 @@ def features(spec: Mapping[str, Any], sizes: Sequence[Any], period_s: Any = 0.0)
     """
     arrays = [np.atleast_1d(np.asarray(s, float)).ravel() for s in sizes]
     found = work_of_spec(spec, arrays)
-    columns = _movement(spec, found) if is_movement(spec) else _contraction(spec, found, period_s)
+    period = np.ravel(np.asarray(period_s, float))
+    columns = (
+        _movement(spec, found) if is_movement(spec) else [*_contraction(spec, found), _log(1e6 * period)]
+    )
+    columns.append(_log(1e6 * period / np.ravel(alike)))
     rows = max((len(a) for a in arrays), default=1)
     return np.column_stack([np.broadcast_to(np.asarray(c, float), rows) for c in columns])
 
@@ -112,7 +120,7 @@ def _waste(widths: np.ndarray, block: int) -> np.ndarray:
     return np.log(np.ceil(widths / block) * block / np.maximum(widths, 1.0))
 
 
-def _contraction(spec: Mapping[str, Any], found: Work, period_s: Any) -> list[Any]:
+def _contraction(spec: Mapping[str, Any], found: Work) -> list[Any]:
     c_in, c_out = found.groups * found.channels, found.groups * found.columns
     attributes = spec.get("attributes", {})
     epilogue = [op for op, _ in spec.get("epilogue", ())]
@@ -139,7 +147,6 @@ def _contraction(spec: Mapping[str, Any], found: Work, period_s: Any) -> list[An
         blocks % _BLOCKS_AT_ONCE,
         c_out % BLOCK,
         _ways(spec, found),
-        _log(1e6 * np.ravel(np.asarray(period_s, float))),
     ]
 
 

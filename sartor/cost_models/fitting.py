@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -122,8 +123,9 @@ def networks_terms(
     """Price the kernels of networks that the profile holds."""
     periods = tiers.periods
     kernels = [
-        (number, count, Sample(spec, at, family_of(spec), 1.0))
+        (number, count, Sample(spec, at, family_of(spec), 1.0, alike=alike[family_of(spec), spec["op"]]))
         for number, network in enumerate(networks)
+        for alike in [alike_in(network.kernels)]
         for spec, at, count in network.kernels
     ]
     alone = [sample for _, _, sample in kernels]
@@ -139,6 +141,14 @@ def networks_terms(
         NetworkTerms(network, Terms(mine, spread), periods)
         for network, mine, spread in zip(networks, parts, variances, strict=True)
     ]
+
+
+def alike_in(kernels: Iterable[tuple[Mapping[str, Any], Any, int]]) -> Counter[tuple[str, str]]:
+    """How many kernels of a family and operator there are, of `(spec, sizes, how often)`."""
+    found: Counter[tuple[str, str]] = Counter()
+    for spec, _, count in kernels:
+        found[family_of(spec), spec["op"]] += count
+    return found
 
 
 def kind_of(network: NetworkTime) -> str:

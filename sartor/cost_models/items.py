@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -25,11 +26,13 @@ class Item:
         kernels: in execution order.
         signature: None where no sample can stand for it.
         surface: its times; None without a signature.
+        alike: as `Sample.alike`, in the whole network.
     """
 
     kernels: tuple[Kernel, ...]
     signature: Signature | None
     surface: Surface | None
+    alike: int
 
     @property
     def kernel(self) -> Kernel:
@@ -46,7 +49,7 @@ class Item:
         if self.surface is None or self.signature is None:
             moved = plans.quantity(self.kernel.bytes_read) + plans.quantity(self.kernel.bytes_written)
             macs, moved = (np.asarray(v, float)[..., None] for v in (plans.quantity(self.kernel.macs), moved))
-            seconds, sd = tiers.rates.seconds(self.kernel.family, macs, moved, tiers.periods)
+            seconds, sd = tiers.rates.seconds(self.kernel.family, macs, moved, tiers.periods, self.alike)
             return seconds, seconds * sd
         return self.surface.interpolate([plans.quantity(v) for v in self.signature.variables])
 
@@ -54,8 +57,9 @@ class Item:
 def bind(workload: Workload, tiers: Tiers) -> tuple[Item, ...]:
     """The items of a workload. Asks the models; a plan asks the surfaces only."""
     merged: dict[Any, Item] = {}
+    counts = Counter((kernel.family, kernel.op_type) for kernel in workload.kernels)
     for kernel in workload.kernels:
-        signature = signature_of(kernel)
+        signature, alike = signature_of(kernel), counts[kernel.family, kernel.op_type]
         key: Any = (signature.key, signature.variables, kernel.family) if signature else kernel.name
         known = merged.get(key)
         if known is not None:
@@ -63,8 +67,8 @@ def bind(workload: Workload, tiers: Tiers) -> tuple[Item, ...]:
             continue
         surface = None
         if signature is not None:
-            surface = tiers.surface(signature, [bool(v.groups) for v in signature.variables])
-        merged[key] = Item((kernel,), signature, surface)
+            surface = tiers.surface(signature, [bool(v.groups) for v in signature.variables], alike)
+        merged[key] = Item((kernel,), signature, surface, alike)
     return tuple(merged.values())
 
 
@@ -92,9 +96,10 @@ class Terms:
         return Terms(seconds, variances, shares)
 
 
-def copy_s(copy: Copy, plans: Population, tiers: Tiers) -> tuple[Any, Any]:
+def copy_s(layout: Layout, copy: Copy, plans: Population, tiers: Tiers) -> tuple[Any, Any]:
     """Seconds of a copy between layouts and their standard deviation, as of `Item.seconds`."""
-    surface = tiers.surface(copy_signature(copy), [bool(copy.moved.groups)])
+    alike = max(layout.usual[copy.op_type], 1)  # one that only some plans need, nothing else may need
+    surface = tiers.surface(copy_signature(copy), [bool(copy.moved.groups)], alike)
     return surface.interpolate([plans.quantity(copy.moved)])
 
 
@@ -103,7 +108,7 @@ def copies_s(layout: Layout, plans: Population, tiers: Tiers) -> tuple[Any, Any]
     seconds: Any = np.zeros(len(tiers.periods))
     variance: Any = np.zeros(len(tiers.periods))
     for copy in layout.copies(plans) if tiers.prices_layout else ():
-        one, sd = copy_s(copy, plans, tiers)
+        one, sd = copy_s(layout, copy, plans, tiers)
         count = np.asarray(copy.count, float)[..., None]
         seconds, variance = seconds + count * one, variance + count * np.square(sd)
     return seconds, variance

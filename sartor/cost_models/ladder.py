@@ -241,7 +241,7 @@ class Ladder:
         costs = []
         for copy in workload.layout.copies(plans) if self.tiers.prices_layout else ():
             if float(copy.count):
-                own, sd = (float(shares @ v) for v in copy_s(copy, plans, self.tiers))
+                own, sd = (float(shares @ v) for v in copy_s(workload.layout, copy, plans, self.tiers))
                 seconds = own * self._law.scale_of(LAYOUT)
                 tier = self.tiers.model_for(copy_signature(copy)).tier
                 interval = (
@@ -265,21 +265,19 @@ class Ladder:
         if self._interval.kernels:
             interval = self._interval.of_kernel(tier, seconds, sd / max(own, 1e-12))
         return KernelCost(
-            kernel.name, kernel.op_type, seconds, how, interval, self._bound(kernel, signature, plans, shares)
+            kernel.name, kernel.op_type, seconds, how, interval, self._bound(item, kernel, plans, shares)
         )
 
-    def _bound(
-        self, kernel: Kernel, signature: Signature | None, plans: Population, shares: np.ndarray
-    ) -> str:
+    def _bound(self, item: Item, kernel: Kernel, plans: Population, shares: np.ndarray) -> str:
         period = float(np.exp(shares @ np.log(np.maximum(self.tiers.periods, 1e-12))))
         macs, moved = float(plans.quantity(kernel.macs)), 0.0
         for part in (kernel.bytes_read, kernel.bytes_written):
             moved += float(plans.quantity(part))
         weights = 0.0
-        if signature is not None:
-            sizes = [float(plans.quantity(v)) for v in signature.variables]
-            weights = float(work(signature, sizes).weight_bytes)
-        return self.tiers.rates.bound(kernel.family, kernel.op_type, macs, moved, weights, period)
+        if item.signature is not None:
+            sizes = [float(plans.quantity(v)) for v in item.signature.variables]
+            weights = float(work(item.signature, sizes).weight_bytes)
+        return self.tiers.rates.bound(kernel.family, kernel.op_type, macs, moved, weights, period, item.alike)
 
     def _why(self, signature: Signature | None) -> str:
         if signature is None:

@@ -68,9 +68,11 @@ class Family:
     sd: float
     heldout: Mapping[str, float]
 
-    def rows(self, spec: Mapping[str, Any], sizes: Sequence[Any], period_s: Any = 0.0) -> np.ndarray:
+    def rows(
+        self, spec: Mapping[str, Any], sizes: Sequence[Any], period_s: Any = 0.0, alike: Any = 1
+    ) -> np.ndarray:
         """Features with the columns of the operators."""
-        return _with_ops(features(spec, sizes, period_s), str(spec["op"]), self.ops)
+        return _with_ops(features(spec, sizes, period_s, alike), str(spec["op"]), self.ops)
 
     def correction(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Mean and standard deviation of `log(measured / roofline)`, each `[rows]`."""
@@ -101,12 +103,12 @@ class BoostedResidual:
         return family is not None and signature.spec["op"] in family.ops
 
     def predict(
-        self, signature: Signature, sizes: Sequence[np.ndarray], period_s: Any = 0.0
+        self, signature: Signature, sizes: Sequence[np.ndarray], period_s: Any = 0.0, alike: Any = 1
     ) -> tuple[np.ndarray, np.ndarray]:
         """See `KernelModel`."""
         family = self.families[signature.family]
-        seconds, _ = self.base.predict(signature, sizes, period_s)
-        mean, sd = family.correction(family.rows(signature.spec, sizes, period_s))
+        seconds, _ = self.base.predict(signature, sizes, period_s, alike)
+        mean, sd = family.correction(family.rows(signature.spec, sizes, period_s, alike))
         shape = np.shape(seconds)
         return seconds * np.exp(mean).reshape(shape), sd.reshape(shape)
 
@@ -195,11 +197,14 @@ def _fit_family(
     ops = tuple(sorted({str(s.spec["op"]) for s in samples}))
     rows = np.vstack(
         [
-            _with_ops(features(s.spec, [[v] for v in s.at], s.period_s), str(s.spec["op"]), ops)
+            _with_ops(features(s.spec, [[v] for v in s.at], s.period_s, s.alike), str(s.spec["op"]), ops)
             for s in samples
         ]
     )
-    said = [base.predict(as_signature(s), [np.asarray([v]) for v in s.at], s.period_s)[0] for s in samples]
+    said = [
+        base.predict(as_signature(s), [np.asarray([v]) for v in s.at], s.period_s, s.alike)[0]
+        for s in samples
+    ]
     target = np.log(np.array([s.seconds for s in samples]) / np.concatenate(said))
     weight = np.array([1.0 / (noise_of(s) ** 2 + _TIMING_NOISE**2) for s in samples])
     weight /= weight.mean()

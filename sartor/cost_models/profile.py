@@ -34,6 +34,8 @@ class Sample:
         role: `fit`, or `heldout`: never seen by a model.
         period_s: seconds from one run of it to the next, in which others used the caches: one inference of the model
             that it ran in. 0: it ran alone.
+        alike: kernels of its family and operator in that model, itself included: each finds code that the one before
+            has left in the caches.
     """
 
     spec: Mapping[str, Any]
@@ -43,6 +45,7 @@ class Sample:
     half_width: float = 0.0
     role: str = "fit"
     period_s: float = 0.0
+    alike: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,6 +191,7 @@ def _sample(entry: Mapping[str, Any], specs: Sequence[dict[str, Any]]) -> Sample
     known = {**entry, "at": tuple(map(float, entry["at"])), "seconds": _positive(entry["seconds"])}
     known["spec"] = _spec(entry["spec"], specs)
     known["period_s"] = _positive(entry["period_s"], zero=True)
+    known["alike"] = max(int(entry["alike"]), 1)
     return _with_role(Sample(**known))
 
 

@@ -139,7 +139,7 @@ class KernelModel(Protocol):
         ...
 
     def predict(
-        self, signature: Signature, sizes: Sequence[np.ndarray], period_s: Any = 0.0
+        self, signature: Signature, sizes: Sequence[np.ndarray], period_s: Any = 0.0, alike: Any = 1
     ) -> tuple[np.ndarray, np.ndarray]:
         """Seconds, and the standard deviation of their logarithm.
 
@@ -147,6 +147,7 @@ class KernelModel(Protocol):
             signature: of a kernel.
             sizes: one array per variable of the signature, all of one shape.
             period_s: as `Sample.period_s`, a number or an array of that shape.
+            alike: as `Sample.alike`, likewise.
 
         Returns:
             Two arrays of that shape.

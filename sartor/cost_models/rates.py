@@ -1,9 +1,10 @@
 """The fitted roofline of single kernels: `t = launch + macs / rate + bytes / bandwidth + costly activations + waiting`.
 
 The longer ago a kernel last ran, the more of what it needs others have displaced from the caches: its code and what
-the runtime knows of it, and its weights; what it reads has just been made. It waits `share * (fixed + weights)`, each
-with a coefficient; `share` rises from 0 to 1 with the logarithm of the period (`Sample.period_s`), between the shortest
-and the longest that were seen.
+the runtime knows of it, and its weights; what it reads has just been made. It waits for its weights in proportion to a
+share that rises from 0 to 1 with the logarithm of the period (`Sample.period_s`), between the shortest and the longest
+that were seen. Its code it shares with others of its operator (`Sample.alike`): for that it waits in proportion to the
+share that the pause since one of them has reached, the period over their number.
 
 One law for each of the ways in which runtimes compute an operator: convolutions whose channels fill whole vectors
 and those that leave the blocked layout, windows of one position, images of a few channels; products of one row and
@@ -19,7 +20,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -87,11 +88,13 @@ class Rates:
         laws: by way of computing: `family/operator/way`, `family/operator`, `family`, and `*` for all others.
         periods: the shortest and the longest seconds between two runs of a kernel, see the module docstring; zeros
             where all samples ran alone.
+        pauses: likewise, between runs of two kernels of its operator.
         grid: channel grid by family or operator; widths of others are not rounded.
     """
 
     laws: Mapping[str, Rate]
     periods: tuple[float, float] = (0.0, 0.0)
+    pauses: tuple[float, float] = (0.0, 0.0)
     grid: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     @property
@@ -104,12 +107,13 @@ class Rates:
         return True
 
     def predict(
-        self, signature: Signature, sizes: Sequence[np.ndarray], period_s: Any = 0.0
+        self, signature: Signature, sizes: Sequence[np.ndarray], period_s: Any = 0.0, alike: Any = 1
     ) -> tuple[np.ndarray, np.ndarray]:
         """See `KernelModel`."""
         spec, family = signature.spec, signature.family
         found = _work(spec, family, sizes, self.grid)
-        columns = self._columns(found.macs, found.moved, _costly(spec, found), found.weight_bytes, period_s)
+        costly = _costly(spec, found)
+        columns = self._columns(found.macs, found.moved, costly, found.weight_bytes, period_s, alike)
         ways = _ways(spec, sizes)
         seconds, sd = np.zeros(columns.shape[1:]), np.zeros(columns.shape[1:])
         for way in np.unique(ways):
@@ -119,35 +123,50 @@ class Rates:
             sd = np.where(here, law.sd, sd)
         return np.maximum(seconds, 1e-9), sd
 
-    def seconds(self, family: str, macs: Any, moved: Any, period_s: Any) -> tuple[np.ndarray, np.ndarray]:
+    def seconds(
+        self, family: str, macs: Any, moved: Any, period_s: Any, alike: Any = 1
+    ) -> tuple[np.ndarray, np.ndarray]:
         """As `predict`, of kernels without a signature."""
         law = self._law(family, "", "")
-        total = np.maximum(law.seconds(self._columns(macs, moved, 0.0, 0.0, period_s)), 1e-9)
+        total = np.maximum(law.seconds(self._columns(macs, moved, 0.0, 0.0, period_s, alike)), 1e-9)
         return total, np.full(total.shape, law.sd)
 
     def bound(
-        self, family: str, op: str, macs: float, moved: float, weight_bytes: float, period_s: float
+        self,
+        family: str,
+        op: str,
+        macs: float,
+        moved: float,
+        weight_bytes: float,
+        period_s: float,
+        alike: int = 1,
     ) -> str:
         """What most of a kernel's time goes into, see `Rate.bound`."""
-        return self._law(family, op, "").bound(self._columns(macs, moved, 0.0, weight_bytes, period_s))
+        columns = self._columns(macs, moved, 0.0, weight_bytes, period_s, alike)
+        return self._law(family, op, "").bound(columns)
 
-    def _columns(self, macs: Any, moved: Any, costly: Any, weights: Any, period_s: Any) -> np.ndarray:
-        return columns_of(macs, moved, costly, weights, share_of(period_s, self.periods))
+    def _columns(
+        self, macs: Any, moved: Any, costly: Any, weights: Any, period_s: Any, alike: Any
+    ) -> np.ndarray:
+        code = share_of(np.asarray(period_s, float) / alike, self.pauses)
+        return columns_of(macs, moved, costly, weights, code, share_of(period_s, self.periods))
 
     def update(self, samples: Sequence[Sample]) -> Rates:
         """See `KernelModel`: the laws of these samples are fitted anew, to them alone."""
-        return Rates({**self.laws, **fitted(samples, self.grid, self.periods).laws}, self.periods, self.grid)
+        anew = fitted(samples, self.grid, self.periods, self.pauses)
+        return dataclasses.replace(self, laws={**self.laws, **anew.laws})
 
     def save(self) -> dict[str, Any]:
         """See `KernelModel`."""
         laws = {name: dataclasses.asdict(law) for name, law in sorted(self.laws.items())}
-        return {"laws": laws, "periods": list(self.periods)}
+        return {"laws": laws, "periods": list(self.periods), "pauses": list(self.pauses)}
 
     @staticmethod
     def load(document: Mapping[str, Any], grid: Mapping[str, int]) -> Rates:
         """Inverse of `save`; the grid is that of the profile."""
-        low, high = map(float, document["periods"])
-        return Rates({name: Rate(**entry) for name, entry in document["laws"].items()}, (low, high), grid)
+        (low, high), (first, last) = (map(float, document[name]) for name in ("periods", "pauses"))
+        laws = {name: Rate(**entry) for name, entry in document["laws"].items()}
+        return Rates(laws, (low, high), (first, last), grid)
 
     def _law(self, family: str, op: str, way: str) -> Rate:
         return next(self.laws[name] for name in _names(family, op, way) if name in self.laws)
@@ -172,18 +191,27 @@ def share_of(period_s: Any, periods: tuple[float, float]) -> np.ndarray:
     return np.minimum(reached, 1.0)
 
 
-def columns_of(macs: Any, moved: Any, costly: Any, weight_bytes: Any, share: Any) -> np.ndarray:
-    """What the coefficients of a law multiply, `[coefficients, …]`."""
-    parts = (1.0, macs, moved, costly, share, share * weight_bytes)
+def columns_of(macs: Any, moved: Any, costly: Any, weight_bytes: Any, code: Any, share: Any) -> np.ndarray:
+    """What the coefficients of a law multiply, `[coefficients, …]`; `code` and `share` of code and weights are gone."""
+    parts = (1.0, macs, moved, costly, code, share * weight_bytes)
     return np.stack(np.broadcast_arrays(*(np.asarray(part, float) for part in parts)))
 
 
 def periods_of(samples: Sequence[Sample]) -> tuple[float, float]:
     """The shortest and the longest period, a twentieth of the models that samples ran in left out at either end."""
-    seen = sorted({s.period_s for s in samples if s.period_s > 0})
-    if not seen:
+    return _range({s.period_s for s in samples})
+
+
+def pauses_of(samples: Sequence[Sample]) -> tuple[float, float]:
+    """Likewise, of the pauses."""
+    return _range({s.period_s / s.alike for s in samples})
+
+
+def _range(seen: Collection[float]) -> tuple[float, float]:
+    positive = sorted(seconds for seconds in seen if seconds > 0)
+    if not positive:
         return 0.0, 0.0
-    low, high = np.quantile(seen, [0.05, 0.95])
+    low, high = np.quantile(positive, [0.05, 0.95])
     return float(low), float(high)
 
 
@@ -191,6 +219,7 @@ def fitted(
     samples: Sequence[Sample],
     grid: Mapping[str, int] | None = None,
     periods: tuple[float, float] | None = None,
+    pauses: tuple[float, float] | None = None,
 ) -> Rates:
     """Laws that fit the logarithms of the samples best, with coefficients that are not negative.
 
@@ -198,6 +227,7 @@ def fitted(
         samples: timed kernels.
         grid: channel grid by family or operator.
         periods: as `Rates.periods`; by default those of the samples.
+        pauses: as `Rates.pauses`; likewise.
 
     Raises:
         MetricUnavailableError: there are no samples.
@@ -208,11 +238,12 @@ def fitted(
             "that the timer gives."
         )
     between = periods_of(samples) if periods is None else periods
+    paused = pauses_of(samples) if pauses is None else pauses
     rows: dict[str, list[np.ndarray]] = {}
     for sample in samples:
         found, costly = rounded_work(sample, grid or {})
-        share = share_of(sample.period_s, between)
-        columns = columns_of(found.macs, found.moved, costly, found.weight_bytes, share)
+        code, share = share_of(sample.period_s / sample.alike, paused), share_of(sample.period_s, between)
+        columns = columns_of(found.macs, found.moved, costly, found.weight_bytes, code, share)
         # How well a time is known matters only where it is known worse than a law of a few numbers can say it.
         weight = 1.0 / np.hypot(_LAW_SD, sample.half_width / 1.96)
         row = np.array([*columns, sample.seconds, weight])
@@ -228,7 +259,7 @@ def fitted(
             laws[name] = _fit(mine)
         else:
             laws[name] = _scaled(laws[wider] if wider in laws else laws[_ANY], mine)
-    return Rates(laws, between, dict(grid or {}))
+    return Rates(laws, between, paused, dict(grid or {}))
 
 
 def rounded_work(sample: Sample, grid: Mapping[str, int]) -> tuple[Work, float]:

@@ -106,7 +106,7 @@ class Roofline:
         return True
 
     def predict(
-        self, signature: Signature, sizes: Sequence[Any], period_s: Any = 0.0
+        self, signature: Signature, sizes: Sequence[Any], period_s: Any = 0.0, alike: Any = 1
     ) -> tuple[np.ndarray, np.ndarray]:
         """See `KernelModel.predict`: the kernel alone, its weights in the caches that hold them."""
         seconds = self.terms(signature.spec, work(signature, sizes)).seconds

@@ -91,10 +91,10 @@ class KernelTable:
         return signature.key in self.corrections
 
     def predict(
-        self, signature: Signature, sizes: Sequence[np.ndarray], period_s: Any = 0.0
+        self, signature: Signature, sizes: Sequence[np.ndarray], period_s: Any = 0.0, alike: Any = 1
     ) -> tuple[np.ndarray, np.ndarray]:
         """See `KernelModel`."""
-        seconds, _ = first_that_knows(self.base, signature).predict(signature, sizes, period_s)
+        seconds, _ = first_that_knows(self.base, signature).predict(signature, sizes, period_s, alike)
         flat = [np.broadcast_to(np.asarray(s, float), np.shape(seconds)).ravel() for s in sizes]
         mean, variance = self.corrections[signature.key].at(flat or [np.zeros(1)])
         shape = np.shape(seconds)
@@ -150,11 +150,12 @@ def predict_samples(base: Sequence[KernelModel], samples: Sequence[Sample]) -> t
     places: dict[str, list[int]] = {}
     for indices in by_spec(samples).values():
         signature = as_signature(samples[indices[0]])
-        sizes, periods = sizes_of(samples, indices), np.array([samples[i].period_s for i in indices])
-        seconds[indices], sd[indices] = base[-1].predict(signature, sizes, periods)
+        sizes = sizes_of(samples, indices)
+        around = [np.array([getattr(samples[i], name) for i in indices]) for name in ("period_s", "alike")]
+        seconds[indices], sd[indices] = base[-1].predict(signature, sizes, *around)
         if learned is not None and learned.knows(signature):
             family = signature.family
-            rows.setdefault(family, []).append(learned.families[family].rows(signature.spec, sizes, periods))
+            rows.setdefault(family, []).append(learned.families[family].rows(signature.spec, sizes, *around))
             places.setdefault(family, []).extend(indices)
     for family, found in rows.items():
         assert learned is not None

@@ -104,10 +104,16 @@ class Tiers:
         """The best tier that knows a kernel."""
         return first_that_knows((self.table, *self.table.base), signature)
 
-    def surface(self, signature: Signature, varies: Sequence[bool]) -> Surface:
-        """Times of a kernel over all sizes up to those that its variables have before pruning."""
+    def surface(self, signature: Signature, varies: Sequence[bool], alike: int = 1) -> Surface:
+        """Times of a kernel over all sizes up to those that its variables have before pruning.
+
+        Args:
+            signature: of the kernel.
+            varies: which of its variables a plan changes.
+            alike: as `Sample.alike`.
+        """
         fulls = tuple(v.full for v in signature.variables)
-        key = (signature.key, fulls, tuple(varies))
+        key = (signature.key, fulls, tuple(varies), alike)
         if key not in self._surfaces:
             step = roofline.grid_step(self.grid, signature.family, signature.spec["op"])
             names = variable_names(signature.spec)
@@ -115,7 +121,7 @@ class Tiers:
             model = self.model_for(signature)
             self._surfaces[key] = build(
                 ranges_of(names, fulls, varies, steps),
-                lambda sizes: _predict(model, signature, sizes, self.periods),
+                lambda sizes: _predict(model, signature, sizes, self.periods, alike),
             )
         return self._surfaces[key]
 
@@ -136,10 +142,10 @@ class Tiers:
 
 
 def _predict(
-    model: KernelModel, signature: Signature, sizes: Sequence[np.ndarray], periods: np.ndarray
+    model: KernelModel, signature: Signature, sizes: Sequence[np.ndarray], periods: np.ndarray, alike: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """`[rows, states]` each."""
-    found = [model.predict(signature, sizes, period) for period in periods]
+    found = [model.predict(signature, sizes, period, alike) for period in periods]
     seconds, log_sd = (
         np.stack([np.atleast_1d(part) for part in parts], -1) for parts in zip(*found, strict=True)
     )

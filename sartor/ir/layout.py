@@ -7,6 +7,8 @@ comes back to it saves them. They are therefore found for every population of pl
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -76,6 +78,14 @@ class Layout:
         extents = [e for moved in self.values.values() for e in moved.operand.dims]
         extents += [e for three in self.groups.values() for e in three]
         return frozenset(name for extent in extents for name in extent.groups)
+
+    @functools.cached_property
+    def usual(self) -> Counter[str]:
+        """How many copies of each operator the whole network needs."""
+        found: Counter[str] = Counter()
+        for copy in self.copies(Population({}, {})):
+            found[copy.op_type] += round(float(copy.count))
+        return found
 
     def at(self, size: int, batch: int) -> Layout:
         """The same with the input's size and the batch fixed."""

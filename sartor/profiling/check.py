@@ -6,6 +6,7 @@ import dataclasses
 import math
 import random
 import statistics
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -168,10 +169,13 @@ def _again(
         if inside.latency is None:
             continue
         period_s = inside.latency.ratio * then_s
+        alike = Counter((sample.family, sample.spec["op"]) for sample in samples)
         for sample, time_and_rows in zip(samples, of_carrier(of_samples, inside.kernels), strict=True):
             if time_and_rows is not None:
                 own = max(time_and_rows[0] * then_s - time_and_rows[1] * overhead_s, 1e-9)
-                again.append((sample, dataclasses.replace(sample, seconds=own, period_s=period_s)))
+                others = alike[sample.family, sample.spec["op"]]
+                now = dataclasses.replace(sample, seconds=own, period_s=period_s, alike=others)
+                again.append((sample, now))
     tiers = Tiers.of(profile)
     said = [tiers.many([pair[i] for pair in again]).seconds for i in (0, 1)]
     found: dict[str, list[float]] = {}
