@@ -25,6 +25,7 @@ PROFILER = 0.007  # what the profiler adds to every kernel
 LAUNCH = 0.002
 MACS, BYTES = 18e6, 6e6  # per unit of the reference
 OFF_GRID = 1.25
+SLOWED = 1.2  # by another tenant
 FAR_BYTES = 4e6  # of displaced weights per unit of the reference
 PERIODS = (0.5, 50.0)
 """Units of the reference between two runs of a kernel: up to one its weights stay, after the other they are gone."""
@@ -56,11 +57,22 @@ class Machine:
     HardSwish by itself runs in two parts, of which the second has no name; a Reshape takes no time but the profiler's.
     """
 
-    def __init__(self, clock=None, noise=0.0, seed=0, broken=(), scale=1.0, interrupt_after=None, speed=None):
+    def __init__(
+        self,
+        clock=None,
+        noise=0.0,
+        seed=0,
+        broken=(),
+        scale=1.0,
+        interrupt_after=None,
+        speed=None,
+        busy=(0.0, 0.0),
+    ):
         self.clock, self.noise, self.broken, self.scale = clock or Clock(), noise, set(broken), scale
         self.random, self.batches, self.models, self.unprofiled = random.Random(seed), 0, 0, 0
         self.conditions = {"pinned": [1]}
         self.interrupt_after, self.speed = interrupt_after, dict(speed or {})
+        self.busy = busy  # from when to when another tenant slows everything but the reference
 
     def __call__(self, models, effort):
         if self.interrupt_after is not None and self.batches >= self.interrupt_after:
@@ -68,9 +80,18 @@ class Machine:
         self.batches += 1
         self.models += len(models)
         self.unprofiled += not effort.profile_s
-        self.clock.now += max(0.3 * len(models), 0.6)
-        found = [self._inside(model) for model in models]
+        found = []
+        for model in models:
+            self.clock.now += 0.3 if len(models) > 1 else 0.6
+            found.append(self._slowed(self._inside(model)))
         return found if effort.profile_s else [dataclasses.replace(one, kernels=()) for one in found]
+
+    def _slowed(self, inside) -> Inside:
+        if inside.latency is None or not self.busy[0] <= self.clock.now < self.busy[1]:
+            return inside
+        latency = dataclasses.replace(inside.latency, ratio=SLOWED * inside.latency.ratio)
+        kernels = tuple(dataclasses.replace(k, median_s=SLOWED * k.median_s) for k in inside.kernels)
+        return dataclasses.replace(inside, latency=latency, kernels=kernels)
 
     def _inside(self, model) -> Inside:
         nodes, kernels = _read(model)

@@ -37,7 +37,8 @@ CONTRACTION = (
 MOVEMENT = (
     *("log_bytes", "log_read", "log_written", "log_taps", "stride", "operands", "stored", "outputs"),
     *("rank", "log_fixed", "last", "smallest", "item_bytes", "align", "epilogue"),
-    *("log_second", "align_second", "whole_blocks", "log_rest", "align_rest", "log_pause"),
+    *("log_second", "align_second", "whole_blocks", "log_rest", "align_rest", "log_run"),
+    "log_pause",
 )
 _ELEMENTWISE = frozenset({"Add", "Sub", "Mul", "Div", "Pow", "Sqrt", "Erf", "Exp", "Where", "PRelu"})
 COSTLY = ACTIVATIONS - {"Relu", "Clip", "LeakyRelu", "HardSigmoid", "HardSwish", "ThresholdedRelu"} | {"Silu"}
@@ -220,4 +221,19 @@ def _movement(spec: Mapping[str, Any], found: Work) -> list[Any]:
         second % BLOCK == 0,  # poolings of whole blocks stay in the blocked layout
         _log(rest),
         alignment(rest),
+        _log(_run(spec, first, found)),
     ]
+
+
+def _run(spec: Mapping[str, Any], dims: Sequence[int | str], found: Work) -> Any:
+    """Numbers that a Transpose moves without taking them apart: its last axes, as far as they stay where they are."""
+    perm = spec.get("attributes", {}).get("perm", ())
+    length: Any = 1.0
+    for axis in reversed(range(len(perm))):
+        if perm[axis] != axis or axis >= len(dims):
+            break
+        dim = dims[axis]
+        length = length * (
+            float(dim[:-1] or 1) * np.rint(unit_length(spec, found.rows)) if isinstance(dim, str) else dim
+        )
+    return length

@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from sartor.cost_models.features import COSTLY, ways_of
+from sartor.cost_models.features import COSTLY, is_movement, ways_of
 from sartor.cost_models.profile import Sample
 from sartor.cost_models.signatures import Signature, variable_names
 from sartor.cost_models.work import Work, item_bytes, work_of_spec
@@ -112,8 +112,8 @@ class Rates:
         """See `KernelModel`."""
         spec, family = signature.spec, signature.family
         found = _work(spec, family, sizes, self.grid)
-        costly = _costly(spec, found)
-        columns = self._columns(found.macs, found.moved, costly, found.weight_bytes, period_s, alike)
+        costly, weights = _costly(spec, found), _weights(spec, found)
+        columns = self._columns(found.macs, found.moved, costly, weights, period_s, alike)
         ways = _ways(spec, sizes)
         seconds, sd = np.zeros(columns.shape[1:]), np.zeros(columns.shape[1:])
         for way in np.unique(ways):
@@ -243,7 +243,8 @@ def fitted(
     for sample in samples:
         found, costly = rounded_work(sample, grid or {})
         code, share = share_of(sample.period_s / sample.alike, paused), share_of(sample.period_s, between)
-        columns = columns_of(found.macs, found.moved, costly, found.weight_bytes, code, share)
+        weights = _weights(sample.spec, found)
+        columns = columns_of(found.macs, found.moved, costly, weights, code, share)
         # How well a time is known matters only where it is known worse than a law of a few numbers can say it.
         weight = 1.0 / np.hypot(_LAW_SD, sample.half_width / 1.96)
         row = np.array([*columns, sample.seconds, weight])
@@ -286,6 +287,11 @@ def _costly(spec: Mapping[str, Any], found: Work) -> np.ndarray:
     """Elements that pass through an activation which is itself work."""
     count = sum(op in COSTLY for op, _ in spec.get("epilogue", ()))
     return count * found.written / item_bytes(str(spec.get("dtype", "FLOAT")))
+
+
+def _weights(spec: Mapping[str, Any], found: Work) -> Any:
+    """Bytes that a kernel waits for. Stored operands of others than products are vectors, or read in part."""
+    return 0.0 if is_movement(spec) else found.weight_bytes
 
 
 def _work(spec: Mapping[str, Any], family: str, sizes: Sequence[Any], grid: Mapping[str, int]) -> Work:

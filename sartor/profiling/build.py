@@ -32,8 +32,8 @@ from sartor.profiling.records import SENTENCE, Records
 
 _NETWORKS_AT_ONCE = len(networks.KINDS)
 _CARRIED = 32  # kernels of one carrier
-_ANCHORED, _ANCHOR = 3, InsideEffort(visits=4, profile_s=0.0)  # rounds of networks between anchors
-_DRAWN, _TIMED, _REFINED = 0.10, 0.72, 0.92
+_ANCHORED, _LATENCY = 3, InsideEffort(visits=4, profile_s=0.0)  # rounds of networks between anchors
+_DRAWN, _AGAIN, _TIMED, _REFINED = 0.10, 0.50, 0.72, 0.92
 """Of the minutes: until when kernels are drawn, networks timed, kernels chosen by uncertainty. The rest is the fit."""
 _REFINEMENTS, _MOST_AT_ONCE = 2, 60  # fits between carriers; carriers after one
 PRECISIONS = ("f32", "bf16")
@@ -226,8 +226,12 @@ class _Builder:
             self._carrier(timer, "design", self._design.batch(self.records.next("design"), _CARRIED))
         self._progress.stage("timing networks and the kernels inside them")
         while self.records.spent_s < _TIMED * self._seconds or not self.records.batches("networks"):
+            late = self.records.spent_s > _AGAIN * self._seconds
+            if late and self.records.next("again") < self.records.next("networks"):
+                self._networks_again(timer)
+                continue
             self._networks(timer)
-            if len(self.records.batches("networks")) % _ANCHORED == 0:
+            if self.records.next("networks") % _ANCHORED == 0:
                 self._anchors(timer)
         self._require_kernels()
         self._progress.stage("sampling where it is unsure")
@@ -324,15 +328,22 @@ class _Builder:
         self.records.add("networks", results=results, conditions=dict(getattr(timer, "conditions", {})))
         self._progress.advance(len(results))
 
+    def _networks_again(self, timer: Insider) -> None:
+        """A batch of networks, minutes later: what disturbs a machine for seconds disturbs all visits of a network."""
+        batch = self.records.batches("networks")[self.records.next("again")]
+        self._latencies("again", [r["name"] for r in batch["results"] if "ratio" in r], timer, _LATENCY)
+
     def _anchors(self, timer: Insider) -> None:
-        names = networks.anchors(self._seed)
-        found = timer([networks.network(name) for name in names], _ANCHOR)
+        self._latencies("anchors", networks.anchors(self._seed), timer, _LATENCY)
+
+    def _latencies(self, stage: str, names: Sequence[str], timer: Insider, effort: InsideEffort) -> None:
+        found = timer([networks.network(name) for name in names], effort)
         results = [
-            {"name": name, "ratio": inside.latency.ratio}
+            {"name": name, "ratio": inside.latency.ratio, "half_width": min(inside.latency.half_width, 1.0)}
             for name, inside in zip(names, found, strict=True)
             if inside.latency is not None
         ]
-        self.records.add("anchors", results=results)
+        self.records.add(stage, results=results)
 
     def _network_result(self, name: str, model: bytes, inside: Inside) -> dict[str, Any]:
         if inside.latency is None:

@@ -179,16 +179,19 @@ def _vit(net: Net) -> None:
     net.node("Reshape", [net.value, number])
     net.node("Transpose", [net.value], perm=[0, 2, 1])
     net.shape = (1, tokens, c)
-    split = net.model.constant("heads", [1, tokens, heads, d], "INT64")
     joined = net.model.constant("joined", [1, tokens, c], "INT64")
     scale = net.model.constant("scale", d**-0.5, "FLOAT")
+    at_once = net.rng.random() < 0.5
     for _ in range(net.rng.randint(2, 6)):
         source = net.value
         normed = net.norm()
         parts = []
-        for perm in ([0, 2, 1, 3], [0, 2, 3, 1], [0, 2, 1, 3]):
+        if at_once:
+            parts = _projected_at_once(net, heads, d)
+        for perm in () if at_once else ([0, 2, 1, 3], [0, 2, 3, 1], [0, 2, 1, 3]):
             net.value, net.shape = normed, (1, tokens, c)
-            net.node("Reshape", [net.matmul(c), split])
+            net.matmul(c)
+            net.reshape((1, tokens, heads, d))
             parts.append(net.node("Transpose", [net.value], perm=perm))
         net.node("Mul", [net.node("MatMul", parts[:2]), scale])
         net.node("MatMul", [net.node("Softmax", [net.value], axis=-1), parts[2]])
@@ -205,6 +208,20 @@ def _vit(net: Net) -> None:
     net.node("Transpose", [net.value], perm=[0, 2, 1])
     net.shape = (1, c, tokens)
     net.head()
+
+
+def _projected_at_once(net: Net, heads: int, d: int) -> list[str]:
+    """Queries, keys (transposed) and values of one product, parted afterwards."""
+    _, tokens, c = net.shape
+    net.matmul(3 * c)
+    net.reshape((1, tokens, 3, heads, d))
+    joined = net.transpose((2, 0, 3, 1, 4))
+    parts = []
+    for number in range(3):
+        index = net.model.constant(f"part{joined}{number}", number, "INT64")
+        parts.append(net.node("Gather", [joined, index], axis=0))
+    parts[1] = net.node("Transpose", [parts[1]], perm=[0, 1, 3, 2])
+    return parts
 
 
 def _branches(net: Net) -> None:

@@ -22,7 +22,8 @@ SENTENCE = (
     "in which drawn kernels stand side by side; medians over at least eight inferences, or the fastest of them, "
     "over the mean of a reference convolution in the same runtime before and after, in moments in which that is "
     "near the fastest that is no luck; the profiler's own part of a kernel, known from what whole networks take "
-    "without it, is subtracted. Networks: lower quartiles of visits in such moments, each the median of its runs"
+    "without it, is subtracted. Networks: lower quartiles of visits in such moments, each the median of its runs, "
+    "and of looks that lie minutes apart"
 )
 
 
@@ -92,9 +93,10 @@ class Records:
         scale = self.reference_s
         drawn, whole = [*self._results("design", "refine")], [*self._results("networks")]
         timed = [r for r in whole if "ratio" in r]
-        again: dict[str, list[float]] = {}
-        for result in self._results("anchors"):
-            again.setdefault(result["name"], []).append(result["ratio"])
+        again: dict[str, list[dict[str, Any]]] = {}
+        for result in self._results("anchors", "again"):
+            again.setdefault(result["name"], []).append(result)
+        timed = [{**n, **_best([n, *again.get(n["name"], ())])} for n in timed]
         known = self.find("call")
         call = float(known["ratio"] or 0.0) if known else 0.0
         overhead = _overhead(timed, call)
@@ -146,7 +148,7 @@ class Records:
             failures=tuple(
                 {"spec": r["spec"], "at": r["at"], "reason": r["reason"]} for r in drawn if "reason" in r
             ),
-            networks=tuple(_network(r, scale, again.get(r["name"], ())) for r in timed),
+            networks=tuple(_network(r, scale) for r in timed),
         )
 
 
@@ -201,7 +203,7 @@ def _sample(
         result: of the kernel.
         role: None: it is no sample.
         scale: seconds of the reference.
-        model: `ratio`, `half_width`, `sum` and `rows` of the model that it ran in.
+        model: `ratio`, `half_width`, `sum` and `rows` of the model that it ran in; `best`, if it was looked at again.
         beside: the profiler's part of a kernel in models at large, an empty call, and how well models are known.
         alike: as `Sample.alike`.
     """
@@ -214,7 +216,8 @@ def _sample(
     share = (model["rows"] * typical / model["ratio"]) ** 2
     overhead = (share * own_part + _SCATTER**2 * typical) / (share + _SCATTER**2)
     overhead = min(max(overhead, typical / _MOST_APART), typical * _MOST_APART)
-    factor = (model["ratio"] - call) / max(model["sum"] - overhead * model["rows"], 1e-9)
+    latency = model.get("best", model["ratio"])
+    factor = (latency - call) / max(model["sum"] - overhead * model["rows"], 1e-9)
     own = max(result["ratio"] - result["rows"] * overhead, _LEAST_OWN * result["ratio"])
     own_s = own * scale * min(max(factor, 1 / _MOST_SCALED), _MOST_SCALED)
     # The interval of four visits is itself known within a factor of three.
@@ -226,18 +229,25 @@ def _sample(
         seconds=own_s,
         half_width=min(1.0, math.hypot(_NOISE, _RESOLUTION / own_s, model_half_width)),
         role=role,
-        period_s=model["ratio"] * scale,
+        period_s=latency * scale,
         alike=max(alike, 1),
     )
 
 
-def _network(result: Mapping[str, Any], scale: float, again: Sequence[float]) -> NetworkTime:
-    """A network; of one that was timed several times, the lower quartile: what disturbs a time makes it longer."""
-    times = [result["ratio"], *again]
-    latency, half = float(np.quantile(times, 0.25)) * scale, result["half_width"]
-    if len(times) > 2:
-        spread = statistics.stdev(map(math.log, times))
-        half = math.expm1(_STUDENT * spread / math.sqrt(len(times)))
+def _best(looks: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """The lower quartile of the looks at a network, and its half width: what disturbs a time makes it longer."""
+    ratios = [float(look["ratio"]) for look in looks]
+    best = float(np.quantile(ratios, 0.25, method="lower"))
+    half = float(looks[ratios.index(best)]["half_width"])
+    if len(looks) > 2:
+        half = math.expm1(_STUDENT * statistics.stdev(map(math.log, ratios)) / math.sqrt(len(looks)))
+    elif len(looks) == 2:
+        half = math.hypot(half, math.log(max(ratios) / best) / 2)
+    return {"best": best, "half_width": min(half, 1.0)}
+
+
+def _network(result: Mapping[str, Any], scale: float) -> NetworkTime:
+    latency, half = result["best"] * scale, result["half_width"]
     return NetworkTime(
         name=result["name"],
         kernels=tuple((spec, tuple(map(float, at)), count) for spec, at, count in result["kernels"]),
