@@ -143,8 +143,9 @@ def references_of(profile: Any) -> list[Any]:
 def truth(name: str, options: argparse.Namespace, references: Sequence[Any]) -> dict[str, Any]:
     """Latencies of the network and its prunings over the geometric mean of the references, with intervals.
 
-    All are visited in turn in one process, in quiet moments as a reference kernel tells them; time that other processes
-    had of the processor does not count. Every repetition compiles them anew, because where weights lie in memory is
+    All are visited in turn in one process, in quiet moments as a reference kernel tells them, each for a while before
+    its time counts (a network that ran after others is up to 8 % slower at first); time that other processes had of the
+    processor does not count. Every repetition compiles them anew, because where weights lie in memory is
     part of the noise; the interval is that of the mean over repetitions.
     """
     from sartor.backends.protocol import TargetOptions
@@ -158,7 +159,9 @@ def truth(name: str, options: argparse.Namespace, references: Sequence[Any]) -> 
     ]
     models = [networks.network(reference.name) for reference in references]
     models += [at_batch_1(p) for p in programs]
-    effort = Effort(half_width=options.half_width, fewest=4, most=6, visit_s=0.03, quantile=0.5)
+    effort = Effort(
+        half_width=options.half_width, fewest=4, most=6, visit_s=0.03, settle_s=0.03, quantile=0.5
+    )
     logs: list[list[float]] = [[] for _ in programs]
     begun, count = time.monotonic(), 0
     with KernelTimer(options.target, TargetOptions(threads=options.threads)) as timer:
@@ -305,7 +308,7 @@ def main() -> int:
         "cpu": profile.device["cpu"],
         "references": {n.name: hashlib.sha256(networks.network(n.name)).hexdigest() for n in references},
         "prunings": options.prunings,
-        "protocol": 4,
+        "protocol": 5,
     }
     ladder, baselines = Ladder(profile), Baselines(profile)
     rows: list[dict[str, Any]] = []

@@ -163,4 +163,25 @@ def test_disturbed_runs_count_only_if_there_are_no_others(monkeypatch):
     for taken, expected in (([0, 9, 0, 9], 1e-3), ([0, 9, 9, 9], 1e-3 + 9e-9)):
         scheduler = Scheduler(monkeypatch, taken)
         subject.run, subject.runs = scheduler.run, 3
-        assert subject.visit(0.1, alone=False) == pytest.approx(expected, rel=1e-12)
+        assert subject.visit(0.0, 0.1, alone=False) == pytest.approx(expected, rel=1e-12)
+
+
+def test_a_visit_begins_when_the_model_has_settled(monkeypatch):
+    """After another model the first runs are slower; as many as the time says do not count, at least one."""
+    subject, now = kernel_timing._Subject.__new__(kernel_timing._Subject), [0.0]
+    runs = iter(range(10_000))
+
+    def run():
+        now[0] += 0.005 if next(runs) < 6 else 0.001
+
+    monkeypatch.setattr(kernel_timing.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(kernel_timing, "undisturbed", lambda run, alone: (timed(run), False))
+
+    def timed(run):
+        begun = now[0]
+        run()
+        return now[0] - begun
+
+    subject.run, subject.runs = run, 3
+    assert subject.visit(0.0, 0.5, alone=True) == pytest.approx(0.005)
+    assert subject.visit(0.03, 0.5, alone=True) == pytest.approx(0.001)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import resource
 import time
@@ -40,9 +41,12 @@ class _Subject:
         wanted = round(visit_s / max(seconds, 1e-7))
         self.runs = max(_FEWEST_RUNS if seconds < 0.5 else 1, min(_MOST_RUNS, wanted))
 
-    def visit(self, quantile: float, alone: bool) -> float:
+    def visit(self, settle_s: float, quantile: float, alone: bool) -> float:
         """One visit; `alone`: one thread computes."""
+        settled = time.monotonic() + settle_s
         self.run()  # discarded: another model's data are in the caches
+        while time.monotonic() < settled:
+            self.run()
         taken = [undisturbed(self.run, alone) for _ in range(self.runs)]
         clean = [seconds for seconds, disturbed in taken if not disturbed]
         return float(np.quantile(clean or [seconds for seconds, _ in taken], quantile))
@@ -77,9 +81,9 @@ def time_kernels(request: Mapping[str, Any], send: Send) -> dict[str, Any]:
     if reference is None:
         return {"conditions": {}, "reference_failed": True}
     loaded = time.monotonic()
-    quantile = float(request["quantile"])
+    how = (float(request["settle_s"]), float(request["quantile"]), request["threads"] == 1)
     visits = visit_all(
-        {i: _visitor(subject, quantile, request["threads"] == 1) for i, subject in subjects.items()},
+        {i: functools.partial(subject.visit, *how) for i, subject in subjects.items()},
         lambda: reference_s(reference.run),
         half_width=request["half_width"],
         fewest=request["fewest"],
@@ -94,10 +98,6 @@ def time_kernels(request: Mapping[str, Any], send: Send) -> dict[str, Any]:
     spent = {"loading_s": round(loaded - begun, 3), "visits_s": round(time.monotonic() - loaded, 3)}
     runtime = backend.capabilities().version
     return {"conditions": {**host.conditions(), "runtime": runtime, "pinned": list(pinned), **spent}}
-
-
-def _visitor(subject: _Subject, quantile: float, alone: bool) -> Callable[[], float]:
-    return lambda: subject.visit(quantile, alone)
 
 
 def reference_s(run: Run) -> float:

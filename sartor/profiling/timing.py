@@ -32,6 +32,7 @@ class Effort:
         fewest: visits of each model, at least.
         most: visits of each model, at most.
         visit_s: length of a visit, seconds.
+        settle_s: of runs before it that do not count, at least one: another model's data are in the caches.
         quantile: of the runs of one visit.
         limit_s: no round of visits starts after it.
     """
@@ -40,6 +41,7 @@ class Effort:
     fewest: int = 3
     most: int = 8
     visit_s: float = 0.004
+    settle_s: float = 0.0
     quantile: float = QUANTILE
     limit_s: float = 60.0
 
