@@ -288,7 +288,7 @@ def test_an_operator_with_few_samples_takes_the_law_of_its_family_times_a_factor
     assert erf.per_byte_s / family.per_byte_s == pytest.approx(erf.launch_s / family.launch_s)
     (truth,) = moves("Erf", 1, 6e-10)
     assert predicted(laws, truth.spec, truth.at) == pytest.approx(truth.seconds, rel=0.3)
-    assert float(family.seconds(columns_of(0.0, truth.at[0], 0.0, 0.0, 0.0, 0.0))) < 0.7 * truth.seconds
+    assert float(family.seconds(columns_of(0.0, truth.at[0], 0.0, 1.0, 0.0, 0.0, 0.0))) < 0.7 * truth.seconds
 
 
 def test_coefficients_are_never_negative():

@@ -1,4 +1,9 @@
-"""The fitted roofline of single kernels: `t = launch + macs / rate + bytes / bandwidth + costly activations + waiting`.
+"""The fitted roofline of single kernels: a sum of what computing, moving and waiting take.
+
+    t = launch + macs / rate + bytes / bandwidth + costly activations + groups + waiting
+
+Groups of a convolution, and matrices of a batch, are products of their own that a runtime may begin one by one: where
+channels do not fill a register, that is what a depthwise convolution takes.
 
 The longer ago a kernel last ran, the more of what it needs others have displaced from the caches: its code and what
 the runtime knows of it, and its weights; what it reads has just been made. It waits for its weights in proportion to a
@@ -47,12 +52,13 @@ is left to what was learned."""
 
 @dataclasses.dataclass(frozen=True)
 class Rate:
-    """Coefficients of one law: seconds, seconds per MAC, per byte and per costly element; its waiting; its error."""
+    """Coefficients of one law: seconds, seconds per MAC, byte, costly element and group; its waiting; its error."""
 
     launch_s: float
     per_mac_s: float
     per_byte_s: float
     per_element_s: float
+    per_group_s: float
     waiting_s: float
     waiting_per_weight_s: float
     sd: float
@@ -60,8 +66,8 @@ class Rate:
     @classmethod
     def of(cls, coefficients: np.ndarray, sd: float) -> Rate:
         """From coefficients in the order of `columns_of`."""
-        launch, mac, byte, element, fixed, weight = map(float, coefficients)
-        return cls(launch, mac, byte, element, fixed, weight, sd)
+        launch, mac, byte, element, group, fixed, weight = map(float, coefficients)
+        return cls(launch, mac, byte, element, group, fixed, weight, sd)
 
     @property
     def coefficients(self) -> tuple[float, ...]:
@@ -75,8 +81,8 @@ class Rate:
     def bound(self, columns: np.ndarray) -> str:
         """What most of one kernel's time goes into: `launch`, `compute` or `bandwidth`."""
         parts = np.asarray(self.coefficients) * columns
-        launch, mac, byte, element, fixed, weight = (float(p) for p in parts)
-        found = {"launch": launch + fixed, "compute": mac + element, "bandwidth": byte + weight}
+        launch, mac, byte, element, group, fixed, weight = (float(p) for p in parts)
+        found = {"launch": launch + group + fixed, "compute": mac + element, "bandwidth": byte + weight}
         return max(found, key=found.__getitem__)
 
 
@@ -113,7 +119,7 @@ class Rates:
         spec, family = signature.spec, signature.family
         found = _work(spec, family, sizes, self.grid)
         costly, weights = _costly(spec, found), _weights(spec, found)
-        columns = self._columns(found.macs, found.moved, costly, weights, period_s, alike)
+        columns = self._columns(found.macs, found.moved, costly, found.groups, weights, period_s, alike)
         ways = _ways(spec, sizes)
         seconds, sd = np.zeros(columns.shape[1:]), np.zeros(columns.shape[1:])
         for way in np.unique(ways):
@@ -128,7 +134,7 @@ class Rates:
     ) -> tuple[np.ndarray, np.ndarray]:
         """As `predict`, of kernels without a signature."""
         law = self._law(family, "", "")
-        total = np.maximum(law.seconds(self._columns(macs, moved, 0.0, 0.0, period_s, alike)), 1e-9)
+        total = np.maximum(law.seconds(self._columns(macs, moved, 0.0, 1.0, 0.0, period_s, alike)), 1e-9)
         return total, np.full(total.shape, law.sd)
 
     def bound(
@@ -142,14 +148,14 @@ class Rates:
         alike: int = 1,
     ) -> str:
         """What most of a kernel's time goes into, see `Rate.bound`."""
-        columns = self._columns(macs, moved, 0.0, weight_bytes, period_s, alike)
+        columns = self._columns(macs, moved, 0.0, 1.0, weight_bytes, period_s, alike)
         return self._law(family, op, "").bound(columns)
 
     def _columns(
-        self, macs: Any, moved: Any, costly: Any, weights: Any, period_s: Any, alike: Any
+        self, macs: Any, moved: Any, costly: Any, groups: Any, weights: Any, period_s: Any, alike: Any
     ) -> np.ndarray:
         code = share_of(np.asarray(period_s, float) / alike, self.pauses)
-        return columns_of(macs, moved, costly, weights, code, share_of(period_s, self.periods))
+        return columns_of(macs, moved, costly, groups, weights, code, share_of(period_s, self.periods))
 
     def update(self, samples: Sequence[Sample]) -> Rates:
         """See `KernelModel`: the laws of these samples are fitted anew, to them alone."""
@@ -191,9 +197,12 @@ def share_of(period_s: Any, periods: tuple[float, float]) -> np.ndarray:
     return np.minimum(reached, 1.0)
 
 
-def columns_of(macs: Any, moved: Any, costly: Any, weight_bytes: Any, code: Any, share: Any) -> np.ndarray:
+def columns_of(
+    macs: Any, moved: Any, costly: Any, groups: Any, weight_bytes: Any, code: Any, share: Any
+) -> np.ndarray:
     """What the coefficients of a law multiply, `[coefficients, …]`; `code` and `share` of code and weights are gone."""
-    parts = (1.0, macs, moved, costly, code, share * weight_bytes)
+    several = np.where(np.asarray(groups) > 1, groups, 0.0)  # one group is the kernel itself
+    parts = (1.0, macs, moved, costly, several, code, share * weight_bytes)
     return np.stack(np.broadcast_arrays(*(np.asarray(part, float) for part in parts)))
 
 
@@ -244,7 +253,7 @@ def fitted(
         found, costly = rounded_work(sample, grid or {})
         code, share = share_of(sample.period_s / sample.alike, paused), share_of(sample.period_s, between)
         weights = _weights(sample.spec, found)
-        columns = columns_of(found.macs, found.moved, costly, weights, code, share)
+        columns = columns_of(found.macs, found.moved, costly, found.groups, weights, code, share)
         # How well a time is known matters only where it is known worse than a law of a few numbers can say it.
         weight = 1.0 / np.hypot(_LAW_SD, sample.half_width / 1.96)
         row = np.array([*columns, sample.seconds, weight])
@@ -290,8 +299,12 @@ def _costly(spec: Mapping[str, Any], found: Work) -> np.ndarray:
 
 
 def _weights(spec: Mapping[str, Any], found: Work) -> Any:
-    """Bytes that a kernel waits for. Stored operands of others than products are vectors, or read in part."""
-    return 0.0 if is_movement(spec) else found.weight_bytes
+    """Bytes that a kernel waits for.
+
+    Stored operands of others than products are vectors, or read in part. Those of a depthwise kernel are a few numbers
+    per channel, next to what it takes to begin a channel: in a law, one would be taken for the other.
+    """
+    return 0.0 if is_movement(spec) or "multiplier" in spec else found.weight_bytes
 
 
 def _work(spec: Mapping[str, Any], family: str, sizes: Sequence[Any], grid: Mapping[str, int]) -> Work:
