@@ -248,7 +248,7 @@ def predictions(
     rows = []
     for number, plan in enumerate(plans):
         removed = {block: True for block in plan.blocks}
-        fractions = plan.fractions()
+        fractions = analysis.fractions(plan)
         estimate = ladder.estimate(workload, fractions, removed)
         kernels = [(s.spec, sizes, count) for s, sizes, count in kernels_of(workload, fractions, removed)[0]]
         kind = "whole" if not number else ("grid" if number % 2 else "off-grid")

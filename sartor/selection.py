@@ -119,7 +119,9 @@ class Selection:
     def _predict(self, decision: Decision) -> float:
         """Latency of a decision by the table as it is now, seconds."""
         removed = {name: True for name in decision.plan.blocks}
-        return float(self.model.estimate_batch(self.workload, decision.plan.fractions(), removed))
+        return float(
+            self.model.estimate_batch(self.workload, self.analysis.fractions(decision.plan), removed)
+        )
 
     def _try(self, decision: Decision) -> tuple[int, dict[str, Any]]:
         """Apply, lower and measure a decision, or take it from the journal; its step and its record."""
@@ -160,7 +162,7 @@ class Selection:
         if "latency" in self.limits:
             removed = {name: True for name in decision.plan.blocks}
             latency_s = known["ratio"] * self.baseline["latency"]
-            self.model.calibrate(self.workload, latency_s, decision.plan.fractions(), removed)
+            self.model.calibrate(self.workload, latency_s, self.analysis.fractions(decision.plan), removed)
         self.progress.advance()
         self.progress(f"step {step}: {known['ratio']:.3f}x measured, {entry['change']}")
         return step, known

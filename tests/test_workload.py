@@ -271,3 +271,73 @@ def test_an_add_whose_other_operand_comes_later_is_not_fused():
     net.add(c, late, "y")
     workload = build_workload(net.program(("y",)))
     assert [k.nodes for k in workload.kernels] == [("n_c",), ("n_late",), ("n_y",)]
+
+
+# ---- parts of a group ----------------------------------------------------------------------------
+def shuffled_program():
+    """Halves of the channels, of which one passes a convolution; then both are interleaved, and parted again."""
+    rng = np.random.default_rng(0)
+
+    def weight(*dims):
+        return rng.standard_normal(dims).astype(np.float32)
+
+    arrays = {
+        **{
+            "w0": weight(16, 3, 3, 3),
+            "w1": weight(8, 8, 1, 1),
+            "w2": weight(8, 8, 1, 1),
+            "w3": weight(4, 16, 1, 1),
+        },
+        **{"half": np.array([8, 8]), "five": np.array([1, 2, 8, 6, 6]), "four": np.array([1, 16, 6, 6])},
+    }
+    nodes = [
+        helper.make_node("Conv", ["x", "w0"], ["a"], name="c0"),
+        helper.make_node("Split", ["a", "half"], ["l", "r"], name="s0", axis=1),
+        helper.make_node("Conv", ["r", "w1"], ["r1"], name="c1"),
+        helper.make_node("Concat", ["l", "r1"], ["b"], name="j0", axis=1),
+        helper.make_node("Reshape", ["b", "five"], ["b5"], name="v0"),
+        helper.make_node("Transpose", ["b5"], ["t5"], name="t0", perm=[0, 2, 1, 3, 4]),
+        helper.make_node("Reshape", ["t5", "four"], ["m"], name="v1"),
+        helper.make_node("Split", ["m", "half"], ["l2", "r2"], name="s1", axis=1),
+        helper.make_node("Conv", ["r2", "w2"], ["r3"], name="c2"),
+        helper.make_node("Concat", ["l2", "r3"], ["d"], name="j1", axis=1),
+        helper.make_node("Conv", ["d", "w3"], ["y"], name="c3"),
+    ]
+    return make_program(nodes, {"x": (1, 3, 8, 8)}, ["y"], arrays)
+
+
+def test_a_plan_is_priced_by_the_units_that_it_keeps_of_what_a_split_has_parted():
+    """By fractions of groups, both halves were equally wide; kernels and copies of the pruned network differ."""
+    from sartor.ir.channels import channel_groups
+    from sartor.ir.plan import GroupPlan, Plan
+    from sartor.passes.prune import apply_plan
+
+    program = shuffled_program()
+    analysis = channel_groups(program)
+    workload, rng, unlike = build_workload(program, analysis.extents), np.random.default_rng(1), 0
+    for _ in range(12):
+        groups = {}
+        for group in analysis.groups:
+            keep = set(rng.permutation(group.size)[: rng.integers(1, group.size + 1)].tolist())
+            keep |= {int(floor[0]) for floor in group.floors if not keep & set(map(int, floor))}
+            if len(keep) < group.size:
+                groups[group.name] = GroupPlan(group.size, tuple(sorted(keep)))
+        plan = Plan(program.source.sha256, groups)
+        pruned = apply_plan(program, plan, analysis)
+        truth = build_workload(pruned, channel_groups(pruned).extents)
+        exact = workload.evaluate(analysis.fractions(plan))
+        assert float(exact.macs) == float(truth.evaluate().macs)
+        unlike += float(workload.evaluate(plan.fractions()).macs) != float(exact.macs)
+    assert unlike >= 6
+    assert (
+        workload.groups == {g.name for g in analysis.groups} & workload.groups
+    )  # parts have the names of groups
+
+
+def test_a_part_that_no_plan_names_keeps_what_its_group_does():
+    from sartor.ir.extents import group_of, part
+
+    half = Extent(((8.0, (part("g", 0),)), (4.0, ("h",))))
+    assert half.groups == {"g", "h"} and group_of(part("g", 0)) == group_of("g") == "g"
+    assert half.evaluate({"g": 0.5}) == 8.0 and half.evaluate({"g": 0.5, part("g", 0): 0.25}) == 6.0
+    np.testing.assert_array_equal(half.evaluate({"g": np.array([0.5, 1.0]), "h": 0.5}), [6.0, 10.0])

@@ -172,7 +172,7 @@ def _changes(
             )
     removed = {name: True for name in plan.blocks}
     workload.check_removed(removed)
-    return plan.fractions(), removed
+    return analysis.fractions(plan), removed
 
 
 def _steps(

@@ -10,14 +10,25 @@ import numpy as np
 SIZE, BATCH = "<size>", "<batch>"
 """Beside the kept fractions: which of the declared input sizes, an index, and how many samples. No group has such a
 name."""
+_PART = "\n"  # no group has such a name, either
+
+
+def part(group: str, number: int) -> str:
+    """Name of some of a group's units: those that one axis is made of where a Split has parted them."""
+    return f"{group}{_PART}{number}"
+
+
+def group_of(name: str) -> str:
+    """The group that a name in the terms of an extent belongs to: its own, or that of a part."""
+    return name.partition(_PART)[0]
 
 
 @dataclasses.dataclass(frozen=True)
 class Extent:
     """Length of one axis: a sum of segments, each scaled by the kept fraction of some groups.
 
-    `terms` holds `(length, group_names)`; the extent is `Σ length · Π kept[g] / size[g]`. An axis that
-    no group touches is one term with no groups.
+    `terms` holds `(length, names)`, the names being those of groups or of parts of them; the extent is
+    `Σ length · Π kept[g] / size[g]`. An axis that no group touches is one term with no groups.
     """
 
     terms: tuple[tuple[float, tuple[str, ...]], ...]
@@ -35,7 +46,7 @@ class Extent:
     @property
     def groups(self) -> frozenset[str]:
         """Names of the groups this extent depends on."""
-        return frozenset(name for _, names in self.terms for name in names)
+        return frozenset(group_of(name) for _, names in self.terms for name in names)
 
     @property
     def varies(self) -> bool:
@@ -50,13 +61,18 @@ class Extent:
         """Length under a plan or a population of plans.
 
         Args:
-            fractions: kept fraction per group name (1.0 where absent), scalars or arrays `[plans]`.
+            fractions: kept fraction per group name (1.0 where absent), scalars or arrays `[plans]`. A part that is
+                not among them keeps what its group does.
         """
         total: np.ndarray | float = 0.0
         for length, names in self.terms:
             value: np.ndarray | float = length
             for name in names:
-                value = value * fractions.get(name, 1.0)
+                value = (
+                    value * fractions[name]
+                    if name in fractions
+                    else value * fractions.get(group_of(name), 1.0)
+                )
             total = total + value
         return total
 

@@ -16,7 +16,7 @@ from sartor.ir.channels.groups import Classes, UnitSet
 from sartor.ir.channels.labels import Factor
 from sartor.ir.channels.masking import UnmaskableError, zeros
 from sartor.ir.channels.propagate import Propagation, Sink
-from sartor.ir.extents import Extent
+from sartor.ir.extents import Extent, part
 from sartor.ir.plan import Plan
 from sartor.ir.program import Program
 
@@ -64,6 +64,7 @@ class ChannelAnalysis:
         self.groups: tuple[ChannelGroup, ...] = tuple(g for number, g in named if number not in kept_by)
         self._names = {number: group.name for number, group in named if number not in kept_by}
         self._refused |= {number: (text, "") for number, text in kept_by.items()}
+        self._parts: dict[str, dict[bytes, tuple[str, np.ndarray]]] = {}
 
     def group(self, name: str) -> ChannelGroup:
         """The group called `name`.
@@ -327,9 +328,31 @@ class ChannelAnalysis:
             code |= ((units[:, 0] >= 0) & (units == units[:, :1]).all(axis=1)).astype(np.int64) << bit
         terms = []
         for value, count in zip(*np.unique(code, return_counts=True), strict=True):
-            names = tuple(self._names[n] for bit, n in enumerate(numbers[:62]) if value >> bit & 1)
+            here = slices[code == value, :1]
+            names = tuple(self._part(n, here) for bit, n in enumerate(numbers[:62]) if value >> bit & 1)
             terms.append((float(count), names))
         return Extent(tuple(terms))
+
+    def _part(self, number: int, classes: np.ndarray) -> str:
+        """Name of the units of a set that an axis is made of: the group's, if it has all of them equally often."""
+        name, units = self._names[number], np.sort(self._lookup(number, classes), axis=None)
+        often = np.bincount(units, minlength=self._all[name].size)
+        if (often == often[0]).all():
+            return name
+        known = self._parts.setdefault(name, {})
+        if units.tobytes() not in known:
+            known[units.tobytes()] = (part(name, len(known)), units)
+        return known[units.tobytes()][0]
+
+    def fractions(self, plan: Plan) -> dict[str, float]:
+        """Kept fraction per group, and per part of one that an axis is made of, for pricing exactly this plan."""
+        found = plan.fractions()
+        _ = self.extents  # parts are known when all axes are
+        for group, parts in self._parts.items():
+            if group in plan.groups:
+                keep = np.asarray(plan.groups[group].keep)
+                found.update({name: float(np.isin(units, keep).mean()) for name, units in parts.values()})
+        return found
 
 
 def channel_groups(program: Program, keep: Sequence[str] = (), approximate: bool = False) -> ChannelAnalysis:
