@@ -444,11 +444,11 @@ def test_how_well_a_model_is_known_is_itself_known_roughly():
     """Of few visits, some lie closely together by chance, and some far apart; neither is all there is to say."""
     from sartor.profiling.records import _sample
 
-    result = {"spec": conv_spec(14), "at": [16, 16], "family": "conv", "ratio": 1.0, "rows": 1}
+    result = {"spec": conv_spec(14), "at": [16, 16], "family": "conv", "ratio": 1.0, "rows": 1, "alike": 1}
 
     def half_width(of_model, of_all):
         model = {"ratio": 1.0, "half_width": of_model, "sum": 1.0, "rows": 1}
-        found = _sample(result, "fit", 1e-3, model, (0.0, 0.0, of_all), 1)
+        found = _sample(result, "fit", 1e-3, model, (0.0, 0.0, of_all))
         return found.half_width
 
     lucky, typical, apart = (half_width(own, 0.05) for own in (0.002, 0.05, 1.0))

@@ -18,6 +18,7 @@ import numpy as np
 
 from sartor.backends import host
 from sartor.backends.protocol import Backend, TargetOptions
+from sartor.cost_models.fitting import alike_in
 from sartor.cost_models.profile import DeviceProfile, of_role
 from sartor.cost_models.samples import empty_model
 from sartor.cost_models.signatures import Signature
@@ -27,7 +28,14 @@ from sartor.journal import Journal
 from sartor.profiling import networks
 from sartor.profiling.design import Design, Novelty, Point, Uncertainty
 from sartor.profiling.inside import Inside, InsideEffort, Insider, ModelTimer
-from sartor.profiling.inside_samples import UnmadeError, carrier_model, describe, of_carrier, whole
+from sartor.profiling.inside_samples import (
+    UnmadeError,
+    alike_among,
+    carrier_model,
+    describe,
+    of_carrier,
+    whole,
+)
 from sartor.profiling.records import SENTENCE, Records
 
 _NETWORKS_AT_ONCE = len(networks.KINDS)
@@ -302,6 +310,7 @@ class _Builder:
             "rows": rows_of_model,
         }
         found = of_carrier(points, inside.kernels) if inside.latency is not None else [None] * len(points)
+        alike = alike_among(points)
         for point, time_and_rows in zip(points, found, strict=True):
             described = {"spec": point.spec, "at": list(point.at), "family": point.family}
             if time_and_rows is None or not time_and_rows[0] > 0:
@@ -309,7 +318,8 @@ class _Builder:
                 continue
             role = "heldout" if point.heldout else "fit"
             ratio, rows = time_and_rows
-            results.append({**described, "ratio": ratio, "rows": rows, "role": role, "model": model})
+            others = {"alike": alike[point.family, point.spec["op"]], "model": model}
+            results.append({**described, "ratio": ratio, "rows": rows, "role": role, **others})
 
     def _networks(self, timer: Insider) -> None:
         number = self.records.next("networks")
@@ -349,6 +359,7 @@ class _Builder:
         if inside.latency is None:
             return {"name": name, "reason": inside.reason}
         described = describe(model, inside.kernels, self._rules)
+        alike = alike_in((signature.spec, sizes, count) for signature, sizes, count in described.kernels)
         return {
             "name": name,
             "ratio": inside.latency.ratio,
@@ -363,6 +374,7 @@ class _Builder:
                     "at": list(one.sizes),
                     "ratio": one.ratio,
                     "rows": one.rows,
+                    "alike": max(alike[one.signature.family, one.signature.spec["op"]], 1),
                 }
                 for one in described.observed
                 if one.ratio > 0

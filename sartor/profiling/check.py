@@ -6,7 +6,6 @@ import dataclasses
 import math
 import random
 import statistics
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,7 +17,7 @@ from sartor.errors import BackendError, UsageError
 from sartor.ir.layout import FAMILY as LAYOUT
 from sartor.profiling.design import Point
 from sartor.profiling.inside import InsideEffort, Insider, ModelTimer
-from sartor.profiling.inside_samples import carrier_model, of_carrier
+from sartor.profiling.inside_samples import alike_among, carrier_model, of_carrier
 
 SAMPLES = 48
 TOLERANCE = 0.10
@@ -169,7 +168,7 @@ def _again(
         if inside.latency is None:
             continue
         period_s = inside.latency.ratio * then_s
-        alike = Counter((sample.family, sample.spec["op"]) for sample in samples)
+        alike = alike_among(of_samples)
         for sample, time_and_rows in zip(samples, of_carrier(of_samples, inside.kernels), strict=True):
             if time_and_rows is not None:
                 own = max(time_and_rows[0] * then_s - time_and_rows[1] * overhead_s, 1e-9)

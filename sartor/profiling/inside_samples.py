@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import tempfile
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -149,6 +150,11 @@ def carrier_model(points: Sequence[Point]) -> bytes:
         for field in ("node", "input", "output", "initializer", "value_info"):
             getattr(merged.graph, field).extend(getattr(model.graph, field))
     return bytes(merged.SerializeToString(deterministic=True))
+
+
+def alike_among(points: Sequence[Point]) -> Counter[tuple[str, str]]:
+    """How many kernels of each family and operator one carrier has: `Sample.alike` of its samples."""
+    return Counter((point.family, point.spec["op"]) for point in points)
 
 
 def _between_neighbours(graph: Any, number: int) -> None:

@@ -5,14 +5,12 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from sartor.backends.quiet import level
-from sartor.cost_models.fitting import alike_in
 from sartor.cost_models.profile import DeviceProfile, NetworkTime, Sample
 from sartor.journal import Journal
 from sartor.profiling.design import Point
@@ -107,25 +105,9 @@ class Records:
         conditions: Mapping[str, Any] = next(
             (r["conditions"] for r in reversed(self.batches("networks"))), {}
         )
-        carried = Counter(map(_in_carrier, (r for r in drawn if "ratio" in r)))
-        within = {n["name"]: alike_in(n["kernels"]) for n in timed}
         samples = [
-            *(
-                _sample(r, r["role"], scale, r["model"], beside, carried[_in_carrier(r)])
-                for r in drawn
-                if "ratio" in r
-            ),
-            *(
-                _sample(
-                    k,
-                    _SAMPLE_ROLE[n["role"]],
-                    scale,
-                    n,
-                    beside,
-                    within[n["name"]][k["family"], k["spec"]["op"]],
-                )
-                for k, n in inside
-            ),
+            *(_sample(r, r["role"], scale, r["model"], beside) for r in drawn if "ratio" in r),
+            *(_sample(k, _SAMPLE_ROLE[n["role"]], scale, n, beside) for k, n in inside),
         ]
         return DeviceProfile(
             target=target,
@@ -184,18 +166,12 @@ _SCATTER = 0.03  # of a latency against the sum of its kernels
 _STUDENT = 2.6  # at 95 %, for about five times
 
 
-def _in_carrier(result: Mapping[str, Any]) -> tuple[float, str, str]:
-    """What kernels that find each other's code have in common: their carrier, by its latency, family and operator."""
-    return result["model"]["ratio"], result["family"], result["spec"]["op"]
-
-
 def _sample(
     result: Mapping[str, Any],
     role: str | None,
     scale: float,
     model: Mapping[str, Any],
     beside: tuple[float, float, float],
-    alike: int,
 ) -> Sample | None:
     """One kernel without the profiler's own part, on the scale of its model's latency, which more runs say better.
 
@@ -205,7 +181,6 @@ def _sample(
         scale: seconds of the reference.
         model: `ratio`, `half_width`, `sum` and `rows` of the model that it ran in; `best`, if it was looked at again.
         beside: the profiler's part of a kernel in models at large, an empty call, and how well models are known.
-        alike: as `Sample.alike`.
     """
     if role is None:
         return None
@@ -230,7 +205,7 @@ def _sample(
         half_width=min(1.0, math.hypot(_NOISE, _RESOLUTION / own_s, model_half_width)),
         role=role,
         period_s=latency * scale,
-        alike=max(alike, 1),
+        alike=result["alike"],
     )
 
 
