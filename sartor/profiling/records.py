@@ -17,7 +17,8 @@ from sartor.profiling.design import Point
 
 SENTENCE = (
     "kernels and copies inside models, as the target's own profiler tells them, and how many there are of their "
-    "operator: generated networks, and carriers in which drawn kernels stand side by side; medians over at least eight inferences, or the fastest of them, "
+    "operator: generated networks, and carriers in which drawn kernels stand side by side; medians "
+    "over at least eight inferences, or the fastest of them, "
     "over the mean of a reference convolution in the same runtime before and after, in moments in which that is "
     "near the fastest that is no luck; the profiler's own part of a kernel, known from what whole networks take "
     "without it, is subtracted. Networks: lower quartiles of visits in such moments, each the median of its runs, "
