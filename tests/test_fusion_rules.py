@@ -11,6 +11,7 @@ from sartor import backends
 from sartor.ir.fusion import partition
 from sartor.ir.fusion_layout import blocked_values, layout_changes
 from sartor.ir.fusion_rules import ACTIVATIONS, GATED, GENERIC, VOCABULARY, FusionRules
+from sartor.ir.layout import FAMILY as LAYOUT
 from sartor.ir.population import Population
 from sartor.ir.workload import build_workload
 
@@ -191,13 +192,13 @@ def copies(program, fractions=None, extents=None):
     rules = FusionRules.of({"Conv": ("BlockedAdd",)})
     layout = build_workload(program, extents, rules=rules).layout
     plans = Population(fractions or {}, {})
-    found = [c for c in layout.copies(plans) if c.op_type != "Reshape" and np.all(c.count)]
-    return {(c.op_type, c.value): plans.quantity(c.moved) for c in found}
+    found = [kernel for kernel, count in layout.kernels(plans) if kernel.family == LAYOUT and np.all(count)]
+    return {(k.op_type, k.inputs[0].name): 2 * plans.quantity(k.bytes_read) for k in found}
 
 
 def test_no_copies_where_a_runtime_has_no_layout_of_its_own():
     assert not list(
-        build_workload(conv_then("Relu"), rules=FusionRules.of({})).layout.copies(Population({}, {}))
+        build_workload(conv_then("Relu"), rules=FusionRules.of({})).layout.kernels(Population({}, {}))
     )
 
 
@@ -213,15 +214,17 @@ def test_copies_under_a_plan_are_those_of_the_smaller_network(seed):
     ).layout
     fractions = {g: np.array([kept[g] / n for kept in plans]) for g, n in sizes.items()}
     population = Population(fractions, {})
-    found = list(layout.copies(population))
-    assert (
-        len({tuple(np.broadcast_to(c.count, len(plans))) for c in found}) > 1
-    )  # plans differ in what they copy
+    found = [
+        (kernel, np.broadcast_to(count, len(plans)), population.quantity(kernel.bytes_read))
+        for kernel, count in layout.kernels(population)
+        if kernel.family == LAYOUT
+    ]
+    assert len({tuple(count) for _, count, _ in found}) > 1  # plans differ in what they copy
     for number, kept in enumerate(plans):
         mine = {
-            (c.op_type, c.value): float(np.broadcast_to(population.quantity(c.moved), len(plans))[number])
-            for c in found
-            if c.op_type != "Reshape" and np.broadcast_to(c.count, len(plans))[number]
+            (kernel.op_type, kernel.inputs[0].name): 2 * float(np.broadcast_to(read, len(plans))[number])
+            for kernel, count, read in found
+            if count[number]
         }
         assert mine == copies(residual(kept).program(("logits",)))
 

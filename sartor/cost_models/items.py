@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
-from sartor.cost_models.signatures import Signature, copy_signature, signature_of
+from sartor.cost_models.signatures import Signature, signature_of
 from sartor.cost_models.surface import Surface
 from sartor.cost_models.tiers import Tiers
 from sartor.ir.kernels import Kernel
 from sartor.ir.layout import FAMILY as LAYOUT
-from sartor.ir.layout import Copy, Layout
+from sartor.ir.layout import Layout
 from sartor.ir.population import Population, Presence
 from sartor.ir.workload import Workload, presence
 
@@ -59,17 +60,27 @@ def bind(workload: Workload, tiers: Tiers) -> tuple[Item, ...]:
     merged: dict[Any, Item] = {}
     counts = Counter((kernel.family, kernel.op_type) for kernel in workload.kernels)
     for kernel in workload.kernels:
-        signature, alike = signature_of(kernel), counts[kernel.family, kernel.op_type]
+        signature = signature_of(kernel)
         key: Any = (signature.key, signature.variables, kernel.family) if signature else kernel.name
         known = merged.get(key)
         if known is not None:
             merged[key] = dataclasses.replace(known, kernels=(*known.kernels, kernel))
-            continue
-        surface = None
-        if signature is not None:
-            surface = tiers.surface(signature, [bool(v.groups) for v in signature.variables], alike)
-        merged[key] = Item((kernel,), signature, surface, alike)
+        else:
+            merged[key] = _item(kernel, signature, counts[kernel.family, kernel.op_type], tiers)
     return tuple(merged.values())
+
+
+def bind_late(layout: Layout, kernel: Kernel, tiers: Tiers) -> Item:
+    """The item of a kernel that only some plans have."""
+    alike = max(layout.usual[kernel.op_type], 1)  # one that only some plans need, nothing else may need
+    return _item(kernel, signature_of(kernel), alike, tiers)
+
+
+def _item(kernel: Kernel, signature: Signature | None, alike: int, tiers: Tiers) -> Item:
+    surface = None
+    if signature is not None:
+        surface = tiers.surface(signature, [bool(v.groups) for v in signature.variables], alike)
+    return Item((kernel,), signature, surface, alike)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -96,31 +107,24 @@ class Terms:
         return Terms(seconds, variances, shares)
 
 
-def copy_s(layout: Layout, copy: Copy, plans: Population, tiers: Tiers) -> tuple[Any, Any]:
-    """Seconds of a copy between layouts and their standard deviation, as of `Item.seconds`."""
-    alike = max(layout.usual[copy.op_type], 1)  # one that only some plans need, nothing else may need
-    surface = tiers.surface(copy_signature(copy), [bool(copy.moved.groups)], alike)
-    return surface.interpolate([plans.quantity(copy.moved)])
-
-
-def copies_s(layout: Layout, plans: Population, tiers: Tiers) -> tuple[Any, Any]:
-    """Seconds of all copies and their variance, as of `Item.seconds`; nothing where copies were not timed."""
-    seconds: Any = np.zeros(len(tiers.periods))
-    variance: Any = np.zeros(len(tiers.periods))
-    for copy in layout.copies(plans) if tiers.prices_layout else ():
-        one, sd = copy_s(layout, copy, plans, tiers)
-        count = np.asarray(copy.count, float)[..., None]
-        seconds, variance = seconds + count * one, variance + count * np.square(sd)
-    return seconds, variance
+def of_layout(layout: Layout, plans: Population, tiers: Tiers) -> Iterator[tuple[Kernel, Any]]:
+    """As `Layout.kernels`, without copies where none were timed: kernels that were timed alone need none."""
+    for kernel, count in layout.kernels(plans):
+        if tiers.prices_layout or kernel.family != LAYOUT:
+            yield kernel, np.asarray(count, float)[..., None]
 
 
 def terms(items: tuple[Item, ...], layout: Layout, plans: Population, tiers: Tiers, call_s: float) -> Terms:
     """Add up a population, in every state of the caches."""
     seconds: dict[str, Any] = {"call": np.full(len(tiers.periods), call_s)}
     variances: dict[str, Any] = {}
-    seconds[LAYOUT], variances[LAYOUT] = copies_s(layout, plans, tiers)
-    for item in items:
-        count = np.asarray(sum(plans.present(when) for when in item.when), float)[..., None]
+    counted = [
+        (item, np.asarray(sum(plans.present(when) for when in item.when), float)[..., None]) for item in items
+    ]
+    counted += [
+        (bind_late(layout, kernel, tiers), count) for kernel, count in of_layout(layout, plans, tiers)
+    ]
+    for item, count in counted:
         one, sd = item.seconds(plans, tiers)
         family = item.kernel.family
         seconds[family] = seconds.get(family, 0.0) + count * one

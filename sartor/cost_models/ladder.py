@@ -17,23 +17,20 @@ from typing import Any
 
 import numpy as np
 
-from sartor.cost_models.features import is_movement
+from sartor.cost_models.breakdown import Breakdown
 from sartor.cost_models.fitting import fit_profile
 from sartor.cost_models.interval import NORMAL, Interval
-from sartor.cost_models.items import Item, Terms, bind, copy_s, settled_shares, shares_at, terms
+from sartor.cost_models.items import Item, Terms, bind, settled_shares, shares_at, terms
 from sartor.cost_models.law import FAMILIES, Law, Observation
 from sartor.cost_models.populations import by_size
 from sartor.cost_models.profile import DeviceProfile
-from sartor.cost_models.protocol import CostEstimate, KernelCost
-from sartor.cost_models.signatures import Signature, copy_signature, key_of
+from sartor.cost_models.protocol import CostEstimate
+from sartor.cost_models.signatures import key_of
 from sartor.cost_models.tiers import Tiers
-from sartor.cost_models.work import work
 from sartor.errors import MetricUnavailableError, UsageError
 from sartor.ir.files import write_atomic
-from sartor.ir.kernels import Kernel
-from sartor.ir.layout import FAMILY as LAYOUT
 from sartor.ir.population import Fractions, Population, Removed
-from sartor.ir.workload import Workload, presence
+from sartor.ir.workload import Workload
 
 __all__ = ["SCHEMA", "Ladder", "fit_profile"]
 
@@ -213,82 +210,12 @@ class Ladder:
         plans = Population(fractions or {}, removed or {})
         priced = self.terms(workload, plans)
         latency = float(self._law.predict(priced.seconds))
-        costs, unmodelled = self._kernels(workload, plans, priced)
+        assert priced.shares is not None
+        taken_apart = Breakdown(self.tiers, self._law, self._interval, self._failed, plans, priced.shares)
+        costs, unmodelled = taken_apart.table(workload, self.items(workload))
         found = self._interval_of(latency, priced)
         intervals = {} if found is None else {"latency_s": (float(found[0]), float(found[1]))}
         return CostEstimate(self.method, {"latency_s": latency}, intervals, costs, unmodelled)
-
-    def _kernels(
-        self, workload: Workload, plans: Population, priced: Terms
-    ) -> tuple[tuple[KernelCost, ...], tuple[str, ...]]:
-        assert priced.shares is not None
-        shares = priced.shares
-        item_of = {id(kernel): item for item in self.items(workload) for kernel in item.kernels}
-        costs: list[KernelCost] = []
-        unmodelled: list[str] = []
-        for kernel in workload.kernels:
-            if not float(plans.present(presence(kernel))):
-                continue
-            item = item_of[id(kernel)]
-            costs.append(self._kernel_cost(kernel, item, plans, shares))
-            if costs[-1].method == "roofline":
-                unmodelled.append(f"{kernel.name} ({kernel.op_type}): {self._why(item.signature)}")
-        costs += self._copies(workload, plans, shares)
-        return tuple(costs), tuple(unmodelled)
-
-    def _copies(self, workload: Workload, plans: Population, shares: np.ndarray) -> list[KernelCost]:
-        """Copies between layouts, which no node of the program names."""
-        costs = []
-        for copy in workload.layout.copies(plans) if self.tiers.prices_layout else ():
-            if float(copy.count):
-                own, sd = (float(shares @ v) for v in copy_s(workload.layout, copy, plans, self.tiers))
-                seconds = own * self._law.scale_of(LAYOUT)
-                tier = self.tiers.model_for(copy_signature(copy)).tier
-                interval = (
-                    self._interval.of_kernel(tier, seconds, sd / own) if self._interval.kernels else None
-                )
-                name = f"{copy.op_type} {copy.value}"
-                costs.append(KernelCost(name, copy.op_type, seconds, tier, interval, "bandwidth"))
-        return costs
-
-    def _kernel_cost(self, kernel: Kernel, item: Item, plans: Population, shares: np.ndarray) -> KernelCost:
-        signature = item.signature
-        own, sd = (float(shares @ v) for v in item.seconds(plans, self.tiers))
-        seconds = own * self._law.scale_of(kernel.family)
-        tier = "roofline" if signature is None else self.tiers.model_for(signature).tier
-        how = tier
-        if tier == "measured" and signature is not None:
-            at = [float(plans.quantity(v)) for v in signature.variables]
-            inside = self.tiers.table.corrections[signature.key].contains(at)
-            how = "interpolated" if inside else "extrapolated"
-        interval = None
-        if self._interval.kernels:
-            interval = self._interval.of_kernel(tier, seconds, sd / max(own, 1e-12))
-        return KernelCost(
-            kernel.name, kernel.op_type, seconds, how, interval, self._bound(item, kernel, plans, shares)
-        )
-
-    def _bound(self, item: Item, kernel: Kernel, plans: Population, shares: np.ndarray) -> str:
-        period = float(np.exp(shares @ np.log(np.maximum(self.tiers.periods, 1e-12))))
-        macs, moved = float(plans.quantity(kernel.macs)), 0.0
-        for part in (kernel.bytes_read, kernel.bytes_written):
-            moved += float(plans.quantity(part))
-        weights = 0.0
-        if item.signature is not None:
-            sizes = [float(plans.quantity(v)) for v in item.signature.variables]
-            weights = float(work(item.signature, sizes).weight_bytes)
-        return self.tiers.rates.bound(kernel.family, kernel.op_type, macs, moved, weights, period, item.alike)
-
-    def _why(self, signature: Signature | None) -> str:
-        if signature is None:
-            return "no sample model exists for it"
-        if signature.key in self._failed:
-            return self._failed[signature.key]
-        what = "it was not sampled"
-        if self.tiers.learned is None:
-            return f"{what}, and the profile has no learned model"
-        kind = "movement" if is_movement(signature.spec) else "contraction"
-        return f"{what}, and no model was learned of {kind} '{signature.spec['op']}' in family '{signature.family}'"
 
     # ---- calibration -----------------------------------------------------------------------
     def calibrate(

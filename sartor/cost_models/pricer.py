@@ -16,12 +16,12 @@ from typing import Any
 
 import numpy as np
 
-from sartor.cost_models.items import Item, copies_s, settled_shares
+from sartor.cost_models.items import Item, bind_late, of_layout, settled_shares
 from sartor.cost_models.ladder import Ladder
 from sartor.cost_models.law import Law
 from sartor.cost_models.surface import Weights, gathered
 from sartor.errors import PlanError, UsageError
-from sartor.ir.layout import FAMILY as LAYOUT
+from sartor.ir.kernels import Kernel
 from sartor.ir.plan import Plan
 from sartor.ir.population import Population, Presence
 from sartor.ir.quantities import Quantity
@@ -124,9 +124,9 @@ class Pricer:
         self._column = {name: i for i, name in enumerate(self.groups)}
         self._full = np.array([self.sizes[name] for name in self.groups], np.intp)
         self._items = ladder.items(workload)
-        self._of_layout = workload.layout.varying if ladder.tiers.prices_layout else frozenset()
+        self._of_layout = workload.layout.varying
         self._states = len(ladder.tiers.periods)
-        self._raw: dict[int, np.ndarray] = {}
+        self._raw: dict[int | str, np.ndarray] = {}
         self._law: Law | None = None
         self._bind()
 
@@ -203,8 +203,9 @@ class Pricer:
                 count: Any = sum(gone.present(one) for one in when)
                 mine = mine * np.broadcast_to(count, len(total))[:, None]
             total += mine
-        copies, _ = copies_s(self.workload.layout, plain, self.ladder.tiers)
-        latency = total + self.ladder.law.scale_of(LAYOUT) * copies + self.ladder.constant_s
+        for kernel, count in of_layout(self.workload.layout, plain, self.ladder.tiers):
+            total += count * self._late(kernel).rows(kept, plain)
+        latency = total + self.ladder.constant_s
         return np.asarray((settled_shares(latency, self.ladder.tiers.periods) * latency).sum(-1))
 
     def _check_units(self, kept: np.ndarray) -> None:
@@ -229,14 +230,14 @@ class Pricer:
         self._law = self.ladder.law
         dense: dict[tuple[tuple[Presence, ...], tuple[int, ...]], np.ndarray] = {}
         parts: dict[tuple[Presence, ...], list[_Part]] = {}
+        self._of_plans: dict[str, _Part] = {}
         self._direct: set[str] = set(self._of_layout)
         for number, item in enumerate(self._items):
             always = all(not when.blocks and not when.instead_of for when in item.when)
             when, times = ((), len(item.when)) if always else (item.when, 1)
             scale = self._law.scale_of(item.kernel.family)
-            columns = tuple(sorted(self._column[name] for name in _groups(item)))
-            cells = int(np.prod([self.sizes[self.groups[c]] + 1 for c in columns], dtype=np.int64))
-            if len(columns) <= 2 and cells <= _MOST_CELLS:
+            columns = self._columns(item)
+            if self._fits(columns):
                 table = times * scale * self._table(number, item, columns)
                 dense[when, columns] = dense[when, columns] + table if (when, columns) in dense else table
             elif (knotted := self._knotted(item, scale, times)) is not None:
@@ -248,7 +249,25 @@ class Pricer:
             parts.setdefault(when, []).append(_Dense(columns, table))
         self._parts = {when: tuple(found) for when, found in parts.items()}
 
-    def _table(self, number: int, item: Item, columns: tuple[int, ...]) -> np.ndarray:
+    def _late(self, kernel: Kernel) -> _Part:
+        """A kernel that only some plans have: its table is made when the first of them comes."""
+        if kernel.name not in self._of_plans:
+            item = bind_late(self.workload.layout, kernel, self.ladder.tiers)
+            columns, scale = self._columns(item), self.ladder.law.scale_of(kernel.family)
+            part: _Part = _Direct(item, self.ladder, scale)
+            if self._fits(columns):
+                part = _Dense(columns, scale * self._table(kernel.name, item, columns))
+            self._of_plans[kernel.name] = part
+        return self._of_plans[kernel.name]
+
+    def _columns(self, item: Item) -> tuple[int, ...]:
+        return tuple(sorted(self._column[name] for name in _groups(item)))
+
+    def _fits(self, columns: tuple[int, ...]) -> bool:
+        cells = int(np.prod([self.sizes[self.groups[c]] + 1 for c in columns], dtype=np.int64))
+        return len(columns) <= 2 and cells <= _MOST_CELLS
+
+    def _table(self, number: int | str, item: Item, columns: tuple[int, ...]) -> np.ndarray:
         """Seconds of one kernel before the law, over all kept units of its groups, in every state."""
         if number not in self._raw:
             names = [self.groups[c] for c in columns]

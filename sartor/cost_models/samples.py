@@ -14,11 +14,12 @@ from typing import Any
 import onnx_ir as ir
 
 from sartor.cost_models.model_builder import TWO_OPERANDS, ModelBuilder
-from sartor.cost_models.signatures import Signature, copy_signature, signature_of
+from sartor.cost_models.signatures import Signature, signature_of
 from sartor.errors import InternalError
+from sartor.ir.layout import FAMILY as LAYOUT
 from sartor.ir.operands import RECURRENT
 from sartor.ir.population import Fractions, Population, Removed
-from sartor.ir.workload import Workload, presence
+from sartor.ir.workload import Workload
 
 GATED = {"Sigmoid": "Silu", "HardSigmoid": "HardSwish"}
 _SIBLINGS = frozenset({"Slice", "Gather"})
@@ -96,22 +97,14 @@ def kernels_of(
     plans = Population(fractions or {}, removed or {})
     found: dict[tuple[str, Sizes], tuple[Signature, int]] = {}
     without: list[str] = []
-    for kernel in workload.kernels:
-        if not float(plans.present(presence(kernel))):
-            continue
+    for kernel in workload.existing(plans):
         signature = signature_of(kernel)
         if signature is None:
             without.append(kernel.name)
-            continue
-        sizes = tuple(float(plans.quantity(v)) for v in signature.variables)
-        known = found.get((signature.key, sizes))
-        found[signature.key, sizes] = (signature, (known[1] if known else 0) + 1)
-    for copy in workload.layout.copies(plans) if layout else ():
-        signature = copy_signature(copy)
-        moved = (float(plans.quantity(copy.moved)),)
-        if copy.count:
-            _, count = found.get((signature.key, moved), (signature, 0))
-            found[signature.key, moved] = (signature, count + 1)
+        elif layout or kernel.family != LAYOUT:
+            sizes = tuple(float(plans.quantity(v)) for v in signature.variables)
+            known = found.get((signature.key, sizes))
+            found[signature.key, sizes] = (signature, (known[1] if known else 0) + 1)
     return [(signature, sizes, count) for (_, sizes), (signature, count) in found.items()], tuple(without)
 
 

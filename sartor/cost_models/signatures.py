@@ -20,7 +20,6 @@ from typing import Any
 from sartor.ir.extents import Extent
 from sartor.ir.kernels import Kernel
 from sartor.ir.layout import FAMILY as LAYOUT
-from sartor.ir.layout import Copy
 from sartor.ir.operands import RECURRENT, Operand
 from sartor.ir.quantities import Quantity
 
@@ -54,6 +53,8 @@ class Signature:
 
 def signature_of(kernel: Kernel) -> Signature | None:
     """The signature of `kernel`; None when no sample model can stand for it (control flow, functions)."""
+    if kernel.family == LAYOUT:
+        return _copy(kernel)
     if kernel.op_type in ("Conv", "ConvTranspose"):
         described = _convolution(kernel)
     elif kernel.op_type in ("Gemm", "MatMul"):
@@ -73,19 +74,21 @@ def signature_of(kernel: Kernel) -> Signature | None:
     return Signature(key_of(spec), kernel.family, "contraction", spec, variables)
 
 
-def copy_signature(copy: Copy) -> Signature:
+def _copy(kernel: Kernel) -> Signature:
     """Of a kernel that a runtime puts between two others, to change the layout of a value."""
-    row: Spec = {"slot": 0, "dims": list(copy.dims), "dtype": "FLOAT", "stored": False}
+    (value,) = kernel.outputs
+    dims = ["*" if axis == 1 else length for axis, length in enumerate(_sizes(value.dims))]
+    moved = Quantity.product(2.0 * value.item_bytes, value.dims)
     spec: Spec = {
-        "op": copy.op_type,
+        "op": kernel.op_type,
         "attributes": {},
-        "inputs": [row],
-        "outputs": [list(copy.dims)],
+        "inputs": [{"slot": 0, "dims": dims, "dtype": "FLOAT", "stored": False}],
+        "outputs": [dims],
         "output_dtypes": ["FLOAT"],
         "output_count": 1,
         "epilogue": [],
     }
-    return Signature(key_of(spec), LAYOUT, "movement", spec, (copy.moved,), scalable=False)
+    return Signature(key_of(spec), LAYOUT, "movement", spec, (moved,), scalable=False)
 
 
 def key_of(spec: Mapping[str, Any]) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import onnx_ir as ir
@@ -59,18 +59,29 @@ def partition(
     those that the rules call views.
     A node that belongs to a removable block which does not contain the lead is not fused.
     """
-    return _Partition(program, blocks_of or {}, rules).groups()
+    blocked = blocked_values(program) if rules.has_layout else frozenset()
+    return Partition(program, blocks_of or {}, rules, blocked).groups()
 
 
-class _Partition:
-    def __init__(self, program: Program, blocks_of: Mapping[str, tuple[str, ...]], rules: FusionRules):
+class Partition:
+    """Groups the nodes of one program, with given values in the blocked layout."""
+
+    def __init__(
+        self,
+        program: Program,
+        blocks_of: Mapping[str, tuple[str, ...]],
+        rules: FusionRules,
+        blocked: Collection[str],
+    ):
+        self.asked: dict[ir.Node, dict[ir.Node, None]] = {}
+        """Nodes of which the layout decided whether a kernel takes them, and the leads of those kernels."""
         self._order = {node: i for i, node in enumerate(program.nodes())}
         self._shapes = program.shapes()
         self._blocks_of, self._rules = blocks_of, rules
         self._taken: set[ir.Node] = set()
         self._found: dict[int, Group] = {}
         self._constant = constant_nodes(program) if rules.folds_constants else frozenset()
-        self._blocked = blocked_values(program) if rules.has_layout else frozenset()
+        self._blocked = blocked
 
     def groups(self) -> list[Group]:
         """All groups."""
@@ -103,6 +114,11 @@ class _Partition:
         allowed = set(self._blocks_of.get(lead.name or "", ()))
         inside = all(allowed.issuperset(self._blocks_of.get(n.name or "", ())) for n in nodes)
         return inside and all(n in self._order and n not in self._taken for n in nodes)
+
+    def _ask(self, lead: ir.Node, node: ir.Node) -> None:
+        allowed = set(self._blocks_of.get(lead.name or "", ()))
+        if allowed.issuperset(self._blocks_of.get(node.name or "", ())) and node not in self._constant:
+            self.asked.setdefault(node, {})[lead] = None
 
     def _attention(self, lead: ir.Node) -> None:
         if not self._rules.takes(lead.op_type, "Attention") or lead in self._taken:
@@ -217,9 +233,10 @@ class _Partition:
         if node.op_type == "BatchNormalization":
             return ("norm", [node], []) if not seen & {"norm", "residual"} else None
         if node.op_type in ACTIVATIONS and node.inputs[0] is value:
-            if self._rules.has_layout and lead.op_type == "Conv":
-                blocked = (lead.outputs[0].name or "") in self._blocked
-                if not takes_activation(node.op_type, blocked=blocked, after_sum="residual" in seen):
+            if self._rules.has_layout and lead.op_type in ("Conv", "BatchNormalization"):
+                blocked, behind = (lead.outputs[0].name or "") in self._blocked, "residual" in seen
+                self._ask(lead, node)
+                if not takes_activation(node.op_type, lead.op_type, blocked=blocked, after_sum=behind):
                     return None
             bounds = {}
             for key, operand in zip(("min", "max"), node.inputs[1:], strict=False):
@@ -272,6 +289,8 @@ class _Partition:
         return count == 1 or (len(padded) == len(shape) and padded[1] == shape[1] == count)
 
     def _summable(self, how: str, lead: ir.Node, node: ir.Node, other: ir.Value) -> bool:
+        if how == "BlockedAdd":
+            self._ask(lead, node)
         if not self._rules.first_operand:
             producer = other.producer()
             return producer is None or self._order.get(producer, len(self._order)) < self._order[lead]

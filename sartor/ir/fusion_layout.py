@@ -99,7 +99,7 @@ def states(steps: Sequence[Step], widths: Widths) -> dict[str, np.ndarray]:
 
 
 def copied(
-    steps: Sequence[Step], outputs: Iterable[str], widths: Widths
+    steps: Sequence[Step], outputs: Iterable[str], widths: Widths, blocked: Mapping[str, np.ndarray]
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """Values that the runtime copies into the layout, and those that it copies out of it, by name.
 
@@ -109,8 +109,8 @@ def copied(
         steps: of the program.
         outputs: names of its outputs.
         widths: of a population of plans.
+        blocked: as `states` says.
     """
-    blocked = states(steps, widths)
     into: dict[str, np.ndarray] = {}
     out: dict[str, np.ndarray] = {}
     never = np.False_
@@ -141,7 +141,8 @@ def blocked_values(program: Program) -> frozenset[str]:
 def layout_changes(program: Program) -> tuple[frozenset[str], frozenset[str]]:
     """As `copied`, at the widths before any pruning."""
     outputs = [_name(value) for value in program.graph.outputs]
-    into, out = copied(steps_of(program), outputs, _Whole(program))
+    steps, widths = steps_of(program), _Whole(program)
+    into, out = copied(steps, outputs, widths, states(steps, widths))
     return tuple(frozenset(n for n, needed in found.items() if needed) for found in (into, out))  # type: ignore
 
 
@@ -164,17 +165,18 @@ class _Whole:
         return group, inner, out // group
 
 
-def takes_activation(op_type: str, *, blocked: bool, after_sum: bool) -> bool:
-    """Whether a convolution's kernel computes an activation, too.
+# ---- what runs inside -----------------------------------------------------------------------------
+def takes_activation(op_type: str, lead: str, *, blocked: Any, after_sum: bool) -> Any:
+    """Whether a kernel computes an activation, too; a bool or an array like `blocked`.
 
     Args:
         op_type: of the activation.
-        blocked: the convolution runs in the blocked layout.
+        lead: operator of the kernel. A BatchNormalization behind no convolution becomes one in the blocked layout.
+        blocked: the kernel runs in the blocked layout; a bool or an array.
         after_sum: a residual sum stands between the two.
     """
-    if blocked:
-        return not (after_sum and op_type in _FUSED_EARLIER)
-    return op_type in _PLAIN_ACTIVATIONS
+    plain = lead == "Conv" and op_type in _PLAIN_ACTIVATIONS
+    return np.where(blocked, not (after_sum and op_type in _FUSED_EARLIER), plain)
 
 
 def _step(node: ir.Node, shapes: Mapping[str, tuple[int, ...]]) -> Step:

@@ -133,6 +133,18 @@ def build_kernels(
     return tuple(kernels)
 
 
+def kernel_alone(program: Program, tensors: Tensors, node: ir.Node, blocks: tuple[str, ...]) -> Kernel:
+    """A node as a kernel of its own, whatever takes it in by the rules.
+
+    Args:
+        program: that it belongs to.
+        tensors: of the program.
+        node: any of its main graph.
+        blocks: removable blocks with which it disappears.
+    """
+    return _kernel(program, tensors, Group(node, (node,)), blocks, ())
+
+
 def _is_free(node: ir.Node, tensors: Tensors) -> bool:
     if node.op_type in FREE and node.domain in ("", "ai.onnx"):
         return True

@@ -1,7 +1,8 @@
-"""Copies into and out of a runtime's own layout: kernels that no node of the program names.
+"""Kernels that exist under some plans only, where a runtime has a layout of its own.
 
-Which values are copied is a matter of widths: a plan that leaves the channel grid makes copies necessary, and one that
-comes back to it saves them. They are therefore found for every population of plans anew.
+Which values are in the layout is a matter of widths. A plan that leaves the channel grid makes copies into and out of
+it necessary, which no node of the program names; and sums and activations that ran inside a convolution become
+kernels of their own. They are therefore found for every population of plans anew.
 """
 
 from __future__ import annotations
@@ -9,38 +10,25 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from sartor.ir.extents import Extent
-from sartor.ir.fusion_layout import Step, copied, steps_of
+from sartor.ir.fusion_choices import Choice, apart, choices
+from sartor.ir.fusion_layout import Step, copied, states, steps_of
+from sartor.ir.fusion_rules import FusionRules
+from sartor.ir.kernels import Kernel, kernel_alone
 from sartor.ir.operands import Operand, Tensors, channels_per_group
 from sartor.ir.population import Population, Presence
 from sartor.ir.program import Program
 from sartor.ir.quantities import Quantity
 
 FAMILY = "layout"
+"""Of copies."""
 COPIES = ("ReorderInput", "ReorderOutput", "Reorder")
 """What runtimes put between kernels."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Copy:
-    """One value that is copied under some plans.
-
-    Attributes:
-        op_type: `ReorderInput` or `ReorderOutput`.
-        value: its name.
-        dims: its shape, `*` for the channels.
-        moved: bytes read and written.
-        count: 1.0 where the copy exists, else 0.0.
-    """
-
-    op_type: str
-    value: str
-    dims: tuple[int | str, ...]
-    moved: Quantity
-    count: Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,33 +46,38 @@ class Moved:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Layout:
-    """What decides about copies. Empty for runtimes without a layout of their own.
+    """What decides about these kernels. Empty for runtimes without a layout of their own.
 
     Attributes:
         steps: nodes, in execution order.
         values: by name.
         groups: per convolution, by the name of its output: its groups, and input and output channels of one.
         outputs: names of the program's outputs.
+        choices: sums and activations that may run inside a kernel, with what they are otherwise; execution order.
     """
 
     steps: tuple[Step, ...] = ()
     values: Mapping[str, Moved] = dataclasses.field(default_factory=dict)
     groups: Mapping[str, tuple[Extent, Extent, Extent]] = dataclasses.field(default_factory=dict)
     outputs: tuple[str, ...] = ()
+    choices: tuple[tuple[Choice, Kernel], ...] = ()
+    _copies: dict[tuple[str, str], Kernel] = dataclasses.field(default_factory=dict, repr=False)
 
     @property
     def varying(self) -> frozenset[str]:
-        """Names of the channel groups that copies depend on."""
+        """Names of the channel groups that these kernels depend on."""
         extents = [e for moved in self.values.values() for e in moved.operand.dims]
         extents += [e for three in self.groups.values() for e in three]
-        return frozenset(name for extent in extents for name in extent.groups)
+        found = frozenset(name for extent in extents for name in extent.groups)
+        moved = (part for _, kernel in self.choices for part in (kernel.bytes_read, kernel.bytes_written))
+        return found.union(*(part.groups for part in moved))
 
     @functools.cached_property
     def usual(self) -> Counter[str]:
-        """How many copies of each operator the whole network needs."""
-        found: Counter[str] = Counter()
-        for copy in self.copies(Population({}, {})):
-            found[copy.op_type] += round(float(copy.count))
+        """By operator: copies that the whole network needs; sums and activations that may be kernels."""
+        found = Counter(choice.op_type for choice, _ in self.choices)
+        for kernel, count in self.kernels(Population({}, {})):
+            found[kernel.op_type] += round(float(count))
         return found
 
     def at(self, size: int, batch: int) -> Layout:
@@ -94,26 +87,64 @@ class Layout:
             n: (g.at(size, batch), a.at(size, batch), b.at(size, batch))
             for n, (g, a, b) in self.groups.items()
         }
-        return dataclasses.replace(self, values=values, groups=groups)
+        own = tuple((choice, kernel.at(size, batch)) for choice, kernel in self.choices)
+        return Layout(self.steps, values, groups, self.outputs, own)
 
-    def copies(self, plans: Population) -> Iterator[Copy]:
-        """Every copy that exists under any of the plans."""
+    def kernels(self, plans: Population) -> Iterator[tuple[Kernel, Any]]:
+        """What differs from the workload's kernels under any of the plans: a kernel, and how many there are of it.
+
+        One more where it exists and the workload does not list it, one less where it runs inside another kernel and
+        the workload lists it; scalars or arrays `[plans]`.
+        """
         if not self.steps:
             return
-        found = copied(self.steps, self.outputs, _Planned(self, plans))
+        blocked = states(self.steps, _Planned(self, plans))
+        found = copied(self.steps, self.outputs, _Planned(self, plans), blocked)
         for op_type, names in zip(("ReorderInput", "ReorderOutput"), found, strict=True):
             for name, needed in names.items():
                 if needed.any():
-                    value = self.values[name]
-                    count = needed * plans.present(Presence(value.blocks))
-                    yield Copy(op_type, name, *_moved(value.operand), count)
+                    kernel = self._copy(op_type, name)
+                    yield kernel, needed * plans.present(Presence(kernel.blocks))
+        now = apart(tuple(choice for choice, _ in self.choices), blocked)
+        for choice, kernel in self.choices:
+            more = now[choice.output].astype(float) - self._apart_at_first[choice.output]
+            if more.any():
+                yield kernel, more * plans.present(Presence(kernel.blocks))
+
+    @functools.cached_property
+    def _apart_at_first(self) -> dict[str, np.ndarray]:
+        blocked = states(self.steps, _Planned(self, Population({}, {})))
+        return apart(tuple(choice for choice, _ in self.choices), blocked)
+
+    def _copy(self, op_type: str, name: str) -> Kernel:
+        if (op_type, name) not in self._copies:
+            value = self.values[name]
+            self._copies[op_type, name] = copy_kernel(op_type, value.operand, value.blocks)
+        return self._copies[op_type, name]
 
 
-def _moved(operand: Operand) -> tuple[tuple[int | str, ...], Quantity]:
-    """Shape of a copied value, `*` for its channels; bytes read and written."""
-    lengths = (round(dim.full) for dim in operand.dims)
-    dims = tuple("*" if axis == 1 else length for axis, length in enumerate(lengths))
-    return dims, Quantity.product(2.0 * operand.item_bytes, operand.dims)
+def copy_kernel(op_type: str, operand: Operand, blocks: tuple[str, ...] = ()) -> Kernel:
+    """A copy of a value into another layout.
+
+    Args:
+        op_type: one of `COPIES`.
+        operand: the value.
+        blocks: removable blocks with which it disappears.
+    """
+    return Kernel(
+        name=f"{op_type} {operand.name}",
+        op_type=op_type,
+        family=FAMILY,
+        nodes=(),
+        attributes={},
+        inputs=(operand,),
+        outputs=(operand,),
+        epilogue=(),
+        macs=Quantity(),
+        bytes_read=operand.bytes,
+        bytes_written=operand.bytes,
+        blocks=blocks,
+    )
 
 
 class _Planned:
@@ -134,8 +165,11 @@ def build_layout(
     program: Program,
     extents: Mapping[str, tuple[Extent, ...]] | None,
     blocks_of: Mapping[str, tuple[str, ...]],
+    rules: FusionRules,
 ) -> Layout:
-    """What ONNX Runtime copies; arguments as of `sartor.ir.kernels.build_kernels`."""
+    """What ONNX Runtime copies and takes in; arguments as of `sartor.ir.kernels.build_kernels`."""
+    if not rules.has_layout:
+        return Layout()
     tensors = Tensors(program, extents)
     steps = steps_of(program)
     inside = {step.output for step in steps if step.shares}
@@ -156,6 +190,20 @@ def build_layout(
         values=values,
         groups=_groups(program, tensors),
         outputs=tuple(v.name or "" for v in program.graph.outputs),
+        choices=_choices(program, tensors, blocks_of, rules),
+    )
+
+
+def _choices(
+    program: Program, tensors: Tensors, blocks_of: Mapping[str, tuple[str, ...]], rules: FusionRules
+) -> tuple[tuple[Choice, Kernel], ...]:
+    """Each disappears with the kernel that may take it: what a removed block leaves is in the workload."""
+    own: Mapping[str, Sequence[str]] = {
+        node.outputs[0].name or "": blocks_of.get(node.name or "", ()) for node in program.nodes()
+    }
+    return tuple(
+        (choice, kernel_alone(program, tensors, node, tuple(own[choice.kernels[0][1]])))
+        for node, choice in choices(program, blocks_of, rules)
     )
 
 

@@ -87,8 +87,8 @@ class Workload:
         stored: initializers of the main graph.
         blocks: names of the removable blocks, in the order given.
         liveness: lifetimes of activations.
-        layout: copies into and out of the runtime's own layout, where its rules tell of one; not part of `kernels`
-            and of what `evaluate` sums. Nothing where they do not.
+        layout: kernels that only some plans have, where the rules tell of a layout of the runtime's own: copies, and
+            what then runs inside no other kernel. Not part of `kernels` and of what `evaluate` sums.
         sweep: declared input sizes, and whether the batch is free; None: both are those of the program.
     """
 
@@ -191,6 +191,16 @@ class Workload:
             raise PlanError(f"The batch of this program is fixed: {self.sweep.fixed_batch}.")
         return {**fractions, SIZE: index, BATCH: samples}
 
+    def existing(self, plans: Population) -> list[Kernel]:
+        """Every kernel that a runtime executes under one plan, those of the layout last."""
+        more, gone = [], set()
+        for kernel, count in self.layout.kernels(plans):
+            if count > 0:
+                more.append(kernel)
+            elif count < 0:
+                gone.add(kernel.name)
+        return [k for k in self.kernels if k.name not in gone and plans.present(presence(k))] + more
+
     def macs_of_nodes(self, nodes: Iterable[str]) -> float:
         """MACs, before any pruning, of the kernels whose leading node is in `nodes`."""
         wanted = set(nodes)
@@ -283,7 +293,7 @@ def build_workload(
         blocks=tuple(block.name for block in blocks),
         liveness=build_liveness(program, extents, blocks),
         sweep=declared,
-        layout=build_layout(program, extents, contains) if rules.has_layout else Layout(),
+        layout=build_layout(program, extents, contains, rules),
     )
 
 

@@ -172,7 +172,7 @@ def check_fusion(program: Program, workload: Workload, executed: Sequence[Kernel
         differences=tuple(differences),
         inserted=inserted,
         in_parts=sum(number > 1 for number in agreed),
-        layout=Counter(c.op_type for c in workload.layout.copies(Population({}, {})) if c.count),
+        layout=Counter(k.op_type for k, count in workload.layout.kernels(Population({}, {})) if count),
     )
 
 

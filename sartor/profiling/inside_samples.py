@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
@@ -12,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from sartor.backends.protocol import KernelTime
 from sartor.cost_models.samples import kernels_of, sample_model
-from sartor.cost_models.signatures import Signature, copy_signature, signature_of
+from sartor.cost_models.signatures import Signature, signature_of
 from sartor.cost_models.work import item_bytes
+from sartor.ir.extents import Extent
 from sartor.ir.fusion_rules import FusionRules
-from sartor.ir.layout import COPIES, Copy
-from sartor.ir.quantities import Quantity
+from sartor.ir.layout import COPIES, copy_kernel
+from sartor.ir.operands import Operand
 from sartor.profiling.design import Point
 from sartor.profiling.fusion_check import NAMELESS_PARTS, Executed
 
@@ -113,10 +113,12 @@ def copies_of(inserted: Sequence[KernelTime]) -> list[Observed]:
     found = []
     for kernel in inserted:
         if kernel.op_type in COPIES and len(kernel.written) > 1:
-            dims = tuple("*" if axis == 1 else length for axis, length in enumerate(kernel.written))
-            moved = 2.0 * item_bytes("FLOAT") * math.prod(kernel.written)
-            copy = Copy(kernel.op_type, "", dims, Quantity.product(moved, ()), 1.0)
-            found.append(Observed(copy_signature(copy), (moved,), kernel.median_s, 1))
+            dims = tuple(map(Extent.constant, kernel.written))
+            copy = copy_kernel(kernel.op_type, Operand("", dims, item_bytes("FLOAT"), "FLOAT"))
+            signature = signature_of(copy)
+            assert signature is not None
+            sizes = tuple(v.full for v in signature.variables)
+            found.append(Observed(signature, sizes, kernel.median_s, 1))
     return found
 
 
