@@ -1,9 +1,11 @@
 """The time of one kernel over all widths that a plan can give it.
 
-A model is asked at widths that are multiples of the target's channel grid, and once per class of widths that are
-not. Between two multiples an output width costs what the upper one costs; an input width is interpolated. On
-multiples of the grid, more channels are never cheaper. A width off the grid costs its measured penalty: time
-may well fall from 126 to 128 channels, and a model that hides it would cut there.
+Time steps with the width: a runtime has other code for whole vectors, for multiples of four, and for the rest. So the
+widths of every axis fall into classes, each has knots of its own, and a width is interpolated between knots of its
+class. Where an output width costs what the next multiple of the grid costs, the knots stand right behind a multiple
+and right before the next one, and what is flat between them stays flat. Within a class more channels are never
+cheaper, and a width off the grid is never cheaper than the multiple below it; but it may cost more than the one above:
+time falls from 126 to 128 channels, and a model that hides it would cut there.
 
 A surface has the times of several states of the caches side by side, in its last axis, from a kernel that ran a moment
 ago to one that ran long ago (`Sample.period_s`); a longer period is never cheaper.
@@ -12,19 +14,28 @@ ago to one that ran long ago (`Sample.period_s`); a longer period is never cheap
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from sartor.cost_models.features import alignment
+from sartor.cost_models.work import Units
 
-Weights = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
-"""Index of a knot, the weight of it and of the next one, and a penalty."""
+Weights = tuple[np.ndarray, np.ndarray, np.ndarray]
+"""Index of a knot, the weight of it and of the next one."""
 Predict = Callable[[Sequence[np.ndarray]], tuple[np.ndarray, np.ndarray]]
 """Seconds and the standard deviation of their logarithm, `[rows, states]` each, at sizes, a flat array per variable."""
-_MOST_KNOTS = {0: 1, 1: 40, 2: 14, 3: 7}
-"""Per axis, by how many axes vary."""
+_VECTOR = 4
+"""Widths off the grid that are multiples of it are a class of their own."""
+_MOST_ON = {1: 40, 2: 12, 3: 5}
+_MOST_OFF = {1: 20, 2: 5, 3: 3}
+_FEW = {1: 64, 2: 12, 3: 5}
+"""By how many axes vary: knots on the grid, multiples beside which there are knots off it; widths that are all knots if
+there are no more of them."""
+_MOST_BYTES = 12
+_SPAN = 64
+"""Of what has no grid, less than a part in so many of its full size costs no less."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,44 +45,25 @@ class Range:
     Attributes:
         full: its largest value.
         varies: whether a plan changes it.
-        step: channel grid of the target; 1 for what has none, such as bytes.
+        step: channel grid of the target; 1 for what has none, such as numbers of groups.
         rounds: whether a value between two multiples costs as the upper one.
+        units: where the variable is bytes: the channels that they are of. None for what is a whole number itself.
+        vectors: whether there is other code for multiples of a vector that are none of the grid.
     """
 
     full: float
     varies: bool
     step: int = 1
     rounds: bool = False
+    units: Units | None = None
+    vectors: bool = True
 
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class OffGrid:
-    """Times along one axis at widths off the grid, the other variables at their full size.
-
-    Attributes:
-        widths: `[alignments, points]`, ascending; those of one alignment (`features.alignment`) in a row.
-        seconds: at these widths.
-        line: times on the knots of the axis, which widths on the grid are interpolated from.
-    """
-
-    widths: np.ndarray
-    seconds: np.ndarray
-    line: np.ndarray
-
-    def factor(self, values: np.ndarray, index: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
-        """What a width costs in units of what it is interpolated to from the knots.
-
-        Never below 1: that a register is not filled cannot save what filling it costs, so less is the model's noise.
-        """
-        kind = alignment(values)
-        own = np.zeros(values.shape)
-        for row, (widths, seconds) in enumerate(zip(self.widths, self.seconds, strict=True)):
-            curve = np.interp(values, np.append(0.0, widths), np.append(0.0, seconds))
-            own = np.where(kind == row, curve, own)
-        plain = low * self.line[index]
-        if len(self.line) > 1:
-            plain = plain + high * self.line[np.minimum(index + 1, len(self.line) - 1)]
-        return np.maximum(own / np.maximum(plain, 1e-12), 1.0)
+    def class_of(self, widths: np.ndarray) -> np.ndarray:
+        """0 for multiples of the grid, 1 for other multiples of a vector, 2 for the rest."""
+        if self.step <= 1:
+            return np.zeros(np.shape(widths), np.intp)
+        off = np.where(widths % _VECTOR == 0, 1, 2) if self.vectors and self.step > _VECTOR else 2
+        return np.where(widths % self.step == 0, 0, off)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -80,39 +72,45 @@ class Axis:
 
     Attributes:
         extent: what it can be.
-        knots: ascending; the last one is `extent.full`.
-        off_grid: what widths off the grid cost; None where every width is on it.
+        classes: knots by class of widths, ascending in each; some may be empty. Of bytes, the channels.
     """
 
     extent: Range
-    knots: np.ndarray
-    off_grid: OffGrid | None = None
+    classes: tuple[np.ndarray, ...]
+
+    @functools.cached_property
+    def knots(self) -> np.ndarray:
+        """All of them, class by class."""
+        return np.concatenate(self.classes)
+
+    @property
+    def segments(self) -> list[slice]:
+        """Where the knots of each class stand."""
+        ends = np.cumsum([len(c) for c in self.classes])
+        return [
+            slice(int(end) - len(c), int(end)) for c, end in zip(self.classes, ends, strict=True) if len(c)
+        ]
+
+    @property
+    def sizes(self) -> np.ndarray:
+        """The variable at the knots."""
+        return self.knots if self.extent.units is None else self.extent.units.bytes_of(self.knots)
 
     def weights(self, values: np.ndarray) -> Weights:
-        """Index of the lower knot, weight of it, weight of the next, and the penalty of a width off the grid."""
+        """Index of the lower knot, weight of it, weight of the next."""
         values = np.asarray(values, float)
-        if len(self.knots) == 1:
-            index = np.zeros(values.shape, np.intp)
-            low, high = np.ones(values.shape), np.zeros(values.shape)
-        else:
-            x = self._up(values)
-            index = np.clip(np.searchsorted(self.knots, x, "right") - 1, 0, len(self.knots) - 2)
-            below = self.knots[index]
-            high = (x - below) / (self.knots[index + 1] - below)
-            low = 1.0 - high
-        penalty = np.ones(values.shape)
-        if self.off_grid is not None:
-            exact = (values % self.extent.step == 0) | (values == self.extent.full)
-            penalty = np.where(exact, penalty, self.off_grid.factor(values, index, low, high))
-        return index, low, high, penalty
-
-    def _up(self, values: np.ndarray) -> np.ndarray:
-        extent = self.extent
-        if not extent.rounds or extent.step <= 1:
-            return values
-        upper = np.ceil(values / extent.step - 1e-9) * extent.step
-        x = np.where(values <= extent.full, np.minimum(upper, extent.full), upper)
-        return np.maximum(x, self.knots[1] if self.knots[0] == 0 else self.knots[0])
+        if self.extent.units is not None:
+            values = self.extent.units.channels_of(values)
+        index = np.zeros(values.shape, np.intp)
+        high = np.zeros(values.shape)
+        kinds, start = self.extent.class_of(values), 0
+        for kind, knots in enumerate(self.classes):
+            if len(knots):
+                mine = kinds == kind
+                place, share = _between(knots, values)
+                index, high = np.where(mine, start + place, index), np.where(mine, share, high)
+            start += len(knots)
+        return index, 1.0 - high, high
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -121,7 +119,7 @@ class Surface:
 
     Attributes:
         axes: one per variable; may be empty (a constant).
-        seconds: `[knots per axis, states]`, never falling along any axis.
+        seconds: `[knots per axis, states]`.
         log_sd: standard deviation of their logarithm.
     """
 
@@ -136,103 +134,107 @@ class Surface:
 
 
 def gathered(table: np.ndarray, weights: Sequence[Weights]) -> np.ndarray:
-    """Multilinear interpolation, `Axis.weights` per axis of `table` but the last, times the largest of the penalties.
-
-    Not times all of them: one width off the grid is enough to leave the kernel that whole vectors have.
-    """
+    """Multilinear interpolation, `Axis.weights` per axis of `table` but the last."""
     total: np.ndarray | float = 0.0
-    worst: np.ndarray | None = None
-    varying = [n > 1 for n in table.shape[:-1]]
-    for corner in itertools.product(*((0, 1) if v else (0,) for v in varying)):
+    lengths = table.shape[:-1]
+    for corner in itertools.product(*((0, 1) if n > 1 else (0,) for n in lengths)):
         factor = np.ones(())
         place = []
-        for (index, low, high, _), step in zip(weights, corner, strict=True):
+        for (index, low, high), step, length in zip(weights, corner, lengths, strict=True):
             factor = factor * (high if step else low)
-            place.append(index + step)
+            place.append(np.minimum(index + step, length - 1))  # behind the last knot of all, with weight 0
         total = total + factor[..., None] * table[tuple(place)]
-    for *_, penalty in weights:
-        worst = penalty if worst is None else np.maximum(worst, penalty)
-    return np.asarray(total if worst is None else total * worst[..., None])
+    return np.asarray(total)
 
 
 def build(ranges: Sequence[Range], predict: Predict) -> Surface:
-    """Ask a model at the knots, and at one width off the grid per knot and alignment.
+    """Ask a model at the knots.
 
     Args:
         ranges: one per variable of the kernel.
         predict: the model.
     """
-    most = _MOST_KNOTS.get(sum(r.varies for r in ranges), 5)
-    knots = [_knots(r, most) for r in ranges]
-    mesh = np.meshgrid(*knots, indexing="ij") if knots else []
+    varying = sum(r.varies for r in ranges)
+    axes = tuple(Axis(r, _classes(r, varying)) for r in ranges)
+    mesh = np.meshgrid(*(axis.sizes for axis in axes), indexing="ij") if axes else []
     seconds, log_sd = predict([m.ravel() for m in mesh])
-    shape = (*map(len, knots), seconds.shape[-1])
-    times, sds = monotone(seconds.reshape(shape)), log_sd.reshape(shape)
-    axes = []
-    for number, (extent, found) in enumerate(zip(ranges, knots, strict=True)):
-        axis = Axis(extent, found)
-        if len(found) > 1 and not extent.rounds:
-            axis, times, sds = _from_zero(axis, times, sds, number)
-        axes.append(axis)
-    surface = Surface(tuple(axes), times, sds)
-    return dataclasses.replace(
-        surface, axes=tuple(_penalised(surface, number, predict) for number in range(len(axes)))
-    )
+    shape = (*(len(axis.knots) for axis in axes), seconds.shape[-1])
+    times = seconds.reshape(shape)
+    for corner in itertools.product(*(axis.segments for axis in axes)):
+        times[corner] = monotone(times[corner])
+    for number, axis in enumerate(axes):
+        times = _never_below(times, axis, number)
+    return Surface(axes, times, log_sd.reshape(shape))
 
 
-def _knots(extent: Range, most: int) -> np.ndarray:
-    if not extent.varies:
-        return np.array([extent.full])
-    step = max(extent.step, 1)
-    if extent.step <= 1:
-        return np.unique(
-            np.geomspace(max(extent.full / 64, min(extent.full, 1.0)), extent.full, min(most, 9))
-        )
-    multiples = np.arange(step, extent.full + 1e-9, step)
-    if not extent.rounds and len(multiples) < 2:
-        multiples = np.append(multiples, max(1.0, extent.full // 2))
-    every = np.unique(np.append(multiples, extent.full))
-    if len(every) <= most:
-        return every
-    # Thinned by octaves: kernels differ in size by factors. The ends stay.
-    wanted = np.geomspace(every[0], every[-1], most)
-    return np.unique(every[np.abs(np.log(every)[:, None] - np.log(wanted)[None, :]).argmin(0)])
+def _never_below(times: np.ndarray, axis: Axis, number: int) -> np.ndarray:
+    """No width off the grid is cheaper than the multiple below it."""
+    on, step = axis.classes[0], axis.extent.step
+    below = np.floor(axis.knots / max(step, 1)) * step
+    known = below >= (on[0] if len(on) else np.inf)
+    if step <= 1 or not known.any():
+        return times
+    shape = [1] * times.ndim
+    shape[number] = len(below)
+    place, high = _between(on, below)
+    upper = np.minimum(place + 1, len(on) - 1)
+    share = high.reshape(shape)
+    least = np.take(times, place, number) * (1.0 - share) + np.take(times, upper, number) * share
+    return np.where(known.reshape(shape), np.maximum(times, least), times)
 
 
-def _from_zero(
-    axis: Axis, times: np.ndarray, sds: np.ndarray, number: int
-) -> tuple[Axis, np.ndarray, np.ndarray]:
-    """Below the smallest knot, time falls along the line through the two smallest, but not below zero."""
-    knots = axis.knots
-    low, next_one = np.take(times, [0], number), np.take(times, [1], number)
-    slope = (next_one - low) / (knots[1] - knots[0])
-    start = np.clip(low - slope * knots[0], 0.0, low)
-    grown = Axis(axis.extent, np.concatenate([[0.0], knots]))
-    first = np.take(sds, [0], number)
-    return grown, np.concatenate([start, times], number), np.concatenate([first, sds], number)
+def _between(knots: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Index of the knot below, and how far it is from there to the next one."""
+    if len(knots) == 1:
+        return np.zeros(values.shape, np.intp), np.zeros(values.shape)
+    place = np.clip(np.searchsorted(knots, values, "right") - 1, 0, len(knots) - 2)
+    return place, np.clip((values - knots[place]) / (knots[place + 1] - knots[place]), 0.0, 1.0)
 
 
-def _penalised(surface: Surface, number: int, predict: Predict) -> Axis:
-    """The axis with the penalties of widths off the grid, the others at their full size."""
-    axis = surface.axes[number]
-    step = axis.extent.step
-    on_grid = int(alignment(step))
-    if not axis.extent.varies or on_grid == 0:
-        return axis
-    # The widest of an alignment below each multiple that is a knot, and below the first multiple after the last.
-    last = np.floor(axis.extent.full / step) * step
-    anchors = np.unique(np.append(np.floor(axis.knots[axis.knots >= step] / step) * step, last + step))
-    widths = anchors[None, :] - 2.0 ** np.arange(on_grid)[:, None]  # [alignments, anchors]
-    full = [np.full(widths.size, a.extent.full) for a in surface.axes]
-    seconds, _ = predict([widths.ravel() if i == number else f for i, f in enumerate(full)])
-    middle = seconds.shape[-1] // 2  # what registers are left empty does not depend on the caches
-    on_knots = [
-        axis.knots if i == number else np.full(len(axis.knots), a.extent.full)
-        for i, a in enumerate(surface.axes)
-    ]
-    line, _ = surface.interpolate(on_knots)
-    off_grid = OffGrid(widths, seconds[:, middle].reshape(widths.shape), line[:, middle])
-    return dataclasses.replace(axis, off_grid=off_grid)
+# ---- knots ---------------------------------------------------------------------------------------
+def _classes(extent: Range, varying: int) -> tuple[np.ndarray, ...]:
+    full = extent.full if extent.units is None else float(extent.units.channels_of(np.array(extent.full)))
+    every = np.append(_below(full, extent.step) if extent.varies else (), full)
+    kinds, few = extent.class_of(every), _FEW.get(varying, 5)
+    on, most = _MOST_ON.get(varying, 5), _MOST_OFF.get(varying, 3)
+    if extent.units is not None:
+        few, on, most = (min(n, _MOST_BYTES) for n in (few, on, most))
+    found = []
+    for kind in range(3):
+        mine = every[kinds == kind]
+        if len(every) > few:
+            mine = (
+                _thinned(mine, on) if kind == 0 else _beside(mine, extent, _VECTOR if kind == 1 else 1, most)
+            )
+        found.append(mine)
+    return tuple(found)
+
+
+def _below(full: float, step: int) -> np.ndarray:
+    if step > 1 or full <= _SPAN:
+        return np.arange(1.0, full)
+    return np.unique(np.round(np.geomspace(full / _SPAN, full, _MOST_ON[1])))[:-1]
+
+
+def _thinned(widths: np.ndarray, most: int) -> np.ndarray:
+    """By octaves: kernels differ in size by factors. The ends stay."""
+    if len(widths) <= most:
+        return widths
+    wanted = np.geomspace(widths[0], widths[-1], most)
+    return np.unique(widths[np.abs(np.log(widths)[:, None] - np.log(wanted)[None, :]).argmin(0)])
+
+
+def _beside(widths: np.ndarray, extent: Range, off: int, most: int) -> np.ndarray:
+    """Of the widths off the grid, those right before some multiples, right behind if they cost as the upper one."""
+    if not len(widths):
+        return widths
+    step = extent.step
+    multiples = np.append(0.0, _thinned(np.arange(step, widths[-1] + 1, step, dtype=float), most - 1))
+    wanted: list[np.ndarray] = [multiples + step - off, np.array([float(off)]), widths[[0, -1]]]
+    if extent.rounds:
+        wanted.append(multiples + off)
+    found = np.unique(np.concatenate(wanted))
+    return found[np.isin(found, widths)]
 
 
 def ranges_of(
@@ -246,9 +248,16 @@ def ranges_of(
         varies: whether a plan changes them.
         steps: channel grid by name; a variable that is not in it has none.
     """
-    last = [n for n in names if n in steps][-1:]
+    stepped = [n for n in names if n in steps]
     return tuple(
-        Range(full, varying, steps.get(name, 1), name in last)
+        # The outputs of several widths are filled up to whole blocks.
+        Range(
+            full,
+            varying,
+            steps.get(name, 1),
+            rounds=name in stepped[-1:],
+            vectors=name not in stepped[-1:] or len(stepped) == 1,
+        )
         for name, full, varying in zip(names, fulls, varies, strict=True)
     )
 

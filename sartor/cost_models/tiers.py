@@ -18,7 +18,7 @@ from sartor.cost_models.profile import DeviceProfile, Sample, of_role
 from sartor.cost_models.protocol import KernelModel
 from sartor.cost_models.rates import Rates
 from sartor.cost_models.signatures import Signature, variable_names
-from sartor.cost_models.surface import Surface, build, ranges_of
+from sartor.cost_models.surface import Range, Surface, build, ranges_of
 from sartor.cost_models.table import (
     KernelTable,
     by_spec,
@@ -27,6 +27,7 @@ from sartor.cost_models.table import (
     predict_samples,
     sizes_of,
 )
+from sartor.cost_models.work import Units
 from sartor.errors import UsageError
 from sartor.ir.layout import FAMILY as LAYOUT
 
@@ -115,15 +116,24 @@ class Tiers:
         fulls = tuple(v.full for v in signature.variables)
         key = (signature.key, fulls, tuple(varies), alike)
         if key not in self._surfaces:
-            step = roofline.grid_step(self.grid, signature.family, signature.spec["op"])
-            names = variable_names(signature.spec)
-            steps = {names[i]: step for i in roofline.stepped(signature.spec)}
-            model = self.model_for(signature)
             self._surfaces[key] = build(
-                ranges_of(names, fulls, varies, steps),
-                lambda sizes: _predict(model, signature, sizes, self.periods, alike),
+                self._ranges(signature, fulls, varies),
+                lambda sizes: _predict(self.model_for(signature), signature, sizes, self.periods, alike),
             )
         return self._surfaces[key]
+
+    def _ranges(
+        self, signature: Signature, fulls: Sequence[float], varies: Sequence[bool]
+    ) -> tuple[Range, ...]:
+        if signature.kind == "movement":
+            units = Units.of(signature.spec)
+            step = roofline.grid_step(self.grid, "conv", "Conv") if units.of_maps else 1
+            return tuple(Range(full, v, step, units=units) for full, v in zip(fulls, varies, strict=True))
+        step, names = (
+            roofline.grid_step(self.grid, signature.family, signature.spec["op"]),
+            variable_names(signature.spec),
+        )
+        return ranges_of(names, fulls, varies, {names[i]: step for i in roofline.stepped(signature.spec)})
 
     def many(self, samples: Sequence[Sample]) -> Predicted:
         """Many kernels at once, each with the period of its sample; their times are not looked at."""

@@ -47,24 +47,48 @@ class Trees:
         return total
 
     def _walk(self, rows: np.ndarray) -> np.ndarray:
-        feature, number, right, depth = self._compact
-        flat, first = rows.ravel(), np.arange(len(rows), dtype=np.int32) * np.int32(rows.shape[1])
-        node = np.repeat(self.roots.astype(np.int32)[:, None], len(rows), 1)  # [trees, rows]
-        for _ in range(depth):
-            goes_left = flat[first + feature[node]] <= number[node]
-            node = np.where(goes_left, node + np.int32(1), right[node])
-        return self.number[node].sum(0)
+        """Only those of the pairs of a tree and a row go on that have not reached a leaf."""
+        left, right, roots = self._without(rows[0], (rows == rows[0]).all(0))
+        width, count = np.int32(rows.shape[1]), len(rows)
+        flat = rows.ravel()
+        node = np.repeat(roots, count)  # [trees · rows]
+        active = np.flatnonzero(self._feature[node] >= 0)
+        first = (active % count).astype(np.int32) * width  # where the row of each of them starts
+        here = node[active]
+        while len(active):
+            goes_left = flat[first + self._feature[here]] <= self.number[here]
+            here = np.where(goes_left, left[here], right[here])
+            node[active] = here
+            on = self._feature[here] >= 0
+            active, first, here = active[on], first[on], here[on]
+        return self.number[node].reshape(len(roots), count).sum(0)
+
+    def _without(self, row: np.ndarray, same: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Children and roots with the splits passed over that all rows take alike; most of what describes a kernel."""
+        feature = self._feature
+        passed = (feature >= 0) & same[feature]
+        goes_left = row[feature] <= self.number
+        after = np.arange(len(feature), dtype=np.int32)
+        after = np.where(passed, np.where(goes_left, after + 1, self._right), after)
+        while (passed[after]).any():
+            after = after[after]
+        return (
+            after[np.minimum(np.arange(1, len(after) + 1), len(after) - 1)],
+            after[self._right],
+            after[self._roots],
+        )
 
     @functools.cached_property
-    def _compact(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
-        """Small arrays, in which a leaf is a split whose right child it is itself; and the depth of the deepest."""
-        leaf = self.feature < 0
-        feature = np.where(leaf, 0, self.feature).astype(np.int32)
-        level = np.zeros(len(leaf), np.int64)
-        for parent in np.flatnonzero(~leaf):  # in preorder, children come behind
-            level[[parent + 1, self.right[parent]]] = level[parent] + 1
-        number = np.where(leaf, -np.inf, self.number)
-        return feature, number, self.right.astype(np.int32), int(level.max(initial=0))
+    def _feature(self) -> np.ndarray:
+        return self.feature.astype(np.int32)
+
+    @functools.cached_property
+    def _right(self) -> np.ndarray:
+        return self.right.astype(np.int32)
+
+    @functools.cached_property
+    def _roots(self) -> np.ndarray:
+        return self.roots.astype(np.int32)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready form."""

@@ -8,6 +8,7 @@ parameters of a BatchNormalization (it folds into the weights) and the bounds of
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -194,6 +195,43 @@ def _recurrent(spec: Mapping[str, Any], inner: np.ndarray, hidden: np.ndarray) -
 def unit_length(spec: Mapping[str, Any], moved: np.ndarray) -> np.ndarray:
     """Length of the unit that the dims of a kernel that moves data are multiples of, from the bytes that it moves."""
     return _unit([term for terms in _parts(spec).values() for term in terms], np.asarray(moved, float))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Units:
+    """What the bytes of a kernel that moves data are of: channels, or whatever its unit is.
+
+    Where no dimension is in units, the channels are the bytes.
+
+    Attributes:
+        spec: of the kernel.
+        multiple: channels of one unit.
+        of_maps: whether they are the second axis of a feature map, for which runtimes have layouts of their own.
+    """
+
+    spec: Mapping[str, Any]
+    multiple: int = 1
+    of_maps: bool = False
+
+    @staticmethod
+    def of(spec: Mapping[str, Any]) -> Units:
+        """Of a kernel that moves data."""
+        shapes = [entry["dims"] for entry in spec["inputs"] if entry is not None] + list(spec["outputs"])
+        widths = [dims[1] for dims in shapes if len(dims) == 4 and isinstance(dims[1], str)]
+        return Units(spec, max((int(width[:-1] or 1) for width in widths), default=1), bool(widths))
+
+    @functools.cached_property
+    def _terms(self) -> _Terms:
+        terms = [term for parts in _parts(self.spec).values() for term in parts]
+        return terms if any(power for _, power in terms) else [(1.0, 1)]
+
+    def channels_of(self, moved: np.ndarray) -> np.ndarray:
+        """Channels, from bytes; whole numbers but for what plans of several groups leave."""
+        return np.round(self.multiple * _unit(self._terms, np.asarray(moved, float)), 6)
+
+    def bytes_of(self, channels: np.ndarray) -> np.ndarray:
+        """Inverse of `channels_of`."""
+        return _evaluate(self._terms, np.asarray(channels, float) / self.multiple)
 
 
 def _movement(spec: Mapping[str, Any], moved: np.ndarray) -> Work:
