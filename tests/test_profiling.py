@@ -186,7 +186,7 @@ def test_kernels_in_parts_and_copies_are_samples(profile):
     copies = [s for s in profile.samples if s.family == "layout"]
     assert {s.spec["op"] for s in copies} == {"ReorderOutput"}
     for sample in copies:
-        assert sample.seconds == pytest.approx(true_s(sample), rel=0.05, abs=0.1 * PROFILER * REFERENCE_S)
+        assert sample.seconds == pytest.approx(true_s(sample), rel=0.05, abs=0.15 * PROFILER * REFERENCE_S)
 
 
 def test_kernels_and_networks_are_held_out_and_those_of_the_law_are_no_samples(profile):

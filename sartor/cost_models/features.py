@@ -32,13 +32,13 @@ CONTRACTION = (
     *("align_in", "align_out", "align_columns", "waste_in_8", "waste_out_8", "waste_in_16", "waste_out_16"),
     *("width", "stride", "dilation", "padding", "residuals", "activations", "gated", "transposed", "stored"),
     *("height", "out_width", "window_width", "blocks", "blocks_left", "columns_left", "way"),
-    *("log_period", "log_pause"),
+    *("log_windows", "log_period", "log_pause"),
 )
 MOVEMENT = (
     *("log_bytes", "log_read", "log_written", "log_taps", "stride", "operands", "stored", "outputs"),
     *("rank", "log_fixed", "last", "smallest", "item_bytes", "align", "epilogue"),
     *("log_second", "align_second", "whole_blocks", "log_rest", "align_rest", "log_run"),
-    "log_pause",
+    *("axes_moved", "log_pause"),
 )
 _ELEMENTWISE = frozenset({"Add", "Sub", "Mul", "Div", "Pow", "Sqrt", "Erf", "Exp", "Where", "PRelu"})
 COSTLY = ACTIVATIONS - {"Relu", "Clip", "LeakyRelu", "HardSigmoid", "HardSwish", "ThresholdedRelu"} | {"Silu"}
@@ -148,6 +148,7 @@ def _contraction(spec: Mapping[str, Any], found: Work) -> list[Any]:
         blocks % _BLOCKS_AT_ONCE,
         c_out % BLOCK,
         _ways(spec, found),
+        _log(found.groups * found.channels * found.taps * found.rows),  # all windows, laid out as rows
     ]
 
 
@@ -165,7 +166,14 @@ def _ways(spec: Mapping[str, Any], found: Work) -> np.ndarray:
 
 
 WAYS = (
-    *("image", "blocked window", "blocked point", "unblocked window", "unblocked point"),
+    *(
+        "image window",
+        "image point",
+        "blocked window",
+        "blocked point",
+        "unblocked window",
+        "unblocked point",
+    ),
     *("vector", "matrix"),
 )
 
@@ -186,7 +194,8 @@ def ways_of(spec: Mapping[str, Any], found: Work) -> np.ndarray:
     blocked = convolves_blocked(found.groups, found.channels, found.columns)
     window = "window" if found.taps.max(initial=1) > 1 else "point"
     image = (found.channels < BLOCK) & (found.groups == 1)  # read as they are, by kernels of their own
-    return np.where(image, "image", np.where(blocked, f"blocked {window}", f"unblocked {window}"))
+    kinds = np.where(image, "image", np.where(blocked, "blocked", "unblocked"))
+    return np.char.add(kinds, f" {window}")
 
 
 def _movement(spec: Mapping[str, Any], found: Work) -> list[Any]:
@@ -222,7 +231,17 @@ def _movement(spec: Mapping[str, Any], found: Work) -> list[Any]:
         _log(rest),
         alignment(rest),
         _log(_run(spec, first, found)),
+        _axes_moved(spec),
     ]
+
+
+def _axes_moved(spec: Mapping[str, Any]) -> int:
+    """Axes that a Transpose takes out and puts in elsewhere; runtimes have code of their own for one."""
+    perm = spec.get("attributes", {}).get("perm", ())
+    longest: list[int] = []  # rising row of axes that stay, by where it ends
+    for place, axis in enumerate(perm):
+        longest.append(1 + max((longest[i] for i in range(place) if perm[i] < axis), default=0))
+    return len(perm) - max(longest, default=0)
 
 
 def _run(spec: Mapping[str, Any], dims: Sequence[int | str], found: Work) -> Any:

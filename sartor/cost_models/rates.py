@@ -1,9 +1,10 @@
 """The fitted roofline of single kernels: a sum of what computing, moving and waiting take.
 
-    t = launch + macs / rate + bytes / bandwidth + costly activations + groups + waiting
+    t = launch + macs / rate + bytes / bandwidth + costly activations + groups + windows + waiting
 
 Groups of a convolution, and matrices of a batch, are products of their own that a runtime may begin one by one: where
-channels do not fill a register, that is what a depthwise convolution takes.
+channels do not fill a register, that is what a depthwise convolution takes. And outside the blocked layout windows
+are laid out as rows of a matrix first, which takes as long for two output channels as for many.
 
 The longer ago a kernel last ran, the more of what it needs others have displaced from the caches: its code and what
 the runtime knows of it, and its weights; what it reads has just been made. It waits for its weights in proportion to a
@@ -52,13 +53,16 @@ is left to what was learned."""
 
 @dataclasses.dataclass(frozen=True)
 class Rate:
-    """Coefficients of one law: seconds, seconds per MAC, byte, costly element and group; its waiting; its error."""
+    """Coefficients of one law: seconds, seconds per MAC, byte, costly element, group and byte of windows; its waiting;
+    its error.
+    """
 
     launch_s: float
     per_mac_s: float
     per_byte_s: float
     per_element_s: float
     per_group_s: float
+    per_window_byte_s: float
     waiting_s: float
     waiting_per_weight_s: float
     sd: float
@@ -66,8 +70,8 @@ class Rate:
     @classmethod
     def of(cls, coefficients: np.ndarray, sd: float) -> Rate:
         """From coefficients in the order of `columns_of`."""
-        launch, mac, byte, element, group, fixed, weight = map(float, coefficients)
-        return cls(launch, mac, byte, element, group, fixed, weight, sd)
+        names = [field.name for field in dataclasses.fields(cls)][:-1]
+        return cls(**dict(zip(names, map(float, coefficients), strict=True)), sd=sd)
 
     @property
     def coefficients(self) -> tuple[float, ...]:
@@ -81,8 +85,12 @@ class Rate:
     def bound(self, columns: np.ndarray) -> str:
         """What most of one kernel's time goes into: `launch`, `compute` or `bandwidth`."""
         parts = np.asarray(self.coefficients) * columns
-        launch, mac, byte, element, group, fixed, weight = (float(p) for p in parts)
-        found = {"launch": launch + group + fixed, "compute": mac + element, "bandwidth": byte + weight}
+        launch, mac, byte, element, group, window, fixed, weight = (float(p) for p in parts)
+        found = {
+            "launch": launch + group + fixed,
+            "compute": mac + element,
+            "bandwidth": byte + window + weight,
+        }
         return max(found, key=found.__getitem__)
 
 
@@ -119,8 +127,11 @@ class Rates:
         spec, family = signature.spec, signature.family
         found = _work(spec, family, sizes, self.grid)
         costly, weights = _costly(spec, found), _weights(spec, found)
-        columns = self._columns(found.macs, found.moved, costly, found.groups, weights, period_s, alike)
         ways = _ways(spec, sizes)
+        windows = _windows(spec, found, ways)
+        columns = self._columns(
+            found.macs, found.moved, costly, found.groups, windows, weights, period_s, alike
+        )
         seconds, sd = np.zeros(columns.shape[1:]), np.zeros(columns.shape[1:])
         for way in np.unique(ways):
             law = self._law(family, str(spec["op"]), str(way))
@@ -134,7 +145,8 @@ class Rates:
     ) -> tuple[np.ndarray, np.ndarray]:
         """As `predict`, of kernels without a signature."""
         law = self._law(family, "", "")
-        total = np.maximum(law.seconds(self._columns(macs, moved, 0.0, 1.0, 0.0, period_s, alike)), 1e-9)
+        columns = self._columns(macs, moved, 0.0, 1.0, 0.0, 0.0, period_s, alike)
+        total = np.maximum(law.seconds(columns), 1e-9)
         return total, np.full(total.shape, law.sd)
 
     def bound(
@@ -148,14 +160,23 @@ class Rates:
         alike: int = 1,
     ) -> str:
         """What most of a kernel's time goes into, see `Rate.bound`."""
-        columns = self._columns(macs, moved, 0.0, 1.0, weight_bytes, period_s, alike)
+        columns = self._columns(macs, moved, 0.0, 1.0, 0.0, weight_bytes, period_s, alike)
         return self._law(family, op, "").bound(columns)
 
     def _columns(
-        self, macs: Any, moved: Any, costly: Any, groups: Any, weights: Any, period_s: Any, alike: Any
+        self,
+        macs: Any,
+        moved: Any,
+        costly: Any,
+        groups: Any,
+        windows: Any,
+        weights: Any,
+        period_s: Any,
+        alike: Any,
     ) -> np.ndarray:
         code = share_of(np.asarray(period_s, float) / alike, self.pauses)
-        return columns_of(macs, moved, costly, groups, weights, code, share_of(period_s, self.periods))
+        share = share_of(period_s, self.periods)
+        return columns_of(macs, moved, costly, groups, windows, weights, code, share)
 
     def update(self, samples: Sequence[Sample]) -> Rates:
         """See `KernelModel`: the laws of these samples are fitted anew, to them alone."""
@@ -198,11 +219,11 @@ def share_of(period_s: Any, periods: tuple[float, float]) -> np.ndarray:
 
 
 def columns_of(
-    macs: Any, moved: Any, costly: Any, groups: Any, weight_bytes: Any, code: Any, share: Any
+    macs: Any, moved: Any, costly: Any, groups: Any, windows: Any, weight_bytes: Any, code: Any, share: Any
 ) -> np.ndarray:
     """What the coefficients of a law multiply, `[coefficients, …]`; `code` and `share` of code and weights are gone."""
     several = np.where(np.asarray(groups) > 1, groups, 0.0)  # one group is the kernel itself
-    parts = (1.0, macs, moved, costly, several, code, share * weight_bytes)
+    parts = (1.0, macs, moved, costly, several, windows, code, share * weight_bytes)
     return np.stack(np.broadcast_arrays(*(np.asarray(part, float) for part in parts)))
 
 
@@ -253,7 +274,8 @@ def fitted(
         found, costly = rounded_work(sample, grid or {})
         code, share = share_of(sample.period_s / sample.alike, paused), share_of(sample.period_s, between)
         weights = _weights(sample.spec, found)
-        columns = columns_of(found.macs, found.moved, costly, found.groups, weights, code, share)
+        windows = _windows(sample.spec, found, _ways(sample.spec, sample.at))
+        columns = columns_of(found.macs, found.moved, costly, found.groups, windows, weights, code, share)
         # How well a time is known matters only where it is known worse than a law of a few numbers can say it.
         weight = 1.0 / np.hypot(_LAW_SD, sample.half_width / 1.96)
         row = np.array([*columns, sample.seconds, weight])
@@ -298,6 +320,14 @@ def _costly(spec: Mapping[str, Any], found: Work) -> np.ndarray:
     return count * found.written / item_bytes(str(spec.get("dtype", "FLOAT")))
 
 
+def _windows(spec: Mapping[str, Any], found: Work, ways: np.ndarray) -> np.ndarray:
+    """Bytes of windows that are laid out as rows."""
+    laid_out = (
+        found.groups * found.channels * found.taps * found.rows * item_bytes(str(spec.get("dtype", "FLOAT")))
+    )
+    return np.where(ways == "unblocked window", laid_out, 0.0)
+
+
 def _weights(spec: Mapping[str, Any], found: Work) -> Any:
     """Bytes that a kernel waits for.
 
@@ -308,11 +338,12 @@ def _weights(spec: Mapping[str, Any], found: Work) -> Any:
 
 
 def _work(spec: Mapping[str, Any], family: str, sizes: Sequence[Any], grid: Mapping[str, int]) -> Work:
-    """Work with the output width rounded up."""
+    """Work with the output width rounded up, in the layout that has whole blocks."""
     step, names = grid_step(grid, family, str(spec["op"])), variable_names(spec)
     rounded = [np.asarray(s, float) for s in sizes]
     if step > 1 and names[-1:] and names[-1] in _ROUNDED:
-        rounded[-1] = np.ceil(rounded[-1] / step - 1e-9) * step
+        plain = np.char.startswith(_ways(spec, sizes), "unblocked")
+        rounded[-1] = np.where(plain, rounded[-1], np.ceil(rounded[-1] / step - 1e-9) * step)
     return work_of_spec(spec, rounded)
 
 

@@ -196,11 +196,15 @@ class Design:
         return spec, (width(rng, 16, most), width(rng, 8, most)), "gemm"
 
     def _matmul(self, rng: random.Random) -> tuple[Any, ...]:
-        spec = made.product("MatMul", (1, made.tokens(rng)), self._epilogue(rng, "MatMul", residual=False))
+        spec = made.product("MatMul", (1, made.rows(rng)), self._epilogue(rng, "MatMul", residual=False))
         return spec, (width(rng, 16, 3072), width(rng, 16, 3072)), "matmul"
 
     def _attention(self, rng: random.Random) -> tuple[Any, ...]:
         heads, tokens, channels = rng.choice([1, 2, 3, 4, 6, 8, 12]), made.tokens(rng), width(rng, 8, 96)
+        if rng.random() < 0.2:  # between channels
+            if rng.random() < 0.5:
+                return made.activations_product(heads, "*", tokens, "*"), (channels, channels), "matmul"
+            return made.activations_product(heads, "*", "*", tokens), (channels, channels), "matmul"
         scores = rng.random() < 0.5
         m, k, n = (tokens, "*", tokens) if scores else (tokens, tokens, "*")
         return made.activations_product(heads, m, k, n), (channels,), "matmul"

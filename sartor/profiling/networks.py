@@ -11,6 +11,7 @@ import random
 from collections.abc import Iterator
 
 from sartor.errors import UsageError
+from sartor.profiling.attention import vit
 from sartor.profiling.design import width
 from sartor.profiling.network_builder import Net
 
@@ -168,62 +169,6 @@ def _dense(net: Net) -> None:
     net.head()
 
 
-def _vit(net: Net) -> None:
-    patch = 16 if net.shape[2] % 16 == 0 else 8
-    heads = net.rng.choice([2, 3, 4, 6, 8])
-    d = 8 * net.rng.randint(3, 8)
-    c = heads * d
-    net.conv(c, patch, patch)
-    tokens = net.shape[2] ** 2
-    number = net.model.constant("tokens", [1, c, tokens], "INT64")
-    net.node("Reshape", [net.value, number])
-    net.node("Transpose", [net.value], perm=[0, 2, 1])
-    net.shape = (1, tokens, c)
-    joined = net.model.constant("joined", [1, tokens, c], "INT64")
-    scale = net.model.constant("scale", d**-0.5, "FLOAT")
-    at_once = net.rng.random() < 0.5
-    for _ in range(net.rng.randint(2, 6)):
-        source = net.value
-        normed = net.norm()
-        parts = []
-        if at_once:
-            parts = _projected_at_once(net, heads, d)
-        for perm in () if at_once else ([0, 2, 1, 3], [0, 2, 3, 1], [0, 2, 1, 3]):
-            net.value, net.shape = normed, (1, tokens, c)
-            net.matmul(c)
-            net.reshape((1, tokens, heads, d))
-            parts.append(net.node("Transpose", [net.value], perm=perm))
-        net.node("Mul", [net.node("MatMul", parts[:2]), scale])
-        net.node("MatMul", [net.node("Softmax", [net.value], axis=-1), parts[2]])
-        net.node("Reshape", [net.node("Transpose", [net.value], perm=[0, 2, 1, 3]), joined])
-        net.shape = (1, tokens, c)
-        net.matmul(c)
-        source = net.add(source)
-        net.norm()
-        net.matmul(width(net.rng, 2 * c, 4 * c))
-        net.node("Gelu", [net.value])
-        net.matmul(c)
-        net.add(source)
-    net.norm()
-    net.node("Transpose", [net.value], perm=[0, 2, 1])
-    net.shape = (1, c, tokens)
-    net.head()
-
-
-def _projected_at_once(net: Net, heads: int, d: int) -> list[str]:
-    """Queries, keys (transposed) and values of one product, parted afterwards."""
-    _, tokens, c = net.shape
-    net.matmul(3 * c)
-    net.reshape((1, tokens, 3, heads, d))
-    joined = net.transpose((2, 0, 3, 1, 4))
-    parts = []
-    for number in range(3):
-        index = net.model.constant(f"part{joined}{number}", number, "INT64")
-        parts.append(net.node("Gather", [joined, index], axis=0))
-    parts[1] = net.node("Transpose", [parts[1]], perm=[0, 1, 3, 2])
-    return parts
-
-
 def _branches(net: Net) -> None:
     """Blocks of several branches that are joined: small windows, long ones, a pooling."""
     _stem(net)
@@ -364,7 +309,7 @@ KINDS = {
     "inverted": _inverted,
     "grouped": _grouped,
     "dense": _dense,
-    "vit": _vit,
+    "vit": vit,
     "branches": _branches,
     "windows": _large_windows,
     "shuffled": _shuffled,

@@ -12,6 +12,8 @@ Dims = list[int | str]
 SIDES = (4, 5, 6, 7, 8, 9, 10, 12, 14, 15, 16, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 112)
 INPUT_SIDES = (64, 96, 112, 128, 160, 192, 224, 256)
 TOKENS = (16, 17, 36, 37, 49, 50, 64, 65, 81, 100, 101, 144, 145, 196, 197, 256, 257, 400)
+ROWS = (*TOKENS, 576, 784, 1024, 1600, 2304, 3136)
+"""Of what is computed for every token or every place of a map alike."""
 ACTIVATIONS: tuple[tuple[str, dict[str, Any], int], ...] = (
     ("Relu", {}, 8),
     ("Clip", {"min": 0.0, "max": 6.0}, 3),
@@ -32,8 +34,13 @@ def side(rng: random.Random) -> int:
 
 
 def tokens(rng: random.Random) -> int:
-    """Length of a sequence."""
+    """Length of a sequence of which every part reads every other."""
     return rng.choice(TOKENS)
+
+
+def rows(rng: random.Random) -> int:
+    """Length of a sequence, or places of a map whose channels come last."""
+    return rng.choice(ROWS)
 
 
 def convolution(
@@ -129,7 +136,7 @@ def _constant(spec: Spec, value: list[int]) -> Spec:
 def _map(rng: random.Random) -> tuple[Dims, int]:
     """A feature map or a sequence of tokens, and its largest width."""
     if rng.random() < 0.3:
-        length = tokens(rng)
+        length = rows(rng)
         return [1, length, "*"], min(3072, 1_000_000 // length)
     edge = side(rng)
     return [1, "*", edge, edge], min(2048, 1_500_000 // (edge * edge))
@@ -174,7 +181,7 @@ def norm(rng: random.Random) -> tuple[Spec, int]:
     kind = rng.choice(["LayerNormalization", "LayerNormalization", "Softmax", "BatchNormalization"])
     if kind == "LayerNormalization":
         attributes = {"axis": -1, "epsilon": 1e-6}
-        dims: Dims = [1, length, "*"]
+        dims: Dims = [1, rows(rng), "*"]
         return moving(kind, [dims, ["*"], ["*"]], [dims], attributes, stored=[1, 2]), 3072
     if kind == "Softmax":
         heads: Dims = [1, "*", length, length]
@@ -204,6 +211,7 @@ def movement(rng: random.Random) -> tuple[Spec, int]:
             ([1, length, "*"], [0, 2, 1]),
             ([1, length, heads, "*"], [0, 2, 1, 3]),
             ([1, heads, length, "*"], [0, 1, 3, 2]),
+            ([1, length, 3, heads, "*"], rng.choice([[2, 0, 3, 1, 4], [2, 0, 3, 4, 1]])),
         ]
         dims, perm = rng.choice(options)
         return moving(kind, [dims], [[dims[i] for i in perm]], {"perm": perm}), min(most, 768)
