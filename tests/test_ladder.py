@@ -21,7 +21,6 @@ from sartor.cost_models.pricer import Pricer
 from sartor.cost_models.profile import DeviceProfile, Sample
 from sartor.cost_models.protocol import CostModel
 from sartor.cost_models.signatures import signature_of
-from sartor.cost_models.surface import Range, build
 from sartor.errors import MetricUnavailableError, PlanError, UsageError
 from sartor.ir.batch import Batch
 from sartor.ir.extents import Extent
@@ -314,20 +313,6 @@ def test_input_sizes_and_batches_are_priced_as_networks_of_that_size():
         ladder.estimate_batch(workload, {}, size=2)
 
 
-def test_two_widths_off_the_grid_are_no_worse_than_one():
-    """A kernel that only whole vectors of both widths can have; without it, everything takes twice as long."""
-
-    def whole_vectors(sizes):
-        plain = 1e-9 * sizes[0] * sizes[1]
-        left = (sizes[0] % STEP != 0) | (sizes[1] % STEP != 0)
-        return (np.where(left, 2.0, 1.0) * plain)[:, None], np.full((len(plain), 1), 0.1)
-
-    surface = build([Range(96.0, True, STEP), Range(128.0, True, STEP, True)], whole_vectors)
-    one, both = (float(surface.interpolate([np.array(a), np.array(127.0)])[0][0]) for a in (88.0, 87.0))
-    assert one == pytest.approx(2e-9 * 88 * 127, rel=0.03)
-    assert both == pytest.approx(2e-9 * 87 * 127, rel=0.03)
-
-
 def test_products_of_several_rows_are_not_told_by_those_of_one():
     """One row waits for its weights, 200 ps per MAC; several hide that behind what they compute."""
 
@@ -340,21 +325,3 @@ def test_products_of_several_rows_are_not_told_by_those_of_one():
     asked = sample(50, 768)
     seconds, _ = law.predict(as_signature(asked), [np.array(a) for a in asked.at])
     assert float(seconds) == pytest.approx(asked.seconds, rel=0.02)
-
-
-def test_a_surface_never_falls_on_the_grid_whatever_the_model_says():
-    rng = np.random.default_rng(0)
-
-    def noisy(sizes):
-        times = 1e-6 * (sizes[0] + sizes[1])[:, None] * np.exp(0.3 * rng.standard_normal((len(sizes[0]), 3)))
-        return times, np.full(times.shape, 0.3)
-
-    surface = build([Range(96.0, True, STEP), Range(128.0, True, STEP, True)], noisy)
-    inner, outer = np.arange(STEP, 97, STEP), np.arange(STEP, 129, STEP)
-    times, sd = surface.interpolate(np.meshgrid(inner, outer, indexing="ij"))
-    assert all((np.diff(times, axis=axis) >= 0).all() for axis in range(3))  # nor with a longer period
-    assert times.shape == sd.shape == (6, 8, 3) and (sd > 0).all()
-    off, _ = surface.interpolate([np.full(16, 96.0), np.arange(112, 128)])
-    assert (
-        off >= off[0] * (1 - 1e-12)
-    ).all()  # a width off the grid is no cheaper than the multiple below it

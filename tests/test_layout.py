@@ -85,7 +85,7 @@ def undecided():
 
 
 def test_what_a_kernel_takes_in_under_a_plan_is_what_it_takes_in_of_the_network_that_it_makes():
-    """Sums and activations are kernels of their own where a width leaves the layout, and no more where it comes back."""
+    """Sums and activations are kernels of their own where a width leaves the layout, and none where it comes back."""
     program = undecided()
     analysis = channel_groups(program)
     rng = np.random.default_rng(0)

@@ -21,6 +21,7 @@ from sartor.cost_models.table import KernelTable, corrections
 from sartor.cost_models.trees import Trees, from_lightgbm
 from sartor.cost_models.work import work_of_spec
 from sartor.errors import MetricUnavailableError, UsageError
+from sartor.profiling.shapes import moving
 
 
 def drawn(count, seed=0, noise=0.02):
@@ -92,6 +93,24 @@ def test_alignment_counts_powers_of_two_up_to_a_vector():
     np.testing.assert_array_equal(alignment([1, 2, 12, 16, 32, 64, 46, 2.5]), [0, 1, 2, 4, 5, 5, 1, 0])
 
 
+@pytest.mark.parametrize(
+    ("perm", "moved"),
+    [
+        ([0, 2, 1], 1),
+        ([0, 2, 3, 1], 1),
+        ([0, 3, 1, 2], 1),
+        ([2, 0, 3, 1, 4], 2),
+        ([2, 0, 3, 4, 1], 2),
+        ([1, 0], 1),
+    ],
+)
+def test_a_transposition_is_told_by_how_many_axes_it_takes_out(perm, moved):
+    dims = [1, "*", 8, 6, 4][: len(perm)]
+    spec = moving("Transpose", [dims], [[dims[i] for i in perm]], {"perm": perm})
+    row = dict(zip(names_of(spec), features(spec, [np.array([4e4])])[0], strict=True))
+    assert row["axes_moved"] == moved
+
+
 # ---- trees ---------------------------------------------------------------------------------------
 def test_trees_say_what_lightgbm_says_on_thresholds_too():
     lightgbm = pytest.importorskip("lightgbm")
@@ -114,6 +133,17 @@ def test_many_rows_are_walked_in_chunks(fit, monkeypatch):
     whole = trees.predict(rows)
     monkeypatch.setattr("sartor.cost_models.trees._CELLS", 7 * len(trees.roots))
     np.testing.assert_allclose(trees.predict(rows), whole, rtol=1e-12)
+
+
+def test_rows_that_have_something_in_common_are_walked_as_if_they_were_alone(fit):
+    """What all of them take alike is passed over before."""
+    trees = fit.model.families["conv"].folds[0]
+    rows = np.random.default_rng(0).normal(3, 3, (40, len(fit.model.families["conv"].names) + 1))
+    rows[:, ::2] = rows[0, ::2]
+    alone = [float(trees.predict(row[None, :])[0]) for row in rows]
+    np.testing.assert_allclose(trees.predict(rows), alone, rtol=1e-12)
+    same = np.tile(rows[0], (3, 1))
+    np.testing.assert_allclose(trees.predict(same), alone[0], rtol=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -258,12 +288,31 @@ def test_laws_of_every_way_to_compute_are_recovered():
         fitted([])
 
 
+def test_windows_that_are_laid_out_cost_as_much_for_two_outputs_as_for_many():
+    """Outside the blocked layout; taken for MACs, a few outputs would cost next to nothing."""
+    rng = np.random.default_rng(0)
+    samples = []
+    for _ in range(200):
+        spec, at = (
+            conv_spec(int(rng.choice([7, 14, 28]))),
+            (float(2 * rng.integers(9, 80) + 1), float(rng.integers(1, 200))),
+        )
+        found = work_of_spec(spec, at)
+        laid_out = 4.0 * float(found.channels * found.taps * found.rows)
+        samples.append(Sample(spec, at, "conv", 2e-6 + float(found.macs) / 30e9 + laid_out / 5e9))
+    law = fitted(samples).laws["conv/Conv/unblocked window"]
+    assert 1 / law.per_window_byte_s == pytest.approx(5e9, rel=1e-3)
+    assert 1 / law.per_mac_s == pytest.approx(30e9, rel=1e-3)
+
+
 def test_output_widths_are_rounded_up_to_the_grid():
     laws = fitted(drawn(100), {"Conv": 16})
     at = [np.full(3, 64.0), np.array([33.0, 35.0, 37.0])]
     seconds, _ = laws.predict(signature_at(conv_spec(28), "conv", (64, 64)), at)
     assert seconds[0] == seconds[1] == seconds[2]
     assert fitted(drawn(100)).predict(signature_at(conv_spec(28), "conv", (64, 64)), at)[0].std() > 0
+    plain = [np.full(3, 63.0), at[1]]  # in the plain layout they are not
+    assert laws.predict(signature_at(conv_spec(28), "conv", (63, 64)), plain)[0].std() > 0
 
 
 def test_an_operator_with_few_samples_takes_the_law_of_its_family_times_a_factor():
@@ -288,7 +337,7 @@ def test_an_operator_with_few_samples_takes_the_law_of_its_family_times_a_factor
     assert erf.per_byte_s / family.per_byte_s == pytest.approx(erf.launch_s / family.launch_s)
     (truth,) = moves("Erf", 1, 6e-10)
     assert predicted(laws, truth.spec, truth.at) == pytest.approx(truth.seconds, rel=0.3)
-    assert float(family.seconds(columns_of(0.0, truth.at[0], 0.0, 1.0, 0.0, 0.0, 0.0))) < 0.7 * truth.seconds
+    assert float(family.seconds(columns_of(moved=truth.at[0]))) < 0.7 * truth.seconds
 
 
 def test_coefficients_are_never_negative():

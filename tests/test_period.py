@@ -59,9 +59,9 @@ def drawn(count, seed=0, noise=0.0):
 @pytest.mark.parametrize(("noise", "tolerance"), [(0.0, 0.01), (0.03, 0.6)])
 def test_what_waiting_costs_is_recovered_beside_everything_else_that_a_kernel_takes(noise, tolerance):
     law = rates.fitted(drawn(800, noise=noise), periods=PERIODS, pauses=PAUSES).laws["conv/Conv"]
-    expected = (LAUNCH, PER_MAC, PER_BYTE, 0.0, 0.0, FIXED, PER_WEIGHT)
+    expected = (LAUNCH, PER_MAC, PER_BYTE, 0.0, 0.0, 0.0, FIXED, PER_WEIGHT)
     assert law.coefficients == pytest.approx(expected, rel=tolerance)
-    assert min(law.coefficients[5:]) > 0
+    assert min(law.waiting_s, law.waiting_per_weight_s) > 0
 
 
 def test_the_ends_of_the_periods_are_those_of_the_models_that_were_timed():
@@ -82,7 +82,7 @@ def test_the_share_that_is_displaced_is_nothing_at_one_end_and_all_at_the_other(
 def test_kernels_that_ran_alone_know_no_waiting():
     alone = [dataclasses.replace(s, period_s=0.0) for s in drawn(200)]
     law = rates.fitted(alone)
-    assert all(one.coefficients[5:] == (0.0, 0.0) for one in law.laws.values())
+    assert all(one.waiting_s == one.waiting_per_weight_s == 0.0 for one in law.laws.values())
     signature, at = as_signature(alone[0]), [np.array([v]) for v in alone[0].at]
     assert law.predict(signature, at, 1.0)[0] == law.predict(signature, at)[0]
 
@@ -246,6 +246,6 @@ def test_channels_that_are_begun_one_by_one_are_told_from_weights_that_are_waite
     law = rates.fitted(samples, periods=PERIODS, pauses=PAUSES).laws["depthwise/Conv/unblocked window"]
     assert law.per_group_s == pytest.approx(per_channel, rel=0.05) and law.waiting_per_weight_s == 0.0
     short = max(samples, key=lambda s: s.at[0])
-    columns = rates.columns_of(0.0, 0.0, 0.0, short.at[0], 0.0, 0.0, 0.0)
+    columns = rates.columns_of(groups=short.at[0])
     assert float(law.seconds(columns)) > 0.9 * per_channel * short.at[0]
-    assert rates.columns_of(0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0)[4] == 0.0  # one group is the kernel itself
+    assert rates.columns_of(groups=1.0)[4] == 0.0  # one group is the kernel itself

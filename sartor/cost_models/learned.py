@@ -202,8 +202,8 @@ def _fit_family(
         ]
     )
     said = [
-        base.predict(as_signature(s), [np.asarray([v]) for v in s.at], s.period_s, s.alike)[0]
-        for s in samples
+        np.atleast_1d(base.predict(as_signature(s), [np.asarray([v]) for v in s.at], s.period_s, s.alike)[0])
+        for s in samples  # one may have no variable at all
     ]
     target = np.log(np.array([s.seconds for s in samples]) / np.concatenate(said))
     weight = np.array([1.0 / (noise_of(s) ** 2 + _TIMING_NOISE**2) for s in samples])

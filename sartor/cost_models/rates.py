@@ -126,12 +126,8 @@ class Rates:
         """See `KernelModel`."""
         spec, family = signature.spec, signature.family
         found = _work(spec, family, sizes, self.grid)
-        costly, weights = _costly(spec, found), _weights(spec, found)
         ways = _ways(spec, sizes)
-        windows = _windows(spec, found, ways)
-        columns = self._columns(
-            found.macs, found.moved, costly, found.groups, windows, weights, period_s, alike
-        )
+        columns = self._columns(period_s, alike, **_parts(spec, found, ways))
         seconds, sd = np.zeros(columns.shape[1:]), np.zeros(columns.shape[1:])
         for way in np.unique(ways):
             law = self._law(family, str(spec["op"]), str(way))
@@ -145,7 +141,7 @@ class Rates:
     ) -> tuple[np.ndarray, np.ndarray]:
         """As `predict`, of kernels without a signature."""
         law = self._law(family, "", "")
-        columns = self._columns(macs, moved, 0.0, 1.0, 0.0, 0.0, period_s, alike)
+        columns = self._columns(period_s, alike, macs=macs, moved=moved)
         total = np.maximum(law.seconds(columns), 1e-9)
         return total, np.full(total.shape, law.sd)
 
@@ -160,23 +156,12 @@ class Rates:
         alike: int = 1,
     ) -> str:
         """What most of a kernel's time goes into, see `Rate.bound`."""
-        columns = self._columns(macs, moved, 0.0, 1.0, 0.0, weight_bytes, period_s, alike)
+        columns = self._columns(period_s, alike, macs=macs, moved=moved, weight_bytes=weight_bytes)
         return self._law(family, op, "").bound(columns)
 
-    def _columns(
-        self,
-        macs: Any,
-        moved: Any,
-        costly: Any,
-        groups: Any,
-        windows: Any,
-        weights: Any,
-        period_s: Any,
-        alike: Any,
-    ) -> np.ndarray:
+    def _columns(self, period_s: Any, alike: Any, **parts: Any) -> np.ndarray:
         code = share_of(np.asarray(period_s, float) / alike, self.pauses)
-        share = share_of(period_s, self.periods)
-        return columns_of(macs, moved, costly, groups, windows, weights, code, share)
+        return columns_of(code=code, share=share_of(period_s, self.periods), **parts)
 
     def update(self, samples: Sequence[Sample]) -> Rates:
         """See `KernelModel`: the laws of these samples are fitted anew, to them alone."""
@@ -219,12 +204,43 @@ def share_of(period_s: Any, periods: tuple[float, float]) -> np.ndarray:
 
 
 def columns_of(
-    macs: Any, moved: Any, costly: Any, groups: Any, windows: Any, weight_bytes: Any, code: Any, share: Any
+    *,
+    macs: Any = 0.0,
+    moved: Any = 0.0,
+    costly: Any = 0.0,
+    groups: Any = 1.0,
+    windows: Any = 0.0,
+    weight_bytes: Any = 0.0,
+    code: Any = 0.0,
+    share: Any = 0.0,
 ) -> np.ndarray:
-    """What the coefficients of a law multiply, `[coefficients, …]`; `code` and `share` of code and weights are gone."""
+    """What the coefficients of a law multiply, `[coefficients, …]`.
+
+    Args:
+        macs: multiply-accumulates.
+        moved: bytes read and written.
+        costly: elements that pass through an activation which is itself work.
+        groups: products that are begun one by one.
+        windows: bytes of windows that are laid out as rows.
+        weight_bytes: of weights that may have to be waited for.
+        code: share of the kernel's code that others have displaced.
+        share: of its weights.
+    """
     several = np.where(np.asarray(groups) > 1, groups, 0.0)  # one group is the kernel itself
     parts = (1.0, macs, moved, costly, several, windows, code, share * weight_bytes)
     return np.stack(np.broadcast_arrays(*(np.asarray(part, float) for part in parts)))
+
+
+def _parts(spec: Mapping[str, Any], found: Work, ways: np.ndarray) -> dict[str, Any]:
+    """Of a kernel, what `columns_of` asks for but for the caches."""
+    return {
+        "macs": found.macs,
+        "moved": found.moved,
+        "costly": _costly(spec, found),
+        "groups": found.groups,
+        "windows": _windows(spec, found, ways),
+        "weight_bytes": _weights(spec, found),
+    }
 
 
 def periods_of(samples: Sequence[Sample]) -> tuple[float, float]:
@@ -271,11 +287,10 @@ def fitted(
     paused = pauses_of(samples) if pauses is None else pauses
     rows: dict[str, list[np.ndarray]] = {}
     for sample in samples:
-        found, costly = rounded_work(sample, grid or {})
+        found = _work(sample.spec, sample.family, sample.at, grid or {})
+        parts = _parts(sample.spec, found, _ways(sample.spec, sample.at))
         code, share = share_of(sample.period_s / sample.alike, paused), share_of(sample.period_s, between)
-        weights = _weights(sample.spec, found)
-        windows = _windows(sample.spec, found, _ways(sample.spec, sample.at))
-        columns = columns_of(found.macs, found.moved, costly, found.groups, windows, weights, code, share)
+        columns = columns_of(code=code, share=share, **parts)
         # How well a time is known matters only where it is known worse than a law of a few numbers can say it.
         weight = 1.0 / np.hypot(_LAW_SD, sample.half_width / 1.96)
         row = np.array([*columns, sample.seconds, weight])
@@ -292,12 +307,6 @@ def fitted(
         else:
             laws[name] = _scaled(laws[wider] if wider in laws else laws[_ANY], mine)
     return Rates(laws, between, paused, dict(grid or {}))
-
-
-def rounded_work(sample: Sample, grid: Mapping[str, int]) -> tuple[Work, float]:
-    """Work of a sample, its output width rounded up to the grid, and its elements that costly activations compute."""
-    found = _work(sample.spec, sample.family, sample.at, grid)
-    return found, float(_costly(sample.spec, found))
 
 
 def names_of_laws(sample: Sample) -> tuple[str, ...]:
@@ -320,12 +329,12 @@ def _costly(spec: Mapping[str, Any], found: Work) -> np.ndarray:
     return count * found.written / item_bytes(str(spec.get("dtype", "FLOAT")))
 
 
-def _windows(spec: Mapping[str, Any], found: Work, ways: np.ndarray) -> np.ndarray:
-    """Bytes of windows that are laid out as rows."""
-    laid_out = (
-        found.groups * found.channels * found.taps * found.rows * item_bytes(str(spec.get("dtype", "FLOAT")))
-    )
-    return np.where(ways == "unblocked window", laid_out, 0.0)
+def _windows(spec: Mapping[str, Any], found: Work, ways: np.ndarray) -> Any:
+    """Bytes of windows that are laid out as rows; those of depthwise kernels are their MACs."""
+    if "multiplier" in spec:
+        return 0.0
+    laid_out = found.groups * found.channels * found.taps * found.rows
+    return np.where(ways == "unblocked window", item_bytes(str(spec.get("dtype", "FLOAT"))) * laid_out, 0.0)
 
 
 def _weights(spec: Mapping[str, Any], found: Work) -> Any:
