@@ -17,11 +17,11 @@ from sartor.cost_models.profile import Sample
 from sartor.cost_models.protocol import KernelModel
 from sartor.cost_models.rates import Rates, columns_of, fitted
 from sartor.cost_models.scores import ranks, spearman, summary
-from sartor.cost_models.table import KernelTable, corrections
+from sartor.cost_models.table import KernelTable, corrections, predict_samples
 from sartor.cost_models.trees import Trees, from_lightgbm
 from sartor.cost_models.work import work_of_spec
 from sartor.errors import MetricUnavailableError, UsageError
-from sartor.profiling.shapes import moving
+from sartor.profiling.shapes import activations_product, moving
 
 
 def drawn(count, seed=0, noise=0.02):
@@ -109,6 +109,25 @@ def test_a_transposition_is_told_by_how_many_axes_it_takes_out(perm, moved):
     spec = moving("Transpose", [dims], [[dims[i] for i in perm]], {"perm": perm})
     row = dict(zip(names_of(spec), features(spec, [np.array([4e4])])[0], strict=True))
     assert row["axes_moved"] == moved
+
+
+def test_kernels_without_a_variable_are_learned_from_too():
+    """Products between activations of which no plan changes a dimension."""
+    rng = np.random.default_rng(0)
+    samples = []
+    for number in range(60):
+        spec = activations_product(int(rng.integers(1, 9)), int(rng.integers(8, 65)), 64, 32)
+        for period_s in (1e-4, 1e-3, 1e-2)[: 1 + number % 3]:
+            seconds = 2e-6 + float(work_of_spec(spec, ()).macs) / 20e9
+            samples.append(Sample(spec, (), "matmul", seconds, period_s=period_s))
+    spec = samples[-1].spec
+    assert features(spec, [], np.array([1e-4, 1e-3])).shape == (2, len(names_of(spec)))
+    laws = fitted(samples)
+    model = learned.fit(samples, laws).model
+    seconds, _ = model.predict(as_signature(samples[-1]), [], 1e-3)
+    assert float(np.ravel(seconds)[0]) == pytest.approx(samples[-1].seconds, rel=0.1)
+    said, _ = predict_samples((model, laws), samples)
+    np.testing.assert_allclose(said, [s.seconds for s in samples], rtol=0.2)
 
 
 # ---- trees ---------------------------------------------------------------------------------------

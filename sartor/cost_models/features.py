@@ -81,7 +81,8 @@ def features(
         _movement(spec, found) if is_movement(spec) else [*_contraction(spec, found), _log(1e6 * period)]
     )
     columns.append(_log(1e6 * period / np.ravel(alike)))
-    rows = max((len(a) for a in arrays), default=1)
+    # A kernel may have no variable at all, and still many periods.
+    rows = max(len(a) for a in (*arrays, period, np.ravel(alike)))
     return np.column_stack([np.broadcast_to(np.asarray(c, float), rows) for c in columns])
 
 

@@ -161,7 +161,10 @@ def fusion_rules(backend: Backend) -> FusionRules:
 
 
 def learned_uncertainty(profile: DeviceProfile) -> Uncertainty | None:
-    """That of a learned model which is fitted to the samples so far; None without LightGBM, or if they are too few."""
+    """That of a learned model which is fitted to the samples so far, of kernels that run as often as most samples did.
+
+    None without LightGBM, or if they are too few.
+    """
     import importlib.util
 
     from sartor.cost_models import learned, rates
@@ -175,8 +178,11 @@ def learned_uncertainty(profile: DeviceProfile) -> Uncertainty | None:
     except SartorError:
         return None
 
+    period_s, alike = (float(np.median([getattr(s, name) for s in samples])) for name in ("period_s", "alike"))
+
     def unsure(signature: Signature, sizes: Sequence[np.ndarray]) -> np.ndarray:
-        return model.predict(signature, sizes)[1] if model.knows(signature) else np.array(math.inf)
+        known = model.knows(signature)
+        return model.predict(signature, sizes, period_s, alike)[1] if known else np.array(math.inf)
 
     return unsure
 
