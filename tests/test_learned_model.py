@@ -128,6 +128,9 @@ def test_kernels_without_a_variable_are_learned_from_too():
     assert float(np.ravel(seconds)[0]) == pytest.approx(samples[-1].seconds, rel=0.1)
     said, _ = predict_samples((model, laws), samples)
     np.testing.assert_allclose(said, [s.seconds for s in samples], rtol=0.2)
+    table = KernelTable((model, laws), corrections(samples, (model, laws)))
+    several, _ = table.predict(as_signature(samples[-1]), [], np.array([1e-4, 1e-3, 1e-2]))
+    np.testing.assert_allclose(several, samples[-1].seconds, rtol=0.1)
 
 
 # ---- trees ---------------------------------------------------------------------------------------

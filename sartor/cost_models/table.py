@@ -95,9 +95,9 @@ class KernelTable:
     ) -> tuple[np.ndarray, np.ndarray]:
         """See `KernelModel`."""
         seconds, _ = first_that_knows(self.base, signature).predict(signature, sizes, period_s, alike)
-        flat = [np.broadcast_to(np.asarray(s, float), np.shape(seconds)).ravel() for s in sizes]
-        mean, variance = self.corrections[signature.key].at(flat or [np.zeros(1)])
         shape = np.shape(seconds)
+        flat = [np.broadcast_to(np.asarray(s, float), shape).ravel() for s in sizes]
+        mean, variance = self.corrections[signature.key].at(flat or [np.zeros(np.size(seconds))])
         return seconds * np.exp(mean).reshape(shape), np.sqrt(variance).reshape(shape)
 
     def update(self, samples: Sequence[Sample]) -> KernelTable:
@@ -133,7 +133,8 @@ def corrections(
     found = {}
     for key, indices in by_spec(samples).items():
         expected, aligned = float(np.mean(sd[indices])), not is_movement(samples[indices[0]].spec)
-        found[key] = _fit(sizes_of(samples, indices), target[indices], noise[indices], expected, aligned)
+        sizes = sizes_of(samples, indices) or [np.zeros(len(indices))]  # there may be no variable at all
+        found[key] = _fit(sizes, target[indices], noise[indices], expected, aligned)
     return found
 
 
