@@ -13,6 +13,7 @@ long networks maps are large, which trees would take for the same.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -36,9 +37,9 @@ CONTRACTION = (
 )
 MOVEMENT = (
     *("log_bytes", "log_read", "log_written", "log_taps", "stride", "operands", "stored", "outputs"),
-    *("rank", "log_fixed", "last", "smallest", "item_bytes", "align", "epilogue"),
+    *("rank", "log_count_of_rows", "last", "smallest", "item_bytes", "align", "epilogue"),
     *("log_second", "align_second", "whole_blocks", "log_rest", "align_rest", "log_run"),
-    *("axes_moved", "log_pause"),
+    *("axes_moved", "log_pieces", "log_pause"),
 )
 _ELEMENTWISE = frozenset({"Add", "Sub", "Mul", "Div", "Pow", "Sqrt", "Erf", "Exp", "Where", "PRelu"})
 COSTLY = ACTIVATIONS - {"Relu", "Clip", "LeakyRelu", "HardSigmoid", "HardSwish", "ThresholdedRelu"} | {"Silu"}
@@ -175,12 +176,13 @@ WAYS = (
         "unblocked window",
         "unblocked point",
     ),
-    *("vector", "matrix"),
+    *("vector", "matrix", "axis", "axes"),
 )
 
 
 def ways_of(spec: Mapping[str, Any], found: Work) -> np.ndarray:
-    """How runtimes on CPUs compute a convolution of these sizes, or a product with a stored matrix; "" for the rest.
+    """How runtimes on CPUs compute a convolution of these sizes, a product with a stored matrix, or a transposition;
+    "" for the rest.
 
     A product of one row reads every weight once and computes nothing beside it; its time says nothing of more rows.
 
@@ -190,6 +192,8 @@ def ways_of(spec: Mapping[str, Any], found: Work) -> np.ndarray:
     """
     if "rows" in spec:
         return np.full(found.macs.shape, "vector" if math.prod(spec["rows"]) == 1 else "matrix")
+    if spec["op"] == "Transpose":
+        return np.full(found.macs.shape, "axes" if _axes_moved(spec) > 1 else "axis")
     if is_movement(spec) or spec["op"] not in ("Conv", "ConvTranspose"):
         return np.full(found.macs.shape, "")
     blocked = convolves_blocked(found.groups, found.channels, found.columns)
@@ -199,18 +203,68 @@ def ways_of(spec: Mapping[str, Any], found: Work) -> np.ndarray:
     return np.char.add(kinds, f" {window}")
 
 
+def _lengths(spec: Mapping[str, Any], found: Work) -> tuple[list[list[Any]], list[Any]]:
+    """Dimensions of the operands of a kernel that moves data as they are, and those of the largest one."""
+    unit = np.rint(unit_length(spec, found.rows))
+
+    def lengths(dims: Sequence[int | str]) -> list[Any]:
+        return [float(d[:-1] or 1) * unit if isinstance(d, str) else float(d) for d in dims]
+
+    shapes = [o["dims"] for o in spec["inputs"] if o is not None]
+    return [lengths(dims) for dims in shapes], lengths(max(shapes, key=_extent, default=()))
+
+
+def pieces_of(spec: Mapping[str, Any], found: Work) -> Any:
+    """Stretches of memory that a kernel which moves data begins one by one; 1 where it is all of it.
+
+    Rows of a normalization, results of a reduction, what a Transpose does not take apart, and what a vector is added to
+    or multiplied with.
+    """
+    shapes, first = _lengths(spec, found)
+    op = str(spec["op"])
+    if op == "Transpose":
+        return math.prod(first) / np.maximum(_run(spec, first), 1.0)
+    if op in _BY_ROWS:
+        return np.asarray(math.prod(first[:-1]))
+    if op.startswith("Reduce"):
+        axes = next(
+            (o["value"] for o in spec["inputs"][1:] if o is not None and "value" in o), range(len(first))
+        )
+        return np.asarray(
+            math.prod(n for i, n in enumerate(first) if i not in {a % len(first) for a in axes})
+        )
+    if op in _ELEMENTWISE and len(shapes) > 1:
+        shortest = functools.reduce(np.minimum, (_stretch(shape, first) for shape in shapes))
+        return math.prod(first) / np.maximum(shortest, 1.0)
+    return np.asarray(1.0)
+
+
+_BY_ROWS = frozenset({"LayerNormalization", "Softmax", "LogSoftmax"})
+
+
+def _stretch(shape: Sequence[Any], whole: Sequence[Any]) -> Any:
+    """Numbers in a row that are taken from an operand as they stand there, or of which it gives one for all."""
+    padded = [1.0] * (len(whole) - len(shape)) + list(shape)
+    own: Any = 1.0
+    repeats = bool(padded) and np.all(np.asarray(padded[-1]) == 1)
+    for mine, length in zip(reversed(padded), reversed(whole), strict=True):
+        if np.all(np.asarray(mine) == (1.0 if repeats else length)):
+            own = own * length
+        else:
+            break
+    return own
+
+
 def _movement(spec: Mapping[str, Any], found: Work) -> list[Any]:
+    """By lengths as they are: whether a dimension is one that plans change, no kernel knows."""
     operands = [o for o in spec["inputs"] if o is not None]
     attributes = spec.get("attributes", {})
-    fixed = [math.prod(d for d in o["dims"] if not isinstance(d, str)) for o in operands]
-    first: Sequence[int | str] = max((o["dims"] for o in operands), key=_extent, default=())
-    last = first[-1] if first and not isinstance(first[-1], str) else 0
-    per_unit = max(fixed, default=1)
-    second: Any = first[1] if len(first) > 1 else 0
-    if isinstance(second, str):
-        second = float(second[:-1] or 1) * np.rint(unit_length(spec, found.rows))
-    second = np.asarray(second, float)
-    rest = math.prod(d for d in first[2:] if not isinstance(d, str))
+    shapes, first = _lengths(spec, found)
+    counts = [math.prod(shape) for shape in shapes]
+    smallest = functools.reduce(np.minimum, counts, np.inf)
+    most = functools.reduce(np.maximum, counts, 1.0)
+    last, second = (np.asarray(first[i] if len(first) > i else 0.0) for i in (-1, 1)) if first else (0.0, 0.0)
+    rest = np.asarray(math.prod(first[2:]))
     item = 4.0 if not operands else item_bytes(operands[0]["dtype"])
     return [
         *map(_log, (found.moved, found.read, found.written)),
@@ -220,19 +274,20 @@ def _movement(spec: Mapping[str, Any], found: Work) -> list[Any]:
         sum(o["stored"] for o in operands),
         spec.get("output_count", 1),
         len(first),
-        _log(per_unit),
+        _log(math.prod(first[:-1])),
         last,
-        math.log(max(min(fixed, default=1), 1) / max(per_unit, 1)),
+        np.log(np.clip(smallest / most, 1e-12, 1.0)),
         item,
         alignment(last),
         len(spec.get("epilogue", ())),
         _log(second),
         alignment(second),
-        second % BLOCK == 0,  # poolings of whole blocks stay in the blocked layout
+        np.asarray(second) % BLOCK == 0,  # poolings of whole blocks stay in the blocked layout
         _log(rest),
         alignment(rest),
-        _log(_run(spec, first, found)),
+        _log(_run(spec, first)),
         _axes_moved(spec),
+        _log(pieces_of(spec, found)),
     ]
 
 
@@ -245,15 +300,12 @@ def _axes_moved(spec: Mapping[str, Any]) -> int:
     return len(perm) - max(longest, default=0)
 
 
-def _run(spec: Mapping[str, Any], dims: Sequence[int | str], found: Work) -> Any:
+def _run(spec: Mapping[str, Any], lengths: Sequence[Any]) -> Any:
     """Numbers that a Transpose moves without taking them apart: its last axes, as far as they stay where they are."""
     perm = spec.get("attributes", {}).get("perm", ())
     length: Any = 1.0
     for axis in reversed(range(len(perm))):
-        if perm[axis] != axis or axis >= len(dims):
+        if perm[axis] != axis or axis >= len(lengths):
             break
-        dim = dims[axis]
-        length = length * (
-            float(dim[:-1] or 1) * np.rint(unit_length(spec, found.rows)) if isinstance(dim, str) else dim
-        )
+        length = length * lengths[axis]
     return length

@@ -31,7 +31,8 @@ class Interval:
     Attributes:
         common: standard deviation of the error that all kernels of a network share, as a share.
         family: of the error that the kernels of one family share.
-        noise: of a measurement.
+        noise: of a careful measurement. Those of a profile are less careful, which is taken into account where
+            `quantile` is counted.
         quantile: standard deviations that the interval of a network takes.
         kernels: the same for single kernels, by tier.
         n: networks that `quantile` was counted on.

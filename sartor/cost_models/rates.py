@@ -3,8 +3,9 @@
     t = launch + macs / rate + bytes / bandwidth + costly activations + groups + windows + waiting
 
 Groups of a convolution, and matrices of a batch, are products of their own that a runtime may begin one by one: where
-channels do not fill a register, that is what a depthwise convolution takes. And outside the blocked layout windows
-are laid out as rows of a matrix first, which takes as long for two output channels as for many.
+channels do not fill a register, that is what a depthwise convolution takes. So are rows of a normalization, and what
+else is moved in pieces. Outside the blocked layout windows are laid out as rows of a matrix first, which takes as long
+for two output channels as for many.
 
 The longer ago a kernel last ran, the more of what it needs others have displaced from the caches: its code and what
 the runtime knows of it, and its weights; what it reads has just been made. It waits for its weights in proportion to a
@@ -31,7 +32,7 @@ from typing import Any
 
 import numpy as np
 
-from sartor.cost_models.features import COSTLY, is_movement, ways_of
+from sartor.cost_models.features import COSTLY, is_movement, pieces_of, ways_of
 from sartor.cost_models.profile import Sample
 from sartor.cost_models.signatures import Signature, variable_names
 from sartor.cost_models.work import Work, item_bytes, work_of_spec
@@ -237,7 +238,7 @@ def _parts(spec: Mapping[str, Any], found: Work, ways: np.ndarray) -> dict[str, 
         "macs": found.macs,
         "moved": found.moved,
         "costly": _costly(spec, found),
-        "groups": found.groups,
+        "groups": pieces_of(spec, found) if is_movement(spec) else found.groups,
         "windows": _windows(spec, found, ways),
         "weight_bytes": _weights(spec, found),
     }

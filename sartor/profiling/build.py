@@ -178,7 +178,9 @@ def learned_uncertainty(profile: DeviceProfile) -> Uncertainty | None:
     except SartorError:
         return None
 
-    period_s, alike = (float(np.median([getattr(s, name) for s in samples])) for name in ("period_s", "alike"))
+    period_s, alike = (
+        float(np.median([getattr(s, name) for s in samples])) for name in ("period_s", "alike")
+    )
 
     def unsure(signature: Signature, sizes: Sequence[np.ndarray]) -> np.ndarray:
         known = model.knows(signature)
