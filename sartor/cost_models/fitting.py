@@ -170,7 +170,8 @@ def _fit_law(terms: Sequence[NetworkTerms], interval: Interval, inside: bool = F
         }
         errors = [_log_error(t, laws[k]) for t, k in zip(terms, kinds, strict=True)]
         explained = [
-            float(np.sqrt(_kernel_variance(t.seen()) / t.network.latency_s**2 + t.noise**2)) for t in terms
+            float(np.sqrt(_kernel_variance(t.seen()) / t.network.latency_s**2 + interval.noise**2))
+            for t in terms
         ]
         unknown = max(excess_sd(errors, explained), 0.01)
     shared = _SHARED * unknown
@@ -195,12 +196,7 @@ def _sd(terms: NetworkTerms, law: Law, interval: Interval) -> float:
     found = terms.expected(law)
     predicted = law.predict(found.seconds)
     variance = law.variance(found.seconds) + _kernel_variance(found)
-    return float(np.sqrt(variance / predicted**2 + _measured(interval, terms).noise ** 2))
-
-
-def _measured(interval: Interval, terms: NetworkTerms) -> Interval:
-    """For a network that was measured in a hurry, as those of a profile are; others are measured until it is known."""
-    return dataclasses.replace(interval, noise=max(interval.noise, terms.noise))
+    return float(np.sqrt(variance / predicted**2 + interval.noise**2))
 
 
 def _network_errors(terms: Sequence[NetworkTerms], law: Law, interval: Interval) -> dict[str, float]:
@@ -208,8 +204,8 @@ def _network_errors(terms: Sequence[NetworkTerms], law: Law, interval: Interval)
     found = [t.expected(law) for t in terms]
     predicted = [float(law.predict(f.seconds)) for f in found]
     intervals = [
-        _measured(interval, t).of_network(p, float(unseen.variance(f.seconds)) + _kernel_variance(f))
-        for p, f, t in zip(predicted, found, terms, strict=True)
+        interval.of_network(p, float(unseen.variance(f.seconds)) + _kernel_variance(f))
+        for p, f in zip(predicted, found, strict=True)
     ]
     return summary(predicted, [t.network.latency_s for t in terms], intervals or None)
 

@@ -31,8 +31,8 @@ class Interval:
     Attributes:
         common: standard deviation of the error that all kernels of a network share, as a share.
         family: of the error that the kernels of one family share.
-        noise: of a careful measurement. Those of a profile are less careful, which is taken into account where
-            `quantile` is counted.
+        noise: of a careful measurement. Those of a profile are less careful, but their errors do not follow what is
+            told of their noise, so that all of it is counted as the models'.
         quantile: standard deviations that the interval of a network takes.
         kernels: the same for single kernels, by tier.
         n: networks that `quantile` was counted on.
