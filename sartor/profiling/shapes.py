@@ -12,7 +12,7 @@ Dims = list[int | str]
 SIDES = (4, 5, 6, 7, 8, 9, 10, 12, 14, 15, 16, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 112)
 INPUT_SIDES = (64, 96, 112, 128, 160, 192, 224, 256)
 TOKENS = (16, 17, 36, 37, 49, 50, 64, 65, 81, 100, 101, 144, 145, 196, 197, 256, 257, 400)
-ROWS = (*TOKENS, 576, 784, 1024, 1600, 2304, 3136)
+ROWS = (4, 9, 25, *TOKENS, 576, 784, 1024, 1600, 2304, 3136)
 """Of what is computed for every token or every place of a map alike."""
 ACTIVATIONS: tuple[tuple[str, dict[str, Any], int], ...] = (
     ("Relu", {}, 8),
