@@ -95,7 +95,7 @@ def machine():
 
 @pytest.fixture(scope="module")
 def profile(tmp_path_factory, machine):
-    return built(tmp_path_factory.mktemp("profile"), minutes=0.3, machine=machine)
+    return built(tmp_path_factory.mktemp("profile"), minutes=0.35, machine=machine)
 
 
 def true_s(sample) -> float:
@@ -228,22 +228,26 @@ def test_anchors_are_timed_again_and_known_better(profile, machine):
     anchors = [known.pop(name) for name in networks.anchors(0)]
     rounds = len(profile.networks) // len(KINDS)
     assert machine.unprofiled >= rounds // 3 + 2
-    assert all(0.0099 < half < 0.015 for half in known.values())  # what one timing says of itself, or two
-    assert statistics.fmean(anchors) < 0.008 and 0.01 not in anchors
+    assert all(0.006 < half < 0.012 for half in known.values())  # what one timing says of itself, or two
+    assert statistics.fmean(anchors) < 0.006
 
 
 def test_a_network_that_was_disturbed_all_the_time_that_it_was_looked_at_is_looked_at_again(tmp_path):
-    """The reference saw nothing of it. All networks are looked at twice, minutes apart; kernels follow."""
-    quiet = built(tmp_path, minutes=0.6, machine=Machine())
-    once = built(tmp_path, minutes=0.6, machine=Machine(busy=(5.0, 12.0)))
-    always = built(tmp_path, minutes=0.6, machine=Machine(busy=(5.0, math.inf)))
+    """The reference saw nothing of it. All networks are looked at twice, minutes apart, and more often where the looks
+    contradict each other; kernels follow.
+    """
+    quiet = built(tmp_path, minutes=0.8, machine=Machine())
+    once = built(tmp_path, minutes=0.8, machine=Machine(busy=(5.0, 12.0)))
+    always = built(tmp_path, minutes=0.8, machine=Machine(busy=(5.0, math.inf)))
     expected = {n.name: n.latency_s for n in quiet.networks}
     ratios = {n.name: n.latency_s / expected[n.name] for n in once.networks if n.name in expected}
     assert len(ratios) >= 24 and max(ratios.values()) < 1.01
     slow = [n.latency_s / expected[n.name] for n in always.networks if n.name in expected]
     assert statistics.median(slow) == pytest.approx(SLOWED, rel=0.01)  # it would have been seen
-    doubted = [n for n in once.networks if n.ci95[1] / n.latency_s > 1.05]
-    assert len(doubted) >= 12  # their looks contradict each other
+    unsure = sum(n.ci95[1] / n.latency_s > 1.02 for n in once.networks)
+    assert (
+        unsure <= len(once.networks) // 4
+    )  # where looks contradicted each other, a third one told; more than half, else
 
     def plain(profile):
         found = [s for s in plain_convolutions(profile) if s.seconds > 0.05 * REFERENCE_S]
@@ -252,15 +256,16 @@ def test_a_network_that_was_disturbed_all_the_time_that_it_was_looked_at_is_look
     assert plain(once) == pytest.approx(plain(quiet), rel=0.01)
 
 
-def test_of_looks_at_a_network_the_lower_quartile_counts():
+def test_of_looks_at_a_network_the_fastest_counts_that_another_agrees_with():
     def best(*ratios):
-        return records._best([{"ratio": ratio, "half_width": 0.02 * ratio} for ratio in ratios])
+        return records._best([{"ratio": ratio, "half_width": 0.02} for ratio in ratios])
 
     assert best(1.0) == {"best": 1.0, "half_width": 0.02}
     assert best(1.2, 1.0)["best"] == 1.0  # what disturbs makes it longer
     assert best(1.2, 1.0)["half_width"] == pytest.approx(math.hypot(0.02, math.log(1.2) / 2))
-    assert best(1.0, 1.01, 1.02, 0.99, 1.5)["best"] == 1.0
-    assert best(1.0, 1.0, 1.0)["half_width"] == 0.0 and best(1.0, 1.01, 1.02, 0.99, 1.5)["half_width"] > 0.1
+    assert best(1.0, 1.01, 1.02, 0.99, 1.5)["best"] == 0.99
+    assert best(0.8, 1.01, 1.0)["best"] == 1.0  # a lucky one has nobody who agrees
+    assert best(1.0, 1.0, 1.0)["half_width"] == pytest.approx(0.02 / math.sqrt(3))
     assert best(1.0, 9.0, 90.0)["half_width"] == 1.0
     result = {"name": "plain-0-0", "kernels": [], "role": "fit", "best": 1.0, "half_width": 0.3}
     network = records._network(result, 2.0)

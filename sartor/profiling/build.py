@@ -41,7 +41,7 @@ from sartor.profiling.records import SENTENCE, Records
 _NETWORKS_AT_ONCE = len(networks.KINDS)
 _CARRIED = 32  # kernels of one carrier
 _ANCHORED, _LATENCY = 3, InsideEffort(visits=4, profile_s=0.0)  # rounds of networks between anchors
-_DRAWN, _AGAIN, _TIMED, _REFINED = 0.10, 0.50, 0.72, 0.92
+_DRAWN, _AGAIN, _TIMED, _REFINED = 0.10, 0.44, 0.74, 0.92
 """Of the minutes: until when kernels are drawn, networks timed, kernels chosen by uncertainty. The rest is the fit."""
 _REFINEMENTS, _MOST_AT_ONCE = 2, 60  # fits between carriers; carriers after one
 PRECISIONS = ("f32", "bf16")
@@ -245,6 +245,9 @@ class _Builder:
             late = self.records.spent_s > _AGAIN * self._seconds
             if late and self.records.next("again") < self.records.next("networks"):
                 self._networks_again(timer)
+                continue
+            if late and (doubted := self.records.doubted()):
+                self._latencies("doubted", doubted[:_NETWORKS_AT_ONCE], timer, _LATENCY)
                 continue
             self._networks(timer)
             if self.records.next("networks") % _ANCHORED == 0:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 import time
@@ -22,7 +23,7 @@ SENTENCE = (
     "over the mean of a reference convolution in the same runtime before and after, in moments in which that is "
     "near the fastest that is no luck; the profiler's own part of a kernel, known from what whole networks take "
     "without it, is subtracted. Networks: lower quartiles of visits in such moments, each the median of its runs, "
-    "and of looks that lie minutes apart"
+    "and the fastest of looks minutes apart that another agrees with"
 )
 
 
@@ -85,6 +86,26 @@ class Records:
             for record in self.batches(stage):
                 yield from record["results"]
 
+    def _looks(self) -> dict[str, list[dict[str, Any]]]:
+        """All looks at each network."""
+        found: dict[str, list[dict[str, Any]]] = {}
+        for result in self._results("networks", "anchors", "again", "doubted"):
+            if "ratio" in result:
+                found.setdefault(result["name"], []).append(result)
+        return found
+
+    def doubted(self) -> list[str]:
+        """Networks that were looked at more than once, and no two looks agree; not those that never will."""
+        return [
+            name
+            for name, looks in self._looks().items()
+            if 1 < len(looks) < _MOST_LOOKS
+            and not any(
+                _agree(*pair)
+                for pair in itertools.pairwise(sorted(looks, key=lambda look: float(look["ratio"])))
+            )
+        ]
+
     def profile(
         self, target: Mapping[str, Any], device: Mapping[str, Any], minutes: float, ended_by: str
     ) -> DeviceProfile:
@@ -92,10 +113,8 @@ class Records:
         scale = self.reference_s
         drawn, whole = [*self._results("design", "refine")], [*self._results("networks")]
         timed = [r for r in whole if "ratio" in r]
-        again: dict[str, list[dict[str, Any]]] = {}
-        for result in self._results("anchors", "again"):
-            again.setdefault(result["name"], []).append(result)
-        timed = [{**n, **_best([n, *again.get(n["name"], ())])} for n in timed]
+        looks = self._looks()
+        timed = [{**n, **_best(looks[n["name"]])} for n in timed]
         known = self.find("call")
         call = float(known["ratio"] or 0.0) if known else 0.0
         overhead = _overhead(timed, call)
@@ -164,7 +183,8 @@ def _overhead(networks: Sequence[Mapping[str, Any]], call: float) -> float:
 _FEWEST_NETWORKS = 4
 _MOST_SCALED, _MOST_APART = 1.3, 3.0
 _SCATTER = 0.03  # of a latency against the sum of its kernels
-_STUDENT = 2.6  # at 95 %, for about five times
+_ALIKE, _MOST_LOOKS = 1.04, 4
+"""How near two looks are that agree; looks at a network that are enough, if they do not."""
 
 
 def _sample(
@@ -211,15 +231,21 @@ def _sample(
 
 
 def _best(looks: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """The lower quartile of the looks at a network, and its half width: what disturbs a time makes it longer."""
-    ratios = [float(look["ratio"]) for look in looks]
-    best = float(np.quantile(ratios, 0.25, method="lower"))
-    half = float(looks[ratios.index(best)]["half_width"])
-    if len(looks) > 2:
-        half = math.expm1(_STUDENT * statistics.stdev(map(math.log, ratios)) / math.sqrt(len(looks)))
-    elif len(looks) == 2:
-        half = math.hypot(half, math.log(max(ratios) / best) / 2)
-    return {"best": best, "half_width": min(half, 1.0)}
+    """The fastest look at a network that another one agrees with, and its half width.
+
+    What disturbs a time makes it longer; one that was lucky has nobody who agrees. Where no two agree, the fastest.
+    """
+    ordered = sorted(looks, key=lambda look: float(look["ratio"]))
+    best = next((one for one, other in itertools.pairwise(ordered) if _agree(one, other)), ordered[0])
+    ratios = [float(look["ratio"]) for look in ordered[ordered.index(best) :]]
+    agreeing = [ratio for ratio in ratios if ratio <= _ALIKE * ratios[0]]
+    nearest = agreeing[-1] if len(agreeing) > 1 else ratios[min(1, len(ratios) - 1)]
+    half = math.hypot(float(best["half_width"]), math.log(nearest / ratios[0]) / 2) / math.sqrt(len(agreeing))
+    return {"best": ratios[0], "half_width": min(half, 1.0)}
+
+
+def _agree(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    return float(other["ratio"]) <= _ALIKE * float(one["ratio"])
 
 
 def _network(result: Mapping[str, Any], scale: float) -> NetworkTime:
