@@ -42,7 +42,7 @@ def test_other_code_off_the_grid_is_seen_at_all_sizes(full):
     error = np.abs(at(surface, inner, outer) / truth - 1)
     told = (inner < STEP) | (truth >= lower)  # what is cheaper off the grid is not believed, see below
     assert (
-        np.median(error[told]) < 0.01 and np.quantile(error[told], 0.95) < 0.1
+        np.median(error[told]) < 0.02 and np.quantile(error[told], 0.95) < 0.1
     )  # a step of 16 in 128 is 12 %
 
 

@@ -34,6 +34,8 @@ _FEW = {1: 64, 2: 12, 3: 5}
 """By how many axes vary: knots on the grid, multiples beside which there are knots off it; widths that are all knots if
 there are no more of them."""
 _MOST_BYTES = 12
+_SAME = 0.05
+"""Logarithm of two times that are the same, as far as models can tell."""
 _SPAN = 64
 """Of what has no grid, less than a part in so many of its full size costs no less."""
 
@@ -163,24 +165,37 @@ def build(ranges: Sequence[Range], predict: Predict) -> Surface:
     for corner in itertools.product(*(axis.segments for axis in axes)):
         times[corner] = monotone(times[corner])
     for number, axis in enumerate(axes):
-        times = _never_below(times, axis, number)
+        times = _never_below(_as_the_upper_one(times, axis, number), axis, number)
     return Surface(axes, times, log_sd.reshape(shape))
 
 
 def _never_below(times: np.ndarray, axis: Axis, number: int) -> np.ndarray:
     """No width off the grid is cheaper than the multiple below it."""
-    on, step = axis.classes[0], axis.extent.step
-    below = np.floor(axis.knots / max(step, 1)) * step
-    known = below >= (on[0] if len(on) else np.inf)
-    if step <= 1 or not known.any():
+    below = np.floor(axis.knots / max(axis.extent.step, 1)) * axis.extent.step
+    known, least = _on_grid(times, axis, number, below)
+    return np.where(known, np.maximum(times, least), times)
+
+
+def _as_the_upper_one(times: np.ndarray, axis: Axis, number: int) -> np.ndarray:
+    """A width that is rounded up costs what the multiple above it costs, unless a model says clearly otherwise."""
+    if not axis.extent.rounds:
         return times
-    shape = [1] * times.ndim
-    shape[number] = len(below)
-    place, high = _between(on, below)
-    upper = np.minimum(place + 1, len(on) - 1)
-    share = high.reshape(shape)
-    least = np.take(times, place, number) * (1.0 - share) + np.take(times, upper, number) * share
-    return np.where(known.reshape(shape), np.maximum(times, least), times)
+    above = np.ceil(axis.knots / max(axis.extent.step, 1)) * axis.extent.step
+    known, upper = _on_grid(times, axis, number, above)
+    near = np.abs(np.log(np.maximum(times, 1e-12) / np.maximum(upper, 1e-12))) < _SAME
+    return np.where(known & near, upper, times)
+
+
+def _on_grid(times: np.ndarray, axis: Axis, number: int, widths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Times at multiples of the grid, one per knot of an axis, and which of them are known; shaped like `times`."""
+    on, shape = axis.classes[0], [1] * times.ndim
+    shape[number] = len(widths)
+    if axis.extent.step <= 1 or not len(on):
+        return np.zeros(shape, bool), times
+    place, high = _between(on, widths)
+    upper, share = np.minimum(place + 1, len(on) - 1), high.reshape(shape)
+    found = np.take(times, place, number) * (1.0 - share) + np.take(times, upper, number) * share
+    return ((widths >= on[0]) & (widths <= on[-1])).reshape(shape), found
 
 
 def _between(knots: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -195,6 +210,8 @@ def _between(knots: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndar
 def _classes(extent: Range, varying: int) -> tuple[np.ndarray, ...]:
     full = extent.full if extent.units is None else float(extent.units.channels_of(np.array(extent.full)))
     every = np.append(_below(full, extent.step) if extent.varies else (), full)
+    if extent.varies and full % extent.step:  # what the widest one is rounded up to
+        every = np.append(every, np.ceil(full / extent.step) * extent.step)
     kinds, few = extent.class_of(every), _FEW.get(varying, 5)
     on, most = _MOST_ON.get(varying, 5), _MOST_OFF.get(varying, 3)
     if extent.units is not None:
@@ -255,7 +272,7 @@ def ranges_of(
             full,
             varying,
             steps.get(name, 1),
-            rounds=name in stepped[-1:],
+            rounds=name in stepped[-1:] and not name.endswith("per_group"),
             vectors=name not in stepped[-1:] or len(stepped) == 1,
         )
         for name, full, varying in zip(names, fulls, varies, strict=True)
