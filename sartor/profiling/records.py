@@ -23,7 +23,7 @@ SENTENCE = (
     "over the mean of a reference convolution in the same runtime before and after, in moments in which that is "
     "near the fastest that is no luck; the profiler's own part of a kernel, known from what whole networks take "
     "without it, is subtracted. Networks: lower quartiles of visits in such moments, each the median of its runs, "
-    "and the fastest of looks minutes apart that another agrees with"
+    "and of looks minutes apart, more of them where they contradict each other"
 )
 
 
@@ -231,12 +231,12 @@ def _sample(
 
 
 def _best(looks: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """The fastest look at a network that another one agrees with, and its half width.
+    """The lower quartile of the looks at a network, of up to four the fastest; and its half width.
 
-    What disturbs a time makes it longer; one that was lucky has nobody who agrees. Where no two agree, the fastest.
+    What disturbs a time makes it longer, and two that were disturbed may well agree: only for many looks is luck likelier.
     """
     ordered = sorted(looks, key=lambda look: float(look["ratio"]))
-    best = next((one for one, other in itertools.pairwise(ordered) if _agree(one, other)), ordered[0])
+    best = ordered[(len(ordered) - 1) // 4]
     ratios = [float(look["ratio"]) for look in ordered[ordered.index(best) :]]
     agreeing = [ratio for ratio in ratios if ratio <= _ALIKE * ratios[0]]
     nearest = agreeing[-1] if len(agreeing) > 1 else ratios[min(1, len(ratios) - 1)]
