@@ -233,7 +233,7 @@ def _sample(
 def _best(looks: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """The lower quartile of the looks at a network, of up to four the fastest; and its half width.
 
-    What disturbs a time makes it longer, and two that were disturbed may well agree: only for many looks is luck likelier.
+    What disturbs a time makes it longer, and two that were disturbed may agree: only for many looks is luck likelier.
     """
     ordered = sorted(looks, key=lambda look: float(look["ratio"]))
     best = ordered[(len(ordered) - 1) // 4]
