@@ -26,13 +26,13 @@ wrong between the two regimes is a smooth function of the intensity.
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from sartor.cost_models.features import COSTLY, is_movement, pieces_of, ways_of
+from sartor.cost_models.least_squares import fit_logarithm
 from sartor.cost_models.profile import Sample
 from sartor.cost_models.signatures import Signature, variable_names
 from sartor.cost_models.work import Work, item_bytes, work_of_spec
@@ -42,7 +42,6 @@ _ANY = "*"
 _FEW = 8  # samples below which there is no law of its own, but a factor
 _LEAST_SD = 0.1
 _LAW_SD = 0.2
-_STEPS, _FAR = 8, 0.7
 _STEPPED = frozenset(
     {"channels", "c_in", "c_out", "in_per_group", "out_per_group", "k", "n", "input", "hidden"}
 )
@@ -362,48 +361,8 @@ def _fit(rows: np.ndarray) -> Rate:
     return Rate.of(best, max(sd, _LEAST_SD))
 
 
-def fit_logarithm(columns: np.ndarray, seconds: np.ndarray, weight: np.ndarray) -> tuple[np.ndarray, float]:
-    """Least squares of the logarithm, by Gauss-Newton steps; least *relative* squares would predict too little.
-
-    (A prediction that is far too small is off by 100 % at most, one that is far too large by any share.)
-
-    Args:
-        columns: what the coefficients multiply, `[rows, coefficients]`.
-        seconds: to be explained, `[rows]`.
-        weight: of a row's error.
-
-    Returns:
-        Coefficients, none negative, and the root mean square of the error of the logarithm.
-    """
-    best = _not_negative(columns * (weight / seconds)[:, None], weight)
-    for _ in range(_STEPS):
-        predicted = np.maximum(columns @ best, 1e-3 * seconds)
-        error = np.clip(np.log(seconds / predicted), -_FAR, _FAR)  # a stuck timing is not followed
-        best = _not_negative(columns * (weight / predicted)[:, None], weight * (1.0 + error))
-    predicted = np.maximum(columns @ best, 1e-12)
-    return best, float(np.sqrt(np.mean(np.square(np.log(predicted / seconds)))))
-
-
 def _scaled(law: Rate, rows: np.ndarray) -> Rate:
     """A law times what its few samples have in common, drawn towards 1 as if one more had said so."""
     error = np.log(rows[:, -2] / np.maximum(law.seconds(rows[:, :-2].T), 1e-12))
     factor = float(np.exp(error.sum() / (len(error) + 1)))
     return Rate.of(factor * np.asarray(law.coefficients), law.sd)
-
-
-def _not_negative(design: np.ndarray, target: np.ndarray) -> np.ndarray:
-    """Least squares without negative coefficients: the best of all sets of those that are not zero."""
-    scale = np.maximum(np.sqrt(np.square(design).sum(0)), 1e-300)
-    unit = design / scale
-    gram, right = unit.T @ unit, unit.T @ target
-    best, least = np.zeros(len(scale)), np.inf
-    present = [i for i in range(len(scale)) if design[:, i].any()]
-    for size in range(1, len(present) + 1):
-        for chosen in itertools.combinations(present, size):
-            picked = list(chosen)
-            part, *_ = np.linalg.lstsq(gram[np.ix_(picked, picked)], right[picked], rcond=1e-12)
-            error = float(part @ gram[np.ix_(picked, picked)] @ part - 2 * part @ right[picked])
-            if (part >= 0).all() and error < least - 1e-9 * abs(least if np.isfinite(least) else 1.0):
-                best, least = np.zeros(len(scale)), error
-                best[picked] = part / scale[picked]
-    return best

@@ -52,9 +52,9 @@ class Correction:
     highest: np.ndarray
     aligned: bool
 
-    def at(self, sizes: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-        """Mean and variance of `log(measured / predicted)` at sizes, each `[rows]`."""
-        covariance = _covariance(_coordinates(sizes, self.aligned), self.points, self.variance)
+    def at(self, sizes: Sequence[np.ndarray], rows: int) -> tuple[np.ndarray, np.ndarray]:
+        """Mean and variance of `log(measured / predicted)` at sizes, each `[rows]`; there may be no variable at all."""
+        covariance = _covariance(_coordinates(sizes, self.aligned, rows), self.points, self.variance)
         explained = np.einsum("ij,jk,ik->i", covariance, self.inverse, covariance)
         return covariance @ self.weights, np.maximum(self.variance - explained, 1e-8)
 
@@ -97,7 +97,7 @@ class KernelTable:
         seconds, _ = first_that_knows(self.base, signature).predict(signature, sizes, period_s, alike)
         shape = np.shape(seconds)
         flat = [np.broadcast_to(np.asarray(s, float), shape).ravel() for s in sizes]
-        mean, variance = self.corrections[signature.key].at(flat or [np.zeros(np.size(seconds))])
+        mean, variance = self.corrections[signature.key].at(flat, np.size(seconds))
         return seconds * np.exp(mean).reshape(shape), np.sqrt(variance).reshape(shape)
 
     def update(self, samples: Sequence[Sample]) -> KernelTable:
@@ -133,7 +133,7 @@ def corrections(
     found = {}
     for key, indices in by_spec(samples).items():
         expected, aligned = float(np.mean(sd[indices])), not is_movement(samples[indices[0]].spec)
-        sizes = sizes_of(samples, indices) or [np.zeros(len(indices))]  # there may be no variable at all
+        sizes = sizes_of(samples, indices)
         found[key] = _fit(sizes, target[indices], noise[indices], expected, aligned)
     return found
 
@@ -181,7 +181,7 @@ def sizes_of(samples: Sequence[Sample], indices: Sequence[int]) -> list[np.ndarr
 def _fit(
     sizes: Sequence[np.ndarray], target: np.ndarray, noise: np.ndarray, sd: float, aligned: bool
 ) -> Correction:
-    points = _coordinates(sizes, aligned)
+    points = _coordinates(sizes, aligned, len(target))
     variance = max(sd, 0.02) ** 2
     if len(target) >= _FEWEST_TO_DOUBT:  # a disturbed timing, one that all others contradict, is not followed
         away = np.abs(target - np.median(target))
@@ -193,11 +193,11 @@ def _fit(
     return Correction(points, variance, inverse @ target, inverse, lowest, highest, aligned)
 
 
-def _coordinates(sizes: Sequence[np.ndarray], aligned: bool) -> np.ndarray:
+def _coordinates(sizes: Sequence[np.ndarray], aligned: bool, rows: int) -> np.ndarray:
     parts = [np.log(np.maximum(s, 1.0)) / _LENGTH for s in sizes]
     if aligned:
         parts += [np.minimum(alignment(s), 4.0) * _ALIGNMENT for s in sizes]
-    return np.stack(parts, 1)
+    return np.stack(parts, 1) if parts else np.zeros((rows, 0))
 
 
 def _covariance(a: np.ndarray, b: np.ndarray, variance: float) -> np.ndarray:

@@ -143,7 +143,7 @@ class Tiers:
             one, sizes = samples[indices[0]], sizes_of(samples, indices)
             correction = self.table.corrections.get(key)
             if correction is not None:
-                mean, variance = correction.at(sizes or [np.zeros(len(indices))])
+                mean, variance = correction.at(sizes, len(indices))
                 seconds[indices] *= np.exp(mean)
                 log_sd[indices] = np.sqrt(variance)
             for index in indices:

@@ -92,10 +92,10 @@ def choices(
 
 
 def _choice(node: ir.Node, leads: Sequence[ir.Node], asked: Mapping[ir.Node, Any]) -> Choice:
-    name = node.outputs[0].name or ""
+    name = _output(node)
     if node.op_type != "Add":
         before = node.inputs[0].producer() if node.inputs[0] is not None else None
-        kernels = tuple((lead.op_type, lead.outputs[0].name or "", "") for lead in leads)
+        kernels = tuple((lead.op_type, _output(lead), "") for lead in leads)
         return Choice(node.op_type, name, kernels, _output(before) if before in asked else "")
     first, second = node.inputs
     makes_first = [_makes(lead, first) for lead in leads]

@@ -31,7 +31,8 @@ def vit(net: Net) -> None:
             _transform(net, source)
             continue
         if at_once:
-            parts = _projected_at_once(net, heads, d)
+            parts = _projected_at_once(net, heads, d, (2, 0, 3, 1, 4))
+            parts[1] = net.node("Transpose", [parts[1]], perm=[0, 1, 3, 2])
         for perm in () if at_once else ([0, 2, 1, 3], [0, 2, 3, 1], [0, 2, 1, 3]):
             net.value, net.shape = normed, (1, tokens, c)
             net.matmul(c)
@@ -63,36 +64,30 @@ def _transform(net: Net, source: str) -> None:
 
 def _attend_across(net: Net, heads: int, d: int) -> None:
     """Attention between channels instead of tokens (XCiT, arXiv:2106.09681), of normalised queries and keys."""
-    _, tokens, c = net.shape
-    net.matmul(3 * c)
-    net.reshape((1, tokens, 3, heads, d))
-    joined = net.transpose((2, 0, 3, 4, 1))
+    tokens = net.shape[1]
+    queries, keys, values = _projected_at_once(net, heads, d, (2, 0, 3, 4, 1))
+    joined = net.value
     last = net.model.constant(f"last{joined}", [-1], "INT64")
     shape = net.model.constant(f"shape{joined}", [1, heads, d, tokens], "INT64")
     least = net.model.constant(f"least{joined}", 1e-12, "FLOAT")
-    parts = []
-    for number in range(3):
-        index = net.model.constant(f"part{joined}{number}", number, "INT64")
-        part = net.node("Gather", [joined, index], axis=0)
-        if number < 2:
-            length = net.node("Clip", [net.node("ReduceL2", [part, last], keepdims=1), least])
-            part = net.node("Div", [part, net.node("Expand", [length, shape])])
-        parts.append(part)
-    turned = net.node("Transpose", [parts[1]], perm=[0, 1, 3, 2])
-    net.node("Mul", [net.node("MatMul", [parts[0], turned]), net.weight((heads, 1, 1), 1)])
-    net.node("MatMul", [net.node("Softmax", [net.value], axis=-1), parts[2]])
+    normed = []
+    for part in (queries, keys):
+        length = net.node("Clip", [net.node("ReduceL2", [part, last], keepdims=1), least])
+        normed.append(net.node("Div", [part, net.node("Expand", [length, shape])]))
+    turned = net.node("Transpose", [normed[1]], perm=[0, 1, 3, 2])
+    net.node("Mul", [net.node("MatMul", [normed[0], turned]), net.weight((heads, 1, 1), 1)])
+    net.node("MatMul", [net.node("Softmax", [net.value], axis=-1), values])
     net.node("Transpose", [net.value], perm=[0, 3, 1, 2])
 
 
-def _projected_at_once(net: Net, heads: int, d: int) -> list[str]:
-    """Queries, keys (transposed) and values of one product, parted afterwards."""
+def _projected_at_once(net: Net, heads: int, d: int, perm: tuple[int, ...]) -> list[str]:
+    """Queries, keys and values of one product, turned together and parted afterwards."""
     _, tokens, c = net.shape
     net.matmul(3 * c)
     net.reshape((1, tokens, 3, heads, d))
-    joined = net.transpose((2, 0, 3, 1, 4))
+    joined = net.transpose(perm)
     parts = []
     for number in range(3):
         index = net.model.constant(f"part{joined}{number}", number, "INT64")
         parts.append(net.node("Gather", [joined, index], axis=0))
-    parts[1] = net.node("Transpose", [parts[1]], perm=[0, 1, 3, 2])
     return parts

@@ -100,9 +100,8 @@ class Records:
             name
             for name, looks in self._looks().items()
             if 1 < len(looks) < _MOST_LOOKS
-            and not any(
-                _agree(*pair)
-                for pair in itertools.pairwise(sorted(looks, key=lambda look: float(look["ratio"])))
+            and all(
+                b > _ALIKE * a for a, b in itertools.pairwise(sorted(float(look["ratio"]) for look in looks))
             )
         ]
 
@@ -242,10 +241,6 @@ def _best(looks: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     nearest = agreeing[-1] if len(agreeing) > 1 else ratios[min(1, len(ratios) - 1)]
     half = math.hypot(float(best["half_width"]), math.log(nearest / ratios[0]) / 2) / math.sqrt(len(agreeing))
     return {"best": ratios[0], "half_width": min(half, 1.0)}
-
-
-def _agree(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    return float(other["ratio"]) <= _ALIKE * float(one["ratio"])
 
 
 def _network(result: Mapping[str, Any], scale: float) -> NetworkTime:
