@@ -4,7 +4,7 @@ Widths and blocks compete in one list. A step lowers one group to its next level
 grid, or removes one residual block; all candidate steps are priced in one vectorised call. The step with
 the largest saving per importance lost is taken. A step that is predicted to be slower is never taken.
 
-Steps are coarse, so that few are needed; behind the last one, groups are widened again by single steps of the grid,
+Steps are coarse, so that few are needed; behind the last one, groups are widened again by fine steps of the grid,
 the most important first, as long as the limits hold. What time does not fall for is not cut.
 
 The importance of units is put on one scale for all groups as LAMP does: a unit's score divided by the sum
@@ -197,7 +197,10 @@ class BudgetedGreedy:
     def _fill(
         self, state: State, current: dict[str, float], steps: list[Step], limits: Mapping[str, float]
     ) -> tuple[State, dict[str, float]]:
-        """Widen groups again, one fine step each, while the limits hold: most importance for the least of them."""
+        """Widen groups again by fine steps while the limits hold: most importance for the least of them.
+
+        Some levels ahead, too: the next one may be dearer than the one behind it.
+        """
         gone = self._gone(state.removed)
         while True:
             candidates = []
@@ -205,8 +208,7 @@ class BudgetedGreedy:
                 if name in gone:
                     continue
                 now = state.kept[name]
-                count = next((c for c in reversed(counts) if c > now), None)
-                if count is not None:
+                for count in itertools.islice((c for c in reversed(counts) if c > now), _LOOK_AHEAD):
                     gain = self._lost(name, count, now)
                     candidates.append(_Candidate(f"{name}: {now} → {count}", gain, state.at(name, count)))
             if not candidates:
