@@ -242,7 +242,7 @@ class KernelTime:
         op_type: the backend's type name.
         nodes: names of the program's nodes that it computes, as far as the backend tells.
         median_s: median over `runs` inferences, or the fastest of them, seconds. Vendors report whole microseconds, and
-            OpenVINO only their average, so that it is the mean there.
+            OpenVINO only their average so far, so that it is the median over stretches of inferences there.
         runs: inferences that were profiled.
         implementation: the backend's kernel choice, such as `brgconv_avx512_f32`, or empty.
         written: shape of its first output; empty where the backend does not say.
