@@ -8,6 +8,8 @@ from cost_networks import residual, residual_blocks
 from fusion_networks import NETWORKS, Builder
 
 from sartor import backends
+from sartor.cost_models.signatures import signature_of
+from sartor.cost_models.work import work_of_spec
 from sartor.ir.fusion import partition
 from sartor.ir.fusion_layout import blocked_values, layout_changes
 from sartor.ir.fusion_rules import ACTIVATIONS, GATED, GENERIC, VOCABULARY, FusionRules
@@ -322,6 +324,20 @@ def test_products_take_in_what_scales_and_turns_their_operands():
     assert kernel.name == "scores"
     assert kernel.macs.full == 2 * (2 * 6 * 6 * 8) and kernel.bytes_written.full == 2 * 6 * 8 * 4
     assert [f.op_type for f in kernel.prologue] == ["Transpose"]
+
+
+def test_attention_whose_result_is_turned_has_as_many_products_as_heads():
+    b = Builder((1, 3, 7, 4))  # heads, tokens, channels
+    b.op("MatMul", "x", b.op("Transpose", "x", name="turned", perm=[0, 1, 3, 2]), name="scores")
+    b.op("Softmax", "scores", name="soft", axis=-1)
+    b.op("Transpose", b.op("MatMul", "soft", "x", name="mix"), name="end", perm=[0, 2, 1, 3])
+    workload = build_workload(b.program(), rules=FusionRules.of({"MatMul": ("Attention",)}))
+    kernel = next(k for k in workload.kernels if k.name == "scores")
+    assert [f.op_type for f in kernel.epilogue] == ["Softmax", "MatMul", "Transpose"]
+    signature = signature_of(kernel)
+    assert [signature.spec[name] for name in ("batch", "m", "k", "n")] == [3, 7, 4, 7]
+    work = work_of_spec(signature.spec, ())
+    assert work.macs == 3 * 7 * 7 * 4
 
 
 def test_a_product_takes_in_one_number_that_scales_its_result():

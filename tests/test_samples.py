@@ -184,7 +184,7 @@ def fused(op, dims, out, epilogue=(), prologue=(), outputs=1, **attributes):
 PRODUCT = {**activations_product(2, 5, 8, 7), "prologue": ["Transpose", "Scale"]}
 ATTENTION = {
     **activations_product(2, 5, 8, 5),
-    "epilogue": [[e, {}] for e in ("Mul", "Add", "Softmax", "MatMul")],
+    "epilogue": [[e, {}] for e in ("Mul", "Add", "Softmax", "MatMul", "Transpose")],
 }
 ROW, MAP = [1, 5, "*"], [1, "*", 4, 4]
 
@@ -193,7 +193,7 @@ ROW, MAP = [1, 5, "*"], [1, "*", 4, 4]
     ("spec", "expected"),
     [
         (PRODUCT, ["Transpose", "Mul", "MatMul"]),
-        (ATTENTION, ["MatMul", "Mul", "Add", "Softmax", "MatMul"]),
+        (ATTENTION, ["MatMul", "Mul", "Add", "Softmax", "MatMul", "Transpose"]),
         (fused("Sigmoid", MAP, MAP, ["Silu"]), ["Sigmoid", "Mul"]),
         (fused("LayerNormalization", ROW, ROW, prologue=["Add"]), ["Add", "LayerNormalization"]),
         (fused("LayerNormalization", ROW, ROW, prologue=["Add"], outputs=2), ["Add", "LayerNormalization"]),

@@ -215,6 +215,8 @@ def _attention(
             model.scale(model.value)
         elif op_type == "MatMul":
             model.node("MatMul", [model.value, model.input("values", (batch, n, k))], {})
+        elif op_type == "Transpose":
+            model.node("Transpose", [model.value], {"perm": [1, 0, 2]})  # heads behind the rows
         else:
             model.fuse(op_type, attributes, shape)
 

@@ -169,7 +169,7 @@ def _product(kernel: Kernel) -> tuple[Spec, tuple[Quantity, ...]]:
     rows = m[-1:] if m else [Extent.constant(1)]
     shared = math.prod(_sizes(b.dims[:-2])) == 1
     roles = {
-        "batch": Quantity.product(1, kernel.outputs[0].dims[: -2 if len(b.dims) > 1 else -1]),
+        "batch": Quantity.product(1, _broadcast(a.dims[:-2], b.dims[:-2])),
         "m": Quantity.product(1, rows),
         "k": _one(k),
         "n": _one(n) if len(b.dims) > 1 else Quantity.product(1, ()),
@@ -177,6 +177,16 @@ def _product(kernel: Kernel) -> tuple[Spec, tuple[Quantity, ...]]:
     varying = {name: q for name, q in roles.items() if any(factors for _, factors in q.terms)}
     spec: Spec = {name: "*" if name in varying else round(q.full) for name, q in roles.items()}
     return {**spec, "shared": shared, "stored": [a.stored, b.stored]}, tuple(varying.values())
+
+
+def _broadcast(one: Sequence[Extent], other: Sequence[Extent]) -> list[Extent]:
+    """Of two shapes; what a kernel writes says nothing of it where a Transpose runs inside."""
+    longer, shorter = (one, other) if len(one) >= len(other) else (other, one)
+    found = list(longer)
+    for place, extent in enumerate(shorter, len(longer) - len(shorter)):
+        if round(found[place].full) == 1:
+            found[place] = extent
+    return found
 
 
 def _recurrent(kernel: Kernel) -> tuple[Spec, tuple[Quantity, ...]]:
