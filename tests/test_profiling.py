@@ -182,7 +182,7 @@ def test_kernels_in_parts_and_copies_are_samples(profile):
     assert parts
     for sample in parts:  # a part without its profiler's own time would be 3 launches off
         expected = true_s(sample) + LAUNCH * REFERENCE_S
-        assert sample.seconds == pytest.approx(expected, rel=0.05, abs=0.2 * PROFILER * REFERENCE_S)
+        assert sample.seconds == pytest.approx(expected, rel=0.05, abs=0.3 * PROFILER * REFERENCE_S)
     copies = [s for s in profile.samples if s.family == "layout"]
     assert {s.spec["op"] for s in copies} == {"ReorderOutput"}
     for sample in copies:

@@ -198,7 +198,8 @@ def ways_of(spec: Mapping[str, Any], found: Work) -> np.ndarray:
         return np.full(found.macs.shape, "")
     blocked = convolves_blocked(found.groups, found.channels, found.columns)
     window = "window" if found.taps.max(initial=1) > 1 else "point"
-    image = (found.channels < BLOCK) & (found.groups == 1)  # read as they are, by kernels of their own
+    # read as they are, by kernels of their own
+    image = (found.channels < BLOCK) & (found.groups == 1) & ("multiplier" not in spec)
     kinds = np.where(image, "image", np.where(blocked, "blocked", "unblocked"))
     return np.char.add(kinds, f" {window}")
 

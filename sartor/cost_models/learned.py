@@ -99,14 +99,14 @@ class BoostedResidual:
 
     def knows(self, signature: Signature) -> bool:
         """A family that was fitted, an operator that was in it."""
-        family = self.families.get(signature.family)
+        family = self.families.get(ensembles_of(signature.family))
         return family is not None and signature.spec["op"] in family.ops
 
     def predict(
         self, signature: Signature, sizes: Sequence[np.ndarray], period_s: Any = 0.0, alike: Any = 1
     ) -> tuple[np.ndarray, np.ndarray]:
         """See `KernelModel`."""
-        family = self.families[signature.family]
+        family = self.families[ensembles_of(signature.family)]
         seconds, _ = self.base.predict(signature, sizes, period_s, alike)
         mean, sd = family.correction(family.rows(signature.spec, sizes, period_s, alike))
         shape = np.shape(seconds)
@@ -163,7 +163,7 @@ def fit(samples: Sequence[Sample], base: KernelModel, *, seed: int = 0) -> Fit:
     library = _lightgbm()
     members: dict[str, list[int]] = {}
     for index, sample in enumerate(samples):
-        members.setdefault(sample.family, []).append(index)
+        members.setdefault(ensembles_of(sample.family), []).append(index)
     families: dict[str, Family] = {}
     unseen = np.full(len(samples), np.nan)
     for name, indices in sorted(members.items()):
@@ -172,6 +172,13 @@ def fit(samples: Sequence[Sample], base: KernelModel, *, seed: int = 0) -> Fit:
             continue
         families[name], unseen[indices] = _fit_family(library, chosen, base, seed)
     return Fit(BoostedResidual(base, families), unseen)
+
+
+def ensembles_of(family: str) -> str:
+    """Families that one set of ensembles is about: few samples of a Gemm are many of both; what differs, the
+    operator's column says.
+    """
+    return "product" if family in ("gemm", "matmul") else family
 
 
 def as_signature(sample: Sample) -> Signature:

@@ -39,6 +39,7 @@ from sartor.cost_models.work import Work, item_bytes, work_of_spec
 from sartor.errors import MetricUnavailableError
 
 _ANY = "*"
+PRODUCT = "product"  # with a stored matrix: to most runtimes a Gemm is a MatMul
 _FEW = 8  # samples below which there is no law of its own, but a factor
 _LEAST_SD = 0.1
 _LAW_SD = 0.2
@@ -316,7 +317,8 @@ def names_of_laws(sample: Sample) -> tuple[str, ...]:
 
 def _names(family: str, op: str, way: str) -> tuple[str, ...]:
     """Where the law of a kernel is looked for, its own first."""
-    return tuple(dict.fromkeys((f"{family}/{op}/{way}", f"{family}/{op}", family, _ANY)))
+    own = f"{PRODUCT}/{way}" if way in ("vector", "matrix") else f"{family}/{op}/{way}"
+    return tuple(dict.fromkeys((own, f"{family}/{op}", family, _ANY)))
 
 
 def _ways(spec: Mapping[str, Any], sizes: Sequence[Any]) -> np.ndarray:

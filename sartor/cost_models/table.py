@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from sartor.cost_models.features import alignment, is_movement
-from sartor.cost_models.learned import BoostedResidual, as_signature, noise_of
+from sartor.cost_models.learned import BoostedResidual, as_signature, ensembles_of, noise_of
 from sartor.cost_models.profile import Sample
 from sartor.cost_models.protocol import KernelModel
 from sartor.cost_models.signatures import Signature, key_of
@@ -155,7 +155,7 @@ def predict_samples(base: Sequence[KernelModel], samples: Sequence[Sample]) -> t
         around = [np.array([getattr(samples[i], name) for i in indices]) for name in ("period_s", "alike")]
         seconds[indices], sd[indices] = base[-1].predict(signature, sizes, *around)
         if learned is not None and learned.knows(signature):
-            family = signature.family
+            family = ensembles_of(signature.family)
             rows.setdefault(family, []).append(learned.families[family].rows(signature.spec, sizes, *around))
             places.setdefault(family, []).extend(indices)
     for family, found in rows.items():

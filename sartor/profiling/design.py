@@ -148,12 +148,13 @@ class Design:
             taps, stride = rng.choice([(3, 1), (3, 2), (3, 2), (5, 2), (7, 2), (7, 2), (4, 4), (16, 16)])
             spec = made.convolution((side, side), (taps, taps), stride, self._epilogue(rng, "Conv"))
             return spec, (3, width(rng, 8, 768 if taps > 7 else 96)), "conv"
-        side = made.side(rng)
+        last = rng.random() < 0.15  # stages of most networks: their weights are what takes time
+        side = rng.choice([3, 4, 5, 6, 7, 8]) if last else made.side(rng)
         kernel = rng.choices([(1, 1), (3, 3), (5, 5), (7, 7), (1, 7), (7, 1)], [45, 36, 7, 4, 4, 4])[0]
         stride = rng.choices([1, 2], [80, 20])[0]
         spec = made.convolution((side, side), kernel, stride, self._epilogue(rng, "Conv"))
-        most = min(2048, 40_000 // side)
         least = 1 if rng.random() < 0.3 else 4  # what is left of a layer that was pruned far
+        least, most = (96, 1024) if last else (least, min(2048, 40_000 // side))
         return spec, (width(rng, least, most), width(rng, least, most)), "conv"
 
     def _steps(self, rng: random.Random) -> list[Point]:
