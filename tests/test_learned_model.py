@@ -11,7 +11,7 @@ import pytest
 from cost_profiles import conv_spec, depthwise_spec, draw_kernel, gemm_spec, grouped_spec, sample, true_s
 
 from sartor.cost_models import learned
-from sartor.cost_models.features import alignment, family_of, features, names_of
+from sartor.cost_models.features import alignment, family_of, features, names_of, ways_of
 from sartor.cost_models.learned import BoostedResidual, as_signature, signature_at
 from sartor.cost_models.profile import Sample
 from sartor.cost_models.protocol import KernelModel
@@ -21,7 +21,7 @@ from sartor.cost_models.table import KernelTable, corrections, predict_samples
 from sartor.cost_models.trees import Trees, from_lightgbm
 from sartor.cost_models.work import work_of_spec
 from sartor.errors import MetricUnavailableError, UsageError
-from sartor.profiling.shapes import activations_product, moving
+from sartor.profiling.shapes import activations_product, moving, product
 
 
 def drawn(count, seed=0, noise=0.02):
@@ -131,6 +131,48 @@ def test_kernels_without_a_variable_are_learned_from_too():
     table = KernelTable((model, laws), corrections(samples, (model, laws)))
     several, _ = table.predict(as_signature(samples[-1]), [], np.array([1e-4, 1e-3, 1e-2]))
     np.testing.assert_allclose(several, samples[-1].seconds, rtol=0.1)
+
+
+def test_a_product_with_a_stored_matrix_is_known_from_those_of_another_operator():
+    """Few samples of a MatMul, none of so few rows; of a Gemm there are many, and it is the same to the machine."""
+    rng = np.random.default_rng(0)
+
+    def timed(op, rows, at):
+        spec = product(op, rows, [])
+        macs = float(np.prod(rows)) * at[0] * at[1]
+        slower = 1.6 if np.prod(rows) < 64 else 1.0
+        return Sample(spec, at, family_of(spec), 3e-6 + slower * macs / 50e9)
+
+    def widths():
+        return tuple(float(v) for v in rng.integers(32, 1024, 2))
+
+    samples = [timed("Gemm", (int(rng.choice([16, 36, 50, 64, 100, 256])),), widths()) for _ in range(200)]
+    samples += [timed("MatMul", (1, 256), widths()) for _ in range(12)]
+    model = learned.fit(samples, fitted(samples)).model
+    wanted = timed("MatMul", (1, 50), (768.0, 512.0))
+    assert model.knows(as_signature(wanted))
+    assert predicted(model, wanted.spec, wanted.at) == pytest.approx(wanted.seconds, rel=0.1)
+
+
+def test_one_depthwise_channel_is_computed_as_a_block_of_them():
+    """It is a convolution of one group; of an image of few channels it has only that."""
+    ways = ways_of(depthwise_spec(14), work_of_spec(depthwise_spec(14), [np.array([1.0, 3.0, 16.0])]))
+    assert ways[0] == ways[2] == "blocked window" and ways[1] == "unblocked window"
+
+
+def test_the_softmax_of_attention_is_work():
+    """As much as its scores are, whatever the width of a head."""
+    heads = activations_product(3, 200, "*", 200)
+    fused = {**heads, "epilogue": [["Softmax", {}], ["MatMul", {}]]}
+    laws = fitted(
+        [
+            Sample(spec, (float(d),), "matmul", 1e-6 + 2 * 3 * 200 * 200 * d / 50e9 + extra)
+            for d in range(8, 72, 4)
+            for spec, extra in ((fused, 3 * 200 * 200 * 1e-9), (heads, 0.0))
+        ]
+    )
+    law = next(iter(law for name, law in laws.laws.items() if name.startswith("matmul/MatMul")))
+    assert law.per_element_s == pytest.approx(1e-9, rel=0.05)
 
 
 # ---- trees ---------------------------------------------------------------------------------------

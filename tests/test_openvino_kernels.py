@@ -17,6 +17,10 @@ from sartor.backends.openvino import measure, run
 from sartor.backends.openvino.executed import Layer, executed_nodes
 from sartor.backends.origin import Origin
 from sartor.backends.protocol import TargetOptions
+from sartor.profiling.build import fusion_rules
+from sartor.profiling.fusion_check import check_fusion
+from sartor.profiling.inside_samples import workload_of
+from sartor.profiling.networks import network
 
 
 def origin_of(program):
@@ -63,6 +67,20 @@ def test_the_order_in_which_layers_are_listed_is_of_no_account(name, tmp_path):
         order = list(layers)
         random.Random(seed).shuffle(order)
         assert executed_nodes(origin, order) == expected
+
+
+@pytest.mark.parametrize("name", ["vit-0-0", "windows-0-0", "inverted-0-0"])
+def test_kernels_of_a_profile_s_networks_are_found_again(name, tmp_path):
+    """Attention with its scale is one kernel, the parts of a normalization are, and equal projections are three."""
+    backend = backends.get("openvino")
+    program, workload = workload_of(network(name), fusion_rules(backend))
+    options = TargetOptions(threads=1, shapes=dict(program.input_shapes))
+    executed = backend.profile(backend.lower(program, tmp_path / "a", options), options, 2)
+    report = check_fusion(program, workload, executed)
+    assert report.agreement > 0.95, report.to_dict()
+    assert set(report.inserted) <= {"Reorder", "ReduceMean"}
+    softmax = [k for k in workload.kernels if any(f.op_type == "Softmax" for f in k.epilogue)]
+    assert bool(softmax) == name.startswith("vit")
 
 
 # ---- times ---------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import pytest
 from cost_networks import Net, residual
 from test_kernel_table import GROUPS, runs, variety
 
+from sartor.cost_models.model_builder import ModelBuilder
 from sartor.cost_models.samples import (
     kernels_of,
     moved_bytes,
@@ -168,6 +169,16 @@ def test_random_weights_keep_the_variance_and_have_no_subnormals():
     w = onnx.numpy_helper.to_array(onnx.load_from_string(blob).graph.initializer[0])
     assert float(np.var(w)) * 256 * 9 == pytest.approx(2.0, rel=0.05)
     assert float(np.abs(w).min()) > 1e-30 and math.isfinite(float(w.sum()))
+
+
+def test_no_two_weights_of_a_model_are_equal():
+    """Compilers make one of equal operators with equal weights on one value."""
+    model = ModelBuilder()
+    for number in range(3):
+        model.weight(f"w{number}", (16, 16), 16)
+    found = [onnx.numpy_helper.to_array(w) for w in model._weights]
+    assert not (found[0] == found[1]).all() and not (found[1] == found[2]).all()
+    assert (found[0] == found[1]).mean() > 0.99
 
 
 def ops_of(blob: bytes) -> list[str]:

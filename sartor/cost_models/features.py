@@ -42,8 +42,9 @@ MOVEMENT = (
     *("axes_moved", "log_pieces", "log_pause"),
 )
 _ELEMENTWISE = frozenset({"Add", "Sub", "Mul", "Div", "Pow", "Sqrt", "Erf", "Exp", "Where", "PRelu"})
-COSTLY = ACTIVATIONS - {"Relu", "Clip", "LeakyRelu", "HardSigmoid", "HardSwish", "ThresholdedRelu"} | {"Silu"}
-"""Activations that are work themselves: exponentials and the like."""
+_CHEAP = {"Relu", "Clip", "LeakyRelu", "HardSigmoid", "HardSwish", "ThresholdedRelu"}
+COSTLY = ACTIVATIONS - _CHEAP | {"Silu", "Softmax"}
+"""Activations that are work themselves: exponentials and the like; a Softmax is one where attention is one kernel."""
 _MOST_ALIGNMENT = 5
 _BLOCKS_AT_ONCE = 4  # output blocks that one pass over the input makes
 

@@ -1,8 +1,9 @@
 """The learned tier: what a fitted roofline misses, as boosted trees over the features of a kernel.
 
-`log t = log t_roofline + trees(features)`, one ensemble per kernel family. Away from the samples the trees are
-constant, so the model extrapolates as the roofline does. Several ensembles, each without one fold of the
-signatures, give the mean and its spread; what each says of the fold that it has not seen gives the error.
+`log t = log t_roofline + trees(features)`, one set of ensembles per kernel family, products of all kinds together. Away
+from the samples the trees are constant, so the model extrapolates as the roofline does. Several ensembles, each without
+one fold of the signatures, give the mean and its spread; what each says of the fold that it has not seen gives the
+error.
 
 Fitting needs LightGBM (`pip install 'sartor[profile]'`); predicting needs numpy only.
 
@@ -27,7 +28,7 @@ from sartor.cost_models.trees import Trees, from_lightgbm, mean_and_spread
 from sartor.errors import UsageError
 from sartor.ir.quantities import Quantity
 
-KIND = "boosted-residual/1"
+KIND = "boosted-residual/2"
 FEWEST = 40
 """Samples of a family below which trees would only learn their noise."""
 _FOLDS = 4

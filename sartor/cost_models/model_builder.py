@@ -44,10 +44,14 @@ class ModelBuilder:
         return name
 
     def weight(self, name: str, dims: Sequence[int], fan_in: int, dtype: str | None = None) -> str:
-        """Random numbers that keep the variance; subnormal values would be slow, zeros could be skipped."""
+        """Random numbers that keep the variance; subnormal values would be slow, zeros could be skipped.
+
+        No two weights of a model are equal: of equal operators on one value, compilers make one.
+        """
         import numpy as np
 
         values = np.resize(_pattern(), tuple(dims)) * np.float32(math.sqrt(2.0 / max(fan_in, 1)))
+        values.flat[0] *= 1.0 + len(self._weights) / 64
         return self._store(name, np.abs(values) if fan_in == 1 else values, dtype or self._dtype)
 
     def constant(self, name: str, value: Any, dtype: str, dims: Sequence[int] | None = None) -> str:

@@ -15,7 +15,7 @@ share that the pause since one of them has reached, the period over their number
 
 One law for each of the ways in which runtimes compute an operator: convolutions whose channels fill whole vectors
 and those that leave the blocked layout, windows of one position, images of a few channels; products of one row and
-of several. A way with few samples
+of several with a stored matrix, whichever operator they are. A way with few samples
 takes the law of its operator, and an operator that of its family, times a factor of its own. Output widths are
 rounded up to the channel grid first: what a register or a block of channels computes, it computes whole.
 
@@ -39,7 +39,7 @@ from sartor.cost_models.work import Work, item_bytes, work_of_spec
 from sartor.errors import MetricUnavailableError
 
 _ANY = "*"
-PRODUCT = "product"  # with a stored matrix: to most runtimes a Gemm is a MatMul
+_PRODUCT = "product"  # with a stored matrix: to most runtimes a Gemm is a MatMul
 _FEW = 8  # samples below which there is no law of its own, but a factor
 _LEAST_SD = 0.1
 _LAW_SD = 0.2
@@ -100,7 +100,8 @@ class Rates:
     """Satisfies `KernelModel`; knows every kernel that has a signature.
 
     Attributes:
-        laws: by way of computing: `family/operator/way`, `family/operator`, `family`, and `*` for all others.
+        laws: by way of computing: `family/operator/way`, of products with a stored matrix `product/way`;
+            `family/operator`, `family`, and `*` for all others.
         periods: the shortest and the longest seconds between two runs of a kernel, see the module docstring; zeros
             where all samples ran alone.
         pauses: likewise, between runs of two kernels of its operator.
@@ -317,7 +318,7 @@ def names_of_laws(sample: Sample) -> tuple[str, ...]:
 
 def _names(family: str, op: str, way: str) -> tuple[str, ...]:
     """Where the law of a kernel is looked for, its own first."""
-    own = f"{PRODUCT}/{way}" if way in ("vector", "matrix") else f"{family}/{op}/{way}"
+    own = f"{_PRODUCT}/{way}" if way in ("vector", "matrix") else f"{family}/{op}/{way}"
     return tuple(dict.fromkeys((own, f"{family}/{op}", family, _ANY)))
 
 

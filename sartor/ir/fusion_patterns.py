@@ -133,7 +133,7 @@ def _constant(value: ir.Value | None) -> np.ndarray | None:
 def attention(lead: ir.Node, shapes: Shapes) -> tuple[list[ir.Node], list[ir.Node]]:
     """An attention whose first product is `lead`: what is in front of it, and `lead` with what is behind.
 
-    Behind are an optional mask, Softmax, the second product and its Transpose. In front are a scale and the Transposes
+    Behind are an optional scale and mask, Softmax, the second product and its Transpose. In front are a scale and the Transposes
     that separate heads; none, if a Reshape lies between. Both are empty if `lead` is no such product.
     """
     if lead.op_type != "MatMul" or any(v is None or v.is_initializer() for v in lead.inputs):
@@ -147,7 +147,8 @@ def attention(lead: ir.Node, shapes: Shapes) -> tuple[list[ir.Node], list[ir.Nod
             last = _only_use(node.outputs[0])
             merged = [last.node] if last is not None and last.node.op_type == "Transpose" else []
             return front, [*behind, node, *merged]
-        if node.op_type not in _RENAMES | {"Softmax"} and (node.op_type != "Add" or masked):
+        scale = behind == [lead] and _scaled(node, shapes) is value
+        if not scale and node.op_type not in _RENAMES | {"Softmax"} and (node.op_type != "Add" or masked):
             break
         behind.append(node)
         value = node.outputs[0]

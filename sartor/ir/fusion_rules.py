@@ -17,7 +17,7 @@ vocabulary, beside operator types that follow:
     Add before         an Add of two activations in front of it
     Siblings           the same operator on other parts of the same value, if together they are all of it
     Views              of those siblings and of a Transpose from channels last to first: no kernel, where no data moves
-    Attention          of a product of two activations: mask, Softmax, a second product and its Transpose
+    Attention          of a product of two activations: scale, mask, Softmax, a second product and its Transpose
 
 The row `Elementwise` lists operators of which any chain is one kernel. A residual Add that two kernels could take
 goes to the one that makes its first operand, as in ONNX Runtime's and OpenVINO's optimisers.

@@ -35,6 +35,8 @@ _STANDS_FOR: Mapping[str, tuple[str, ...]] = {
     "Reorder": ("Transpose",),
 }
 """ONNX types of a layer that was rewritten, by its type."""
+_PARTS = frozenset({"MVN", "RMS", "Reduce", "ReduceMean", "Subgraph", "Reorder", "Eltwise", "Math"})
+"""Types of layers that a normalization is taken apart into."""
 _MADE_UP = {"Multiply": "Mul", "Add": "Add", "Subtract": "Sub", "Divide": "Div", "Power": "Pow"}
 """ONNX types behind the names that a transformation makes up, such as `Multiply_6147`."""
 
@@ -107,8 +109,23 @@ class _Attribution:
             self._taken |= busy
             self._found[layer.name] = names | busy
             self._values[layer.name] = busy or before
+        self._helpers()
         order = {name: i for i, name in enumerate(self._types)}
         return {name: tuple(sorted(nodes, key=order.__getitem__)) for name, nodes in self._found.items()}
+
+    def _helpers(self) -> None:
+        """Give layers that compute no node to the normalization that reads from them: they are parts of it.
+
+        Of its parts (means, differences, MVN, RMS), only the last one, perhaps merged with others, has its name.
+        """
+        norms = {name for name, kind in self._types.items() if kind in _NORMS}
+        for layer in reversed(self._layers):
+            if layer.kind not in _PARTS or self._found[layer.name] - self._idle:
+                continue
+            for reader in self._layers:
+                parts = self._found[reader.name] & norms
+                if layer.name in reader.sources and parts:
+                    self._found[layer.name] |= parts
 
     def _between(self, names: Set[str]) -> set[str]:
         """What `names` depend on and no layer has."""
