@@ -133,8 +133,8 @@ def _constant(value: ir.Value | None) -> np.ndarray | None:
 def attention(lead: ir.Node, shapes: Shapes) -> tuple[list[ir.Node], list[ir.Node]]:
     """An attention whose first product is `lead`: what is in front of it, and `lead` with what is behind.
 
-    Behind are an optional scale and mask, Softmax, the second product and its Transpose. In front are a scale and the Transposes
-    that separate heads; none, if a Reshape lies between. Both are empty if `lead` is no such product.
+    Behind are an optional scale and mask, Softmax, the second product and its Transpose. In front are a scale and the
+    Transposes that separate heads; none, if a Reshape lies between. Both are empty if `lead` is no such product.
     """
     if lead.op_type != "MatMul" or any(v is None or v.is_initializer() for v in lead.inputs):
         return [], []
