@@ -15,6 +15,7 @@ import argparse
 import copy
 import itertools
 import json
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -183,7 +184,7 @@ def main() -> int:
             summary |= {f"{key}.{row['model']}": row[key] for row in rows}
     record.write(
         options.json, "plan_throughput", rows, summary, batch=BATCH, rounds=options.rounds,
-        statistic="fastest round of the slower network", profile=options.profile or "described: i7-9750h",
+        statistic="fastest round of the slower network", profile=os.path.basename(options.profile or "") or "described: i7-9750h",
     )  # fmt: skip
     print(json.dumps(summary, indent=1))
     return 0

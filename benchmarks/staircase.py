@@ -19,6 +19,7 @@ import argparse
 import dataclasses
 import json
 import math
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -295,7 +296,7 @@ def main() -> int:
         "mape": float(np.mean([row["mape"] for row in rows])),
     }
     document = record.write(
-        options.json, "staircase", rows, summary, target=dict(target), profile=options.profile or "own widths",
+        options.json, "staircase", rows, summary, target=dict(target), profile=os.path.basename(options.profile or "") or "own widths",
         effort=_EFFORT, least_step=_LEAST, share=_SHARE,
     )  # fmt: skip
     if options.html:
