@@ -184,7 +184,8 @@ def main() -> int:
             summary |= {f"{key}.{row['model']}": row[key] for row in rows}
     record.write(
         options.json, "plan_throughput", rows, summary, batch=BATCH, rounds=options.rounds,
-        statistic="fastest round of the slower network", profile=os.path.basename(options.profile or "") or "described: i7-9750h",
+        statistic="fastest round of the slower network",
+        profile=os.path.basename(options.profile or "described: i7-9750h"),
     )  # fmt: skip
     print(json.dumps(summary, indent=1))
     return 0

@@ -296,8 +296,8 @@ def main() -> int:
         "mape": float(np.mean([row["mape"] for row in rows])),
     }
     document = record.write(
-        options.json, "staircase", rows, summary, target=dict(target), profile=os.path.basename(options.profile or "") or "own widths",
-        effort=_EFFORT, least_step=_LEAST, share=_SHARE,
+        options.json, "staircase", rows, summary, target=dict(target),
+        profile=os.path.basename(options.profile or "own widths"), effort=_EFFORT, least_step=_LEAST, share=_SHARE,
     )  # fmt: skip
     if options.html:
         from sartor.ir.files import write_atomic
