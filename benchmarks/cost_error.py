@@ -313,7 +313,13 @@ def main() -> int:
     ladder, baselines = Ladder(profile), Baselines(profile)
     rows: list[dict[str, Any]] = []
     failed: dict[str, str] = {}
-    with Journal(options.work / f"truth-{options.target}.jsonl", key) as journal:
+    path = options.work / f"truth-{options.target}.jsonl"
+    if path.exists() and json.loads(path.read_text().partition("\n")[0])["key"] != key:  # hours of measuring
+        raise SystemExit(
+            f"'{path.name}' in --work is the truth of another machine, version, protocol or set of reference networks; "
+            "give another folder, or remove it."
+        )
+    with Journal(path, key) as journal:
         for name in names:
             found = journal.find("truth", network=name)
             late = time.monotonic() - begun > 60 * options.minutes
