@@ -55,6 +55,20 @@ def test_a_staircase_is_one():
     np.testing.assert_allclose(at(surface, widths), 1e-6 * np.ceil(widths / STEP))
 
 
+def test_one_depthwise_channel_is_no_reason_for_two_to_take_as_long():
+    """It is a convolution of one group, and fills a block; two and three leave the layout and are cheaper."""
+
+    def few(sizes):
+        (c,) = sizes
+        times = np.where((c == 1) | (c % 4 == 0), 1e-4 * np.ceil(c / 16), 2e-5 * c)[:, None]
+        return times, np.full(times.shape, 0.1)
+
+    widths = np.array([1.0, 2.0, 3.0, 4.0, 16.0])
+    for full in (32.0, 512.0):
+        surface = build(ranges_of(("channels",), (full,), (True,), {"channels": 16}), few)
+        np.testing.assert_allclose(surface.interpolate([widths])[0], few([widths])[0], rtol=1e-9)
+
+
 def test_maps_of_whole_blocks_have_a_kernel_of_their_own():
     """Its one variable is bytes, of which only whole channels exist."""
     spec = moving("AveragePool", [[1, "2*", 8, 8]], [[1, "2*", 8, 8]], {"kernel_shape": [3, 3]})

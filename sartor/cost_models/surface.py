@@ -51,6 +51,7 @@ class Range:
         rounds: whether a value between two multiples costs as the upper one.
         units: where the variable is bytes: the channels that they are of. None for what is a whole number itself.
         vectors: whether there is other code for multiples of a vector that are none of the grid.
+        lone: whether there is other code for 1: one depthwise channel is a convolution of one group.
     """
 
     full: float
@@ -59,13 +60,14 @@ class Range:
     rounds: bool = False
     units: Units | None = None
     vectors: bool = True
+    lone: bool = False
 
     def class_of(self, widths: np.ndarray) -> np.ndarray:
-        """0 for multiples of the grid, 1 for other multiples of a vector, 2 for the rest."""
+        """0 for multiples of the grid, 1 for other multiples of a vector, 2 for the rest; 3 for 1 if it is `lone`."""
         if self.step <= 1:
             return np.zeros(np.shape(widths), np.intp)
         off = np.where(widths % _VECTOR == 0, 1, 2) if self.vectors and self.step > _VECTOR else 2
-        return np.where(widths % self.step == 0, 0, off)
+        return np.where(self.lone & (widths == 1), 3, np.where(widths % self.step == 0, 0, off))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -217,7 +219,7 @@ def _classes(extent: Range, varying: int) -> tuple[np.ndarray, ...]:
     if extent.units is not None:
         few, on, most = (min(n, _MOST_BYTES) for n in (few, on, most))
     found = []
-    for kind in range(3):
+    for kind in range(4):
         mine = every[kinds == kind]
         if len(every) > few:
             mine = (
@@ -266,6 +268,7 @@ def ranges_of(
         steps: channel grid by name; a variable that is not in it has none.
     """
     stepped = [n for n in names if n in steps]
+    lone = tuple(names) == ("channels",)
     return tuple(
         # The outputs of several widths are filled up to whole blocks.
         Range(
@@ -274,6 +277,7 @@ def ranges_of(
             steps.get(name, 1),
             rounds=name in stepped[-1:] and not name.endswith("per_group"),
             vectors=name not in stepped[-1:] or len(stepped) == 1,
+            lone=lone,
         )
         for name, full, varying in zip(names, fulls, varies, strict=True)
     )
