@@ -51,7 +51,8 @@ class Range:
         rounds: whether a value between two multiples costs as the upper one.
         units: where the variable is bytes: the channels that they are of. None for what is a whole number itself.
         vectors: whether there is other code for multiples of a vector that are none of the grid.
-        lone: whether there is other code for 1: one depthwise channel is a convolution of one group.
+        few: widths up to it have other code: one depthwise channel is a convolution of one group, and what has fewer
+            input channels than a block is read as images are.
     """
 
     full: float
@@ -60,14 +61,15 @@ class Range:
     rounds: bool = False
     units: Units | None = None
     vectors: bool = True
-    lone: bool = False
+    few: int = 0
 
     def class_of(self, widths: np.ndarray) -> np.ndarray:
-        """0 for multiples of the grid, 1 for other multiples of a vector, 2 for the rest; 3 for 1 if it is `lone`."""
+        """0 for multiples of the grid, 1 for other multiples of a vector, 2 for the rest; up to `few`, 4 and 3."""
         if self.step <= 1:
             return np.zeros(np.shape(widths), np.intp)
-        off = np.where(widths % _VECTOR == 0, 1, 2) if self.vectors and self.step > _VECTOR else 2
-        return np.where(self.lone & (widths == 1), 3, np.where(widths % self.step == 0, 0, off))
+        off = np.where(widths % _VECTOR == 0, 1, 2) if self.vectors and self.step > _VECTOR else np.array(2)
+        off = np.where(widths <= self.few, 5 - off, off)
+        return np.where(widths % self.step == 0, 0, off)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -219,11 +221,13 @@ def _classes(extent: Range, varying: int) -> tuple[np.ndarray, ...]:
     if extent.units is not None:
         few, on, most = (min(n, _MOST_BYTES) for n in (few, on, most))
     found = []
-    for kind in range(4):
+    for kind in range(5):
         mine = every[kinds == kind]
         if len(every) > few:
             mine = (
-                _thinned(mine, on) if kind == 0 else _beside(mine, extent, _VECTOR if kind == 1 else 1, most)
+                _thinned(mine, on)
+                if kind == 0
+                else _beside(mine, extent, _VECTOR if kind in (1, 4) else 1, most)
             )
         found.append(mine)
     return tuple(found)
@@ -268,7 +272,7 @@ def ranges_of(
         steps: channel grid by name; a variable that is not in it has none.
     """
     stepped = [n for n in names if n in steps]
-    lone = tuple(names) == ("channels",)
+    few = {"channels": 1, "c_in": steps.get("c_in", 1) - 1}
     return tuple(
         # The outputs of several widths are filled up to whole blocks.
         Range(
@@ -277,7 +281,7 @@ def ranges_of(
             steps.get(name, 1),
             rounds=name in stepped[-1:] and not name.endswith("per_group"),
             vectors=name not in stepped[-1:] or len(stepped) == 1,
-            lone=lone,
+            few=few.get(name, 0),
         )
         for name, full, varying in zip(names, fulls, varies, strict=True)
     )
