@@ -1,11 +1,11 @@
 """The time of one kernel over all widths that a plan can give it.
 
-Time steps with the width: a runtime has other code for whole vectors, for multiples of four, and for the rest. So the
-widths of every axis fall into classes, each has knots of its own, and a width is interpolated between knots of its
-class. Where an output width costs what the next multiple of the grid costs, the knots stand right behind a multiple
-and right before the next one, and what is flat between them stays flat. Within a class more channels are never
-cheaper, and a width off the grid is never cheaper than the multiple below it; but it may cost more than the one above:
-time falls from 126 to 128 channels, and a model that hides it would cut there.
+Time steps with the width: a runtime has other code for whole vectors, for multiples of four, for the rest, and for
+fewer channels than a block. So the widths of every axis fall into classes, each has knots of its own, and a width is
+interpolated between knots of its class. Where an output width costs what the next multiple of the grid costs, the knots
+stand right behind a multiple and right before the next one, and what is flat between them stays flat. Within a class
+more channels are never cheaper, and a width off the grid is never cheaper than the multiple below it; but it may cost
+more than the one above: time falls from 126 to 128 channels, and a model that hides it would cut there.
 
 A surface has the times of several states of the caches side by side, in its last axis, from a kernel that ran a moment
 ago to one that ran long ago (`Sample.period_s`); a longer period is never cheaper.
