@@ -294,7 +294,7 @@ def main() -> int:
 
     from sartor.cost_models.ladder import Ladder
     from sartor.cost_models.profile import DeviceProfile
-    from sartor.journal import Journal
+    from sartor.journal import Journal, parse
     from sartor.profiling import networks
 
     profile = DeviceProfile.load(options.profile)
@@ -314,7 +314,10 @@ def main() -> int:
     rows: list[dict[str, Any]] = []
     failed: dict[str, str] = {}
     path = options.work / f"truth-{options.target}.jsonl"
-    if path.exists() and json.loads(path.read_text().partition("\n")[0])["key"] != key:  # hours of measuring
+    header = parse(path.read_bytes(), path.name)[0] if path.exists() else None
+    if (
+        header is not None and header["key"] != key
+    ):  # an hour of measuring, which the journal would begin anew
         raise SystemExit(
             f"'{path.name}' in --work is the truth of another machine, version, protocol or set of reference networks; "
             "give another folder, or remove it."

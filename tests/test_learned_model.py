@@ -171,7 +171,7 @@ def test_the_softmax_of_attention_is_work():
             for spec, extra in ((fused, 3 * 200 * 200 * 1e-9), (heads, 0.0))
         ]
     )
-    law = next(iter(law for name, law in laws.laws.items() if name.startswith("matmul/MatMul")))
+    law = next(law for name, law in laws.laws.items() if name.startswith("matmul/MatMul"))
     assert law.per_element_s == pytest.approx(1e-9, rel=0.05)
 
 

@@ -69,6 +69,18 @@ def test_one_depthwise_channel_is_no_reason_for_two_to_take_as_long():
         np.testing.assert_allclose(surface.interpolate([widths])[0], few([widths])[0], rtol=1e-9)
 
 
+def test_slow_images_of_few_channels_do_not_lift_what_more_channels_take():
+    def image(sizes):
+        inner, outer = sizes
+        return one_state(np.where(inner < STEP, 5e-8, 5e-9) * inner * outer + 1e-6)
+
+    names, steps, full = ("c_in", "c_out"), {"c_in": STEP, "c_out": STEP}, (90.0, 1000.0)
+    surface = build(ranges_of(names, full, (True, True), steps), image)
+    for inner in (3.0, 8.0, 15.0, 17.0, 20.0, 61.0):
+        expected = image((np.array([inner]), np.array([846.0])))[0][0, 0]
+        assert at(surface, [inner], [846.0])[0] == pytest.approx(expected, rel=0.1)
+
+
 def test_maps_of_whole_blocks_have_a_kernel_of_their_own():
     """Its one variable is bytes, of which only whole channels exist."""
     spec = moving("AveragePool", [[1, "2*", 8, 8]], [[1, "2*", 8, 8]], {"kernel_shape": [3, 3]})

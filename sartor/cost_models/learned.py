@@ -176,8 +176,10 @@ def fit(samples: Sequence[Sample], base: KernelModel, *, seed: int = 0) -> Fit:
 
 
 def ensembles_of(family: str) -> str:
-    """Families that one set of ensembles is about: few samples of a Gemm are many of both; what differs, the
-    operator's column says.
+    """The name of the ensembles of a family.
+
+    Products share theirs, so that what was seen of a Gemm is known of a MatMul; where a runtime tells them apart, the
+    operator's column does.
     """
     return "product" if family in ("gemm", "matmul") else family
 

@@ -64,12 +64,11 @@ class Range:
     few: int = 0
 
     def class_of(self, widths: np.ndarray) -> np.ndarray:
-        """0 for multiples of the grid, 1 for other multiples of a vector, 2 for the rest; up to `few`, 4 and 3."""
+        """0 for multiples of the grid, 1 for other multiples of a vector, 2 for the rest; up to `few`, 3 and 4."""
         if self.step <= 1:
             return np.zeros(np.shape(widths), np.intp)
-        off = np.where(widths % _VECTOR == 0, 1, 2) if self.vectors and self.step > _VECTOR else np.array(2)
-        off = np.where(widths <= self.few, 5 - off, off)
-        return np.where(widths % self.step == 0, 0, off)
+        off = np.where(widths % _VECTOR == 0, 1, 2) if self.vectors and self.step > _VECTOR else 2
+        return np.where(widths % self.step == 0, 0, off + 2 * (widths <= self.few))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -227,7 +226,7 @@ def _classes(extent: Range, varying: int) -> tuple[np.ndarray, ...]:
             mine = (
                 _thinned(mine, on)
                 if kind == 0
-                else _beside(mine, extent, _VECTOR if kind in (1, 4) else 1, most)
+                else _beside(mine, extent, _VECTOR if kind in (1, 3) else 1, most)
             )
         found.append(mine)
     return tuple(found)

@@ -69,8 +69,9 @@ def typical_of_averages(averages_us: Sequence[int], warm_up: int) -> float:
         warm_up: runs that do not count.
     """
     totals = [0.0, *(number * (average + _CUT_OFF) for number, average in enumerate(averages_us, 1))]
-    rough = _typical(totals, max(warm_up, 1), _ERROR_US)
-    return max(_typical(totals, max(warm_up, 1), max(_ERROR_US, _ERROR * rough)), 0.0) * 1e-6
+    first = max(warm_up, 1)
+    rough = _typical(totals, first, _ERROR_US)
+    return max(_typical(totals, first, max(_ERROR_US, _ERROR * rough)), 0.0) * 1e-6
 
 
 def _typical(totals: Sequence[float], first: int, error: float) -> float:
