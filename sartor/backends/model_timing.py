@@ -29,7 +29,11 @@ _MOST_RUNS = 200
 _LONG_S = 0.02
 """Of a model that takes so long, a visit is one run: quiet moments are short."""
 _MOST_TRIES = 4  # visits for every one that shall be quiet
-_FEWEST_PROFILED, _MOST_PROFILED = 8, 60
+_FEWEST_PROFILED, _MOST_PROFILED = 8, 240
+_WARM_S, _WARMEST_S, _WARM_RUNS = 0.12, 0.5, 3
+"""Of runs before a new model is timed: at first it is slower by a tenth to a half (seen: for 0.05 to 0.5 s)."""
+_BLOCK_S, _STILL = 0.04, 0.98  # it is not warm yet if a block of runs takes less than this of the one before
+_SETTLE_S = 0.02  # of runs before a visit: the reference's data are in the caches
 
 Run = Callable[[], object]
 
@@ -81,8 +85,8 @@ def _timed(
         inputs = random_inputs(session.inputs, options.shapes, request["seed"])
         session.run(inputs)  # checks names, types and shapes before anything is timed
         once = session.prepare(inputs)
-        seconds = min(undisturbed(once, False)[0] for _ in range(2))
         alone = request["threads"] == 1
+        seconds = _warmed(once, alone)
         half = max(1, request["visits"] // 2)
         visits = _visits(once, seconds, quiet, half, request["visit_s"], alone)
         runs = min(_MOST_PROFILED, max(_FEWEST_PROFILED, round(request["profile_s"] / seconds)))
@@ -99,6 +103,20 @@ def _timed(
     }
 
 
+def _warmed(once: Run, alone: bool) -> float:
+    """Seconds of a run, after so many that a model becomes no faster."""
+    begun, before = time.monotonic(), 0.0
+    while True:
+        block = time.monotonic()
+        taken: list[float] = []
+        while len(taken) < _WARM_RUNS or time.monotonic() < block + _BLOCK_S:
+            taken.append(undisturbed(once, alone)[0])
+        seconds, spent = statistics.median(taken), time.monotonic() - begun
+        if spent >= _WARMEST_S or (spent >= _WARM_S and seconds >= _STILL * before):
+            return seconds
+        before = seconds
+
+
 def _visits(
     once: Run, seconds: float, quiet: Quiet, count: int, visit_s: float, alone: bool
 ) -> list[list[float]]:
@@ -108,7 +126,10 @@ def _visits(
     good = 0
     while good < count and len(found) < _MOST_TRIES * count:
         before = quiet.wait()
+        settled = time.monotonic() + _SETTLE_S
         once()  # discarded: between two runs of the model shall be nothing but itself
+        while time.monotonic() < settled:
+            once()
         taken = [undisturbed(once, alone) for _ in range(runs)]
         clean = [s for s, disturbed in taken if not disturbed] or [s for s, _ in taken]
         after = quiet.look()

@@ -8,8 +8,10 @@ from sartor.profiling.network_builder import Net
 
 def vit(net: Net) -> None:
     """Patches, then blocks of attention between tokens or between channels."""
-    patch = 16 if net.shape[2] % 16 == 0 else 8
-    heads = net.rng.choice([2, 3, 4, 6, 8])
+    patch = net.rng.choice(
+        [size for size in (8, 16, 16, 32) if net.shape[2] % size == 0 and net.shape[2] <= 16 * size]
+    )
+    heads = net.rng.choice([2, 3, 4, 6, 8, 12])
     d = 8 * net.rng.randint(3, 8)
     c = heads * d
     net.conv(c, patch, patch)

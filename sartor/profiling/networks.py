@@ -16,7 +16,7 @@ from sartor.profiling.design import width
 from sartor.profiling.network_builder import Net
 
 _MOST_PARAMETERS, _MOST_MACS = 12_000_000, 2.5e9
-_LARGE = {"heavy": 40_000_000, "broad": 40_000_000}
+_LARGE = {"heavy": 100_000_000, "broad": 40_000_000, "vit": 40_000_000}
 """Kinds with more parameters: what weights cost that no cache holds."""
 
 
@@ -256,7 +256,7 @@ def _heavy(net: Net) -> None:
     net.node("Flatten", [net.value], axis=1)
     net.shape = (1, net.shape[1] * net.shape[2] ** 2)
     for _ in range(net.rng.randint(1, 2)):
-        net.dense(width(net.rng, 256, 4096), act="Relu")
+        net.dense(width(net.rng, *net.rng.choice([(256, 1024), (1024, 4608)])), act="Relu")
     net.dense(net.rng.choice([10, 100, 1000]))
 
 

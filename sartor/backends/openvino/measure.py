@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from sartor.backends.inputs import random_inputs
 from sartor.backends.openvino import run
@@ -13,7 +12,9 @@ from sartor.backends.openvino.executed import Layer, executed_nodes
 from sartor.backends.origin import Origin
 from sartor.backends.protocol import Artifact, KernelTime, TargetOptions
 
-_WARM_UP_RUNS = 3
+_FEWEST_WARM_UP, _WARM_UP = 3, 0.25  # runs, and of those that count
+_READINGS, _FEWEST_STRETCHES = 10, 5
+"""Stretches of runs between readings of the counters, which themselves take time and caches; that are told apart."""
 _NOT_EXECUTED = ("NOT_RUN", "OPTIMIZED_OUT")
 """The first is also said of a kernel that took less than a microsecond on average: one that ever ran is one."""
 _CUT_OFF = 0.5  # of an average, on average
@@ -33,15 +34,18 @@ def profile(artifact: Artifact, options: TargetOptions, runs: int) -> list[Kerne
     session = run.load(artifact, options, PERF_COUNT=True)
     inputs = random_inputs(artifact.inputs, shapes, seed=0)
     request = session.compiled.create_infer_request()
-    averages: dict[str, list[int]] = {}
+    averages: dict[str, dict[int, int]] = {}
     kinds: dict[str, tuple[str, str]] = {}
-    for _ in range(_WARM_UP_RUNS + runs):
+    read = readings(runs)
+    for number in range(1, read[-1] + 1):
         request.infer(inputs)
-        for entry in request.profiling_info:
+        for entry in request.profiling_info if number == 1 or number in read else ():
             if not any(status in str(entry.status) for status in _NOT_EXECUTED):
                 kinds[entry.node_name] = (entry.node_type, entry.exec_type)
             average = round(entry.real_time.total_seconds() * 1e6)
-            averages.setdefault(entry.node_name, []).append(average)
+            averages.setdefault(entry.node_name, {})[number] = average
+    for taken in averages.values():
+        taken.pop(1)  # a short kernel is said to have run after the first run only
     origin = Origin.from_dict(artifact.metadata["origin"])
     executed = executed_nodes(origin, _layers(session))
     return [
@@ -49,7 +53,7 @@ def profile(artifact: Artifact, options: TargetOptions, runs: int) -> list[Kerne
             name=name,
             op_type=op_type,
             nodes=executed.get(name, ()),
-            median_s=typical_of_averages(averages[name], _WARM_UP_RUNS),
+            median_s=typical_of_averages(averages[name]),
             runs=runs,
             implementation=implementation,
         )
@@ -57,7 +61,17 @@ def profile(artifact: Artifact, options: TargetOptions, runs: int) -> list[Kerne
     ]
 
 
-def typical_of_averages(averages_us: Sequence[int], warm_up: int) -> float:
+def readings(runs: int) -> list[int]:
+    """After which runs of a session the counters are read, so that `runs` count: the first time when it is warm.
+
+    Stretches grow with the number of runs before them, as the error of the averages does.
+    """
+    first = max(_FEWEST_WARM_UP, round(_WARM_UP * runs))
+    last = first + runs
+    return sorted({round(first * (last / first) ** (i / _READINGS)) for i in range(_READINGS + 1)})
+
+
+def typical_of_averages(averages_us: Mapping[int, int]) -> float:
     """Seconds of one run that no interruption counts in.
 
     A counter gives the average of all runs of the session so far, in whole microseconds: what `k` runs took together
@@ -65,25 +79,26 @@ def typical_of_averages(averages_us: Sequence[int], warm_up: int) -> float:
     interruption, hundreds of times as long as a kernel, is in one stretch alone. The lower median of them counts.
 
     Args:
-        averages_us: after each run, from the first one on; more than `warm_up`.
-        warm_up: runs that do not count.
+        averages_us: by how many runs there were so far, ascending; the runs before the first do not count, unless
+            there is no other.
     """
-    totals = [0.0, *(number * (average + _CUT_OFF) for number, average in enumerate(averages_us, 1))]
-    first = max(warm_up, 1)
-    rough = _typical(totals, first, _ERROR_US)
-    return max(_typical(totals, first, max(_ERROR_US, _ERROR * rough)), 0.0) * 1e-6
+    totals = [(number, number * (average + _CUT_OFF)) for number, average in averages_us.items()]
+    if len(totals) == 1:
+        totals.insert(0, (0, 0.0))
+    rough = _typical(totals, _ERROR_US)
+    return max(_typical(totals, max(_ERROR_US, _ERROR * rough)), 0.0) * 1e-6
 
 
-def _typical(totals: Sequence[float], first: int, error: float) -> float:
-    """Lower median of stretches that are as short as the error of their means allows; at least three of them."""
-    last = len(totals) - 1
-    if last <= first:
-        return totals[last] / last
-    growth = min(error / (error - _SPREAD), (last / first) ** (1 / 3))
-    found, start = [], first
-    while start < last:
-        end = min(max(start + 1, math.floor(start * growth)), last)
-        found.append((totals[end] - totals[start]) / (end - start))
+def _typical(totals: Sequence[tuple[int, float]], error: float) -> float:
+    """Lower median of stretches that are as short as the error of their means allows; a few at least."""
+    steps = max(1, (len(totals) - 1) // _FEWEST_STRETCHES)
+    found = []
+    start = 0
+    while start < len(totals) - 1:
+        first, before = totals[start]
+        ends = range(start + 1, min(start + steps, len(totals) - 1) + 1)
+        end = next((i for i in ends if _SPREAD * totals[i][0] <= error * (totals[i][0] - first)), ends[-1])
+        found.append((totals[end][1] - before) / (totals[end][0] - first))
         start = end
     return statistics.median_low(found)
 
