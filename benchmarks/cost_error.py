@@ -57,8 +57,12 @@ _T95 = (
 
 # ---- networks and plans --------------------------------------------------------------------------
 def program_of(name: str, work: Path) -> Any:
-    """The canonical program, captured once and kept as a file."""
+    """The canonical program with random parameters, captured once and kept as a file.
+
+    A runtime folds scales of 1 and biases of 0 away, as fresh networks have them and trained ones do not.
+    """
     import torch
+    from zoo_masked import randomise
 
     from sartor.ir.capture import capture
     from sartor.ir.load import load
@@ -73,6 +77,7 @@ def program_of(name: str, work: Path) -> Any:
             model: Any = timm.create_model("vit_tiny_patch16_224", pretrained=False).eval()
         else:
             model, _ = zoo_models.build(model_name)
+        randomise(model, (torch.randn(1, 3, int(side), int(side)),), 0)
         capture(model, torch.zeros(1, 3, int(side), int(side)), name=model_name).save(path)
     return load(path, shapes=_image_shape(path, int(side)))
 
@@ -308,7 +313,7 @@ def main() -> int:
         "cpu": profile.device["cpu"],
         "references": {n.name: hashlib.sha256(networks.network(n.name)).hexdigest() for n in references},
         "prunings": options.prunings,
-        "protocol": 5,
+        "protocol": 6,
     }
     ladder, baselines = Ladder(profile), Baselines(profile)
     rows: list[dict[str, Any]] = []

@@ -30,20 +30,20 @@ FIXED, PER_WEIGHT = 1e-6, 1 / 8e9
 PAUSES = (PERIODS[0] / 8, PERIODS[1])
 
 
-def seconds_of(spec, at, period_s, alike=1):
+def seconds_of(spec, at, period_s, alike=1, displaced=PERIODS):
     found = work_of_spec(spec, at)
     weights, moved = float(found.weight_bytes), float(found.moved)
     waiting = FIXED * float(rates.share_of(period_s / alike, PAUSES))
-    waiting += PER_WEIGHT * weights * float(rates.share_of(period_s, PERIODS))
+    waiting += PER_WEIGHT * weights * float(rates.share_of(period_s, displaced))
     return LAUNCH + PER_MAC * float(found.macs) + PER_BYTE * moved + waiting
 
 
-def timed(spec, at, period_s, factor=1.0, alike=1):
-    at, seconds = tuple(map(float, at)), seconds_of(spec, at, period_s, alike)
+def timed(spec, at, period_s, factor=1.0, alike=1, displaced=PERIODS):
+    at, seconds = tuple(map(float, at)), seconds_of(spec, at, period_s, alike, displaced)
     return Sample(spec, at, family_of(spec), seconds * factor, period_s=period_s, alike=alike)
 
 
-def drawn(count, seed=0, noise=0.0):
+def drawn(count, seed=0, noise=0.0, displaced=PERIODS):
     rng = np.random.default_rng(seed)
     found = []
     for _ in range(count):
@@ -51,7 +51,7 @@ def drawn(count, seed=0, noise=0.0):
         at = [16 * int(rng.integers(1, 32)) for _ in range(2)]
         period_s = math.exp(rng.uniform(*np.log(PERIODS)))
         factor, alike = math.exp(noise * rng.standard_normal()), int(rng.integers(1, 9))
-        found.append(timed(spec, at, period_s, factor, alike))
+        found.append(timed(spec, at, period_s, factor, alike, displaced))
     return found
 
 
@@ -71,6 +71,20 @@ def test_the_ends_of_the_periods_are_those_of_the_models_that_were_timed():
     assert PAUSES[0] < first < low / 1.5 and first < last < high
     alone = [dataclasses.replace(s, period_s=0.0) for s in drawn(20)]
     assert rates.periods_of(alone) == rates.pauses_of(alone) == (0.0, 0.0)
+
+
+def test_between_which_periods_weights_are_displaced_is_found():
+    """A cache loses them in a fraction of the periods that a profile sees."""
+    samples = drawn(600, noise=0.03, displaced=tuple(np.geomspace(*PERIODS, 5)[[2, 3]]))
+    found = rates.fitted(samples)
+    assert found.displaced == pytest.approx(tuple(np.geomspace(*found.periods, 5)[[2, 3]]))
+    everywhere = rates.fitted(samples, displaced=found.periods)
+    law, worse = (fit.laws["conv/Conv"] for fit in (found, everywhere))
+    assert law.sd < 0.7 * worse.sd and law.waiting_per_weight_s == pytest.approx(PER_WEIGHT, rel=0.2)
+    loaded = rates.Rates.load(json.loads(json.dumps(found.save())), {})
+    assert loaded == found
+    light = [s for s in samples if work_of_spec(s.spec, s.at).weight_bytes < 1 << 19]
+    assert rates.fitted(light).displaced == rates.fitted(light).periods  # there is nothing to tell it by
 
 
 def test_the_share_that_is_displaced_is_nothing_at_one_end_and_all_at_the_other():

@@ -459,3 +459,17 @@ def test_how_well_a_model_is_known_is_itself_known_roughly():
     lucky, typical, apart = (half_width(own, 0.05) for own in (0.002, 0.05, 1.0))
     assert 0.005 < lucky < typical < apart < 0.25
     assert half_width(0.05, 0.5) > typical
+
+
+def test_kernels_that_were_timed_while_the_machine_was_slower_than_for_their_model_are_no_samples():
+    from sartor.profiling.records import _sample
+
+    result = {"spec": conv_spec(14), "at": [16, 16], "family": "conv", "ratio": 1.0, "rows": 1, "alike": 1}
+
+    def sampled(total):
+        model = {"ratio": 10.0, "half_width": 0.05, "sum": total, "rows": 5}
+        return _sample(result, "fit", 1e-3, model, (0.0, 0.0, 0.05))
+
+    assert sampled(10.0).seconds == pytest.approx(1e-3) and sampled(11.5).seconds == pytest.approx(1e-3 / 1.15)
+    assert sampled(16.0) is None  # they cannot take more than the whole
+    assert sampled(8.0).seconds == pytest.approx(1.25e-3)

@@ -11,7 +11,7 @@ import pytest
 from profile_machine import Machine
 
 from sartor import backends
-from sartor.backends import host, kernel_timing
+from sartor.backends import host, kernel_timing, model_timing
 from sartor.cli.main import main
 from sartor.cost_models.profile import DeviceProfile
 from sartor.errors import BackendError, UsageError
@@ -185,3 +185,27 @@ def test_a_visit_begins_when_the_model_has_settled(monkeypatch):
     subject.run, subject.runs = run, 3
     assert subject.visit(0.0, 0.5, alone=True) == pytest.approx(0.005)
     assert subject.visit(0.03, 0.5, alone=True) == pytest.approx(0.001)
+
+
+# ---- new models are slow -------------------------------------------------------------------------
+@pytest.mark.parametrize("slow_s", [0.0, 0.06, 0.3, 9.0])
+def test_a_model_is_timed_when_it_becomes_no_faster(monkeypatch, slow_s):
+    """It begins at twice what it takes, and comes down to that steadily; runs of a millisecond."""
+    now = [0.0]
+
+    def once():
+        now[0] += 1e-3 * (1.0 + max(0.0, 1.0 - now[0] / slow_s) if slow_s else 1.0)
+
+    def undisturbed(run, alone):
+        before = now[0]
+        run()
+        return now[0] - before, False
+
+    monkeypatch.setattr(model_timing, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(model_timing, "undisturbed", undisturbed)
+    seconds = model_timing._warmed(once, True)
+    assert now[0] >= 0.12
+    if slow_s > 1:  # what takes too long is not waited for
+        assert now[0] < 0.6 and seconds < 2e-3
+    else:
+        assert now[0] < slow_s + 0.2 and seconds == pytest.approx(1e-3, rel=0.05)

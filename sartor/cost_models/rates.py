@@ -9,9 +9,10 @@ for two output channels as for many.
 
 The longer ago a kernel last ran, the more of what it needs others have displaced from the caches: its code and what
 the runtime knows of it, and its weights; what it reads has just been made. It waits for its weights in proportion to a
-share that rises from 0 to 1 with the logarithm of the period (`Sample.period_s`), between the shortest and the longest
-that were seen. Its code it shares with others of its operator (`Sample.alike`): for that it waits in proportion to the
-share that the pause since one of them has reached, the period over their number.
+share that rises from 0 to 1 with the logarithm of the period (`Sample.period_s`), between two periods that are fitted:
+what a cache still has of them after the shorter one is gone after the longer. Its code it shares with others of its
+operator (`Sample.alike`): for that it waits in proportion to the share that the pause since one of them has reached,
+the period over their number.
 
 One law for each of the ways in which runtimes compute an operator: convolutions whose channels fill whole vectors
 and those that leave the blocked layout, windows of one position, images of a few channels; products of one row and
@@ -26,6 +27,7 @@ wrong between the two regimes is a smooth function of the intensity.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -41,12 +43,15 @@ from sartor.errors import MetricUnavailableError
 _ANY = "*"
 _PRODUCT = "product"  # with a stored matrix: to most runtimes a Gemm is a MatMul
 _FEW = 8  # samples below which there is no law of its own, but a factor
+_BETWEEN = ("periods", "pauses", "displaced")
+_HEAVY_BYTES, _KNOTS = 1 << 19, 5  # of weights that say when they are displaced; ends that are tried
 _LEAST_SD = 0.1
 _LAW_SD = 0.2
 _STEPPED = frozenset(
     {"channels", "c_in", "c_out", "in_per_group", "out_per_group", "k", "n", "input", "hidden"}
 )
 """Variables that are widths of a tensor; groups, rows and bytes have no grid."""
+_WEIGHTS = 7  # column of `columns_of`
 _ROUNDED = frozenset({"channels", "c_out", "n"})
 """Output widths that are computed in whole registers. How a runtime pads the groups of a convolution, if it does,
 is left to what was learned."""
@@ -105,12 +110,14 @@ class Rates:
         periods: the shortest and the longest seconds between two runs of a kernel, see the module docstring; zeros
             where all samples ran alone.
         pauses: likewise, between runs of two kernels of its operator.
+        displaced: of the periods, those between which weights are displaced.
         grid: channel grid by family or operator; widths of others are not rounded.
     """
 
     laws: Mapping[str, Rate]
     periods: tuple[float, float] = (0.0, 0.0)
     pauses: tuple[float, float] = (0.0, 0.0)
+    displaced: tuple[float, float] = (0.0, 0.0)
     grid: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     @property
@@ -163,24 +170,27 @@ class Rates:
 
     def _columns(self, period_s: Any, alike: Any, **parts: Any) -> np.ndarray:
         code = share_of(np.asarray(period_s, float) / alike, self.pauses)
-        return columns_of(code=code, share=share_of(period_s, self.periods), **parts)
+        return columns_of(code=code, share=share_of(period_s, self.displaced), **parts)
 
     def update(self, samples: Sequence[Sample]) -> Rates:
         """See `KernelModel`: the laws of these samples are fitted anew, to them alone."""
-        anew = fitted(samples, self.grid, self.periods, self.pauses)
+        anew = fitted(samples, self.grid, self.periods, self.pauses, self.displaced)
         return dataclasses.replace(self, laws={**self.laws, **anew.laws})
 
     def save(self) -> dict[str, Any]:
         """See `KernelModel`."""
         laws = {name: dataclasses.asdict(law) for name, law in sorted(self.laws.items())}
-        return {"laws": laws, "periods": list(self.periods), "pauses": list(self.pauses)}
+        between = {name: list(getattr(self, name)) for name in _BETWEEN}
+        return {"laws": laws, **between}
 
     @staticmethod
     def load(document: Mapping[str, Any], grid: Mapping[str, int]) -> Rates:
         """Inverse of `save`; the grid is that of the profile."""
-        (low, high), (first, last) = (map(float, document[name]) for name in ("periods", "pauses"))
+        between = {name: tuple(map(float, document[name])) for name in _BETWEEN}
+        if any(len(ends) != 2 for ends in between.values()):
+            raise ValueError(f"{', '.join(_BETWEEN)} are two numbers each")
         laws = {name: Rate(**entry) for name, entry in document["laws"].items()}
-        return Rates(laws, (low, high), (first, last), grid)
+        return Rates(laws, grid=grid, **between)  # type: ignore[arg-type]
 
     def _law(self, family: str, op: str, way: str) -> Rate:
         return next(self.laws[name] for name in _names(family, op, way) if name in self.laws)
@@ -268,6 +278,7 @@ def fitted(
     grid: Mapping[str, int] | None = None,
     periods: tuple[float, float] | None = None,
     pauses: tuple[float, float] | None = None,
+    displaced: tuple[float, float] | None = None,
 ) -> Rates:
     """Laws that fit the logarithms of the samples best, with coefficients that are not negative.
 
@@ -276,6 +287,7 @@ def fitted(
         grid: channel grid by family or operator.
         periods: as `Rates.periods`; by default those of the samples.
         pauses: as `Rates.pauses`; likewise.
+        displaced: as `Rates.displaced`; by default fitted, and where `periods` are given, those.
 
     Raises:
         MetricUnavailableError: there are no samples.
@@ -287,28 +299,71 @@ def fitted(
         )
     between = periods_of(samples) if periods is None else periods
     paused = pauses_of(samples) if pauses is None else pauses
-    rows: dict[str, list[np.ndarray]] = {}
-    for sample in samples:
-        found = _work(sample.spec, sample.family, sample.at, grid or {})
-        parts = _parts(sample.spec, found, _ways(sample.spec, sample.at))
-        code, share = share_of(sample.period_s / sample.alike, paused), share_of(sample.period_s, between)
-        columns = columns_of(code=code, share=share, **parts)
-        # How well a time is known matters only where it is known worse than a law of a few numbers can say it.
-        weight = 1.0 / np.hypot(_LAW_SD, sample.half_width / 1.96)
-        row = np.array([*columns, sample.seconds, weight])
-        for name in names_of_laws(sample):
-            rows.setdefault(name, []).append(row)
+    table = np.array([_row(sample, grid or {}, paused) for sample in samples])
+    period = np.array([sample.period_s for sample in samples])
+    names = [names_of_laws(sample) for sample in samples]
+    gone = displaced
+    if gone is None:
+        gone = (
+            between if periods is not None else _displaced(table, period, [own[0] for own in names], between)
+        )
+    table = _waiting(table, period, gone)
+    places: dict[str, list[int]] = {}
+    for place, own in enumerate(names):
+        for name in own:
+            places.setdefault(name, []).append(place)
+    rows = {name: table[mine] for name, mine in places.items()}
     laws: dict[str, Rate] = {}
     for name in sorted(
         rows, key=lambda name: (name != _ANY, name.count("/"))
     ):  # from the general to the special
-        mine = np.array(rows[name])
+        mine = rows[name]
         wider = name.rpartition("/")[0]
         if len(mine) >= _FEW or name == _ANY:
             laws[name] = _fit(mine)
         else:
             laws[name] = _scaled(laws[wider] if wider in laws else laws[_ANY], mine)
-    return Rates(laws, between, paused, dict(grid or {}))
+    return Rates(laws, between, paused, gone, dict(grid or {}))
+
+
+def _row(sample: Sample, grid: Mapping[str, int], pauses: tuple[float, float]) -> np.ndarray:
+    """Of a sample: columns as of one whose weights are displaced, seconds, weight of its error."""
+    found = _work(sample.spec, sample.family, sample.at, grid)
+    parts = _parts(sample.spec, found, _ways(sample.spec, sample.at))
+    columns = columns_of(code=share_of(sample.period_s / sample.alike, pauses), share=1.0, **parts)
+    # How well a time is known matters only where it is known worse than a law of a few numbers can say it.
+    return np.array([*columns, sample.seconds, 1.0 / np.hypot(_LAW_SD, sample.half_width / 1.96)])
+
+
+def _waiting(rows: np.ndarray, period: np.ndarray, displaced: tuple[float, float]) -> np.ndarray:
+    """With the share of the weights that are displaced in the period of each sample."""
+    found = rows.copy()
+    found[:, _WEIGHTS] *= share_of(period, displaced)
+    return found
+
+
+def _displaced(
+    rows: np.ndarray, period: np.ndarray, ways: Sequence[str], periods: tuple[float, float]
+) -> tuple[float, float]:
+    """Between which of `periods` weights are displaced: where laws of kernels with many of them fit best."""
+    heavy = rows[:, _WEIGHTS] >= _HEAVY_BYTES
+    kinds = [heavy & (np.array(ways) == way) for way in sorted(set(ways))]
+    kinds = [mine for mine in kinds if mine.sum() >= _FEW * _WEIGHTS]
+    if not kinds or not 0 < periods[0] < periods[1]:
+        return periods
+    knots = [*map(float, np.geomspace(*periods, _KNOTS))]
+    pairs = [(low, high) for low, high in itertools.combinations(knots, 2)]
+
+    def error(pair: tuple[float, float]) -> float:
+        fits = [
+            (fit_logarithm(part[:, :-2], part[:, -2], part[:, -1])[1], len(part)) for part in parts_at(pair)
+        ]
+        return sum(count * sd * sd for sd, count in fits)
+
+    def parts_at(pair: tuple[float, float]) -> list[np.ndarray]:
+        return [_waiting(rows[mine], period[mine], pair) for mine in kinds]
+
+    return min(pairs, key=error)
 
 
 def names_of_laws(sample: Sample) -> tuple[str, ...]:

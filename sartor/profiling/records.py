@@ -181,6 +181,9 @@ def _overhead(networks: Sequence[Mapping[str, Any]], call: float) -> float:
 
 _FEWEST_NETWORKS = 4
 _MOST_SCALED, _MOST_APART = 1.3, 3.0
+_OTHER_STATE = 1 / 1.2
+"""A model that takes less than this of the sum of its kernels: they were timed in another state of the machine, which
+does not slow all of them down alike (seen: a product with 100 MB of weights, twice as long)."""
 _SCATTER = 0.03  # of a latency against the sum of its kernels
 _ALIKE, _MOST_LOOKS = 1.04, 4
 """How near two looks are that agree; looks at a network that are enough, if they do not."""
@@ -213,6 +216,8 @@ def _sample(
     overhead = min(max(overhead, typical / _MOST_APART), typical * _MOST_APART)
     latency = model.get("best", model["ratio"])
     factor = (latency - call) / max(model["sum"] - overhead * model["rows"], 1e-9)
+    if factor < _OTHER_STATE:
+        return None
     own = max(result["ratio"] - result["rows"] * overhead, _LEAST_OWN * result["ratio"])
     own_s = own * scale * min(max(factor, 1 / _MOST_SCALED), _MOST_SCALED)
     # The interval of four visits is itself known within a factor of three.
