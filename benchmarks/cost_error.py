@@ -165,7 +165,13 @@ def truth(name: str, options: argparse.Namespace, references: Sequence[Any]) -> 
     models = [networks.network(reference.name) for reference in references]
     models += [at_batch_1(p) for p in programs]
     effort = Effort(
-        half_width=options.half_width, fewest=4, most=6, visit_s=0.03, settle_s=0.03, quantile=0.5
+        half_width=options.half_width,
+        fewest=4,
+        most=6,
+        visit_s=0.03,
+        settle_s=0.03,
+        quantile=0.5,
+        warm_s=0.15,
     )
     logs: list[list[float]] = [[] for _ in programs]
     begun, count = time.monotonic(), 0
@@ -313,7 +319,7 @@ def main() -> int:
         "cpu": profile.device["cpu"],
         "references": {n.name: hashlib.sha256(networks.network(n.name)).hexdigest() for n in references},
         "prunings": options.prunings,
-        "protocol": 6,
+        "protocol": 7,
     }
     ladder, baselines = Ladder(profile), Baselines(profile)
     rows: list[dict[str, Any]] = []

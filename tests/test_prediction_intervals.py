@@ -134,12 +134,13 @@ def test_held_out_samples_and_networks_change_nothing_but_the_errors():
 
 # ---- quantiles -----------------------------------------------------------------------------------
 def test_conformal_quantiles():
-    assert conformal(np.arange(1.0, 100.0)) == 90.0  # of 99 scores, the 90th
+    assert conformal(np.arange(1.0, 100.0)) == pytest.approx(90.0)  # of 99 scores, the 90th
+    assert conformal(np.arange(1.0, 28.0)) == pytest.approx(25.2)  # the 26th would cover 93 %
     assert conformal([-5.0, 1.0, 2.0]) == 5.0 and conformal([0.1, 0.2]) == NORMAL  # too few to promise less
     assert conformal([]) == NORMAL
     rng = np.random.default_rng(0)
     misses = [abs(rng.standard_t(3)) > conformal(rng.standard_t(3, 30)) for _ in range(4000)]
-    assert 0.07 < np.mean(misses) < 0.12  # whatever the distribution
+    assert 0.08 < np.mean(misses) < 0.12  # whatever the distribution
 
 
 def test_excess_over_what_was_expected():

@@ -470,6 +470,8 @@ def test_kernels_that_were_timed_while_the_machine_was_slower_than_for_their_mod
         model = {"ratio": 10.0, "half_width": 0.05, "sum": total, "rows": 5}
         return _sample(result, "fit", 1e-3, model, (0.0, 0.0, 0.05))
 
-    assert sampled(10.0).seconds == pytest.approx(1e-3) and sampled(11.5).seconds == pytest.approx(1e-3 / 1.15)
+    assert sampled(10.0).seconds == pytest.approx(1e-3) and sampled(11.5).seconds == pytest.approx(
+        1e-3 / 1.15
+    )
     assert sampled(16.0) is None  # they cannot take more than the whole
     assert sampled(8.0).seconds == pytest.approx(1.25e-3)

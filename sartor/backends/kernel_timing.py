@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import gc
 import resource
+import statistics
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -21,6 +22,9 @@ from sartor.backends.visits import visit_all
 
 _REFERENCE_RUNS = 3
 _FEWEST_RUNS, _MOST_RUNS = 2, 300
+_WARM_RUNS, _WARMEST_S = 3, 0.5
+"""A model that was just loaded is slower by a tenth to a half (seen: for 0.05 to 0.5 s of runs)."""
+_BLOCK_S, _STILL = 0.04, 0.98  # it is not warm yet if a block of runs takes less than this of the one before
 
 Run = Callable[[], object]
 
@@ -35,9 +39,12 @@ class _Subject:
         self.run: Run = session.prepare(inputs)
         self._kept = (session, inputs)  # what `prepare` gave may not keep them alive
 
-    def warm_up(self, visit_s: float) -> None:
+    def warm_up(self, visit_s: float, warm_s: float, alone: bool) -> None:
         """Run until the first runs' allocations are over, and choose how many runs a visit has."""
-        seconds = min(_seconds(self.run) for _ in range(2))
+        if warm_s:
+            seconds = warmed(self.run, alone, warm_s)
+        else:
+            seconds = min(_seconds(self.run) for _ in range(2))
         wanted = round(visit_s / max(seconds, 1e-7))
         self.runs = max(_FEWEST_RUNS if seconds < 0.5 else 1, min(_MOST_RUNS, wanted))
 
@@ -71,7 +78,7 @@ def time_kernels(request: Mapping[str, Any], send: Send) -> dict[str, Any]:
         send({"event": "starting", "index": index})  # if it crashes here, this one is to blame
         try:
             subject = _Subject(backend, Path(path).read_bytes(), options, request["seed"])
-            subject.warm_up(request["visit_s"])
+            subject.warm_up(request["visit_s"], request["warm_s"], request["threads"] == 1)
         except Exception as error:
             send({"event": "failed", "index": index, "reason": f"{type(error).__name__}: {error}"})
             continue
@@ -118,6 +125,20 @@ def undisturbed(run: Run, alone: bool) -> tuple[float, bool]:
     if resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw == switches:
         return seconds, False
     return (min(seconds, computed * 1e-9), False) if alone else (seconds, True)
+
+
+def warmed(run: Run, alone: bool, least_s: float) -> float:
+    """Seconds of a run of a model, after so many that it becomes no faster."""
+    begun, before = time.monotonic(), 0.0
+    while True:
+        block = time.monotonic()
+        taken: list[float] = []
+        while len(taken) < _WARM_RUNS or time.monotonic() < block + _BLOCK_S:
+            taken.append(undisturbed(run, alone)[0])
+        seconds, spent = statistics.median(taken), time.monotonic() - begun
+        if spent >= _WARMEST_S or (spent >= least_s and seconds >= _STILL * before):
+            return seconds
+        before = seconds
 
 
 def _seconds(run: Run) -> float:

@@ -20,7 +20,7 @@ from typing import Any
 from sartor import backends
 from sartor.backends import host
 from sartor.backends.inputs import random_inputs
-from sartor.backends.kernel_timing import reference_s, undisturbed
+from sartor.backends.kernel_timing import reference_s, undisturbed, warmed
 from sartor.backends.protocol import Backend, TargetOptions
 from sartor.backends.quiet import Quiet
 from sartor.backends.serving import Send
@@ -30,9 +30,7 @@ _LONG_S = 0.02
 """Of a model that takes so long, a visit is one run: quiet moments are short."""
 _MOST_TRIES = 4  # visits for every one that shall be quiet
 _FEWEST_PROFILED, _MOST_PROFILED = 8, 240
-_WARM_S, _WARMEST_S, _WARM_RUNS = 0.12, 0.5, 3
-"""Of runs before a new model is timed: at first it is slower by a tenth to a half (seen: for 0.05 to 0.5 s)."""
-_BLOCK_S, _STILL = 0.04, 0.98  # it is not warm yet if a block of runs takes less than this of the one before
+_WARM_S = 0.12
 _SETTLE_S = 0.02  # of runs before a visit: the reference's data are in the caches
 
 Run = Callable[[], object]
@@ -86,7 +84,7 @@ def _timed(
         session.run(inputs)  # checks names, types and shapes before anything is timed
         once = session.prepare(inputs)
         alone = request["threads"] == 1
-        seconds = _warmed(once, alone)
+        seconds = warmed(once, alone, _WARM_S)
         half = max(1, request["visits"] // 2)
         visits = _visits(once, seconds, quiet, half, request["visit_s"], alone)
         runs = min(_MOST_PROFILED, max(_FEWEST_PROFILED, round(request["profile_s"] / seconds)))
@@ -101,20 +99,6 @@ def _timed(
         "before_s": before,
         "after_s": after,
     }
-
-
-def _warmed(once: Run, alone: bool) -> float:
-    """Seconds of a run, after so many that a model becomes no faster."""
-    begun, before = time.monotonic(), 0.0
-    while True:
-        block = time.monotonic()
-        taken: list[float] = []
-        while len(taken) < _WARM_RUNS or time.monotonic() < block + _BLOCK_S:
-            taken.append(undisturbed(once, alone)[0])
-        seconds, spent = statistics.median(taken), time.monotonic() - begun
-        if spent >= _WARMEST_S or (spent >= _WARM_S and seconds >= _STILL * before):
-            return seconds
-        before = seconds
 
 
 def _visits(

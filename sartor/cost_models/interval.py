@@ -78,10 +78,11 @@ def _around(seconds: Any, half: Any) -> tuple[Any, Any]:
 
 
 def conformal(scores: Sequence[float], confidence: float = CONFIDENCE) -> float:
-    """The smallest quantile that covers the next score with at least `confidence`.
+    """The quantile that covers the next score with `confidence`; between two scores, interpolated.
 
-    With too few scores for that (`n < confidence / (1 - confidence)`), the largest, or the normal quantile if
-    that is larger: nothing less can be promised.
+    (The next larger score would cover more: of 27 scores 93 % where 90 are asked for.) With too few scores for that
+    (`n < confidence / (1 - confidence)`), the largest, or the normal quantile if that is larger: nothing less can be
+    promised.
 
     Args:
         scores: absolute errors in standard deviations, of what was not fitted.
@@ -90,10 +91,10 @@ def conformal(scores: Sequence[float], confidence: float = CONFIDENCE) -> float:
     ordered = np.sort(np.abs(np.asarray(scores, float)))
     if not len(ordered):
         return NORMAL
-    rank = math.ceil((len(ordered) + 1) * confidence)
-    if rank > len(ordered):
+    place = (len(ordered) + 1) * confidence - 1
+    if place > len(ordered) - 1:
         return max(float(ordered[-1]), NORMAL)
-    return float(ordered[rank - 1])
+    return float(np.interp(place, np.arange(len(ordered)), ordered))
 
 
 def excess_sd(errors: Sequence[float], expected: Sequence[float]) -> float:

@@ -34,6 +34,7 @@ class Effort:
         visit_s: length of a visit, seconds.
         settle_s: of runs before it that do not count, at least one: another model's data are in the caches.
         quantile: of the runs of one visit.
+        warm_s: of runs of a model before its first visit, at least; more, until it becomes no faster. 0: two runs.
         limit_s: no round of visits starts after it.
     """
 
@@ -43,6 +44,7 @@ class Effort:
     visit_s: float = 0.004
     settle_s: float = 0.0
     quantile: float = QUANTILE
+    warm_s: float = 0.0
     limit_s: float = 60.0
 
 
