@@ -82,7 +82,7 @@ class Machine:
         self.unprofiled += not effort.profile_s
         found = []
         for model in models:
-            self.clock.now += 0.3 if len(models) > 1 else 0.6
+            self.clock.now += (0.3 if len(models) > 1 else 0.6) * (1.0 if effort.profile_s else 0.5)
             found.append(self._slowed(self._inside(model)))
         return found if effort.profile_s else [dataclasses.replace(one, kernels=()) for one in found]
 

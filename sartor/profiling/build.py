@@ -18,6 +18,7 @@ import numpy as np
 
 from sartor.backends import host
 from sartor.backends.protocol import Backend, TargetOptions
+from sartor.backends.visits import Summary
 from sartor.cost_models.fitting import alike_in
 from sartor.cost_models.profile import DeviceProfile, of_role
 from sartor.cost_models.samples import empty_model
@@ -36,7 +37,7 @@ from sartor.profiling.inside_samples import (
     of_carrier,
     whole,
 )
-from sartor.profiling.records import SENTENCE, Records
+from sartor.profiling.records import SENTENCE, Records, best_look
 
 _NETWORKS_AT_ONCE = len(networks.KINDS)
 _CARRIED = 32  # kernels of one carrier
@@ -198,6 +199,10 @@ def default_fit(profile: DeviceProfile) -> DeviceProfile:
     return fit_profile(profile, learned=importlib.util.find_spec("lightgbm") is not None)
 
 
+def _look(latency: Summary) -> dict[str, float]:
+    return {"ratio": latency.ratio, "half_width": min(latency.half_width, 1.0)}
+
+
 def _facts(backend: Backend, options: TargetOptions, pin: bool) -> dict[str, Any]:
     return {
         "name": backend.name,
@@ -303,8 +308,12 @@ class _Builder:
         self._progress.advance(len(results))
 
     def _carried(self, timer: Insider, points: Sequence[Point], results: list[dict[str, Any]]) -> None:
+        looks: list[Inside] = []
         try:
-            inside = timer([carrier_model(points)], InsideEffort())[0]
+            carrier = carrier_model(points)
+            inside = timer([carrier], InsideEffort())[0]
+            # Where a model happens to lie in memory is a tenth of its time, for all of its kernels.
+            looks = [inside, *timer([carrier], _LATENCY)] if inside.latency is not None else []
         except UnmadeError as error:
             inside = Inside(None, reason=str(error))
         if inside.latency is None and len(points) > 1:
@@ -316,9 +325,9 @@ class _Builder:
         rows_of_model, total = whole(inside.kernels)
         model = {
             "ratio": inside.latency.ratio if inside.latency is not None else math.nan,
-            "half_width": min(inside.latency.half_width, 1.0) if inside.latency is not None else 1.0,
             "sum": total,
             "rows": rows_of_model,
+            **best_look([_look(look.latency) for look in looks if look.latency is not None]),
         }
         found = of_carrier(points, inside.kernels) if inside.latency is not None else [None] * len(points)
         alike = alike_among(points)
@@ -360,7 +369,7 @@ class _Builder:
     def _latencies(self, stage: str, names: Sequence[str], timer: Insider, effort: InsideEffort) -> None:
         found = timer([networks.network(name) for name in names], effort)
         results = [
-            {"name": name, "ratio": inside.latency.ratio, "half_width": min(inside.latency.half_width, 1.0)}
+            {"name": name, **_look(inside.latency)}
             for name, inside in zip(names, found, strict=True)
             if inside.latency is not None
         ]
@@ -373,8 +382,7 @@ class _Builder:
         alike = alike_in((signature.spec, sizes, count) for signature, sizes, count in described.kernels)
         return {
             "name": name,
-            "ratio": inside.latency.ratio,
-            "half_width": min(inside.latency.half_width, 1.0),
+            **_look(inside.latency),
             "kernels": [
                 [signature.spec, list(sizes), count] for signature, sizes, count in described.kernels
             ],

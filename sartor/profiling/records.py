@@ -22,8 +22,8 @@ SENTENCE = (
     "over at least eight inferences, or the fastest of them, "
     "over the mean of a reference convolution in the same runtime before and after, in moments in which that is "
     "near the fastest that is no luck; the profiler's own part of a kernel, known from what whole networks take "
-    "without it, is subtracted. Networks: lower quartiles of visits in such moments, each the median of its runs, "
-    "and of looks minutes apart, more of them where they contradict each other"
+    "without it, is subtracted. Models: when they are warm, lower quartiles of visits in such moments, each the median "
+    "of its runs, and of two looks; those at networks are minutes apart, and more where they contradict each other"
 )
 
 
@@ -113,7 +113,7 @@ class Records:
         drawn, whole = [*self._results("design", "refine")], [*self._results("networks")]
         timed = [r for r in whole if "ratio" in r]
         looks = self._looks()
-        timed = [{**n, **_best(looks[n["name"]])} for n in timed]
+        timed = [{**n, **best_look(looks[n["name"]])} for n in timed]
         known = self.find("call")
         call = float(known["ratio"] or 0.0) if known else 0.0
         overhead = _overhead(timed, call)
@@ -202,7 +202,7 @@ def _sample(
         result: of the kernel.
         role: None: it is no sample.
         scale: seconds of the reference.
-        model: `ratio`, `half_width`, `sum` and `rows` of the model that it ran in; `best`, if it was looked at again.
+        model: `ratio`, `sum` and `rows` of the model that it ran in; `best` of the looks at it, and its `half_width`.
         beside: the profiler's part of a kernel in models at large, an empty call, and how well models are known.
     """
     if role is None:
@@ -214,7 +214,7 @@ def _sample(
     share = (model["rows"] * typical / model["ratio"]) ** 2
     overhead = (share * own_part + _SCATTER**2 * typical) / (share + _SCATTER**2)
     overhead = min(max(overhead, typical / _MOST_APART), typical * _MOST_APART)
-    latency = model.get("best", model["ratio"])
+    latency = model["best"]
     factor = (latency - call) / max(model["sum"] - overhead * model["rows"], 1e-9)
     if factor < _OTHER_STATE:
         return None
@@ -234,11 +234,13 @@ def _sample(
     )
 
 
-def _best(looks: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """The lower quartile of the looks at a network, of up to four the fastest; and its half width.
+def best_look(looks: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """The lower quartile of the looks at a model, of up to four the fastest; and its half width.
 
     What disturbs a time makes it longer, and two that were disturbed may agree: only for many looks is luck likelier.
     """
+    if not looks:
+        return {"best": math.nan, "half_width": 1.0}
     ordered = sorted(looks, key=lambda look: float(look["ratio"]))
     best = ordered[(len(ordered) - 1) // 4]
     ratios = [float(look["ratio"]) for look in ordered[ordered.index(best) :]]
