@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from cost_profiles import PERIODS, conv_spec, depthwise_spec, gemm_spec, make_profile, with_samples
 
-from sartor.cost_models import rates
+from sartor.cost_models import displacement, rates
 from sartor.cost_models.features import family_of, features, names_of
 from sartor.cost_models.fitting import fit_profile, networks_terms
 from sartor.cost_models.items import settled_shares, shares_at
@@ -33,8 +33,8 @@ PAUSES = (PERIODS[0] / 8, PERIODS[1])
 def seconds_of(spec, at, period_s, alike=1, displaced=PERIODS):
     found = work_of_spec(spec, at)
     weights, moved = float(found.weight_bytes), float(found.moved)
-    waiting = FIXED * float(rates.share_of(period_s / alike, PAUSES))
-    waiting += PER_WEIGHT * weights * float(rates.share_of(period_s, displaced))
+    waiting = FIXED * float(displacement.share_of(period_s / alike, PAUSES))
+    waiting += PER_WEIGHT * weights * float(displacement.share_of(period_s, displaced))
     return LAUNCH + PER_MAC * float(found.macs) + PER_BYTE * moved + waiting
 
 
@@ -65,12 +65,12 @@ def test_what_waiting_costs_is_recovered_beside_everything_else_that_a_kernel_ta
 
 
 def test_the_ends_of_the_periods_are_those_of_the_models_that_were_timed():
-    low, high = rates.periods_of(drawn(400))
+    low, high = displacement.periods_of(drawn(400))
     assert PERIODS[0] < low < 1.5 * PERIODS[0] and PERIODS[1] / 1.5 < high < PERIODS[1]
-    first, last = rates.pauses_of(drawn(400))
+    first, last = displacement.pauses_of(drawn(400))
     assert PAUSES[0] < first < low / 1.5 and first < last < high
     alone = [dataclasses.replace(s, period_s=0.0) for s in drawn(20)]
-    assert rates.periods_of(alone) == rates.pauses_of(alone) == (0.0, 0.0)
+    assert displacement.periods_of(alone) == displacement.pauses_of(alone) == (0.0, 0.0)
 
 
 def test_between_which_periods_weights_are_displaced_is_found():
@@ -94,9 +94,9 @@ def test_between_which_periods_weights_are_displaced_is_found():
 
 
 def test_the_share_that_is_displaced_is_nothing_at_one_end_and_all_at_the_other():
-    found = rates.share_of(np.array([0.0, 1e-4, 1e-3, 1e-2, 1.0]), (1e-4, 1e-2))
+    found = displacement.share_of(np.array([0.0, 1e-4, 1e-3, 1e-2, 1.0]), (1e-4, 1e-2))
     np.testing.assert_allclose(found, [0.0, 0.0, 0.5, 1.0, 1.0])
-    np.testing.assert_array_equal(rates.share_of(np.array([1e-3, 1.0]), (0.0, 0.0)), [0.0, 0.0])
+    np.testing.assert_array_equal(displacement.share_of(np.array([1e-3, 1.0]), (0.0, 0.0)), [0.0, 0.0])
 
 
 def test_kernels_that_ran_alone_know_no_waiting():
@@ -261,7 +261,7 @@ def test_channels_that_are_begun_one_by_one_are_told_from_weights_that_are_waite
         seconds = (
             seconds_of(spec, at, 0.0)
             + per_channel * at[0]
-            + FIXED * float(rates.share_of(period / alike, PAUSES))
+            + FIXED * float(displacement.share_of(period / alike, PAUSES))
         )
         samples.append(Sample(spec, at, family_of(spec), seconds, period_s=period, alike=alike))
     law = rates.fitted(samples, periods=PERIODS, pauses=PAUSES).laws["depthwise/Conv/unblocked window"]

@@ -27,12 +27,12 @@ wrong between the two regimes is a smooth function of the intensity.
 from __future__ import annotations
 
 import dataclasses
-import itertools
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from sartor.cost_models.displacement import displaced_between, pauses_of, periods_of, share_of, waiting
 from sartor.cost_models.features import COSTLY, is_movement, pieces_of, ways_of
 from sartor.cost_models.least_squares import fit_logarithm
 from sartor.cost_models.profile import Sample
@@ -44,14 +44,12 @@ _ANY = "*"
 _PRODUCT = "product"  # with a stored matrix: to most runtimes a Gemm is a MatMul
 _FEW = 8  # samples below which there is no law of its own, but a factor
 _BETWEEN = ("periods", "pauses", "displaced")
-_HEAVY_BYTES, _KNOTS = 1 << 19, 5  # of weights that say when they are displaced; ends that are tried
 _LEAST_SD = 0.1
 _LAW_SD = 0.2
 _STEPPED = frozenset(
     {"channels", "c_in", "c_out", "in_per_group", "out_per_group", "k", "n", "input", "hidden"}
 )
 """Variables that are widths of a tensor; groups, rows and bytes have no grid."""
-_WEIGHTS = 7  # column of `columns_of`
 _ROUNDED = frozenset({"channels", "c_out", "n"})
 """Output widths that are computed in whole registers. How a runtime pads the groups of a convolution, if it does,
 is left to what was learned."""
@@ -206,15 +204,6 @@ def stepped(spec: Mapping[str, Any]) -> list[int]:
     return [i for i, name in enumerate(variable_names(spec)) if name in _STEPPED]
 
 
-def share_of(period_s: Any, periods: tuple[float, float]) -> np.ndarray:
-    """Share of what a kernel needs that others have displaced since it last ran, in 0..1."""
-    low, high = periods
-    if not 0 < low < high:
-        return np.zeros(np.shape(period_s))
-    reached = np.log(np.maximum(np.asarray(period_s, float), low) / low) / np.log(high / low)
-    return np.minimum(reached, 1.0)
-
-
 def columns_of(
     *,
     macs: Any = 0.0,
@@ -236,7 +225,7 @@ def columns_of(
         windows: bytes of windows that are laid out as rows.
         weight_bytes: of weights that may have to be waited for.
         code: share of the kernel's code that others have displaced.
-        share: of its weights.
+        share: of its weights. Their column is the last one.
     """
     several = np.where(np.asarray(groups) > 1, groups, 0.0)  # one group is the kernel itself
     parts = (1.0, macs, moved, costly, several, windows, code, share * weight_bytes)
@@ -253,24 +242,6 @@ def _parts(spec: Mapping[str, Any], found: Work, ways: np.ndarray) -> dict[str, 
         "windows": _windows(spec, found, ways),
         "weight_bytes": _weights(spec, found),
     }
-
-
-def periods_of(samples: Sequence[Sample]) -> tuple[float, float]:
-    """The shortest and the longest period, a twentieth of the models that samples ran in left out at either end."""
-    return _range({s.period_s for s in samples})
-
-
-def pauses_of(samples: Sequence[Sample]) -> tuple[float, float]:
-    """Likewise, of the pauses."""
-    return _range({s.period_s / s.alike for s in samples})
-
-
-def _range(seen: Collection[float]) -> tuple[float, float]:
-    positive = sorted(seconds for seconds in seen if seconds > 0)
-    if not positive:
-        return 0.0, 0.0
-    low, high = np.quantile(positive, [0.05, 0.95])
-    return float(low), float(high)
 
 
 def fitted(
@@ -305,9 +276,11 @@ def fitted(
     gone = displaced
     if gone is None:
         gone = (
-            between if periods is not None else _displaced(table, period, [own[0] for own in names], between)
+            between
+            if periods is not None
+            else displaced_between(table, period, [own[0] for own in names], between)
         )
-    table = _waiting(table, period, gone)
+    table = waiting(table, period, gone)
     places: dict[str, list[int]] = {}
     for place, own in enumerate(names):
         for name in own:
@@ -333,37 +306,6 @@ def _row(sample: Sample, grid: Mapping[str, int], pauses: tuple[float, float]) -
     columns = columns_of(code=share_of(sample.period_s / sample.alike, pauses), share=1.0, **parts)
     # How well a time is known matters only where it is known worse than a law of a few numbers can say it.
     return np.array([*columns, sample.seconds, 1.0 / np.hypot(_LAW_SD, sample.half_width / 1.96)])
-
-
-def _waiting(rows: np.ndarray, period: np.ndarray, displaced: tuple[float, float]) -> np.ndarray:
-    """With the share of the weights that are displaced in the period of each sample."""
-    found = rows.copy()
-    found[:, _WEIGHTS] *= share_of(period, displaced)
-    return found
-
-
-def _displaced(
-    rows: np.ndarray, period: np.ndarray, ways: Sequence[str], periods: tuple[float, float]
-) -> tuple[float, float]:
-    """Between which of `periods` weights are displaced: where laws of kernels with many of them fit best."""
-    heavy = rows[:, _WEIGHTS] >= _HEAVY_BYTES
-    kinds = [heavy & (np.array(ways) == way) for way in sorted(set(ways))]
-    kinds = [mine for mine in kinds if mine.sum() >= _FEW * _WEIGHTS]
-    if not kinds or not 0 < periods[0] < periods[1]:
-        return periods
-    knots = [*map(float, np.geomspace(*periods, _KNOTS))]
-    pairs = [(low, high) for low, high in itertools.combinations(knots, 2)]
-
-    def error(pair: tuple[float, float]) -> float:
-        fits = [
-            (fit_logarithm(part[:, :-2], part[:, -2], part[:, -1])[1], len(part)) for part in parts_at(pair)
-        ]
-        return sum(count * sd * sd for sd, count in fits)
-
-    def parts_at(pair: tuple[float, float]) -> list[np.ndarray]:
-        return [_waiting(rows[mine], period[mine], pair) for mine in kinds]
-
-    return min(pairs, key=error)
 
 
 def names_of_laws(sample: Sample) -> tuple[str, ...]:

@@ -18,7 +18,6 @@ import numpy as np
 
 from sartor.backends import host
 from sartor.backends.protocol import Backend, TargetOptions
-from sartor.backends.visits import Summary
 from sartor.cost_models.fitting import alike_in
 from sartor.cost_models.profile import DeviceProfile, of_role
 from sartor.cost_models.samples import empty_model
@@ -37,7 +36,7 @@ from sartor.profiling.inside_samples import (
     of_carrier,
     whole,
 )
-from sartor.profiling.records import SENTENCE, Records, best_look
+from sartor.profiling.records import SENTENCE, Records, best_look, look_of
 
 _NETWORKS_AT_ONCE = len(networks.KINDS)
 _CARRIED = 32  # kernels of one carrier
@@ -199,10 +198,6 @@ def default_fit(profile: DeviceProfile) -> DeviceProfile:
     return fit_profile(profile, learned=importlib.util.find_spec("lightgbm") is not None)
 
 
-def _look(latency: Summary) -> dict[str, float]:
-    return {"ratio": latency.ratio, "half_width": min(latency.half_width, 1.0)}
-
-
 def _facts(backend: Backend, options: TargetOptions, pin: bool) -> dict[str, Any]:
     return {
         "name": backend.name,
@@ -327,7 +322,7 @@ class _Builder:
             "ratio": inside.latency.ratio if inside.latency is not None else math.nan,
             "sum": total,
             "rows": rows_of_model,
-            **best_look([_look(look.latency) for look in looks if look.latency is not None]),
+            **best_look([look_of(look.latency) for look in looks if look.latency is not None]),
         }
         found = of_carrier(points, inside.kernels) if inside.latency is not None else [None] * len(points)
         alike = alike_among(points)
@@ -369,7 +364,7 @@ class _Builder:
     def _latencies(self, stage: str, names: Sequence[str], timer: Insider, effort: InsideEffort) -> None:
         found = timer([networks.network(name) for name in names], effort)
         results = [
-            {"name": name, **_look(inside.latency)}
+            {"name": name, **look_of(inside.latency)}
             for name, inside in zip(names, found, strict=True)
             if inside.latency is not None
         ]
@@ -382,7 +377,7 @@ class _Builder:
         alike = alike_in((signature.spec, sizes, count) for signature, sizes, count in described.kernels)
         return {
             "name": name,
-            **_look(inside.latency),
+            **look_of(inside.latency),
             "kernels": [
                 [signature.spec, list(sizes), count] for signature, sizes, count in described.kernels
             ],

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from sartor.backends.quiet import level
+from sartor.backends.visits import Summary
 from sartor.cost_models.profile import DeviceProfile, NetworkTime, Sample
 from sartor.journal import Journal
 from sartor.profiling.design import Point
@@ -232,6 +233,11 @@ def _sample(
         period_s=latency * scale,
         alike=result["alike"],
     )
+
+
+def look_of(latency: Summary) -> dict[str, float]:
+    """What is written down of one look at a model."""
+    return {"ratio": latency.ratio, "half_width": min(latency.half_width, 1.0)}
 
 
 def best_look(looks: Sequence[Mapping[str, Any]]) -> dict[str, float]:
