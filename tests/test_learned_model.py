@@ -369,6 +369,20 @@ def test_windows_that_are_laid_out_cost_as_much_for_two_outputs_as_for_many():
     assert 1 / law.per_mac_s == pytest.approx(30e9, rel=1e-3)
 
 
+@pytest.mark.parametrize("of_networks", [200, 60])
+def test_kernels_of_carriers_that_take_longer_do_not_slow_networks_down(of_networks):
+    """Seen: a pooling behind what is not in blocks takes three times as long, in every carrier and in no network."""
+    networks = drawn(of_networks)
+    carriers = [dataclasses.replace(s, seconds=3 * s.seconds, carried=True) for s in drawn(200, seed=1)]
+    known, asked = [*networks, *carriers], drawn(100, seed=2)
+    laws = fitted(known)
+    model = learned.fit(known, laws).model
+    true = np.array([true_s(s.spec, s.at) for s in asked])
+    for off in (predict_samples((laws,), asked)[0] / true, predict_samples((model, laws), asked)[0] / true):
+        assert abs(np.log(np.median(off))) < 0.2
+    assert np.median(predict_samples((model, laws), carriers)[0] / [s.seconds for s in carriers]) > 0.9
+
+
 def test_output_widths_are_rounded_up_to_the_grid():
     laws = fitted(drawn(100), {"Conv": 16})
     at = [np.full(3, 64.0), np.array([33.0, 35.0, 37.0])]

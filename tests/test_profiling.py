@@ -453,7 +453,7 @@ def test_how_well_a_model_is_known_is_itself_known_roughly():
 
     def half_width(of_model, of_all):
         model = {"ratio": 1.0, "best": 1.0, "half_width": of_model, "sum": 1.0, "rows": 1}
-        found = _sample(result, "fit", 1e-3, model, (0.0, 0.0, of_all))
+        found = _sample(result, "fit", 1e-3, model, (0.0, 0.0, of_all), carried=False)
         return found.half_width
 
     lucky, typical, apart = (half_width(own, 0.05) for own in (0.002, 0.05, 1.0))
@@ -468,7 +468,7 @@ def test_kernels_that_were_timed_while_the_machine_was_slower_than_for_their_mod
 
     def sampled(total):
         model = {"ratio": 10.0, "best": 10.0, "half_width": 0.05, "sum": total, "rows": 5}
-        return _sample(result, "fit", 1e-3, model, (0.0, 0.0, 0.05))
+        return _sample(result, "fit", 1e-3, model, (0.0, 0.0, 0.05), carried=False)
 
     assert sampled(10.0).seconds == pytest.approx(1e-3) and sampled(11.5).seconds == pytest.approx(
         1e-3 / 1.15

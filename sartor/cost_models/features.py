@@ -9,6 +9,9 @@ does not see; `working_set` and `weight_bytes` therefore stand for both. What ot
 caches since a kernel last ran is seen in how long ago that was, the period, and of its code in how long ago a kernel of
 the same operator ran, the pause. Kernels without weights see the pause only: what they read has just been made, and in
 long networks maps are large, which trees would take for the same.
+
+In a carrier a kernel does not find what it finds in a network: maps come in the layout that a carrier makes them in,
+and no two kernels share their code. Trees see which of the two a sample comes from, and predict networks.
 """
 
 from __future__ import annotations
@@ -33,13 +36,13 @@ CONTRACTION = (
     *("align_in", "align_out", "align_columns", "waste_in_8", "waste_out_8", "waste_in_16", "waste_out_16"),
     *("width", "stride", "dilation", "padding", "residuals", "activations", "gated", "transposed", "stored"),
     *("height", "out_width", "window_width", "blocks", "blocks_left", "columns_left", "way"),
-    *("log_windows", "log_period", "log_pause"),
+    *("log_windows", "log_period", "log_pause", "carried"),
 )
 MOVEMENT = (
     *("log_bytes", "log_read", "log_written", "log_taps", "stride", "operands", "stored", "outputs"),
     *("rank", "log_count_of_rows", "last", "smallest", "item_bytes", "align", "epilogue"),
     *("log_second", "align_second", "whole_blocks", "log_rest", "align_rest", "log_run"),
-    *("axes_moved", "log_pieces", "log_pause"),
+    *("axes_moved", "log_pieces", "log_pause", "carried"),
 )
 _ELEMENTWISE = frozenset({"Add", "Sub", "Mul", "Div", "Pow", "Sqrt", "Erf", "Exp", "Where", "PRelu"})
 _CHEAP = {"Relu", "Clip", "LeakyRelu", "HardSigmoid", "HardSwish", "ThresholdedRelu"}
@@ -60,7 +63,11 @@ def is_movement(spec: Mapping[str, Any]) -> bool:
 
 
 def features(
-    spec: Mapping[str, Any], sizes: Sequence[Any], period_s: Any = 0.0, alike: Any = 1
+    spec: Mapping[str, Any],
+    sizes: Sequence[Any],
+    period_s: Any = 0.0,
+    alike: Any = 1,
+    carried: Any = False,
 ) -> np.ndarray:
     """Features of one kernel at many sizes.
 
@@ -69,6 +76,7 @@ def features(
         sizes: one array per variable of the signature, all of one shape.
         period_s: as `Sample.period_s`, a number or an array of that shape.
         alike: as `Sample.alike`, likewise.
+        carried: as `Sample.carried`, likewise.
 
     Returns:
         `[rows, len(names_of(spec))]`, rows being the flattened sizes.
@@ -83,8 +91,9 @@ def features(
         _movement(spec, found) if is_movement(spec) else [*_contraction(spec, found), _log(1e6 * period)]
     )
     columns.append(_log(1e6 * period / np.ravel(alike)))
+    columns.append(np.ravel(carried))
     # A kernel may have no variable at all, and still many periods.
-    rows = max(len(a) for a in (*arrays, period, np.ravel(alike)))
+    rows = max(len(a) for a in (*arrays, period, np.ravel(alike), np.ravel(carried)))
     return np.column_stack([np.broadcast_to(np.asarray(c, float), rows) for c in columns])
 
 

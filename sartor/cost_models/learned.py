@@ -28,7 +28,7 @@ from sartor.cost_models.trees import Trees, from_lightgbm, mean_and_spread
 from sartor.errors import UsageError
 from sartor.ir.quantities import Quantity
 
-KIND = "boosted-residual/2"
+KIND = "boosted-residual/3"
 FEWEST = 40
 """Samples of a family below which trees would only learn their noise."""
 _FOLDS = 4
@@ -39,7 +39,7 @@ _PARAMETERS = {
     "alpha": 0.2,  # of the logarithm: what lies farther off is a disturbed timing, or a regime of few samples
     "learning_rate": 0.08,
     "num_leaves": 24,
-    "min_data_in_leaf": 5,
+    "min_data_in_leaf": 10,
     "lambda_l2": 1.0,
     "feature_fraction": 0.8,
     "bagging_fraction": 0.8,
@@ -70,10 +70,15 @@ class Family:
     heldout: Mapping[str, float]
 
     def rows(
-        self, spec: Mapping[str, Any], sizes: Sequence[Any], period_s: Any = 0.0, alike: Any = 1
+        self,
+        spec: Mapping[str, Any],
+        sizes: Sequence[Any],
+        period_s: Any = 0.0,
+        alike: Any = 1,
+        carried: Any = False,
     ) -> np.ndarray:
         """Features with the columns of the operators."""
-        return _with_ops(features(spec, sizes, period_s, alike), str(spec["op"]), self.ops)
+        return _with_ops(features(spec, sizes, period_s, alike, carried), str(spec["op"]), self.ops)
 
     def correction(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Mean and standard deviation of `log(measured / roofline)`, each `[rows]`."""
@@ -207,7 +212,9 @@ def _fit_family(
     ops = tuple(sorted({str(s.spec["op"]) for s in samples}))
     rows = np.vstack(
         [
-            _with_ops(features(s.spec, [[v] for v in s.at], s.period_s, s.alike), str(s.spec["op"]), ops)
+            _with_ops(
+                features(s.spec, [[v] for v in s.at], s.period_s, s.alike, s.carried), str(s.spec["op"]), ops
+            )
             for s in samples
         ]
     )

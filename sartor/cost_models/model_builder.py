@@ -81,6 +81,11 @@ class ModelBuilder:
         self._last = names
         return self.value
 
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """All outputs of the last node."""
+        return tuple(self._last)
+
     def scale(self, value: str) -> str:
         """Multiply by one number."""
         return self.node("Mul", [value, self.constant(f"scale{len(self._nodes)}", 0.5, self._dtype)], {})

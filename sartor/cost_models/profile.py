@@ -1,6 +1,6 @@
 """A device profile: what was timed on one machine, the models fitted to it, and how far off they are.
 
-The file is JSON of schema `sartor.device-profile/3`, written by `sartor profile` and read by everything that predicts.
+The file is JSON of schema `sartor.device-profile/4`, written by `sartor profile` and read by everything that predicts.
 It holds plain numbers only: samples, whole networks, and fitted coefficients.
 """
 
@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 from sartor.errors import UsageError
 from sartor.ir.files import write_atomic
 
-SCHEMA = "sartor.device-profile/3"
+SCHEMA = "sartor.device-profile/4"
 ROLES = ("fit", "heldout", "kernels")
 
 
@@ -36,6 +36,7 @@ class Sample:
             that it ran in. 0: it ran alone.
         alike: kernels of its family and operator in that model, itself included: each finds code that the one before
             has left in the caches.
+        carried: that model was a carrier, in which drawn kernels stand side by side; not a network.
     """
 
     spec: Mapping[str, Any]
@@ -46,6 +47,7 @@ class Sample:
     role: str = "fit"
     period_s: float = 0.0
     alike: int = 1
+    carried: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,6 +194,7 @@ def _sample(entry: Mapping[str, Any], specs: Sequence[dict[str, Any]]) -> Sample
     known["spec"] = _spec(entry["spec"], specs)
     known["period_s"] = _positive(entry["period_s"], zero=True)
     known["alike"] = max(int(entry["alike"]), 1)
+    known["carried"] = bool(entry["carried"])
     return _with_role(Sample(**known))
 
 

@@ -27,6 +27,7 @@ wrong between the two regimes is a smooth function of the intensity.
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -43,6 +44,7 @@ from sartor.errors import MetricUnavailableError
 _ANY = "*"
 _PRODUCT = "product"  # with a stored matrix: to most runtimes a Gemm is a MatMul
 _FEW = 8  # samples below which there is no law of its own, but a factor
+_ENOUGH = 30  # samples of networks, with which a law does without those of carriers
 _BETWEEN = ("periods", "pauses", "displaced")
 _LEAST_SD = 0.1
 _LAW_SD = 0.2
@@ -268,6 +270,7 @@ def fitted(
             "No kernel could be timed on the target, so there is nothing to fit a latency to; look at the reasons "
             "that the timer gives."
         )
+    samples = _in_networks(samples)
     between = periods_of(samples) if periods is None else periods
     paused = pauses_of(samples) if pauses is None else pauses
     table = np.array([_row(sample, grid or {}, paused) for sample in samples])
@@ -285,18 +288,30 @@ def fitted(
     for place, own in enumerate(names):
         for name in own:
             places.setdefault(name, []).append(place)
-    rows = {name: table[mine] for name, mine in places.items()}
+    carried = np.array([sample.carried for sample in samples])
     laws: dict[str, Rate] = {}
     for name in sorted(
-        rows, key=lambda name: (name != _ANY, name.count("/"))
+        places, key=lambda name: (name != _ANY, name.count("/"))
     ):  # from the general to the special
-        mine = rows[name]
+        mine, here = table[places[name]], carried[places[name]]
         wider = name.rpartition("/")[0]
         if len(mine) >= _FEW or name == _ANY:
             laws[name] = _fit(mine)
         else:
             laws[name] = _scaled(laws[wider] if wider in laws else laws[_ANY], mine)
+        if here.any() and not here.all():
+            laws[name] = _scaled(laws[name], mine[~here])
     return Rates(laws, between, paused, gone, dict(grid or {}))
+
+
+def _in_networks(samples: Sequence[Sample]) -> list[Sample]:
+    """Without those of carriers, where laws have enough samples of networks; with fewer, these scale the law.
+
+    A carrier has other layouts and no two kernels of one shape: its kernels take up to three times as long. Trees tell
+    them apart; a law of a few numbers cannot.
+    """
+    seen = Counter(names_of_laws(sample)[0] for sample in samples if not sample.carried)
+    return [s for s in samples if not s.carried or seen[names_of_laws(s)[0]] < _ENOUGH]
 
 
 def _row(sample: Sample, grid: Mapping[str, int], pauses: tuple[float, float]) -> np.ndarray:

@@ -152,11 +152,15 @@ def predict_samples(base: Sequence[KernelModel], samples: Sequence[Sample]) -> t
     for indices in by_spec(samples).values():
         signature = as_signature(samples[indices[0]])
         sizes = sizes_of(samples, indices)
-        around = [np.array([getattr(samples[i], name) for i in indices]) for name in ("period_s", "alike")]
-        seconds[indices], sd[indices] = base[-1].predict(signature, sizes, *around)
+        period, alike, carried = (
+            np.array([getattr(samples[i], name) for i in indices])
+            for name in ("period_s", "alike", "carried")
+        )
+        seconds[indices], sd[indices] = base[-1].predict(signature, sizes, period, alike)
         if learned is not None and learned.knows(signature):
             family = ensembles_of(signature.family)
-            rows.setdefault(family, []).append(learned.families[family].rows(signature.spec, sizes, *around))
+            mine = learned.families[family].rows(signature.spec, sizes, period, alike, carried)
+            rows.setdefault(family, []).append(mine)
             places.setdefault(family, []).extend(indices)
     for family, found in rows.items():
         assert learned is not None

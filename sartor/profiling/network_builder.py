@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 from typing import Any
@@ -115,6 +116,12 @@ class Net:
             "LayerNormalization", [self.value, self.weight((c,), 1), self.weight((c,), 1)], axis=-1
         )
 
+    def norm_of_channels(self) -> str:
+        """Normalise the channels of every place of a map."""
+        self.transpose((0, 2, 3, 1))
+        self.norm()
+        return self.transpose((0, 3, 1, 2))
+
     def batch_norm(self) -> str:
         """Normalise the channels."""
         c = self.shape[1]
@@ -162,6 +169,22 @@ class Net:
         self.node("Concat", [value for value, _ in parts], axis=1)
         self.shape = (1, sum(c for _, c in parts), *self.shape[2:])
         return self.value
+
+    def halves(self) -> tuple[str, str]:
+        """Either half of the channels; newer exporters write one Split, older ones two Slices."""
+        half = self.shape[1] // 2
+        if self.exported:
+            sizes = self.model.constant(f"halves{self.value}", [half, self.shape[1] - half], "INT64")
+            self.model.node("Split", [self.value, sizes], {"axis": 1}, 2)
+            first, second = self.model.outputs
+            return first, second
+        source = self.value
+        bounds = [self.model.constant(f"cut{source}{i}", [i * half], "INT64") for i in range(3)]
+        axes = self.model.constant(f"axes{source}", [1], "INT64")
+        first, second = (
+            self.node("Slice", [source, start, end, axes]) for start, end in itertools.pairwise(bounds)
+        )
+        return first, second
 
     def dense(self, n: int, act: str | None = None) -> str:
         """A fully connected layer on `[1, channels]`."""

@@ -197,12 +197,18 @@ def _branches(net: Net) -> None:
 
 def _large_windows(net: Net) -> None:
     """Depthwise convolutions with large windows, then layers on channels that come last."""
-    c = width(net.rng, 24, 128)
+    c = width(net.rng, 16, 128)
     patch = net.rng.choice([2, 4])
     net.conv(c, patch, patch)
+    by_place = net.rng.random() < 0.5
+    if by_place:
+        net.norm_of_channels()
     for stage in range(net.rng.randint(2, 4)):
         if stage and net.shape[2] > 4:
-            net.batch_norm()
+            if by_place:
+                net.norm_of_channels()
+            else:
+                net.batch_norm()
             c = width(net.rng, c, 2 * c)
             net.conv(c, 2, 2)
         for _ in range(net.rng.randint(1, 3)):
@@ -226,12 +232,9 @@ def _shuffled(net: Net) -> None:
     for half_width, stride in _stages(net, 256):
         if stride == 2:
             net.conv(2 * half_width, 3, 2, act="Relu")
-        source, shape = net.value, net.shape
+        shape = net.shape
         half = shape[1] // 2
-        bounds = [net.model.constant(f"cut{net.value}{i}", [i * half], "INT64") for i in range(3)]
-        axes = net.model.constant(f"axes{net.value}", [1], "INT64")
-        left = net.node("Slice", [source, bounds[0], bounds[1], axes])
-        right = net.node("Slice", [source, bounds[1], bounds[2], axes])
+        left, right = net.halves()
         net.at(right, (1, half, *shape[2:]))
         net.conv(half, 1, act="Relu")
         net.conv(half, 3, group=half)

@@ -126,8 +126,8 @@ class Records:
             (r["conditions"] for r in reversed(self.batches("networks"))), {}
         )
         samples = [
-            *(_sample(r, r["role"], scale, r["model"], beside) for r in drawn if "ratio" in r),
-            *(_sample(k, _SAMPLE_ROLE[n["role"]], scale, n, beside) for k, n in inside),
+            *(_sample(r, r["role"], scale, r["model"], beside, carried=True) for r in drawn if "ratio" in r),
+            *(_sample(k, _SAMPLE_ROLE[n["role"]], scale, n, beside, carried=False) for k, n in inside),
         ]
         return DeviceProfile(
             target=target,
@@ -196,6 +196,8 @@ def _sample(
     scale: float,
     model: Mapping[str, Any],
     beside: tuple[float, float, float],
+    *,
+    carried: bool,
 ) -> Sample | None:
     """One kernel without the profiler's own part, on the scale of its model's latency, which more runs say better.
 
@@ -205,6 +207,7 @@ def _sample(
         scale: seconds of the reference.
         model: `ratio`, `sum` and `rows` of the model that it ran in; `best` of the looks at it, and its `half_width`.
         beside: the profiler's part of a kernel in models at large, an empty call, and how well models are known.
+        carried: whether it is a carrier.
     """
     if role is None:
         return None
@@ -232,6 +235,7 @@ def _sample(
         role=role,
         period_s=latency * scale,
         alike=result["alike"],
+        carried=carried,
     )
 
 
