@@ -263,11 +263,14 @@ def test_widths_off_the_grid_are_known_to_be_slow(fit):
 
 
 def test_a_sample_says_nothing_to_the_fold_that_judges_it(samples):
-    number = learned._folds(samples, seed=0)
-    by_key = {}
-    for one, fold in zip(samples, number, strict=True):
-        by_key.setdefault(as_signature(one).key, set()).add(int(fold))
-    assert all(len(folds) == 1 for folds in by_key.values()) and set(number) == {0, 1, 2, 3}
+    named = [dataclasses.replace(s, network=f"net-{i // 10}") for i, s in enumerate(samples[:200])]
+    for of, key in ((samples, lambda s: as_signature(s).key), (named, lambda s: s.network)):
+        number = learned._folds(of)
+        by_key = {}
+        for one, fold in zip(of, number, strict=True):
+            by_key.setdefault(key(one), set()).add(int(fold))
+            assert fold == learned.fold_of_sample(one)
+        assert all(len(folds) == 1 for folds in by_key.values()) and 4 <= len(set(number)) <= learned.FOLDS
 
 
 def test_fitting_is_deterministic_and_survives_its_file(fit, samples, base):
@@ -372,8 +375,11 @@ def test_windows_that_are_laid_out_cost_as_much_for_two_outputs_as_for_many():
 @pytest.mark.parametrize("of_networks", [200, 60])
 def test_kernels_of_carriers_that_take_longer_do_not_slow_networks_down(of_networks):
     """Seen: a pooling behind what is not in blocks takes three times as long, in every carrier and in no network."""
-    networks = drawn(of_networks)
-    carriers = [dataclasses.replace(s, seconds=3 * s.seconds, carried=True) for s in drawn(200, seed=1)]
+    networks = [
+        dataclasses.replace(s, period_s=1e-3, network=f"net-{i // 10}")
+        for i, s in enumerate(drawn(of_networks))
+    ]
+    carriers = [dataclasses.replace(s, seconds=3 * s.seconds, period_s=1e-3) for s in drawn(200, seed=1)]
     known, asked = [*networks, *carriers], drawn(100, seed=2)
     laws = fitted(known)
     model = learned.fit(known, laws).model

@@ -125,13 +125,8 @@ def drawn(profile):
 
 
 def network_of(sample, profile):
-    """The network that a sample ran in: the one that takes its period; one that was timed again, nearly."""
-    periods = {other.period_s for other in profile.samples}
-    found = {n.latency_s: n for n in profile.networks}
-    if sample.period_s in found:
-        return found[sample.period_s]
-    again = [n for n in profile.networks if n.latency_s not in periods]
-    return next((n for n in again if abs(n.latency_s / sample.period_s - 1) < 0.01), None)
+    """The network that a sample ran in."""
+    return next((n for n in profile.networks if n.name == sample.network), None)
 
 
 # ---- what is in it -------------------------------------------------------------------------------
@@ -189,8 +184,8 @@ def test_kernels_in_parts_and_copies_are_samples(profile):
         assert sample.seconds == pytest.approx(true_s(sample), rel=0.05, abs=0.15 * PROFILER * REFERENCE_S)
 
 
-def test_kernels_and_networks_are_held_out_and_those_of_the_law_are_no_samples(profile):
-    assert {n.role for n in profile.networks} == {"fit", "heldout", "kernels"}
+def test_kernels_and_networks_are_held_out(profile):
+    assert {n.role for n in profile.networks} == {"fit", "heldout"}
     sources = {}
     for sample in profile.samples:
         network = network_of(sample, profile)
@@ -200,8 +195,7 @@ def test_kernels_and_networks_are_held_out_and_those_of_the_law_are_no_samples(p
         assert network.role == networks.role_of(network.name)
         assert network.kernels
         assert network.ci95[0] <= network.latency_s <= network.ci95[1]
-        expected = {"kernels": {"fit"}, "heldout": {"heldout"}, "fit": set()}[network.role]
-        assert sources.get(network.name, set()) == expected
+        assert sources.get(network.name, set()) == {network.role}
     for sample in drawn(profile):
         assert (sample.role == "heldout") == Point(sample.spec, sample.at, sample.family).heldout
     roles = [s.role for s in profile.samples]
@@ -453,7 +447,7 @@ def test_how_well_a_model_is_known_is_itself_known_roughly():
 
     def half_width(of_model, of_all):
         model = {"ratio": 1.0, "best": 1.0, "half_width": of_model, "sum": 1.0, "rows": 1}
-        found = _sample(result, "fit", 1e-3, model, (0.0, 0.0, of_all), carried=False)
+        found = _sample(result, "fit", 1e-3, model, (0.0, 0.0, of_all))
         return found.half_width
 
     lucky, typical, apart = (half_width(own, 0.05) for own in (0.002, 0.05, 1.0))
@@ -468,7 +462,7 @@ def test_kernels_that_were_timed_while_the_machine_was_slower_than_for_their_mod
 
     def sampled(total):
         model = {"ratio": 10.0, "best": 10.0, "half_width": 0.05, "sum": total, "rows": 5}
-        return _sample(result, "fit", 1e-3, model, (0.0, 0.0, 0.05), carried=False)
+        return _sample(result, "fit", 1e-3, model, (0.0, 0.0, 0.05))
 
     assert sampled(10.0).seconds == pytest.approx(1e-3) and sampled(11.5).seconds == pytest.approx(
         1e-3 / 1.15

@@ -103,18 +103,38 @@ def fit_profile(profile: DeviceProfile, *, learned: bool = True) -> DeviceProfil
     interval, law = Interval(kernels=quantiles), None
     heldout = of_role(profile.samples, "heldout")
     errors: dict[str, Any] = {"kernels": _kernel_errors(heldout, tiers, interval)}
-    judged = [n for n in profile.networks if n.role in ("fit", "heldout")]
-    terms = networks_terms(judged, tiers, profile)
-    fitting = [t for t in terms if t.network.role == "fit"]
+    fitting = [n for n in profile.networks if n.role == "fit"]
     if len(fitting) >= _FEWEST_NETWORKS:
-        law, interval = _fit_law(fitting, interval, any(s.period_s for s in profile.samples))
-        errors["networks"] = _network_errors([t for t in terms if t.network.role == "heldout"], law, interval)
+        inside = any(s.period_s for s in profile.samples)
+        seen = networks_terms(fitting, tiers, profile)
+        unseen = _unseen_terms(fitting, tiers, profile)
+        law, interval = _fit_law(seen, unseen, interval, inside)
+        judged = networks_terms([n for n in profile.networks if n.role == "heldout"], tiers, profile)
+        errors["networks"] = _network_errors(judged, law, interval)
     return dataclasses.replace(
         fitted,
         law=law.to_dict() if law is not None else {},
         interval=interval.to_dict(),
         errors=errors,
     )
+
+
+def _unseen_terms(
+    networks: Sequence[NetworkTime], tiers: Tiers, profile: DeviceProfile
+) -> list[NetworkTerms]:
+    """Price networks by models that have not seen their kernels, so that these are as far off as those of a new one.
+
+    Reference: R. F. Barber, E. J. Candès, A. Ramdas and R. J. Tibshirani, "Predictive inference with the jackknife+",
+    Annals of Statistics 49 (2021).
+    """
+    samples = of_role(profile.samples, "fit")
+    found: dict[str, NetworkTerms] = {}
+    for fold in range(boosting.FOLDS):
+        mine = [n for n in networks if boosting.fold_of(n.name) == fold]
+        rest = [s for s in samples if boosting.fold_of_sample(s) != fold]
+        if mine and rest:
+            found |= {t.network.name: t for t in networks_terms(mine, tiers.without(fold, rest), profile)}
+    return [found[network.name] for network in networks]
 
 
 def networks_terms(
@@ -157,15 +177,22 @@ def kind_of(network: NetworkTime) -> str:
 
 
 # ---- law and interval ----------------------------------------------------------------------------
-def _fit_law(terms: Sequence[NetworkTerms], interval: Interval, inside: bool = False) -> tuple[Law, Interval]:
-    """The law of all, and the interval from laws that had not seen the kind of network they predict."""
+def _fit_law(
+    seen: Sequence[NetworkTerms], terms: Sequence[NetworkTerms], interval: Interval, inside: bool = False
+) -> tuple[Law, Interval]:
+    """The law of all, and the interval from laws that had not seen the kind of network they predict.
+
+    Args:
+        seen: networks as models price them that know their kernels.
+        terms: as models price them that do not.
+    """
     kinds = [kind_of(t.network) for t in terms]
     if len(set(kinds)) < 3:
         kinds = [str(i) for i in range(len(terms))]
     unknown = 0.05
     for _ in range(2):  # how far networks scatter decides how much each says, and the other way round
         laws = {
-            kind: _law([t for t, k in zip(terms, kinds, strict=True) if k != kind], unknown, inside)
+            kind: _law([t for t, k in zip(seen, kinds, strict=True) if k != kind], unknown, inside)
             for kind in sorted(set(kinds))
         }
         errors = [_log_error(t, laws[k]) for t, k in zip(terms, kinds, strict=True)]
@@ -180,7 +207,7 @@ def _fit_law(terms: Sequence[NetworkTerms], interval: Interval, inside: bool = F
         error / _sd(t, laws[kind].for_network(shared, shared), trial)
         for t, kind, error in zip(terms, kinds, errors, strict=True)
     ]
-    return _law(terms, unknown, inside), dataclasses.replace(trial, quantile=conformal(scores), n=len(scores))
+    return _law(seen, unknown, inside), dataclasses.replace(trial, quantile=conformal(scores), n=len(scores))
 
 
 def _law(terms: Sequence[NetworkTerms], unknown: float, inside: bool) -> Law:

@@ -2,8 +2,8 @@
 
 `log t = log t_roofline + trees(features)`, one set of ensembles per kernel family, products of all kinds together. Away
 from the samples the trees are constant, so the model extrapolates as the roofline does. Several ensembles, each without
-one fold of the signatures, give the mean and its spread; what each says of the fold that it has not seen gives the
-error.
+one fold of the networks and of the signatures that were timed elsewhere, give the mean and its spread; what each says
+of the fold that it has not seen gives the error, of kernels and of networks.
 
 Fitting needs LightGBM (`pip install 'sartor[profile]'`); predicting needs numpy only.
 
@@ -14,6 +14,7 @@ References: J. H. Friedman, "Greedy function approximation: a gradient boosting 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import importlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -31,9 +32,9 @@ from sartor.ir.quantities import Quantity
 KIND = "boosted-residual/3"
 FEWEST = 40
 """Samples of a family below which trees would only learn their noise."""
-_FOLDS = 4
+FOLDS = 8
 _TIMING_NOISE = 0.01  # of a kernel's time, beside the interval that its sample states
-_ROUNDS = 250
+_ROUNDS = 150
 _PARAMETERS = {
     "objective": "huber",
     "alpha": 0.2,  # of the logarithm: what lies farther off is a disturbed timing, or a regime of few samples
@@ -59,7 +60,7 @@ class Family:
         names: of the features that were used to fit it.
         ops: operators that were seen; each is one more column, 1.0 where it is the kernel's own.
         folds: ensembles.
-        sd: standard deviation of the logarithm on signatures that an ensemble has not seen, its spread apart.
+        sd: standard deviation of the logarithm on folds that an ensemble has not seen, its spread apart.
         heldout: `n` and `sd` of that.
     """
 
@@ -103,6 +104,14 @@ class BoostedResidual:
         """See `KernelModel`."""
         return "learned"
 
+    def without(self, fold: int) -> BoostedResidual:
+        """What is known without the samples of a fold."""
+        families = {
+            name: dataclasses.replace(family, folds=(family.folds[fold],))
+            for name, family in self.families.items()
+        }
+        return BoostedResidual(self.base, families)
+
     def knows(self, signature: Signature) -> bool:
         """A family that was fitted, an operator that was in it."""
         family = self.families.get(ensembles_of(signature.family))
@@ -142,7 +151,7 @@ class Fit:
 
     Attributes:
         model: the model.
-        unseen: per sample, `log(measured / predicted)` by the ensemble that had not seen its signature;
+        unseen: per sample, `log(measured / predicted)` by the ensemble that had not seen its fold;
             NaN for samples of families without a model.
     """
 
@@ -161,7 +170,7 @@ def fit(samples: Sequence[Sample], base: KernelModel, *, seed: int = 0) -> Fit:
     Args:
         samples: of the roles that may be learned from.
         base: roofline to correct.
-        seed: of the folds and of the boosting.
+        seed: of the boosting.
 
     Raises:
         UsageError: LightGBM is not installed.
@@ -225,10 +234,10 @@ def _fit_family(
     target = np.log(np.array([s.seconds for s in samples]) / np.concatenate(said))
     weight = np.array([1.0 / (noise_of(s) ** 2 + _TIMING_NOISE**2) for s in samples])
     weight /= weight.mean()
-    fold = _folds(samples, seed)
+    fold = _folds(samples)
     ensembles: list[Trees] = []
     unseen, spread = target.copy(), np.zeros(len(samples))
-    for number in range(int(fold.max()) + 1):
+    for number in range(FOLDS):
         out = fold == number
         data = library.Dataset(rows[~out], target[~out], weight=weight[~out])
         booster = library.train({**_PARAMETERS, "seed": seed + number}, data, num_boost_round=_ROUNDS)
@@ -243,15 +252,21 @@ def _fit_family(
     return Family(names_of(samples[0].spec), ops, tuple(ensembles), sd, heldout), unseen
 
 
-def _folds(samples: Sequence[Sample], seed: int) -> np.ndarray:
-    """A fold per sample; all samples of a signature share one, because that is what a new network brings."""
-    keys = [as_signature(s).key for s in samples]
-    distinct = sorted(set(keys))
-    if len(distinct) < 2 * _FOLDS:
-        return np.random.default_rng(seed).permutation(len(samples)) % _FOLDS
-    order = np.random.default_rng(seed).permutation(len(distinct))
-    number = {key: int(order[i]) % _FOLDS for i, key in enumerate(distinct)}
-    return np.array([number[key] for key in keys])
+def fold_of(name: str) -> int:
+    """The fold of a network, or of the key of a signature."""
+    return hashlib.sha256(name.encode()).digest()[0] % FOLDS
+
+
+def fold_of_sample(sample: Sample) -> int:
+    """That of its network: a new one brings kernels none of which was seen. Elsewhere, that of its signature."""
+    return fold_of(sample.network or key_of(sample.spec))
+
+
+def _folds(samples: Sequence[Sample]) -> np.ndarray:
+    """A fold per sample; where they come from too few networks and signatures, anyhow."""
+    if len({s.network or key_of(s.spec) for s in samples}) < 2 * FOLDS:
+        return np.random.default_rng(0).permutation(len(samples)) % FOLDS
+    return np.array([fold_of_sample(sample) for sample in samples])
 
 
 def _with_ops(rows: np.ndarray, op: str, ops: Sequence[str]) -> np.ndarray:

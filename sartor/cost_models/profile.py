@@ -18,7 +18,7 @@ from sartor.errors import UsageError
 from sartor.ir.files import write_atomic
 
 SCHEMA = "sartor.device-profile/4"
-ROLES = ("fit", "heldout", "kernels")
+ROLES = ("fit", "heldout")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Sample:
             that it ran in. 0: it ran alone.
         alike: kernels of its family and operator in that model, itself included: each finds code that the one before
             has left in the caches.
-        carried: that model was a carrier, in which drawn kernels stand side by side; not a network.
+        network: name of that model; "" of a carrier, in which drawn kernels stand side by side.
     """
 
     spec: Mapping[str, Any]
@@ -47,7 +47,12 @@ class Sample:
     role: str = "fit"
     period_s: float = 0.0
     alike: int = 1
-    carried: bool = False
+    network: str = ""
+
+    @property
+    def carried(self) -> bool:
+        """Whether it ran in a carrier."""
+        return self.period_s > 0 and not self.network
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +64,7 @@ class NetworkTime:
         kernels: `(spec, sizes, how often)`, merged; enough to price it again.
         latency_s: median seconds of one inference, on the scale of the profile's reference.
         ci95: 95 % interval of it.
-        role: as of a sample; `kernels`: its kernels are samples, and it is not used otherwise.
+        role: as of a sample. Its kernels have the same role.
     """
 
     name: str
@@ -194,7 +199,7 @@ def _sample(entry: Mapping[str, Any], specs: Sequence[dict[str, Any]]) -> Sample
     known["spec"] = _spec(entry["spec"], specs)
     known["period_s"] = _positive(entry["period_s"], zero=True)
     known["alike"] = max(int(entry["alike"]), 1)
-    known["carried"] = bool(entry["carried"])
+    known["network"] = str(entry["network"])
     return _with_role(Sample(**known))
 
 

@@ -90,6 +90,17 @@ class Tiers:
             ) from error
         return Tiers(rates, learned, table, grid)
 
+    def without(self, fold: int, rest: Sequence[Sample]) -> Tiers:
+        """What is known without the samples of a fold.
+
+        Args:
+            fold: of the learned model.
+            rest: the samples of all others.
+        """
+        learned = None if self.learned is None else self.learned.without(fold)
+        base = below(self.rates, learned)
+        return Tiers(self.rates, learned, KernelTable(base, corrections(rest, base)), self.grid)
+
     @property
     def periods(self) -> np.ndarray:
         """Seconds between two runs of a kernel, ascending `[states]`: the states of the caches that it is priced in."""

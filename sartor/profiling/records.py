@@ -126,8 +126,8 @@ class Records:
             (r["conditions"] for r in reversed(self.batches("networks"))), {}
         )
         samples = [
-            *(_sample(r, r["role"], scale, r["model"], beside, carried=True) for r in drawn if "ratio" in r),
-            *(_sample(k, _SAMPLE_ROLE[n["role"]], scale, n, beside, carried=False) for k, n in inside),
+            *(_sample(r, r["role"], scale, r["model"], beside) for r in drawn if "ratio" in r),
+            *(_sample(k, n["role"], scale, n, beside) for k, n in inside),
         ]
         return DeviceProfile(
             target=target,
@@ -154,8 +154,6 @@ class Records:
         )
 
 
-_SAMPLE_ROLE = {"kernels": "fit", "heldout": "heldout", "fit": None}
-"""What the kernels of a network are for, by what the network is for; those of the law's networks no model sees."""
 _NOISE, _RESOLUTION = 0.03, 3e-7  # half width of a kernel's interval: a share, and seconds
 _LEAST_OWN = 0.1  # of what the profiler says of a kernel, whatever its own part is
 
@@ -192,25 +190,21 @@ _ALIKE, _MOST_LOOKS = 1.04, 4
 
 def _sample(
     result: Mapping[str, Any],
-    role: str | None,
+    role: str,
     scale: float,
     model: Mapping[str, Any],
     beside: tuple[float, float, float],
-    *,
-    carried: bool,
 ) -> Sample | None:
     """One kernel without the profiler's own part, on the scale of its model's latency, which more runs say better.
 
     Args:
         result: of the kernel.
-        role: None: it is no sample.
+        role: of the sample.
         scale: seconds of the reference.
-        model: `ratio`, `sum` and `rows` of the model that it ran in; `best` of the looks at it, and its `half_width`.
+        model: `ratio`, `sum` and `rows` of the model that it ran in; `best` of the looks at it, and its `half_width`;
+            its `name`, if it is a network.
         beside: the profiler's part of a kernel in models at large, an empty call, and how well models are known.
-        carried: whether it is a carrier.
     """
-    if role is None:
-        return None
     typical, call, doubt = beside
     # Where kernels are short, what a profiler writes down displaces more of the caches beside what they take.
     # A model tells how much that is the better, the more of its time it is.
@@ -235,7 +229,7 @@ def _sample(
         role=role,
         period_s=latency * scale,
         alike=result["alike"],
-        carried=carried,
+        network=model.get("name", ""),
     )
 
 
