@@ -468,3 +468,18 @@ def test_scores():
     found = summary([1.0, 2.0, 3.6], [1.0, 2.5, 3.0], [(0.9, 1.1), (1.9, 2.1), (3.0, 3.5)])
     assert found["mape"] == pytest.approx((0 + 0.2 + 0.2) / 3) and found["within_10"] == pytest.approx(1 / 3)
     assert found["coverage_90"] == pytest.approx(2 / 3) and summary([], []) == {"n": 0}
+
+
+def test_what_is_wrong_at_small_sizes_is_not_carried_to_sizes_far_away(base):
+    """Seen: four products of a thousand weights, slow to begin, doubled what one of a million was said to take."""
+    small = [
+        Sample(gemm_spec(), (k, 24.0), "gemm", 3 * predicted(base, gemm_spec(), (k, 24.0)))
+        for k in (47.0, 48.0, 55.0, 56.0)
+    ]
+    table = KernelTable((base,), corrections(small, (base,)))
+
+    def off(k, n):
+        return predicted(table, gemm_spec(), (k, n)) / predicted(base, gemm_spec(), (k, n))
+
+    assert off(52.0, 24.0) == pytest.approx(3.0, rel=0.1)
+    assert off(960.0, 1280.0) < 1.25

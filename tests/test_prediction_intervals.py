@@ -221,4 +221,4 @@ def test_the_error_of_networks_is_that_of_networks_whose_kernels_no_model_has_se
     found = fit_profile(profile, learned=False)
     assert 0.05 < found.interval["common"] < 0.15
     assert found.errors["networks"]["mape"] > 0.05  # of those that were held out
-    assert found.errors["networks"]["coverage_90"] > 0.8
+    assert found.errors["networks"]["coverage_90"] > 0.75  # it would be below a half

@@ -2,8 +2,8 @@
 
 What a lower tier says is corrected by what it gets wrong at the samples of the very signature: a Gaussian
 process over the logarithms of the sizes and over their alignment. Samples may lie anywhere, so that a profile
-may time where it is unsure; at a sample the correction is exact up to its noise, and far from all of them it
-fades into what the samples have in common. Its variance is the error of the prediction.
+may time where it is unsure; at a sample the correction is exact up to its noise, and away from all of them it
+fades into what the samples have in common, and far away into none. Its variance is the error of the prediction.
 
 Reference: C. E. Rasmussen and C. K. I. Williams, "Gaussian Processes for Machine Learning", MIT Press 2006, §2.2
 and, for leaving one out, §5.4.2.
@@ -24,8 +24,8 @@ from sartor.cost_models.protocol import KernelModel
 from sartor.cost_models.signatures import Signature, key_of
 
 _COMMON = 0.5
-"""Share of the variance that all sizes of a signature have in common."""
-_LENGTH = 1.0  # of the correlation, in natural logarithms of a size
+"""Share of the variance that like sizes of a signature have in common; at a size of 50 times, most of it is gone."""
+_LENGTH, _COMMON_LENGTH = 1.0, 4.0  # of the correlations, in natural logarithms of a size
 _FAR, _FEWEST_TO_DOUBT = 3.0, 3  # standard deviations; samples of one signature
 _ALIGNMENT = 0.35  # distance of one power of two between the alignments of two widths
 
@@ -206,4 +206,5 @@ def _coordinates(sizes: Sequence[np.ndarray], aligned: bool, rows: int) -> np.nd
 
 def _covariance(a: np.ndarray, b: np.ndarray, variance: float) -> np.ndarray:
     distance = np.abs(a[:, None, :] - b[None, :, :]).sum(2)
-    return variance * (_COMMON + (1 - _COMMON) * np.exp(-distance))
+    common = _COMMON * np.exp(-distance * (_LENGTH / _COMMON_LENGTH))
+    return variance * (common + (1 - _COMMON) * np.exp(-distance))
