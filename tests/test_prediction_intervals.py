@@ -201,6 +201,14 @@ def test_a_law_survives_its_file():
         Law.from_dict({**law.to_dict(), "terms": list(TERMS[:-1])})
 
 
+def test_samples_of_one_signature_still_give_a_law():
+    """They share a fold, without which nothing is known."""
+    known = make_profile(300, networks=20)
+    spec = known.samples[0].spec
+    few = dataclasses.replace(known, samples=tuple(s for s in known.samples if s.spec == spec))
+    assert fit_profile(few, learned=False).interval["n"] == 10
+
+
 def test_the_error_of_networks_is_that_of_networks_whose_kernels_no_model_has_seen():
     """Networks are slower or faster as a whole; models that have seen their kernels would know by how much."""
     rng, known = np.random.default_rng(0), make_profile(200, networks=120, bias=0.0, in_models=True)

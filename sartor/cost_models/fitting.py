@@ -132,8 +132,10 @@ def _unseen_terms(
     for fold in range(boosting.FOLDS):
         mine = [n for n in networks if boosting.fold_of(n.name) == fold]
         rest = [s for s in samples if boosting.fold_of_sample(s) != fold]
-        if mine and rest:
-            found |= {t.network.name: t for t in networks_terms(mine, tiers.without(fold, rest), profile)}
+        if mine:
+            found |= {
+                t.network.name: t for t in networks_terms(mine, tiers.without(fold, rest or samples), profile)
+            }
     return [found[network.name] for network in networks]
 
 

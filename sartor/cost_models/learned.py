@@ -259,12 +259,16 @@ def fold_of(name: str) -> int:
 
 def fold_of_sample(sample: Sample) -> int:
     """That of its network: a new one brings kernels none of which was seen. Elsewhere, that of its signature."""
-    return fold_of(sample.network or key_of(sample.spec))
+    return fold_of(_judged_with(sample))
+
+
+def _judged_with(sample: Sample) -> str:
+    return sample.network or key_of(sample.spec)
 
 
 def _folds(samples: Sequence[Sample]) -> np.ndarray:
     """A fold per sample; where they come from too few networks and signatures, anyhow."""
-    if len({s.network or key_of(s.spec) for s in samples}) < 2 * FOLDS:
+    if len(set(map(_judged_with, samples))) < 2 * FOLDS:
         return np.random.default_rng(0).permutation(len(samples)) % FOLDS
     return np.array([fold_of_sample(sample) for sample in samples])
 

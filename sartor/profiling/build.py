@@ -19,7 +19,7 @@ import numpy as np
 from sartor.backends import host
 from sartor.backends.protocol import Backend, TargetOptions
 from sartor.cost_models.fitting import alike_in
-from sartor.cost_models.profile import DeviceProfile, of_role
+from sartor.cost_models.profile import SCHEMA, DeviceProfile, of_role
 from sartor.cost_models.samples import empty_model
 from sartor.cost_models.signatures import Signature
 from sartor.errors import BackendError, UsageError
@@ -111,7 +111,7 @@ def build_profile(
         )
     facts = _facts(backend, options, pin)
     # What was measured in another way is begun anew.
-    key = {"what": SENTENCE, "target": facts, "cpu": host.cpu_model(), "seed": seed}
+    key = {"what": SENTENCE, "schema": SCHEMA, "target": facts, "cpu": host.cpu_model(), "seed": seed}
     with Journal(journal_path(path), key) as journal:
         builder = _Builder(backend, journal, progress, minutes * 60, seed, clock)
         own = ModelTimer(target, options, pin=pin, seed=seed) if timer is None else None

@@ -200,14 +200,12 @@ def _large_windows(net: Net) -> None:
     patch = net.rng.choice([2, 4])
     net.conv(c, patch, patch)
     by_place = net.rng.random() < 0.5
+    norm = net.norm_of_channels if by_place else net.batch_norm
     if by_place:
-        net.norm_of_channels()
+        norm()
     for stage in range(net.rng.randint(2, 4)):
         if stage and net.shape[2] > 4:
-            if by_place:
-                net.norm_of_channels()
-            else:
-                net.batch_norm()
+            norm()
             c = width(net.rng, c, 2 * c)
             net.conv(c, 2, 2)
         for _ in range(net.rng.randint(1, 3)):
