@@ -2,8 +2,9 @@
 
 Published architectures at several resolutions, each with random prunings on the target's channel grid, next to it,
 and with blocks removed. The truth of a network is its latency over that of reference networks measured in the same
-visits, which the profile knows: drift of the machine cancels. Repetitions go on until the 95 % interval is narrow
-or the time is over, and the interval that was reached is printed. Measuring is journalled in `--work`: a run that was
+visits: drift of the machine cancels. What the references take is known from many networks of the profile that are
+measured over them likewise. Repetitions go on until the 95 % interval is narrow or the time is over, and the interval
+that was reached is printed. Measuring is journalled in `--work`: a run that was
 killed goes on, and predictions of another profile can be compared with the same truth (`--predict-only`) if it was
 built on the same machine and has the same reference networks.
 
@@ -41,6 +42,7 @@ timm/hrnet_w18_small@128 timm/rexnet_100@160 timm/edgenext_xx_small@192 timm/vit
 """.split()
 SEED = 0  # of the profile
 _FEWEST = 4  # repetitions
+_SCALED_BY = (1, 2, 3)  # numbers of the profile's networks, of every kind, that say what the references take
 _T95 = (
     12.71,
     4.303,
@@ -146,7 +148,21 @@ def references_of(profile: Any) -> list[Any]:
 
 
 def truth(name: str, options: argparse.Namespace, references: Sequence[Any]) -> dict[str, Any]:
-    """Latencies of the network and its prunings over the geometric mean of the references, with intervals.
+    """Latencies of the network and its prunings over the geometric mean of the references, with intervals."""
+    from sartor.passes.prune import apply_plan
+
+    program, analysis, _, plans = prepared(name, options.work, options.target, options.prunings)
+    programs = [
+        apply_plan(program, plan, analysis) if number else program for number, plan in enumerate(plans)
+    ]
+    rows, count = repeated([at_batch_1(p) for p in programs], options, references)
+    return {"plans": rows, "rounds": count}
+
+
+def repeated(
+    models: Sequence[bytes], options: argparse.Namespace, references: Sequence[Any]
+) -> tuple[list[dict[str, Any]], int]:
+    """Latencies of models over the geometric mean of the references, with intervals; and the number of repetitions.
 
     All are visited in turn in one process, in quiet moments as a reference kernel tells them, each for a while before
     its time counts (a network that ran after others is up to 8 % slower at first); time that other processes had of the
@@ -154,16 +170,10 @@ def truth(name: str, options: argparse.Namespace, references: Sequence[Any]) -> 
     part of the noise; the interval is that of the mean over repetitions.
     """
     from sartor.backends.protocol import TargetOptions
-    from sartor.passes.prune import apply_plan
     from sartor.profiling import networks
     from sartor.profiling.timing import Effort, KernelTimer
 
-    program, analysis, _, plans = prepared(name, options.work, options.target, options.prunings)
-    programs = [
-        apply_plan(program, plan, analysis) if number else program for number, plan in enumerate(plans)
-    ]
-    models = [networks.network(reference.name) for reference in references]
-    models += [at_batch_1(p) for p in programs]
+    everything = [*(networks.network(reference.name) for reference in references), *models]
     effort = Effort(
         half_width=options.half_width,
         fewest=4,
@@ -173,11 +183,11 @@ def truth(name: str, options: argparse.Namespace, references: Sequence[Any]) -> 
         quantile=0.5,
         warm_s=0.15,
     )
-    logs: list[list[float]] = [[] for _ in programs]
+    logs: list[list[float]] = [[] for _ in models]
     begun, count = time.monotonic(), 0
     with KernelTimer(options.target, TargetOptions(threads=options.threads)) as timer:
         while count < _FEWEST or time.monotonic() - begun < options.seconds:
-            times = timer(models, effort).times
+            times = timer(everything, effort).times
             failed = [timed.reason for timed in times if timed.warm is None]
             if failed:
                 raise RuntimeError(failed[0])
@@ -192,7 +202,44 @@ def truth(name: str, options: argparse.Namespace, references: Sequence[Any]) -> 
     for series in logs:
         middle, half = math.exp(statistics.fmean(series)), half_width(series)
         rows.append({"ratio": middle, "ci95": [middle / (1 + half), middle * (1 + half)]})
-    return {"plans": rows, "rounds": count}
+    return rows, count
+
+
+def scale_of(profile: Any, journal: Any, options: argparse.Namespace, references: Sequence[Any]) -> float:
+    """Seconds that the references stand for, and what is known of them, printed.
+
+    The median over networks of every kind of what the profile says they take, over what they take in references: four
+    networks would not do, one of which may be 7 % slower in this process than when the profile was built.
+    """
+    from sartor.profiling import networks
+
+    known = {n.name: n.latency_s for n in profile.networks}
+    mine = {n.name for n in references}
+    logs = []
+    for number in _SCALED_BY:
+        names = [f"{kind}-{SEED}-{number}" for kind in networks.KINDS]
+        models = {name: networks.network(name) for name in names if name in known and name not in mine}
+        digests = {name: hashlib.sha256(model).hexdigest() for name, model in models.items()}
+        found = journal.find("scale", number=number)
+        if found is None:
+            if options.predict_only:
+                continue
+            rows, _ = repeated(list(models.values()), options, references)
+            ratios = [[n, digests[n], row["ratio"]] for n, row in zip(models, rows, strict=True)]
+            found = journal.append("scale", number=number, ratios=ratios)
+        logs += [
+            math.log(known[n] / ratio) for n, digest, ratio in found["ratios"] if digests.get(n) == digest
+        ]
+    if len(logs) < _FEWEST:
+        raise SystemExit("The journal in --work does not say what the reference networks take; measure it.")
+    middle = math.exp(statistics.median(logs))
+    own = math.exp(statistics.fmean(math.log(n.latency_s) for n in references))
+    deviation = 1.2533 * half_width(logs)  # of a median, for a normal distribution
+    print(
+        f"references: {1e3 * middle:.3f} ms +- {deviation:.1%}, by {len(logs)} networks of the profile; "
+        f"{1e3 * own:.3f} ms by themselves"
+    )
+    return middle
 
 
 def half_width(logs: Sequence[float]) -> float:
@@ -311,7 +358,6 @@ def main() -> int:
     profile = DeviceProfile.load(options.profile)
     options.target, options.threads = profile.target["name"], int(profile.target["threads"])
     references = references_of(profile)
-    known_s = math.exp(statistics.fmean(math.log(n.latency_s) for n in references))
     names = options.only or NETWORKS
     begun = time.monotonic()
     key = {
@@ -334,6 +380,7 @@ def main() -> int:
             "give another folder, or remove it."
         )
     with Journal(path, key) as journal:
+        known_s = scale_of(profile, journal, options, references)
         for name in names:
             found = journal.find("truth", network=name)
             late = time.monotonic() - begun > 60 * options.minutes
