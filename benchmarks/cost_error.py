@@ -221,15 +221,14 @@ def scale_of(profile: Any, journal: Any, options: argparse.Namespace, references
         models = {name: networks.network(name) for name in names if name in known and name not in mine}
         digests = {name: hashlib.sha256(model).hexdigest() for name, model in models.items()}
         found = journal.find("scale", number=number)
-        if found is None:
-            if options.predict_only:
-                continue
+        measured = {} if found is None else {name: digest for name, digest, _ in found["ratios"]}
+        if not digests.items() <= measured.items() and not options.predict_only:
             rows, _ = repeated(list(models.values()), options, references)
             ratios = [[n, digests[n], row["ratio"]] for n, row in zip(models, rows, strict=True)]
             found = journal.append("scale", number=number, ratios=ratios)
-        logs += [
-            math.log(known[n] / ratio) for n, digest, ratio in found["ratios"] if digests.get(n) == digest
-        ]
+        for name, digest, ratio in found["ratios"] if found is not None else ():
+            if digests.get(name) == digest:
+                logs.append(math.log(known[name] / ratio))
     if len(logs) < _FEWEST:
         raise SystemExit("The journal in --work does not say what the reference networks take; measure it.")
     middle = math.exp(statistics.median(logs))

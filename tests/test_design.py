@@ -8,6 +8,7 @@ import math
 import random
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 from cost_networks import make_program
@@ -23,6 +24,7 @@ from sartor.ir.workload import build_workload
 from sartor.profiling import networks
 from sartor.profiling.design import HELD_OUT, MOST_MACS, Design, Novelty, Point, width
 from sartor.profiling.inside_samples import describe
+from sartor.profiling.network_builder import Net
 
 FUSES = {
     "Conv": ("BatchNormalization", "Bias", "Add", "Relu", "Clip", "HardSwish", "Silu"),
@@ -198,6 +200,22 @@ def test_of_every_kind_a_fifth_is_held_out():
         0, len(names), len(networks.KINDS)
     ):  # at any time of a run there are networks of every role
         assert {networks.role_of(n) for n in names[start : start + len(networks.KINDS)]} == set(ROLES)
+
+
+def test_half_of_the_networks_have_widths_as_designers_choose_them():
+    """Others have those of pruned networks; which is which does not depend on how means and gates are spelled."""
+    designed, pruned = ([w for n in numbers for w in _widths(f"plain-0-{n}")] for numbers in ((2, 3), (0, 1)))
+    assert all(w % 8 == 0 for w in designed) and not all(w % 8 == 0 for w in pruned)
+    net = Net(random.Random(0), 64, designed=True)
+    drawn = [net.width(1, 2000) for _ in range(500)]
+    assert min(drawn) < 8
+    for least, step in ((8, 8), (65, 32), (257, 64)):
+        assert {w % step for w in drawn if w >= least} == {0}
+
+
+def _widths(name):
+    weights = onnx.load_from_string(networks.network(name)).graph.initializer
+    return [w.dims[0] for w in weights if len(w.dims) == 4]
 
 
 def test_there_are_no_networks_of_other_names():

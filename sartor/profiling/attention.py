@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from sartor.profiling.design import width
 from sartor.profiling.network_builder import Net
 
 
@@ -58,7 +57,7 @@ def _transform(net: Net, source: str) -> None:
     net.matmul(c)
     source = net.add(source)
     net.norm()
-    net.matmul(width(net.rng, 2 * c, 4 * c))
+    net.matmul(net.width(2 * c, 4 * c))
     net.node("Gelu", [net.value])
     net.matmul(c)
     net.add(source)

@@ -8,7 +8,9 @@ import random
 from typing import Any
 
 from sartor.cost_models.model_builder import ModelBuilder
+from sartor.profiling.design import width
 
+_STEPS = ((256, 64), (64, 32), (8, 8), (0, 1))  # of designed widths, from a width on
 ACTIVATIONS = ("Relu", "Relu", "Relu6", "Silu", "HardSwish")
 
 
@@ -19,16 +21,23 @@ class Net:
         rng: of what is drawn.
         edge: of the image.
         exported: means of maps and gates are spelled as exporters of training frameworks do.
+        designed: widths are those of networks that were not pruned.
     """
 
-    def __init__(self, rng: random.Random, edge: int, exported: bool = False):
-        self.rng, self.exported = rng, exported
+    def __init__(self, rng: random.Random, edge: int, *, exported: bool = False, designed: bool = False):
+        self.rng, self.exported, self.designed = rng, exported, designed
         self.model = ModelBuilder()
         self.value = self.model.input("image", (1, 3, edge, edge))
         self.shape: tuple[int, ...] = (1, 3, edge, edge)
         self.parameters, self.macs = 0, 0.0
         self._number = 0
         self.activation = rng.choice(ACTIVATIONS)
+
+    def width(self, low: int, high: int) -> int:
+        """A channel count; of designed networks a whole number of registers, and of blocks where there are many."""
+        drawn = width(self.rng, low, high)
+        step = next(step for least, step in _STEPS if drawn >= least) if self.designed else 1
+        return max(step, step * round(drawn / step))
 
     def weight(self, dims: tuple[int, ...], fan_in: int) -> str:
         """Random numbers."""

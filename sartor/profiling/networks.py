@@ -1,8 +1,9 @@
 """Generated whole networks, for fitting and testing what kernels alone cannot show.
 
-They are made of the blocks that published networks are made of, with random depths, widths (also next to a
-multiple of the channel grid) and resolutions, and none of them *is* a published network: errors on those are
-measured elsewhere, on networks that no profile has seen.
+They are made of the blocks that published networks are made of, with random depths, resolutions and widths: half of
+the networks have widths as designers choose them, half as pruning leaves them, also next to a multiple of the channel
+grid. None of them *is* a published network: errors on those are measured elsewhere, on networks that no profile has
+seen.
 """
 
 from __future__ import annotations
@@ -12,11 +13,10 @@ from collections.abc import Iterator
 
 from sartor.errors import UsageError
 from sartor.profiling.attention import vit
-from sartor.profiling.design import width
 from sartor.profiling.network_builder import Net
 
 _MOST_PARAMETERS, _MOST_MACS = 12_000_000, 2.5e9
-_LARGE = {"heavy": 100_000_000, "broad": 40_000_000, "vit": 40_000_000}
+_LARGE = {"heavy": 100_000_000, "broad": 40_000_000, "vit": 40_000_000, "windows": 40_000_000}
 """Kinds with more parameters: what weights cost that no cache holds."""
 
 
@@ -57,8 +57,9 @@ def network(name: str) -> bytes:
         raise UsageError(f"There is no network '{name}'; kinds are {', '.join(KINDS)}.")
     for attempt in range(100):
         rng = random.Random(f"{name}/{attempt}")
-        exported = int(name.rpartition("-")[2]) % 2 == 1
-        net = Net(rng, rng.choice([64, 96, 112, 128, 160, 192, 224]), exported)
+        number = int(name.rpartition("-")[2])
+        edge = rng.choice([64, 96, 112, 128, 160, 192, 224])
+        net = Net(rng, edge, exported=number % 2 == 1, designed=number % 4 > 1)
         KINDS[kind](net)
         if net.parameters <= _LARGE.get(kind, _MOST_PARAMETERS) and net.macs <= _MOST_MACS:
             break
@@ -69,7 +70,7 @@ def _stem(net: Net, most: int = 64) -> None:
     kernel, stride = net.rng.choice([(3, 1), (3, 2), (3, 2), (5, 2), (7, 2)])
     if net.shape[2] > 128 and stride == 1:
         stride = 2
-    net.conv(width(net.rng, 16, most), kernel, stride, act=net.activation)
+    net.conv(net.width(16, most), kernel, stride, act=net.activation)
     if net.shape[2] > 64 and net.rng.random() < 0.5:
         net.pool()
 
@@ -79,7 +80,7 @@ def _stages(net: Net, most: int) -> Iterator[tuple[int, int]]:
     c = max(net.shape[1], 8)
     for _ in range(net.rng.randint(3, 4)):
         c = min(most, round(c * net.rng.uniform(1.3, 2.4)))
-        chosen = width(net.rng, max(4, int(c * 0.8)), max(8, int(c * 1.2)))
+        chosen = net.width(max(4, int(c * 0.8)), max(8, int(c * 1.2)))
         for block in range(net.rng.randint(1, 4)):
             yield chosen, 2 if block == 0 and net.shape[2] > 4 else 1
 
@@ -124,7 +125,7 @@ def _inverted(net: Net) -> None:
     gated = net.rng.random() < 0.5
     for c, stride in _stages(net, 200):
         source, shape = net.value, net.shape
-        inner = width(net.rng, shape[1] * 2, shape[1] * 6)
+        inner = net.width(shape[1] * 2, shape[1] * 6)
         net.conv(inner, 1, act=net.activation)
         net.conv(inner, net.rng.choice([3, 3, 5]), stride, group=inner, act=net.activation)
         if gated:
@@ -132,7 +133,7 @@ def _inverted(net: Net) -> None:
         net.conv(c, 1)
         if net.shape == shape:
             net.add(source)
-    net.conv(width(net.rng, 128, 1280), 1, act=net.activation)
+    net.conv(net.width(128, 1280), 1, act=net.activation)
     net.head()
 
 
@@ -152,7 +153,7 @@ def _grouped(net: Net) -> None:
 def _dense(net: Net) -> None:
     """Every layer reads what all before it made; its normalization comes first and does not fold away."""
     _stem(net)
-    growth = width(net.rng, 8, 40)
+    growth = net.width(8, 40)
     for stage in range(net.rng.randint(2, 4)):
         for _ in range(net.rng.randint(2, 6)):
             source, shape = net.value, net.shape
@@ -177,7 +178,7 @@ def _branches(net: Net) -> None:
             parts = []
             for kind in net.rng.sample(["point", "window", "double", "long", "pool"], net.rng.randint(2, 4)):
                 net.at(source, shape)
-                c = width(net.rng, 16, 64 << stage)
+                c = net.width(16, 64 << stage)
                 if kind == "pool":
                     net.node("AveragePool", [net.value], kernel_shape=[3, 3], strides=[1, 1], pads=[1] * 4)
                 net.conv(c, 1, act=net.activation)
@@ -185,7 +186,7 @@ def _branches(net: Net) -> None:
                     for window in ((1, 7), (7, 1)):
                         net.conv_of(c, window, act=net.activation)
                 for _ in range({"window": 1, "double": 2}.get(kind, 0)):
-                    c = width(net.rng, 16, 64 << stage)
+                    c = net.width(16, 64 << stage)
                     net.conv(c, net.rng.choice([3, 3, 5]), act=net.activation)
                 parts.append((net.value, net.shape[1]))
             net.concat(parts)
@@ -196,7 +197,7 @@ def _branches(net: Net) -> None:
 
 def _large_windows(net: Net) -> None:
     """Depthwise convolutions with large windows, then layers on channels that come last."""
-    c = width(net.rng, 16, 128)
+    c = net.width(16, 128)
     patch = net.rng.choice([2, 4])
     net.conv(c, patch, patch)
     by_place = net.rng.random() < 0.5
@@ -206,14 +207,14 @@ def _large_windows(net: Net) -> None:
     for stage in range(net.rng.randint(2, 4)):
         if stage and net.shape[2] > 4:
             norm()
-            c = width(net.rng, c, 2 * c)
+            c = net.width(c, 2 * c)
             net.conv(c, 2, 2)
         for _ in range(net.rng.randint(1, 3)):
             source, shape = net.value, net.shape
             net.conv(c, net.rng.choice([5, 7]), group=c)
             net.transpose((0, 2, 3, 1))
             net.norm()
-            net.matmul(width(net.rng, 2 * c, 4 * c))
+            net.matmul(net.width(2 * c, 4 * c))
             net.node("Gelu", [net.value])
             net.matmul(c)
             net.node("Mul", [net.value, net.weight((c,), 1)])
@@ -256,7 +257,7 @@ def _heavy(net: Net) -> None:
     net.node("Flatten", [net.value], axis=1)
     net.shape = (1, net.shape[1] * net.shape[2] ** 2)
     for _ in range(net.rng.randint(1, 2)):
-        net.dense(width(net.rng, *net.rng.choice([(256, 1024), (1024, 4608)])), act="Relu")
+        net.dense(net.width(*net.rng.choice([(256, 1024), (1024, 4608)])), act="Relu")
     net.dense(net.rng.choice([10, 100, 1000]))
 
 
@@ -265,7 +266,7 @@ def _broad(net: Net) -> None:
     _stem(net)
     c = 0
     for stage in range(4):
-        c = min(2048, width(net.rng, 128, 256) if not stage else width(net.rng, round(1.6 * c), 2 * c))
+        c = min(2048, net.width(128, 256) if not stage else net.width(round(1.6 * c), 2 * c))
         inner = max(8, c // net.rng.choice([2, 4, 4]))
         for block in range(net.rng.randint(1, 3)):
             source, shape = net.value, net.shape
@@ -281,13 +282,13 @@ def _narrow(net: Net) -> None:
     """Few channels on large maps: what is left of networks that were pruned far, and modules that make half of their
     channels by depthwise convolutions.
     """
-    c = width(net.rng, 3, 16)
+    c = net.width(3, 16)
     net.conv(c, 3, 2, act=net.activation)
     for _ in range(net.rng.randint(3, 5)):
         for _ in range(net.rng.randint(1, 3)):
             source, shape = net.value, net.shape
             halves = []
-            for out in (width(net.rng, 2, 4 * c), c):
+            for out in (net.width(2, 4 * c), c):
                 half = max(1, out // 2)
                 net.conv(half, 1, act=net.activation)
                 halves = [(net.value, half)]
@@ -298,7 +299,7 @@ def _narrow(net: Net) -> None:
                 net.add(source)
         if net.shape[2] > 4:
             net.conv(net.shape[1], 3, 2, group=net.shape[1])
-        c = width(net.rng, c, 2 * c)
+        c = net.width(c, 2 * c)
         net.conv(c, 1)
     net.head()
 
