@@ -1,9 +1,9 @@
-"""The learned tier: what a fitted roofline misses, as boosted trees over the features of a kernel.
+"""The learned tier: what a fitted roofline misses, by boosted trees and a Gaussian process over features of a kernel.
 
-`log t = log t_roofline + trees(features)`, one set of ensembles per kernel family, products of all kinds together. Away
-from the samples the trees are constant, so the model extrapolates as the roofline does. Several ensembles, each without
-one fold of the networks and of the signatures that were timed elsewhere, give the mean and its spread; what each says
-of the fold that it has not seen gives the error, of kernels and of networks.
+`log t = log t_roofline + (trees(features) + process(features)) / 2`, one set per kernel family, products of all kinds
+together. Away from the samples trees are constant and a process is 0, so the model extrapolates as the roofline does.
+Several of both, each pair without one fold of the networks and of the signatures that were timed elsewhere, give the
+mean and its spread; what each says of the fold that it has not seen gives the error, of kernels and of networks.
 
 Fitting needs LightGBM (`pip install 'sartor[profile]'`); predicting needs numpy only.
 
@@ -21,15 +21,17 @@ from typing import Any
 
 import numpy as np
 
+from sartor.cost_models import gaussian_process
 from sartor.cost_models.features import features, is_movement, names_of
+from sartor.cost_models.gaussian_process import GaussianProcesses
 from sartor.cost_models.profile import Sample
 from sartor.cost_models.protocol import KernelModel
 from sartor.cost_models.signatures import Signature, key_of
-from sartor.cost_models.trees import Trees, from_lightgbm, mean_and_spread
+from sartor.cost_models.trees import Trees, from_lightgbm
 from sartor.errors import UsageError
 from sartor.ir.quantities import Quantity
 
-KIND = "boosted-residual/3"
+KIND = "boosted-residual/4"
 FEWEST = 40
 """Samples of a family below which trees would only learn their noise."""
 FOLDS = 8
@@ -54,12 +56,13 @@ _PARAMETERS = {
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Family:
-    """The ensembles of one kernel family.
+    """The models of one kernel family.
 
     Attributes:
         names: of the features that were used to fit it.
         ops: operators that were seen; each is one more column, 1.0 where it is the kernel's own.
-        folds: ensembles.
+        folds: ensembles of trees.
+        processes: one per fold.
         sd: standard deviation of the logarithm on folds that an ensemble has not seen, its spread apart.
         heldout: `n` and `sd` of that.
     """
@@ -67,6 +70,7 @@ class Family:
     names: tuple[str, ...]
     ops: tuple[str, ...]
     folds: tuple[Trees, ...]
+    processes: GaussianProcesses
     sd: float
     heldout: Mapping[str, float]
 
@@ -83,8 +87,12 @@ class Family:
 
     def correction(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Mean and standard deviation of `log(measured / roofline)`, each `[rows]`."""
-        mean, spread = mean_and_spread(self.folds, rows)
-        return mean, np.hypot(self.sd, spread)
+        said = said_by(self.folds, self.processes, rows)
+        return said.mean(0), np.hypot(self.sd, said.std(0))
+
+    def without(self, fold: int) -> Family:
+        """What is known without the samples of a fold."""
+        return dataclasses.replace(self, folds=(self.folds[fold],), processes=self.processes.of_fold(fold))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -106,11 +114,7 @@ class BoostedResidual:
 
     def without(self, fold: int) -> BoostedResidual:
         """What is known without the samples of a fold."""
-        families = {
-            name: dataclasses.replace(family, folds=(family.folds[fold],))
-            for name, family in self.families.items()
-        }
-        return BoostedResidual(self.base, families)
+        return BoostedResidual(self.base, {name: f.without(fold) for name, f in self.families.items()})
 
     def knows(self, signature: Signature) -> bool:
         """A family that was fitted, an operator that was in it."""
@@ -235,21 +239,27 @@ def _fit_family(
     weight = np.array([1.0 / (noise_of(s) ** 2 + _TIMING_NOISE**2) for s in samples])
     weight /= weight.mean()
     fold = _folds(samples)
+    noise = np.array([noise_of(s) for s in samples])
+    names = names_of(samples[0].spec)
     ensembles: list[Trees] = []
-    unseen, spread = target.copy(), np.zeros(len(samples))
     for number in range(FOLDS):
         out = fold == number
         data = library.Dataset(rows[~out], target[~out], weight=weight[~out])
         booster = library.train({**_PARAMETERS, "seed": seed + number}, data, num_boost_round=_ROUNDS)
         ensembles.append(from_lightgbm(booster.dump_model()))
-        unseen[out] = target[out] - ensembles[-1].predict(rows[out])
-    _, spread = mean_and_spread(ensembles, rows)
-    noise = np.array([noise_of(s) for s in samples])
+    processes = gaussian_process.fit(rows, target, noise, fold, names, FOLDS)
+    said_of = said_by(ensembles, processes, rows)
+    unseen, spread = target - said_of[fold, np.arange(len(rows))], said_of.std(0)
     clipped = np.clip(unseen, *np.quantile(unseen, [0.01, 0.99]))  # one stuck timing is not the model's error
     variance = float(np.mean(clipped**2 - spread**2 - noise**2))
     sd = float(np.sqrt(max(variance, (0.3**2) * float(np.mean(clipped**2)), 1e-6)))
     heldout = {"n": len(samples), "sd": float(np.sqrt(np.mean(clipped**2)))}
-    return Family(names_of(samples[0].spec), ops, tuple(ensembles), sd, heldout), unseen
+    return Family(names, ops, tuple(ensembles), processes, sd, heldout), unseen
+
+
+def said_by(folds: Sequence[Trees], processes: GaussianProcesses, rows: np.ndarray) -> np.ndarray:
+    """Mean of the trees and the process of each fold, `[folds, rows]`."""
+    return (np.stack([trees.predict(rows) for trees in folds]) + processes.predict(rows)) / 2
 
 
 def fold_of(name: str) -> int:
@@ -285,6 +295,7 @@ def _save(family: Family) -> dict[str, Any]:
         "sd": family.sd,
         "heldout": dict(family.heldout),
         "folds": [trees.to_dict() for trees in family.folds],
+        "processes": family.processes.to_dict(),
     }
 
 
@@ -298,7 +309,12 @@ def _load(name: str, entry: Mapping[str, Any]) -> Family:
     columns = len(names) + len(entry["ops"])
     if any(len(t.feature) and t.feature.max() >= columns for t in folds):
         raise ValueError(f"the learned model of family '{name}' reads features that do not exist")
-    return Family(names, tuple(entry["ops"]), folds, float(entry["sd"]), dict(entry["heldout"]))
+    processes = GaussianProcesses.from_dict(entry["processes"], columns)
+    if len(processes.weights) != len(folds):
+        raise ValueError(
+            f"the learned model of family '{name}' has another number of processes than of ensembles"
+        )
+    return Family(names, tuple(entry["ops"]), folds, processes, float(entry["sd"]), dict(entry["heldout"]))
 
 
 def _lightgbm() -> Any:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -140,9 +140,3 @@ def from_lightgbm(dump: Mapping[str, Any]) -> Trees:
         roots.append(len(feature))
         add(tree["tree_structure"])
     return Trees(np.array(feature, np.int64), np.array(number), np.array(right, np.int64), np.array(roots))
-
-
-def mean_and_spread(folds: Sequence[Trees], rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation of what several ensembles say, each `[rows]`."""
-    said = np.stack([trees.predict(rows) for trees in folds])
-    return said.mean(0), said.std(0)
