@@ -19,6 +19,7 @@ from sartor.cost_models.law import Law, Observation
 from sartor.cost_models.learned import noise_of
 from sartor.cost_models.profile import DeviceProfile, NetworkTime, Sample, of_role
 from sartor.cost_models.scores import summary
+from sartor.cost_models.signatures import key_of
 from sartor.cost_models.table import corrections, predict_samples
 from sartor.cost_models.tiers import Tiers, below
 
@@ -128,14 +129,17 @@ def _unseen_terms(
     Annals of Statistics 49 (2021).
     """
     samples = of_role(profile.samples, "fit")
+    keys = [key_of(sample.spec) for sample in samples]
+    folds = [boosting.fold_of_sample(sample) for sample in samples]
     found: dict[str, NetworkTerms] = {}
     for fold in range(boosting.FOLDS):
         mine = [n for n in networks if boosting.fold_of(n.name) == fold]
-        rest = [s for s in samples if boosting.fold_of_sample(s) != fold]
+        asked = {key_of(spec) for network in mine for spec, _, _ in network.kernels}
+        rest = [
+            s for s, key, own in zip(samples, keys, folds, strict=True) if own != fold and key in asked
+        ]  # tables of other signatures would not be looked at
         if mine:
-            found |= {
-                t.network.name: t for t in networks_terms(mine, tiers.without(fold, rest or samples), profile)
-            }
+            found |= {t.network.name: t for t in networks_terms(mine, tiers.without(fold, rest), profile)}
     return [found[network.name] for network in networks]
 
 
@@ -151,8 +155,8 @@ def networks_terms(
         for spec, at, count in network.kernels
     ]
     alone = [sample for _, _, sample in kernels]
-    said = [tiers.many([dataclasses.replace(s, period_s=period) for s in alone]) for period in periods]
-    seconds, sds = np.stack([s.seconds for s in said], -1), np.stack([s.sd_s for s in said], -1)
+    said = tiers.many([dataclasses.replace(s, period_s=period) for s in alone for period in periods])
+    seconds, sds = (part.reshape(len(alone), len(periods)) for part in (said.seconds, said.sd_s))
     parts: list[dict[str, Any]] = [{"call": np.full(len(periods), profile.call_s)} for _ in networks]
     variances: list[dict[str, Any]] = [{} for _ in networks]
     for (number, count, sample), one, sd in zip(kernels, seconds, sds, strict=True):
