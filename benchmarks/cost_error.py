@@ -29,6 +29,7 @@ import numpy as np
 import record
 import zoo_models
 from error_statistics import summarise, table
+from interleaved import references_of, repeated, scale_of
 
 NETWORKS = """
 torchvision/alexnet@224 torchvision/vgg11_bn@128 torchvision/resnet18@160 torchvision/resnet34@224
@@ -40,21 +41,6 @@ torchvision/regnet_y_400mf@224 torchvision/shufflenet_v2_x1_0@224 torchvision/co
 torchvision/vit_b_32@224 timm/ghostnet_050@192 timm/repvit_m1@160 timm/regnetx_002@256
 timm/hrnet_w18_small@128 timm/rexnet_100@160 timm/edgenext_xx_small@192 timm/vit_tiny_patch16_224@224
 """.split()
-SEED = 0  # of the profile
-_FEWEST = 4  # repetitions
-_SCALED_BY = (1, 2, 3)  # numbers of the profile's networks, of every kind, that say what the references take
-_T95 = (
-    12.71,
-    4.303,
-    3.182,
-    2.776,
-    2.571,
-    2.447,
-    2.365,
-    2.306,
-    2.262,
-    2.228,
-)  # Student, from 1 degree of freedom
 
 
 # ---- networks and plans --------------------------------------------------------------------------
@@ -136,17 +122,6 @@ def prepared(name: str, work: Path, target: str, count: int) -> tuple[Any, Any, 
 
 
 # ---- truth ---------------------------------------------------------------------------------------
-def references_of(profile: Any) -> list[Any]:
-    """Networks of the profile that the others are measured against: its anchors."""
-    from sartor.profiling.networks import anchors
-
-    known = {n.name: n for n in profile.networks}
-    missing = [name for name in anchors(SEED) if name not in known]
-    if missing:
-        raise SystemExit(f"The profile does not have the networks {missing}; build it with seed {SEED}.")
-    return [known[name] for name in anchors(SEED)]
-
-
 def truth(name: str, options: argparse.Namespace, references: Sequence[Any]) -> dict[str, Any]:
     """Latencies of the network and its prunings over the geometric mean of the references, with intervals."""
     from sartor.passes.prune import apply_plan
@@ -157,94 +132,6 @@ def truth(name: str, options: argparse.Namespace, references: Sequence[Any]) -> 
     ]
     rows, count = repeated([at_batch_1(p) for p in programs], options, references)
     return {"plans": rows, "rounds": count}
-
-
-def repeated(
-    models: Sequence[bytes], options: argparse.Namespace, references: Sequence[Any]
-) -> tuple[list[dict[str, Any]], int]:
-    """Latencies of models over the geometric mean of the references, with intervals; and the number of repetitions.
-
-    All are visited in turn in one process, in quiet moments as a reference kernel tells them, each for a while before
-    its time counts (a network that ran after others is up to 8 % slower at first); time that other processes had of the
-    processor does not count. Every repetition compiles them anew, because where weights lie in memory is
-    part of the noise; the interval is that of the mean over repetitions.
-    """
-    from sartor.backends.protocol import TargetOptions
-    from sartor.profiling import networks
-    from sartor.profiling.timing import Effort, KernelTimer
-
-    everything = [*(networks.network(reference.name) for reference in references), *models]
-    effort = Effort(
-        half_width=options.half_width,
-        fewest=4,
-        most=6,
-        visit_s=0.03,
-        settle_s=0.03,
-        quantile=0.5,
-        warm_s=0.15,
-    )
-    logs: list[list[float]] = [[] for _ in models]
-    begun, count = time.monotonic(), 0
-    with KernelTimer(options.target, TargetOptions(threads=options.threads)) as timer:
-        while count < _FEWEST or time.monotonic() - begun < options.seconds:
-            times = timer(everything, effort).times
-            failed = [timed.reason for timed in times if timed.warm is None]
-            if failed:
-                raise RuntimeError(failed[0])
-            found = [math.log(timed.warm.ratio) for timed in times if timed.warm is not None]
-            base = statistics.fmean(found[: len(references)])
-            for series, value in zip(logs, found[len(references) :], strict=True):
-                series.append(value - base)
-            count += 1
-            if count >= _FEWEST and max(map(half_width, logs)) <= options.half_width:
-                break
-    rows = []
-    for series in logs:
-        middle, half = math.exp(statistics.fmean(series)), half_width(series)
-        rows.append({"ratio": middle, "ci95": [middle / (1 + half), middle * (1 + half)]})
-    return rows, count
-
-
-def scale_of(profile: Any, journal: Any, options: argparse.Namespace, references: Sequence[Any]) -> float:
-    """Seconds that the references stand for, and what is known of them, printed.
-
-    The median over networks of every kind of what the profile says they take, over what they take in references: four
-    networks would not do, one of which may be 7 % slower in this process than when the profile was built.
-    """
-    from sartor.profiling import networks
-
-    known = {n.name: n.latency_s for n in profile.networks}
-    mine = {n.name for n in references}
-    logs = []
-    for number in _SCALED_BY:
-        names = [f"{kind}-{SEED}-{number}" for kind in networks.KINDS]
-        models = {name: networks.network(name) for name in names if name in known and name not in mine}
-        digests = {name: hashlib.sha256(model).hexdigest() for name, model in models.items()}
-        found = journal.find("scale", number=number)
-        measured = {} if found is None else {name: digest for name, digest, _ in found["ratios"]}
-        if not digests.items() <= measured.items() and not options.predict_only:
-            rows, _ = repeated(list(models.values()), options, references)
-            ratios = [[n, digests[n], row["ratio"]] for n, row in zip(models, rows, strict=True)]
-            found = journal.append("scale", number=number, ratios=ratios)
-        for name, digest, ratio in found["ratios"] if found is not None else ():
-            if digests.get(name) == digest:
-                logs.append(math.log(known[name] / ratio))
-    if len(logs) < _FEWEST:
-        raise SystemExit("The journal in --work does not say what the reference networks take; measure it.")
-    middle = math.exp(statistics.median(logs))
-    own = math.exp(statistics.fmean(math.log(n.latency_s) for n in references))
-    deviation = 1.2533 * half_width(logs)  # of a median, for a normal distribution
-    print(
-        f"references: {1e3 * middle:.3f} ms +- {deviation:.1%}, by {len(logs)} networks of the profile; "
-        f"{1e3 * own:.3f} ms by themselves"
-    )
-    return middle
-
-
-def half_width(logs: Sequence[float]) -> float:
-    """Of the 95 % interval of the mean of repetitions, as a share."""
-    factor = _T95[min(len(logs) - 2, len(_T95) - 1)]
-    return math.expm1(factor * statistics.stdev(logs) / math.sqrt(len(logs)))
 
 
 def at_batch_1(program: Any) -> bytes:

@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import cost_error
 import error_statistics
+import interleaved
 from cost_networks import residual, residual_blocks
 
 from sartor.cost_models.profile import DeviceProfile, NetworkTime
@@ -101,13 +102,13 @@ def test_references_are_the_same_networks_of_every_profile_and_of_different_kind
         times = tuple(NetworkTime(name, (), 5e-3, (4.9e-3, 5.1e-3)) for name in names)
         return DeviceProfile({}, {}, {}, 0.0, networks=times)
 
-    names = anchors(cost_error.SEED)
+    names = anchors(interleaved.SEED)
     assert len({name.partition("-")[0] for name in names}) == len(names) >= 3
     others = ("plain-0-1", "vit-0-0")
     for order in ((*others, *names), (*reversed(names), *others)):
-        assert [n.name for n in cost_error.references_of(profile(order))] == list(names)
+        assert [n.name for n in interleaved.references_of(profile(order))] == list(names)
     with pytest.raises(SystemExit, match=r"\['plain-0-0'\]; build it with seed 0"):
-        cost_error.references_of(profile([*others, *(n for n in names if n != "plain-0-0")]))
+        interleaved.references_of(profile([*others, *(n for n in names if n != "plain-0-0")]))
 
 
 def test_none_of_the_measured_networks_is_in_a_profile():

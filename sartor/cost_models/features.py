@@ -34,18 +34,8 @@ CONTRACTION = (
     *("log_macs", "log_weight_bytes", "log_read", "log_written", "log_working_set", "log_intensity"),
     *("log_groups", "log_rows", "log_columns", "log_channels", "log_taps", "log_c_in", "log_c_out"),
     *("align_in", "align_out", "align_columns", "waste_in_8", "waste_out_8", "waste_in_16", "waste_out_16"),
-    *(
-        "width",
-        "stride",
-        "dilation",
-        "padding",
-        "residuals",
-        "activations",
-        "relu",
-        "gated",
-        "transposed",
-        "stored",
-    ),
+    *("width", "stride", "dilation", "padding", "residuals", "activations", "relu", "gated"),
+    *("transposed", "stored"),
     *("height", "out_width", "window_width", "blocks", "blocks_left", "columns_left", "way"),
     *("log_windows", "log_period", "log_pause", "carried"),
 )
@@ -161,9 +151,7 @@ def _contraction(spec: Mapping[str, Any], found: Work) -> list[Any]:
         sum(attributes.get("pads", [0])),
         epilogue.count("Add"),
         sum(op not in ("Add", "Bias") for op in epilogue),
-        epilogue.count(
-            "Relu"
-        ),  # made where the sums are; others may be a pass of their own over what was written
+        epilogue.count("Relu"),  # made where the sums are; others may be a pass over what was written
         sum(op in COSTLY for op in epilogue),
         spec.get("op") == "ConvTranspose",
         sum(spec.get("stored", [False, True])),

@@ -236,10 +236,10 @@ def _fit_family(
         for s in samples  # one may have no variable at all
     ]
     target = np.log(np.array([s.seconds for s in samples]) / np.concatenate(said))
-    weight = np.array([1.0 / (noise_of(s) ** 2 + _TIMING_NOISE**2) for s in samples])
+    noise = np.array([noise_of(s) for s in samples])
+    weight = 1.0 / (noise**2 + _TIMING_NOISE**2)
     weight /= weight.mean()
     fold = _folds(samples)
-    noise = np.array([noise_of(s) for s in samples])
     names = names_of(samples[0].spec)
     ensembles: list[Trees] = []
     for number in range(FOLDS):
@@ -248,8 +248,8 @@ def _fit_family(
         booster = library.train({**_PARAMETERS, "seed": seed + number}, data, num_boost_round=_ROUNDS)
         ensembles.append(from_lightgbm(booster.dump_model()))
     processes = gaussian_process.fit(rows, target, noise, fold, names, FOLDS)
-    said_of = said_by(ensembles, processes, rows)
-    unseen, spread = target - said_of[fold, np.arange(len(rows))], said_of.std(0)
+    by_fold = said_by(ensembles, processes, rows)
+    unseen, spread = target - by_fold[fold, np.arange(len(rows))], by_fold.std(0)
     clipped = np.clip(unseen, *np.quantile(unseen, [0.01, 0.99]))  # one stuck timing is not the model's error
     variance = float(np.mean(clipped**2 - spread**2 - noise**2))
     sd = float(np.sqrt(max(variance, (0.3**2) * float(np.mean(clipped**2)), 1e-6)))

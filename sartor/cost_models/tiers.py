@@ -95,7 +95,7 @@ class Tiers:
 
         Args:
             fold: of the learned model.
-            rest: the samples of all others.
+            rest: samples of the others, all of every signature that will be asked for.
         """
         learned = None if self.learned is None else self.learned.without(fold)
         base = below(self.rates, learned)

@@ -55,9 +55,9 @@ def network(name: str) -> bytes:
     kind = name.partition("-")[0]
     if kind not in KINDS:
         raise UsageError(f"There is no network '{name}'; kinds are {', '.join(KINDS)}.")
+    number = int(name.rpartition("-")[2])
     for attempt in range(100):
         rng = random.Random(f"{name}/{attempt}")
-        number = int(name.rpartition("-")[2])
         edge = rng.choice([64, 96, 112, 128, 160, 192, 224])
         net = Net(rng, edge, exported=number % 2 == 1, designed=number % 4 > 1)
         KINDS[kind](net)
