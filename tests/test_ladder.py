@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import math
@@ -13,17 +14,19 @@ from cost_profiles import CALL_S, STEP, gemm_spec, make_profile, true_s, with_sa
 
 from sartor.cost_models import rates
 from sartor.cost_models.features import family_of
-from sartor.cost_models.fitting import fit_profile
+from sartor.cost_models.fitting import fit_profile, networks_terms
 from sartor.cost_models.ladder import Ladder
 from sartor.cost_models.law import FAMILIES
 from sartor.cost_models.learned import as_signature
 from sartor.cost_models.pricer import Pricer
-from sartor.cost_models.profile import DeviceProfile, Sample
+from sartor.cost_models.profile import DeviceProfile, NetworkTime, Sample
 from sartor.cost_models.protocol import CostModel
+from sartor.cost_models.samples import kernels_of
 from sartor.cost_models.signatures import signature_of
 from sartor.errors import MetricUnavailableError, PlanError, UsageError
 from sartor.ir.batch import Batch
 from sartor.ir.extents import Extent
+from sartor.ir.population import Population
 from sartor.ir.workload import build_workload
 
 GROUPS = {"a": 64, "b": 96, "e": 160, "m0": 64, "m1": 96, "m2": 96}
@@ -113,6 +116,27 @@ def test_networks_that_are_really_smaller_are_predicted(workload, ladder):
     np.testing.assert_allclose(predicted, [network_s(p) for p in plans], rtol=0.05)
     assert float(ladder.estimate_batch(workload)) == pytest.approx(network_s(), rel=0.01)
     assert isinstance(ladder, CostModel)
+
+
+def test_what_laws_are_fitted_to_is_what_plans_are_priced_at(workload):
+    """A law that is fitted to networks priced in another way corrects for the difference, which plans do not have.
+
+    Seen: networks of a profile priced as carriers are, in which kernels take longer.
+    """
+    pytest.importorskip("lightgbm")
+    profile = make_profile(400, in_models=True, noise=0.01)
+    samples = tuple(
+        dataclasses.replace(s, network=f"net-{i // 10}")
+        if i % 2
+        else dataclasses.replace(s, seconds=3 * s.seconds)
+        for i, s in enumerate(profile.samples)
+    )
+    ladder = Ladder(fit_profile(dataclasses.replace(profile, samples=samples)))
+    kernels = tuple((s.spec, sizes, count) for s, sizes, count in kernels_of(workload, layout=True)[0])
+    (as_fitted,) = networks_terms([NetworkTime("of-0", kernels, 1.0, (1.0, 1.0))], ladder.tiers, profile)
+    expected, priced = as_fitted.expected(ladder.law).seconds, ladder.terms(workload, Population({}, {})).seconds
+    for family in ("conv", "depthwise", "gemm", "pool"):
+        assert float(priced[family]) == pytest.approx(float(expected[family]), rel=0.1), family
 
 
 def test_output_widths_between_two_steps_cost_as_the_upper_one_or_their_penalty():

@@ -149,10 +149,11 @@ def networks_terms(
     """Price the kernels of networks that the profile holds."""
     periods = tiers.periods
     kernels = [
-        (number, count, Sample(spec, at, family_of(spec), 1.0, alike=alike[family_of(spec), spec["op"]]))
+        (number, count, Sample(spec, at, family, 1.0, alike=alike[family, spec["op"]], network=network.name))
         for number, network in enumerate(networks)
         for alike in [alike_in(network.kernels)]
         for spec, at, count in network.kernels
+        for family in [family_of(spec)]
     ]
     alone = [sample for _, _, sample in kernels]
     said = tiers.many([dataclasses.replace(s, period_s=period) for s in alone for period in periods])
