@@ -134,7 +134,10 @@ def test_what_laws_are_fitted_to_is_what_plans_are_priced_at(workload):
     ladder = Ladder(fit_profile(dataclasses.replace(profile, samples=samples)))
     kernels = tuple((s.spec, sizes, count) for s, sizes, count in kernels_of(workload, layout=True)[0])
     (as_fitted,) = networks_terms([NetworkTime("of-0", kernels, 1.0, (1.0, 1.0))], ladder.tiers, profile)
-    expected, priced = as_fitted.expected(ladder.law).seconds, ladder.terms(workload, Population({}, {})).seconds
+    expected, priced = (
+        as_fitted.expected(ladder.law).seconds,
+        ladder.terms(workload, Population({}, {})).seconds,
+    )
     for family in ("conv", "depthwise", "gemm", "pool"):
         assert float(priced[family]) == pytest.approx(float(expected[family]), rel=0.1), family
 
