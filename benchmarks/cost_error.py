@@ -4,9 +4,9 @@ Published architectures at several resolutions, each with random prunings on the
 and with blocks removed. The truth of a network is its latency over that of reference networks measured in the same
 visits: drift of the machine cancels. What the references take is known from many networks of the profile that are
 measured over them likewise. Repetitions go on until the 95 % interval is narrow or the time is over, and the interval
-that was reached is printed. Measuring is journalled in `--work`: a run that was
-killed goes on, and predictions of another profile can be compared with the same truth (`--predict-only`) if it was
-built on the same machine and has the same reference networks.
+that was reached is printed. Measuring is journalled in `--work`: a run that was killed goes on, one that was finished
+goes on with the networks whose interval is wide. Predictions of another profile can be compared with the same truth
+(`--predict-only`) if it was built on the same machine and has the same reference networks.
 
 Beside the profile stand two baselines, each scaled to the profile's own networks: time proportional to MACs, and the
 roofline alone, one per way of computing.
@@ -29,7 +29,7 @@ import numpy as np
 import record
 import zoo_models
 from error_statistics import summarise, table
-from interleaved import references_of, repeated, scale_of
+from interleaved import enough, ratio_of, references_of, repeated, scale_of
 
 NETWORKS = """
 torchvision/alexnet@224 torchvision/vgg11_bn@128 torchvision/resnet18@160 torchvision/resnet34@224
@@ -122,16 +122,21 @@ def prepared(name: str, work: Path, target: str, count: int) -> tuple[Any, Any, 
 
 
 # ---- truth ---------------------------------------------------------------------------------------
-def truth(name: str, options: argparse.Namespace, references: Sequence[Any]) -> dict[str, Any]:
-    """Latencies of the network and its prunings over the geometric mean of the references, with intervals."""
+def truth(
+    name: str, options: argparse.Namespace, references: Sequence[Any], known: Sequence[Sequence[float]]
+) -> dict[str, Any]:
+    """Latencies of the network and its prunings over the geometric mean of the references, with intervals.
+
+    Repetitions that are `known` are gone on with.
+    """
     from sartor.passes.prune import apply_plan
 
     program, analysis, _, plans = prepared(name, options.work, options.target, options.prunings)
     programs = [
         apply_plan(program, plan, analysis) if number else program for number, plan in enumerate(plans)
     ]
-    rows, count = repeated([at_batch_1(p) for p in programs], options, references)
-    return {"plans": rows, "rounds": count}
+    logs = repeated([at_batch_1(p) for p in programs], options, references, known)
+    return {"plans": [ratio_of(series) for series in logs], "rounds": len(logs[0]), "logs": logs}
 
 
 def at_batch_1(program: Any) -> bytes:
@@ -230,8 +235,13 @@ def main() -> int:
     parser.add_argument("--work", type=Path, default=Path(__file__).parents[1] / "out" / "cost_error")
     parser.add_argument("--only", action="append", help="names of networks, NAME@SIDE; all by default")
     parser.add_argument("--prunings", type=int, default=8)
-    parser.add_argument("--seconds", type=float, default=45.0, help="of repetitions, per architecture")
-    parser.add_argument("--half-width", type=float, default=0.01, help="of the 95 %% interval of a ratio")
+    parser.add_argument("--seconds", type=float, default=75.0, help="of repetitions, per architecture")
+    parser.add_argument(
+        "--half-width",
+        type=float,
+        default=0.02,
+        help="of 95 %% intervals of ratios; wider ones are gone on with",
+    )
     parser.add_argument("--minutes", type=float, default=math.inf, help="no architecture is begun after them")
     parser.add_argument("--predict-only", action="store_true", help="measure nothing; use what is journalled")
     options = parser.parse_args()
@@ -269,12 +279,14 @@ def main() -> int:
         known_s = scale_of(profile, journal, options, references)
         for name in names:
             found = journal.find("truth", network=name)
+            logs = found.get("logs", ()) if found is not None else ()
             late = time.monotonic() - begun > 60 * options.minutes
             if found is None and (options.predict_only or late):
                 continue
             try:
-                if found is None:
-                    found = journal.append("truth", network=name, **truth(name, options, references))
+                known = bool(logs) and enough(logs, options.half_width)
+                if not (known or options.predict_only or late):
+                    found = journal.append("truth", network=name, **truth(name, options, references, logs))
                 predicted = predictions(name, options, ladder, baselines)
             except Exception as error:  # one architecture that cannot be captured is a row, not the end
                 failed[name] = f"{type(error).__name__}: {str(error)[:300]}"

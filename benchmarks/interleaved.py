@@ -39,14 +39,23 @@ def references_of(profile: Any) -> list[Any]:
 
 
 def repeated(
-    models: Sequence[bytes], options: argparse.Namespace, references: Sequence[Any]
-) -> tuple[list[dict[str, Any]], int]:
-    """Latencies of models over the geometric mean of the references, with intervals; and the number of repetitions.
+    models: Sequence[bytes],
+    options: argparse.Namespace,
+    references: Sequence[Any],
+    known: Sequence[Sequence[float]] = (),
+) -> list[list[float]]:
+    """Logarithms of the latencies of models over the geometric mean of the references, a list of repetitions each.
 
     All are visited in turn in one process, in quiet moments as a reference kernel tells them, each for a while before
     its time counts (a network that ran after others is up to 8 % slower at first); time that other processes had of the
     processor does not count. Every repetition compiles them anew, because where weights lie in memory is
     part of the noise; the interval is that of the mean over repetitions.
+
+    Args:
+        models: serialized.
+        options: target, threads, how long and how well.
+        references: networks of the profile.
+        known: repetitions of an earlier run, per model; those of this one are added.
     """
     from sartor.backends.protocol import TargetOptions
     from sartor.profiling import networks
@@ -62,10 +71,12 @@ def repeated(
         quantile=0.5,
         warm_s=0.15,
     )
-    logs: list[list[float]] = [[] for _ in models]
-    begun, count = time.monotonic(), 0
+    logs = [list(series) for series in known] or [[] for _ in models]
+    begun = time.monotonic()
     with KernelTimer(options.target, TargetOptions(threads=options.threads)) as timer:
-        while count < _FEWEST or time.monotonic() - begun < options.seconds:
+        while not enough(logs, options.half_width) and (
+            len(logs[0]) < _FEWEST or time.monotonic() - begun < options.seconds
+        ):
             times = timer(everything, effort).times
             failed = [timed.reason for timed in times if timed.warm is None]
             if failed:
@@ -74,14 +85,18 @@ def repeated(
             base = statistics.fmean(found[: len(references)])
             for series, value in zip(logs, found[len(references) :], strict=True):
                 series.append(value - base)
-            count += 1
-            if count >= _FEWEST and max(map(half_width, logs)) <= options.half_width:
-                break
-    rows = []
-    for series in logs:
-        middle, half = math.exp(statistics.fmean(series)), half_width(series)
-        rows.append({"ratio": middle, "ci95": [middle / (1 + half), middle * (1 + half)]})
-    return rows, count
+    return logs
+
+
+def enough(logs: Sequence[Sequence[float]], wanted: float) -> bool:
+    """Whether the interval of every model is as narrow as is wanted."""
+    return len(logs[0]) >= _FEWEST and max(map(half_width, logs)) <= wanted
+
+
+def ratio_of(series: Sequence[float]) -> dict[str, Any]:
+    """The latency over that of the references, and its 95 % interval."""
+    middle, half = math.exp(statistics.fmean(series)), half_width(series)
+    return {"ratio": middle, "ci95": [middle / (1 + half), middle * (1 + half)]}
 
 
 def scale_of(profile: Any, journal: Any, options: argparse.Namespace, references: Sequence[Any]) -> float:
@@ -101,8 +116,8 @@ def scale_of(profile: Any, journal: Any, options: argparse.Namespace, references
         found = journal.find("scale", number=number)
         measured = {} if found is None else {name: digest for name, digest, _ in found["ratios"]}
         if not digests.items() <= measured.items() and not options.predict_only:
-            rows, _ = repeated(list(models.values()), options, references)
-            ratios = [[n, digests[n], row["ratio"]] for n, row in zip(models, rows, strict=True)]
+            logs_of = repeated(list(models.values()), options, references)
+            ratios = [[n, digests[n], ratio_of(own)["ratio"]] for n, own in zip(models, logs_of, strict=True)]
             found = journal.append("scale", number=number, ratios=ratios)
         for name, digest, ratio in found["ratios"] if found is not None else ():
             if digests.get(name) == digest:

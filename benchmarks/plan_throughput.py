@@ -46,9 +46,7 @@ def described_profile(workload: Any, device: str = "i7-9750h") -> Any:
         ]
         for at in itertools.product(*axes):
             seconds = float(roofline.predict(signature, [np.asarray(s) for s in at])[0])
-            cold = float(roofline.predict_cold(signature, [np.asarray(s) for s in at]))
-            entry = Sample(signature.spec, at, kernel.family, seconds, max(cold, seconds))
-            samples[signature.key, at] = entry
+            samples[signature.key, at] = Sample(signature.spec, at, kernel.family, seconds)
     return DeviceProfile(
         {"name": device, "channel_grid": {"Conv": 8, "Gemm": 8, "MatMul": 8}},
         {"caches": {"l3": 12e6}},

@@ -128,7 +128,7 @@ def test_what_laws_are_fitted_to_is_what_plans_are_priced_at(workload):
     samples = tuple(
         dataclasses.replace(s, network=f"net-{i // 10}")
         if i % 2
-        else dataclasses.replace(s, seconds=3 * s.seconds)
+        else dataclasses.replace(s, seconds=3 * s.seconds, carried=True)
         for i, s in enumerate(profile.samples)
     )
     ladder = Ladder(fit_profile(dataclasses.replace(profile, samples=samples)))

@@ -379,7 +379,9 @@ def test_kernels_of_carriers_that_take_longer_do_not_slow_networks_down(of_netwo
         dataclasses.replace(s, period_s=1e-3, network=f"net-{i // 10}")
         for i, s in enumerate(drawn(of_networks))
     ]
-    carriers = [dataclasses.replace(s, seconds=3 * s.seconds, period_s=1e-3) for s in drawn(200, seed=1)]
+    carriers = [
+        dataclasses.replace(s, seconds=3 * s.seconds, period_s=1e-3, carried=True) for s in drawn(200, seed=1)
+    ]
     known, asked = [*networks, *carriers], drawn(100, seed=2)
     laws = fitted(known)
     model = learned.fit(known, laws).model

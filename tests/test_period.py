@@ -246,8 +246,8 @@ def test_a_measured_network_says_how_long_its_kernels_had_to_wait():
 
 def test_a_profile_of_the_format_before_is_refused_with_what_to_do():
     text = json.loads(make_profile(3).to_json())
-    with pytest.raises(UsageError, match=r"device-profile/4'.*device-profile/3'"):
-        DeviceProfile.from_json(json.dumps({**text, "schema": "sartor.device-profile/3"}))
+    with pytest.raises(UsageError, match=r"device-profile/5'.*device-profile/4'"):
+        DeviceProfile.from_json(json.dumps({**text, "schema": "sartor.device-profile/4"}))
 
 
 def test_channels_that_are_begun_one_by_one_are_told_from_weights_that_are_waited_for():

@@ -149,7 +149,7 @@ def networks_terms(
     """Price the kernels of networks that the profile holds."""
     periods = tiers.periods
     kernels = [
-        (number, count, Sample(spec, at, family, 1.0, alike=alike[family, spec["op"]], network=network.name))
+        (number, count, Sample(spec, at, family, 1.0, alike=alike[family, spec["op"]]))
         for number, network in enumerate(networks)
         for alike in [alike_in(network.kernels)]
         for spec, at, count in network.kernels

@@ -1,6 +1,6 @@
 """A device profile: what was timed on one machine, the models fitted to it, and how far off they are.
 
-The file is JSON of schema `sartor.device-profile/4`, written by `sartor profile` and read by everything that predicts.
+The file is JSON of schema `sartor.device-profile/5`, written by `sartor profile` and read by everything that predicts.
 It holds plain numbers only: samples, whole networks, and fitted coefficients.
 """
 
@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 from sartor.errors import UsageError
 from sartor.ir.files import write_atomic
 
-SCHEMA = "sartor.device-profile/4"
+SCHEMA = "sartor.device-profile/5"
 ROLES = ("fit", "heldout")
 
 
@@ -36,7 +36,8 @@ class Sample:
             that it ran in. 0: it ran alone.
         alike: kernels of its family and operator in that model, itself included: each finds code that the one before
             has left in the caches.
-        network: name of that model; "" of a carrier, in which drawn kernels stand side by side.
+        network: name of that model, if it is a network.
+        carried: whether it ran in a carrier, in which drawn kernels stand side by side. Not so of kernels to be priced.
     """
 
     spec: Mapping[str, Any]
@@ -48,11 +49,7 @@ class Sample:
     period_s: float = 0.0
     alike: int = 1
     network: str = ""
-
-    @property
-    def carried(self) -> bool:
-        """Whether it ran in a carrier."""
-        return self.period_s > 0 and not self.network
+    carried: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,6 +197,7 @@ def _sample(entry: Mapping[str, Any], specs: Sequence[dict[str, Any]]) -> Sample
     known["period_s"] = _positive(entry["period_s"], zero=True)
     known["alike"] = max(int(entry["alike"]), 1)
     known["network"] = str(entry["network"])
+    known["carried"] = bool(entry["carried"])
     return _with_role(Sample(**known))
 
 

@@ -230,6 +230,7 @@ def _sample(
         period_s=latency * scale,
         alike=result["alike"],
         network=model.get("name", ""),
+        carried="name" not in model,
     )
 
 
