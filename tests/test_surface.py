@@ -100,6 +100,16 @@ def test_maps_of_whole_blocks_have_a_kernel_of_their_own():
     np.testing.assert_allclose(at(surface, size), pool([size])[0][:, 0], rtol=0.02)
 
 
+@pytest.mark.parametrize("dims", [[1, 197, 3, "3*", "64*"], ["3*", 197, "64*"], [1, 50, "96*"]])
+def test_less_than_a_unit_of_what_no_plan_leaves_whole_costs_less(dims):
+    """Seen: heads of attention are split in several axes, of which the whole is one unit; a plan saved nothing there."""
+    units = Units.of(moving("Transpose", [dims], [dims]))
+    full = float(units.bytes_of(np.array(float(units.multiple))))
+    surface = build([Range(full, True, units=units)], lambda sizes: one_state(1e-6 + 1e-10 * sizes[0]))
+    sizes = full * np.array([0.03, 0.1, 0.2, 0.5, 0.9, 1.0])
+    np.testing.assert_allclose(at(surface, sizes), 1e-6 + 1e-10 * sizes, rtol=0.03)
+
+
 def test_what_has_no_units_is_interpolated_between_bytes():
     spec = moving("Slice", [[1, 64, 8, 8]], [[1, 32, 8, 8]])
     surface = build(

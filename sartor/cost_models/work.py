@@ -205,7 +205,7 @@ class Units:
 
     Attributes:
         spec: of the kernel.
-        multiple: channels of one unit.
+        multiple: channels of one unit; where several axes are in units, of the widest.
         of_maps: whether they are the second axis of a feature map, for which runtimes have layouts of their own.
     """
 
@@ -217,8 +217,9 @@ class Units:
     def of(spec: Mapping[str, Any]) -> Units:
         """Of a kernel that moves data."""
         shapes = [entry["dims"] for entry in spec["inputs"] if entry is not None] + list(spec["outputs"])
-        widths = [dims[1] for dims in shapes if len(dims) == 4 and isinstance(dims[1], str)]
-        return Units(spec, max((int(width[:-1] or 1) for width in widths), default=1), bool(widths))
+        maps = [dims[1] for dims in shapes if len(dims) == 4 and isinstance(dims[1], str)]
+        widths = maps or [d for dims in shapes for d in dims if isinstance(d, str)]
+        return Units(spec, max((int(width[:-1] or 1) for width in widths), default=1), bool(maps))
 
     @functools.cached_property
     def _terms(self) -> _Terms:
