@@ -102,7 +102,7 @@ def test_maps_of_whole_blocks_have_a_kernel_of_their_own():
 
 @pytest.mark.parametrize("dims", [[1, 197, 3, "3*", "64*"], ["3*", 197, "64*"], [1, 50, "96*"]])
 def test_less_than_a_unit_of_what_no_plan_leaves_whole_costs_less(dims):
-    """Seen: heads of attention are split in several axes, of which the whole is one unit; a plan saved nothing there."""
+    """Seen: heads of attention are parts of several axes, of which the whole is one unit; a plan saved nothing."""
     units = Units.of(moving("Transpose", [dims], [dims]))
     full = float(units.bytes_of(np.array(float(units.multiple))))
     surface = build([Range(full, True, units=units)], lambda sizes: one_state(1e-6 + 1e-10 * sizes[0]))
