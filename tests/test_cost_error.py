@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import sys
@@ -109,6 +110,40 @@ def test_references_are_the_same_networks_of_every_profile_and_of_different_kind
         assert [n.name for n in interleaved.references_of(profile(order))] == list(names)
     with pytest.raises(SystemExit, match=r"\['plain-0-0'\]; build it with seed 0"):
         interleaved.references_of(profile([*others, *(n for n in names if n != "plain-0-0")]))
+
+
+def test_repetitions_of_an_earlier_run_are_gone_on_with_until_the_interval_is_narrow(monkeypatch):
+    """Two references of 1 and 4 units, whose geometric mean is 2, and a model of 6 that scatters."""
+    from sartor.backends.visits import Summary
+    from sartor.profiling import networks, timing
+
+    class Timer:
+        asked = 0
+
+        def __init__(self, *_):
+            pass
+
+        __enter__ = lambda self: self  # noqa: E731
+        __exit__ = lambda *_: None  # noqa: E731
+
+        def __call__(self, models, effort):
+            Timer.asked += 1
+            wobble = 1.01 if Timer.asked % 2 else 1 / 1.01
+            ratios = (1.0, 4.0, 6.0 * wobble)[: len(models)]
+            return timing.Batch(tuple(timing.Timed(Summary(r, 0.0, 4, 4)) for r in ratios), 1.0, {})
+
+    monkeypatch.setattr(timing, "KernelTimer", Timer)
+    monkeypatch.setattr(networks, "network", lambda name: name.encode())
+    options = argparse.Namespace(target="onnxruntime", threads=1, half_width=0.02, seconds=1e9)
+    references = [NetworkTime(name, (), 1.0, (1.0, 1.0)) for name in ("a", "b")]
+    (first,) = interleaved.repeated([b"model"], options, references)
+    assert interleaved.ratio_of(first)["ratio"] == pytest.approx(3.0, rel=0.01) and len(first) >= 4
+    (same,) = interleaved.repeated([b"model"], options, references, [first])
+    assert same == first
+    options.half_width = 0.008
+    (longer,) = interleaved.repeated([b"model"], options, references, [first])
+    assert longer[: len(first)] == first and len(longer) > len(first)
+    assert interleaved.enough([longer], 0.008) and not interleaved.enough([longer[:-1]], 0.008)
 
 
 def test_none_of_the_measured_networks_is_in_a_profile():
