@@ -173,7 +173,9 @@ def _again(
             if time_and_rows is not None:
                 own = max(time_and_rows[0] * then_s - time_and_rows[1] * overhead_s, 1e-9)
                 others = alike[sample.family, sample.spec["op"]]
-                now = dataclasses.replace(sample, seconds=own, period_s=period_s, alike=others, carried=True)
+                now = dataclasses.replace(
+                    sample, seconds=own, period_s=period_s, alike=others, network="", carried=True
+                )
                 again.append((sample, now))
     tiers = Tiers.of(profile)
     said = [tiers.many([pair[i] for pair in again]).seconds for i in (0, 1)]
