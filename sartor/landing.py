@@ -7,13 +7,15 @@ from collections.abc import Callable, Mapping
 
 from sartor.strategies.budgeted_greedy import Decision
 
-AIM = 0.98
+AIM = 0.983
 """Share of a latency limit that is aimed at: between `NEAR` and what the interval of a measurement leaves."""
 NEAR = 0.97
 """A plan below this share of the limit removed more than it had to."""
 INSIDE = 0.995
 """A measurement's upper bound must be this far inside the limit: the final one is another draw."""
 
+_FINER, _UNSURE = 1.005, 1.02
+"""A step of an aim; what is predicted to be over the limit by less may be inside."""
 _APART = 0.03  # logarithm of the ratio of two predictions
 
 
@@ -86,6 +88,19 @@ class Landing:
         if excess:
             return "over by " + ", ".join(f"{key} {100 * (f - 1):.1f} %" for key, f in excess.items())
         return f"at {tightness:.3f} of the limit, further than needed"
+
+    def higher(self) -> bool:
+        """Aim a little higher, because the last search ended at a plan that is known.
+
+        Returns:
+            Whether there may be a plan: not where the next one is surely over.
+        """
+        if self._last is None:
+            return False
+        decision, measured_s = self._last
+        at_limit = self._predict(decision) * self._limits["latency"] / measured_s
+        self.wanted["latency"] *= _FINER
+        return self.wanted["latency"] < min([at_limit * _UNSURE, *map(self._predict, self._over)])
 
     def _power(self, decision: Decision, measured_s: float) -> float:
         """How measured time follows predicted time, from the last two plans; 1 where they are too close to tell."""

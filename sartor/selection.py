@@ -13,7 +13,7 @@ import numpy as np
 
 from sartor.cost_models.ladder import Ladder
 from sartor.cost_models.profile import DeviceProfile
-from sartor.errors import UsageError
+from sartor.errors import MetricUnavailableError, UsageError
 from sartor.ir.channels import ChannelAnalysis
 from sartor.ir.fusion import CONTRACTIONS, json_attributes
 from sartor.ir.plan import Plan
@@ -21,7 +21,7 @@ from sartor.ir.workload import build_workload
 from sartor.journal import Journal
 from sartor.landing import Landing
 from sartor.profiling.build import fusion_rules
-from sartor.strategies.budgeted_greedy import EXCESS, BudgetedGreedy, Decision, Price, floor
+from sartor.strategies.budgeted_greedy import EXCESS, BudgetedGreedy, Decision, Price, floor, levels
 from sartor.unit_scores import unit_scores
 from sartor.workbench import FitOptions, Workbench, static_costs
 
@@ -29,7 +29,9 @@ if TYPE_CHECKING:
     from sartor.tasks import Runner
 
 _MOST_MEASURED = 6
-_TABLE_S, _SELECT_S = 20.0, 15.0
+_TABLE_S, _SELECT_S = 20.0, 25.0
+_PRUNING_SD = 0.04
+"""Of the latency of a random pruning: together they weigh no more than a few measured candidates."""
 
 
 class Selection:
@@ -102,6 +104,8 @@ class Selection:
         last: Decision | None = None
         for _ in range(_MOST_MEASURED):
             decision = strategy.search(landing.wanted)
+            while last is not None and decision.plan == last.plan and landing.higher():
+                decision = strategy.search(landing.wanted)
             if last is not None and decision.plan == last.plan:
                 break  # the next finer step is over the limit: this is as near as the grid allows
             last = decision
@@ -172,29 +176,60 @@ class Selection:
         known = self.journal.find("table")
         if known is not None:
             return Ladder.from_json(known["table"])
-        model = Ladder(self.profile or self._sampled())
+        prunings: Sequence[tuple[Plan, float]] = ()
+        profile = self.profile
+        if profile is None:
+            profile, prunings = self._sampled()
+        model = Ladder(profile)
         model.calibrate(self.workload, self.baseline["latency"])
+        for plan, ratio in prunings:
+            latency_s = ratio * self.baseline["latency"]
+            removed = {name: True for name in plan.blocks}
+            model.calibrate(self.workload, latency_s, self.analysis.fractions(plan), removed, sd=_PRUNING_SD)
         self.journal.append("table", table=model.to_json())
         return model
 
-    def _sampled(self) -> DeviceProfile:
+    def _sampled(self) -> tuple[DeviceProfile, Sequence[tuple[Plan, float]]]:
+        """Kernels inside the network and prunings of it, with what these take; alone where the target cannot tell."""
         from sartor.backends import host
         from sartor.cost_models.sampling import sample_kernels
+        from sartor.profiling.prunings import sample_prunings
 
         precision = sampled_precision(self.options.precision)
         options = dataclasses.replace(self.bench.target, flush_denormals=True, precision=precision)
+        target = {"name": self.options.target, **self.bench.target.to_dict()}
+        device = host.device()
 
-        def timer(models: list[bytes]) -> Any:
-            return self.bench.time_models(models, options, repeats=3)
+        def grid(op_type: str) -> int:
+            return self.backend.channel_grid(op_type, self.options.precision)
 
-        return sample_kernels(
+        try:
+            with Journal(self.bench.folder / "kernels.jsonl", {}) as journal:
+                found = sample_prunings(
+                    self.program,
+                    self.analysis,
+                    [block.name for block in self.blocks if block.removable],
+                    lambda models, effort: self.bench.time_inside(models, options, effort),
+                    journal,
+                    levels=lambda group: levels(group, self._grid(group)),
+                    rules=fusion_rules(self.backend),
+                    target={**target, "channel_grid": {op: grid(op) for op in sorted(CONTRACTIONS)}},
+                    device=device,
+                    seconds=_TABLE_S,
+                    seed=self.options.seed,
+                )
+            return found.profile, found.ratios
+        except MetricUnavailableError as error:
+            self.decisions.append(f"kernels are timed one by one: {error}")
+        profile = sample_kernels(
             self.workload,
-            timer,
-            target={"name": self.options.target, **self.bench.target.to_dict()},
-            device=host.device(),
-            channel_grid=lambda op: self.backend.channel_grid(op, self.options.precision),
+            lambda models: self.bench.time_models(models, options, repeats=3),
+            target=target,
+            device=device,
+            channel_grid=grid,
             seconds=_TABLE_S,
         )
+        return profile, ()
 
     def _price(
         self,

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from sartor.data import Data
     from sartor.ir.plan import Plan
     from sartor.lowered import Lowered
+    from sartor.profiling.inside import Inside, InsideEffort
     from sartor.study import Study
 
 
@@ -138,6 +139,16 @@ class Workbench:
                 self.options.target, models, options, Path(folder), repeats=repeats
             )
             return requests.model_times(self.runner.run(task))
+
+    def time_inside(
+        self, models: Sequence[bytes], options: TargetOptions, effort: InsideEffort
+    ) -> list[Inside]:
+        """Times of models and of the kernels inside them where candidates are measured."""
+        from sartor.tasks import requests
+
+        with tempfile.TemporaryDirectory(prefix="sartor-models-") as folder:
+            task = requests.time_inside_task(self.options.target, models, options, Path(folder), effort)
+            return requests.insides(self.runner.run(task))
 
     def score(self, artifact: Artifact, split: str) -> tuple[float, int]:
         """Score of an artifact as its target runs it, and the number of samples."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 from models import captured
@@ -125,3 +127,39 @@ def test_the_last_step_is_as_fine_as_the_grid():
     before = [s.predicted["macs"] for s in decision.steps if s.predicted["macs"] <= limit]
     assert len(before) > 1 and before[-1] == decision.predicted["macs"] > before[0]
     assert decision.predicted["macs"] > 0.97 * limit
+
+
+@pytest.mark.parametrize("share", [0.3, 0.5, 0.7])
+@pytest.mark.parametrize("name", ["resnet", "mobilenet"])
+def test_no_group_can_be_widened_for_the_width_of_another_and_win_importance(name, share):
+    program = captured(name)
+    analysis = channel_groups(program)
+    workload = build_workload(program, analysis.extents)
+    importance = criterion("l2").unit_importance(program, analysis, [])
+
+    def price(fractions, removed, wanted):
+        return {"macs": np.atleast_1d(workload.evaluate(fractions, removed).macs)}
+
+    strategy = BudgetedGreedy(analysis, [], importance, workload, price, lambda g: 4)
+    limit = share * float(price({}, {}, None)["macs"][0])
+    decision = strategy.search({"macs": limit})
+    kept = {g.name: g.size for g in analysis.groups}
+    kept |= {name: len(group.keep) for name, group in decision.plan.groups.items()}
+    sizes = {g.name: g.size for g in analysis.groups}
+
+    def next_to(name, up):
+        counts = [c for c in strategy.fine[name] if (c > kept[name] if up else c < kept[name])]
+        return sorted(counts, reverse=not up)[:3]
+
+    def worth(name, count):
+        return float(strategy.cost[name][-1] - strategy.cost[name][sizes[name] - count])
+
+    pairs = 0
+    for fewer, more in itertools.permutations(sizes, 2):
+        for less, wider in itertools.product(next_to(fewer, False), next_to(more, True)):
+            other = {**kept, fewer: less, more: wider}
+            gain = sum(worth(n, other[n]) - worth(n, kept[n]) for n in (fewer, more))
+            macs = price({n: c / sizes[n] for n, c in other.items()}, {}, None)["macs"][0]
+            pairs += 1
+            assert gain <= 1e-9 or macs > limit, f"{fewer} to {less}, {more} to {wider} is better"
+    assert pairs

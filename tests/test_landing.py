@@ -50,6 +50,8 @@ def land(world, share, learn, most=6):
     last = None
     for _ in range(most):
         decision = world.search(landing.wanted)
+        while last is not None and decision.plan == last.plan and landing.higher():
+            decision = world.search(landing.wanted)
         if last is not None and decision.plan == last.plan:
             break
         last = decision

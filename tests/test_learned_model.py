@@ -17,7 +17,7 @@ from sartor.cost_models.profile import Sample
 from sartor.cost_models.protocol import KernelModel
 from sartor.cost_models.rates import Rates, columns_of, fitted
 from sartor.cost_models.scores import ranks, spearman, summary
-from sartor.cost_models.table import KernelTable, corrections, predict_samples
+from sartor.cost_models.table import Corrections, KernelTable, corrections, predict_samples
 from sartor.cost_models.trees import Trees, from_lightgbm
 from sartor.cost_models.work import work_of_spec
 from sartor.errors import MetricUnavailableError, UsageError
@@ -128,7 +128,7 @@ def test_kernels_without_a_variable_are_learned_from_too():
     assert float(np.ravel(seconds)[0]) == pytest.approx(samples[-1].seconds, rel=0.1)
     said, _ = predict_samples((model, laws), samples)
     np.testing.assert_allclose(said, [s.seconds for s in samples], rtol=0.2)
-    table = KernelTable((model, laws), corrections(samples, (model, laws)))
+    table = KernelTable((model, laws), Corrections(samples, (model, laws)))
     several, _ = table.predict(as_signature(samples[-1]), [], np.array([1e-4, 1e-3, 1e-2]))
     np.testing.assert_allclose(several, samples[-1].seconds, rtol=0.1)
 
@@ -437,7 +437,7 @@ def test_coefficients_are_never_negative():
 def test_samples_are_reproduced_and_the_error_grows_away_from_them(base):
     spec = conv_spec(28)
     at = [(32.0, 32.0), (32.0, 128.0), (128.0, 64.0)]  # fills no rectangle
-    table = KernelTable((base,), corrections([Sample(spec, p, "conv", true_s(spec, p)) for p in at], (base,)))
+    table = KernelTable((base,), Corrections([Sample(spec, p, "conv", true_s(spec, p)) for p in at], (base,)))
     signature = signature_at(spec, "conv", (128.0, 128.0))
     assert table.knows(signature) and not table.knows(signature_at(conv_spec(14), "conv", (8.0, 8.0)))
     seconds, sd = table.predict(signature, [np.array([p[i] for p in at]) for i in (0, 1)])
@@ -456,7 +456,7 @@ def test_leaving_one_out_in_closed_form_is_leaving_one_out(base):
     errors, expected = found.left_out()
     for index, left in enumerate(points):
         rest = points[:index] + points[index + 1 :]
-        table = KernelTable((base,), corrections(rest, (base,)))
+        table = KernelTable((base,), Corrections(rest, (base,)))
         seconds, _ = table.predict(as_signature(left), [np.array([v]) for v in left.at])
         assert errors[index] == pytest.approx(float(np.log(left.seconds / seconds[0])), abs=1e-3)
         assert expected[index] > 0
@@ -478,7 +478,7 @@ def test_what_is_wrong_at_small_sizes_is_not_carried_to_sizes_far_away(base):
         Sample(gemm_spec(), (k, 24.0), "gemm", 3 * predicted(base, gemm_spec(), (k, 24.0)))
         for k in (47.0, 48.0, 55.0, 56.0)
     ]
-    table = KernelTable((base,), corrections(small, (base,)))
+    table = KernelTable((base,), Corrections(small, (base,)))
 
     def off(k, n):
         return predicted(table, gemm_spec(), (k, n)) / predicted(base, gemm_spec(), (k, n))

@@ -35,8 +35,9 @@ from sartor.ir.workload import Workload
 __all__ = ["SCHEMA", "Ladder", "fit_profile"]
 
 SCHEMA = "sartor.ladder/1"
-_MEASUREMENT_SD = 0.015
+MEASUREMENT_SD = 0.015
 """Of one measured network of a run, and of how its plans differ beyond what scales can say."""
+_SPEED_SD = 1.0  # of the machine's speed between two measurements, before the first network is measured
 _T90 = (6.31, 2.92, 2.35, 2.13, 2.02, 1.94, 1.89, 1.86, 1.83, 1.81)  # Student, by degrees of freedom
 
 
@@ -227,6 +228,7 @@ class Ladder:
         *,
         size: int | None = None,
         batch: int | None = None,
+        sd: float = MEASUREMENT_SD,
     ) -> None:
         """Add a whole-network measurement: the baseline first, then measured candidates.
 
@@ -237,6 +239,7 @@ class Ladder:
             removed: blocks that the measured plan removes.
             size: declared input size that it was measured at.
             batch: samples of one inference.
+            sd: of the logarithm of the latency; the larger, the less the measurement weighs.
 
         Raises:
             UsageError: the latency is not a positive number.
@@ -249,7 +252,7 @@ class Ladder:
         plans = Population(fractions or {}, removed or {})
         found = self.terms(workload, plans, float(latency_s)).seconds
         seconds = {term: float(v) for term, v in found.items()}
-        self._observe((*self._observations, Observation(seconds, float(latency_s), _MEASUREMENT_SD)))
+        self._observe((*self._observations, Observation(seconds, float(latency_s), sd)))
 
     def _observe(self, observations: tuple[Observation, ...]) -> None:
         self._observations = observations
@@ -267,6 +270,9 @@ class Ladder:
             start = self._known.for_network(common, self._interval.family)
         else:
             start = Law.prior()
+            if any(sample.period_s > 0 for sample in self.profile.samples):
+                # Timed inside the network, kernels add up: only how fast the machine was then is not known.
+                start = Law.prior(inside=True).for_network(_SPEED_SD, 0.0)
             if observations:
                 start = start.with_offset(min(o.latency_s for o in observations))
         return start.updated(observations)
@@ -288,7 +294,7 @@ class Ladder:
         if self._noise is None:  # a law that was fitted exactly says nothing about its error
             return None
         student = _T90[min(len(self._observations) - 1, len(_T90)) - 1]
-        own = Interval(noise=max(self._noise, _MEASUREMENT_SD / 2), quantile=max(student, NORMAL))
+        own = Interval(noise=max(self._noise, MEASUREMENT_SD / 2), quantile=max(student, NORMAL))
         return own.of_network(latency, 0.0)
 
     def _kernel_variance(self, priced: Terms) -> Any:

@@ -12,7 +12,7 @@ and, for leaving one out, §5.4.2.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -69,6 +69,40 @@ class Correction:
         return bool(((at >= self.lowest * (1 - 1e-9)) & (at <= self.highest * (1 + 1e-9))).all())
 
 
+class Corrections(Mapping[str, Correction]):
+    """Corrections by `Signature.key`, made when they are first asked for: a network asks for some dozens of thousands.
+
+    Args:
+        samples: timed kernels.
+        base: tiers below.
+    """
+
+    def __init__(self, samples: Sequence[Sample], base: Sequence[KernelModel]):
+        self.samples, self._base = samples, base
+        self._members = by_spec(samples)
+        self._made: dict[str, Correction] = {}
+
+    def make(self, keys: Iterable[str]) -> None:
+        """Those of many signatures at once, which is faster than one after another."""
+        wanted = [key for key in dict.fromkeys(keys) if key in self._members and key not in self._made]
+        if wanted:
+            samples = [self.samples[index] for key in wanted for index in self._members[key]]
+            self._made |= corrections(samples, self._base)
+
+    def __getitem__(self, key: str) -> Correction:
+        self.make([key])
+        return self._made[key]
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._members
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._members)
+
+    def __len__(self) -> int:
+        return len(self._members)
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class KernelTable:
     """Corrections by signature. Satisfies `KernelModel`.
@@ -79,7 +113,7 @@ class KernelTable:
     """
 
     base: tuple[KernelModel, ...]
-    corrections: Mapping[str, Correction]
+    corrections: Corrections
 
     @property
     def tier(self) -> str:
@@ -102,7 +136,9 @@ class KernelTable:
 
     def update(self, samples: Sequence[Sample]) -> KernelTable:
         """See `KernelModel`: signatures of these samples are corrected by them alone."""
-        return KernelTable(self.base, {**self.corrections, **corrections(samples, self.base)})
+        anew = {key_of(sample.spec) for sample in samples}
+        kept = [sample for sample in self.corrections.samples if key_of(sample.spec) not in anew]
+        return KernelTable(self.base, Corrections([*kept, *samples], self.base))
 
     def save(self) -> dict[str, Any]:
         """Nothing: the table follows from the samples of its profile."""

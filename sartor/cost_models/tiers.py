@@ -17,12 +17,12 @@ from sartor.cost_models.learned import BoostedResidual, as_signature
 from sartor.cost_models.profile import DeviceProfile, Sample, of_role
 from sartor.cost_models.protocol import KernelModel
 from sartor.cost_models.rates import Rates
-from sartor.cost_models.signatures import Signature, variable_names
+from sartor.cost_models.signatures import Signature, key_of, variable_names
 from sartor.cost_models.surface import Range, Surface, build, ranges_of
 from sartor.cost_models.table import (
+    Corrections,
     KernelTable,
     by_spec,
-    corrections,
     first_that_knows,
     predict_samples,
     sizes_of,
@@ -82,7 +82,10 @@ class Tiers:
             rates = Rates.load(known, grid) if known is not None else roofline.fitted(samples, grid)
             learned = BoostedResidual.load(models["learned"], rates) if models.get("learned") else None
             base = below(rates, learned)
-            table = KernelTable(base, corrections(samples, base))
+            table = KernelTable(base, known := Corrections(samples, base))
+            known.make(
+                {sample.family: key_of(sample.spec) for sample in samples}.values()
+            )  # fails here, if at all
         except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
             raise UsageError(
                 f"The models of the device profile are malformed ({type(error).__name__}: {str(error)[:200]}); build "
@@ -99,7 +102,7 @@ class Tiers:
         """
         learned = None if self.learned is None else self.learned.without(fold)
         base = below(self.rates, learned)
-        return Tiers(self.rates, learned, KernelTable(base, corrections(rest, base)), self.grid)
+        return Tiers(self.rates, learned, KernelTable(base, Corrections(rest, base)), self.grid)
 
     @property
     def periods(self) -> np.ndarray:
@@ -150,7 +153,9 @@ class Tiers:
         """Many kernels at once, each with the period of its sample; their times are not looked at."""
         seconds, log_sd = predict_samples(self.table.base, samples)
         tiers = [""] * len(samples)
-        for key, indices in by_spec(samples).items():
+        members = by_spec(samples)
+        self.table.corrections.make(members)
+        for key, indices in members.items():
             one, sizes = samples[indices[0]], sizes_of(samples, indices)
             correction = self.table.corrections.get(key)
             if correction is not None:

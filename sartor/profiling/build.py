@@ -18,7 +18,6 @@ import numpy as np
 
 from sartor.backends import host
 from sartor.backends.protocol import Backend, TargetOptions
-from sartor.cost_models.fitting import alike_in
 from sartor.cost_models.profile import SCHEMA, DeviceProfile, of_role
 from sartor.cost_models.samples import empty_model
 from sartor.cost_models.signatures import Signature
@@ -28,15 +27,8 @@ from sartor.journal import Journal
 from sartor.profiling import networks
 from sartor.profiling.design import Design, Novelty, Point, Uncertainty
 from sartor.profiling.inside import Inside, InsideEffort, Insider, ModelTimer
-from sartor.profiling.inside_samples import (
-    UnmadeError,
-    alike_among,
-    carrier_model,
-    describe,
-    of_carrier,
-    whole,
-)
-from sartor.profiling.records import SENTENCE, Records, best_look, look_of
+from sartor.profiling.inside_samples import UnmadeError, alike_among, carrier_model, of_carrier, whole
+from sartor.profiling.records import SENTENCE, Records, best_look, look_of, network_result
 
 _NETWORKS_AT_ONCE = len(networks.KINDS)
 _CARRIED = 32  # kernels of one carrier
@@ -345,7 +337,7 @@ class _Builder:
         models = [networks.network(name) for name in chosen]
         found = timer(models, InsideEffort())
         results = [
-            self._network_result(name, model, inside)
+            network_result(name, networks.role_of(name), model, inside, self._rules)
             for name, model, inside in zip(chosen, models, found, strict=True)
         ]
         for inside in found:
@@ -369,31 +361,3 @@ class _Builder:
             if inside.latency is not None
         ]
         self.records.add(stage, results=results)
-
-    def _network_result(self, name: str, model: bytes, inside: Inside) -> dict[str, Any]:
-        if inside.latency is None:
-            return {"name": name, "reason": inside.reason}
-        described = describe(model, inside.kernels, self._rules)
-        alike = alike_in((signature.spec, sizes, count) for signature, sizes, count in described.kernels)
-        return {
-            "name": name,
-            **look_of(inside.latency),
-            "kernels": [
-                [signature.spec, list(sizes), count] for signature, sizes, count in described.kernels
-            ],
-            "observed": [
-                {
-                    "spec": one.signature.spec,
-                    "family": one.signature.family,
-                    "at": list(one.sizes),
-                    "ratio": one.ratio,
-                    "rows": one.rows,
-                    "alike": max(alike[one.signature.family, one.signature.spec["op"]], 1),
-                }
-                for one in described.observed
-                if one.ratio > 0
-            ],
-            "rows": described.rows,
-            "sum": described.ratio,
-            "role": networks.role_of(name),
-        }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import tempfile
 import types
 from collections.abc import Callable, Mapping, Sequence
@@ -47,6 +48,28 @@ class Inside:
     kernels: tuple[KernelTime, ...] = ()
     reference_s: float = 0.0
     reason: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready form: an interval that is not known has no number."""
+        latency = None if self.latency is None else dataclasses.asdict(self.latency)
+        if latency is not None and math.isinf(latency["half_width"]):
+            latency["half_width"] = None
+        return {
+            "latency": latency,
+            "kernels": [kernel.to_dict() for kernel in self.kernels],
+            "reference_s": self.reference_s,
+            "reason": self.reason,
+        }
+
+    @staticmethod
+    def from_dict(data: Mapping[str, Any]) -> Inside:
+        """Inverse of `to_dict`."""
+        latency = data["latency"]
+        if latency is not None:
+            half_width = math.inf if latency["half_width"] is None else latency["half_width"]
+            latency = Summary(**{**latency, "half_width": half_width})
+        kernels = tuple(KernelTime.from_dict(kernel) for kernel in data["kernels"])
+        return Inside(latency, kernels, data["reference_s"], data["reason"])
 
 
 Insider = Callable[[Sequence[bytes], InsideEffort], list[Inside]]

@@ -13,9 +13,13 @@ import numpy as np
 
 from sartor.backends.quiet import level
 from sartor.backends.visits import Summary
+from sartor.cost_models.fitting import alike_in
 from sartor.cost_models.profile import DeviceProfile, NetworkTime, Sample
+from sartor.ir.fusion_rules import FusionRules
 from sartor.journal import Journal
 from sartor.profiling.design import Point
+from sartor.profiling.inside import Inside
+from sartor.profiling.inside_samples import describe
 
 SENTENCE = (
     "kernels and copies inside models, as the target's own profiler tells them, and how many there are of their "
@@ -123,7 +127,7 @@ class Records:
         beside = (overhead, call, doubt)
         inside = [(kernel, network) for network in timed for kernel in network["observed"]]
         conditions: Mapping[str, Any] = next(
-            (r["conditions"] for r in reversed(self.batches("networks"))), {}
+            (r["conditions"] for r in reversed(self.batches("networks")) if "conditions" in r), {}
         )
         samples = [
             *(_sample(r, r["role"], scale, r["model"], beside) for r in drawn if "ratio" in r),
@@ -253,6 +257,42 @@ def best_look(looks: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     nearest = agreeing[-1] if len(agreeing) > 1 else ratios[min(1, len(ratios) - 1)]
     half = math.hypot(float(best["half_width"]), math.log(nearest / ratios[0]) / 2) / math.sqrt(len(agreeing))
     return {"best": ratios[0], "half_width": min(half, 1.0)}
+
+
+def network_result(name: str, role: str, model: bytes, inside: Inside, rules: FusionRules) -> dict[str, Any]:
+    """What is written down of a network and of the kernels inside it.
+
+    Args:
+        name: equal names, equal networks.
+        role: as of a sample.
+        model: serialized ONNX.
+        inside: what was timed of it.
+        rules: what the target runs as one kernel.
+    """
+    if inside.latency is None:
+        return {"name": name, "reason": inside.reason}
+    described = describe(model, inside.kernels, rules)
+    alike = alike_in((signature.spec, sizes, count) for signature, sizes, count in described.kernels)
+    return {
+        "name": name,
+        **look_of(inside.latency),
+        "kernels": [[signature.spec, list(sizes), count] for signature, sizes, count in described.kernels],
+        "observed": [
+            {
+                "spec": one.signature.spec,
+                "family": one.signature.family,
+                "at": list(one.sizes),
+                "ratio": one.ratio,
+                "rows": one.rows,
+                "alike": max(alike[one.signature.family, one.signature.spec["op"]], 1),
+            }
+            for one in described.observed
+            if one.ratio > 0
+        ],
+        "rows": described.rows,
+        "sum": described.ratio,
+        "role": role,
+    }
 
 
 def _network(result: Mapping[str, Any], scale: float) -> NetworkTime:

@@ -5,7 +5,9 @@ grid, or removes one residual block; all candidate steps are priced in one vecto
 the largest saving per importance lost is taken. A step that is predicted to be slower is never taken.
 
 Steps are coarse, so that few are needed; behind the last one, groups are widened again by fine steps of the grid,
-the most important first, as long as the limits hold. What time does not fall for is not cut.
+the most important first, as long as the limits hold. What time does not fall for is not cut. Where no group can be
+widened, one is for the width of another, as long as importance is won by it: a narrow network has few plans that are
+near a limit, and greedy steps seldom end at one of them.
 
 The importance of units is put on one scale for all groups as LAMP does: a unit's score divided by the sum
 of the scores of its group that are not smaller, so that the last units of a layer cost 1 each and no layer
@@ -39,6 +41,8 @@ the limit, summed over the places. A single step seldom lowers the maximum, but 
 EXCESS = "excess"
 
 _LOOK_AHEAD = 3  # levels
+_MOST_EXCHANGES, _MOST_PAIRS = 50, 256
+_HOPEFUL = 1.01  # of a limit, for the sum of two steps
 _FEWEST_SHARE = 0.125  # a group keeps at least this share of its units: wider cuts ruin recovery
 
 
@@ -74,11 +78,13 @@ class State:
 
 @dataclasses.dataclass(frozen=True)
 class _Candidate:
-    """A step that could be taken, and the importance of what it removes or gives back."""
+    """A step that could be taken, and the importance of what it removes or gives back; of a fine one, its group."""
 
     change: str
     importance: float
     state: State
+    group: str = ""
+    count: int = 0
 
 
 class BudgetedGreedy:
@@ -173,6 +179,12 @@ class BudgetedGreedy:
         feasible = all(current[key] <= limit for key, limit in limits.items())
         if feasible and steps:
             state, current = self._fill(state, current, steps, limits)
+            for _ in range(_MOST_EXCHANGES):
+                found = self._exchange(state, current, limits)
+                if found is None:
+                    break
+                steps.append(found[0])
+                state, current = self._fill(found[1], dict(found[0].predicted), steps, limits)
         return Decision(self._plan(state), tuple(steps), current, feasible)
 
     def _candidates(self, state: State) -> list[_Candidate]:
@@ -197,20 +209,9 @@ class BudgetedGreedy:
     def _fill(
         self, state: State, current: dict[str, float], steps: list[Step], limits: Mapping[str, float]
     ) -> tuple[State, dict[str, float]]:
-        """Widen groups again by fine steps while the limits hold: most importance for the least of them.
-
-        Some levels ahead, too: the next one may be dearer than the one behind it.
-        """
-        gone = self._gone(state.removed)
+        """Widen groups again by fine steps while the limits hold: most importance for the least of them."""
         while True:
-            candidates = []
-            for name, counts in self.fine.items():
-                if name in gone:
-                    continue
-                now = state.kept[name]
-                for count in itertools.islice((c for c in reversed(counts) if c > now), _LOOK_AHEAD):
-                    gain = self._lost(name, count, now)
-                    candidates.append(_Candidate(f"{name}: {now} → {count}", gain, state.at(name, count)))
+            candidates = self._wider(state)
             if not candidates:
                 return state, current
             priced = self._price_all([c.state for c in candidates], limits)
@@ -225,6 +226,53 @@ class BudgetedGreedy:
                 return state, current
             state, current = candidates[best].state, priced[best]
             steps.append(Step(candidates[best].change, dict(current)))
+
+    def _wider(self, state: State) -> list[_Candidate]:
+        """The next fine steps up, some levels ahead: the next one may be dearer than the one behind it."""
+        return self._fine_steps(state, lambda counts, now: [c for c in reversed(counts) if c > now])
+
+    def _narrower(self, state: State) -> list[_Candidate]:
+        """The next fine steps down."""
+        return self._fine_steps(state, lambda counts, now: [c for c in counts if c < now])
+
+    def _fine_steps(
+        self, state: State, ahead: Callable[[Sequence[int], int], Sequence[int]]
+    ) -> list[_Candidate]:
+        gone, found = self._gone(state.removed), []
+        for name, counts in self.fine.items():
+            now = state.kept[name]
+            for count in () if name in gone else ahead(counts, now)[:_LOOK_AHEAD]:
+                change = self._lost(name, max(now, count), min(now, count))
+                found.append(
+                    _Candidate(f"{name}: {now} → {count}", change, state.at(name, count), name, count)
+                )
+        return found
+
+    def _exchange(
+        self, state: State, current: Mapping[str, float], limits: Mapping[str, float]
+    ) -> tuple[Step, State] | None:
+        """Widen one group for the width of another: of the pairs within the limits, what wins most importance.
+
+        What a pair costs is nearly what its two steps cost by themselves; those that promise most are priced.
+        """
+        lost, won = self._narrower(state), self._wider(state)
+        singles = self._price_all([c.state for c in (*lost, *won)], limits) if lost and won else []
+        gains = np.array([c.importance for c in won]) - np.array([c.importance for c in lost])[:, None]
+        hopeful = gains > 0
+        for key, limit in limits.items() if singles else ():
+            alone = np.array([after[key] for after in singles])
+            both = alone[: len(lost), None] + alone[len(lost) :] - current[key]
+            hopeful &= both <= limit * _HOPEFUL
+        order = np.argsort(-np.where(hopeful, gains, -np.inf), axis=None, kind="stable")[: hopeful.sum()]
+        pairs: list[tuple[_Candidate, _Candidate, State]] = []
+        for narrower, wider in ((lost[i // len(won)], won[i % len(won)]) for i in order):
+            if narrower.group != wider.group and len(pairs) < _MOST_PAIRS:
+                pairs.append((narrower, wider, narrower.state.at(wider.group, wider.count)))
+        priced = self._price_all([both for _, _, both in pairs], limits) if pairs else []
+        for (narrower, wider, both), after in zip(pairs, priced, strict=True):
+            if all(after[key] <= limit for key, limit in limits.items()):
+                return Step(f"{narrower.change}, {wider.change}", after), both
+        return None
 
     def _used(
         self, before: Mapping[str, float], after: Mapping[str, float], limits: Mapping[str, float]

@@ -81,8 +81,18 @@ def _time_models(payload: Mapping[str, Any], roots: Roots) -> Result:
     )
 
 
+def _time_inside(payload: Mapping[str, Any], roots: Roots) -> Result:
+    from sartor.profiling.inside import InsideEffort, ModelTimer
+
+    models = [(roots["models"] / f"{index}.onnx").read_bytes() for index in range(payload["models"])]
+    with ModelTimer(payload["target"], TargetOptions.from_dict(payload["options"])) as timer:
+        found = timer(models, InsideEffort(**payload["effort"]))
+    return Result({"models": [inside.to_dict() for inside in found]})
+
+
 _KINDS: Mapping[str, Callable[[Mapping[str, Any], Roots], Result]] = {
     "measure": _measure,
     "score": _score,
     "time-models": _time_models,
+    "time-inside": _time_inside,
 }

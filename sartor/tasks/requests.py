@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from sartor.backends.many_models import ModelTimes
     from sartor.backends.measure import Measurement
     from sartor.backends.protocol import Artifact, TargetOptions
+    from sartor.profiling.inside import Inside, InsideEffort
 
 Batch = tuple[dict[str, "np.ndarray"], "np.ndarray | None"]
 
@@ -89,6 +90,28 @@ def model_times(result: Result) -> ModelTimes:
     for key in ("seconds", "failures"):  # JSON has no numbers as keys
         value[key] = {int(index): entry for index, entry in value[key].items()}
     return ModelTimes(**value)
+
+
+def time_inside_task(
+    target: str, models: Sequence[bytes], options: TargetOptions, folder: Path, effort: InsideEffort
+) -> Task:
+    """Latency of ONNX models and of the kernels inside them, see `profiling.inside`; they are written to `folder`."""
+    for index, model in enumerate(models):
+        (folder / f"{index}.onnx").write_bytes(model)
+    payload = {
+        "target": target,
+        "options": options.to_dict(),
+        "models": len(models),
+        "effort": dataclasses.asdict(effort),
+    }
+    return Task("time-inside", payload, {"models": _hashes(folder)}, {"models": folder})
+
+
+def insides(result: Result) -> list[Inside]:
+    """What a `time-inside` task timed."""
+    from sartor.profiling.inside import Inside
+
+    return [Inside.from_dict(entry) for entry in result.value["models"]]
 
 
 class Predictions:

@@ -16,9 +16,9 @@ from typing import Any, Protocol
 import sartor.errors
 from sartor.errors import BackendError, InternalError, SartorError
 
-KINDS = ("measure", "score", "time-models")
-"""Artifacts interleaved; outputs of an artifact on batches; many small models."""
-ALONE = ("measure", "time-models")
+KINDS = ("measure", "score", "time-models", "time-inside")
+"""Artifacts interleaved; outputs of an artifact on batches; many small models; models and the kernels inside them."""
+ALONE = ("measure", "time-models", "time-inside")
 """Kinds that nothing may run beside: they take time."""
 
 
