@@ -120,6 +120,22 @@ def test_a_kernel_of_which_there_are_many_waits_less_for_its_code():
     assert [row[names_of(spec).index("log_pause")] for row in rows] == pytest.approx(np.log([1e3, 1e2]))
 
 
+def test_a_way_of_which_no_sample_has_many_weights_does_not_say_how_long_one_waits_for_them():
+    """Kernels of images: in two networks of their own, the longer of which is slower by half for whatever reason."""
+    rng = np.random.default_rng(0)
+    images = []
+    for _ in range(40):
+        place = int(rng.integers(2))
+        sample = timed(conv_spec(28), (3, 16 * int(rng.integers(1, 5))), PERIODS[place], 1 + 0.5 * place)
+        images.append(sample)
+    laws = rates.fitted([*drawn(400), *images], periods=PERIODS, pauses=PAUSES)
+    assert "conv/Conv/image window" in laws.laws
+    spec, at = conv_spec(28), (3.0, 4096.0)
+    large = as_signature(timed(spec, at, PERIODS[1]))
+    early, late = (float(laws.predict(large, [np.array([v]) for v in at], p)[0][0]) for p in PERIODS)
+    assert 0 < late - early < 3 * (seconds_of(spec, at, PERIODS[1]) - seconds_of(spec, at, PERIODS[0]))
+
+
 def test_what_a_kernel_is_bound_by_includes_what_it_waits_for():
     laws = rates.fitted(
         [*drawn(800), *(timed(gemm_spec(), (64 * i, 512), p) for i in range(1, 9) for p in PERIODS)]

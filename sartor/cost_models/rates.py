@@ -48,6 +48,7 @@ _ENOUGH = 30  # samples of networks, with which a law does without those of carr
 _BETWEEN = ("periods", "pauses", "displaced")
 _LEAST_SD = 0.1
 _LAW_SD = 0.2
+_SLOWEST = 10.0  # times as long as for the weights of the operator at large, nobody waits for those of a way
 _STEPPED = frozenset(
     {"channels", "c_in", "c_out", "in_per_group", "out_per_group", "k", "n", "input", "hidden"}
 )
@@ -296,7 +297,7 @@ def fitted(
         mine, here = table[places[name]], carried[places[name]]
         wider = name.rpartition("/")[0]
         if len(mine) >= _FEW or name == _ANY:
-            laws[name] = _fit(mine)
+            laws[name] = _fit(mine, laws.get(wider))
         else:
             laws[name] = _scaled(laws[wider] if wider in laws else laws[_ANY], mine)
         if here.any() and not here.all():
@@ -371,9 +372,20 @@ def _work(spec: Mapping[str, Any], family: str, sizes: Sequence[Any], grid: Mapp
     return work_of_spec(spec, rounded)
 
 
-def _fit(rows: np.ndarray) -> Rate:
-    best, sd = fit_logarithm(rows[:, :-2], rows[:, -2], rows[:, -1])
-    return Rate.of(best, max(sd, _LEAST_SD))
+def _fit(rows: np.ndarray, wider: Rate | None = None) -> Rate:
+    """The law of these samples.
+
+    Those of one way may be of networks that take equally long, or have weights of a few numbers: then any waiting for
+    them fits, and a larger kernel in a longer network would wait for ages. Memory is as fast for all ways.
+    """
+    columns, seconds, weight = rows[:, :-2], rows[:, -2], rows[:, -1]
+    best, sd = fit_logarithm(columns, seconds, weight)
+    law = Rate.of(best, max(sd, _LEAST_SD))
+    if wider is None or law.waiting_per_weight_s <= _SLOWEST * wider.waiting_per_weight_s:
+        return law
+    best, sd = fit_logarithm(columns * np.append(np.ones(columns.shape[1] - 1), 0.0), seconds, weight)
+    law = Rate.of(best, max(sd, _LEAST_SD))
+    return dataclasses.replace(law, waiting_per_weight_s=wider.waiting_per_weight_s)
 
 
 def _scaled(law: Rate, rows: np.ndarray) -> Rate:
