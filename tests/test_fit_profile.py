@@ -6,6 +6,7 @@ import dataclasses
 
 import pytest
 from cost_networks import residual
+from profile_machine import Machine
 from test_kernel_table import STEP, Target
 
 from sartor import backends
@@ -15,7 +16,7 @@ from sartor.cost_models.sampling import sample_kernels
 from sartor.errors import UsageError
 from sartor.ir.workload import build_workload
 from sartor.selection import Selection, require_of_this, sampled_precision
-from sartor.workbench import FitOptions
+from sartor.workbench import FitOptions, Workbench
 
 
 @pytest.fixture(scope="module")
@@ -34,16 +35,18 @@ def profile():
 
 @pytest.fixture
 def fit(tmp_path, monkeypatch, capsys):
-    """Runs `sartor fit` on a small network with a profile; returns (exit code, standard error)."""
+    """Runs `sartor fit` on a small network, with a profile or without; returns (exit code, standard error)."""
     monkeypatch.setenv("CI", "1")
     monkeypatch.chdir(tmp_path)
     model = residual({"a": 16, "b": 24, "e": 40, "m0": 16, "m1": 24, "m2": 24}).program(("logits",))
     model.save(tmp_path / "model.onnx")
 
     def run(profile, *more):
-        profile.save(tmp_path / "device.json")
         command = ["fit", "model.onnx", "--target", "onnxruntime", "--budget", "latency=0.8x"]
-        command += ["--recovery", "none", "--out", "out", "--profile", "device.json", *more]
+        command += ["--recovery", "none", "--out", "out", *more]
+        if profile is not None:
+            profile.save(tmp_path / "device.json")
+            command += ["--profile", "device.json"]
         return main(command), capsys.readouterr().err
 
     return run
@@ -97,6 +100,47 @@ def test_a_profile_that_fits_predicts(fit, profile, monkeypatch):
     code, error = fit(profile)
     assert code == 2 and "Enough was seen" in error
     assert seen == [(profile.samples, 1), pytest.approx(2e-3, rel=0.05)]
+
+
+@pytest.mark.parametrize("tells", [True, False])
+def test_without_a_profile_kernels_are_timed_inside_the_network_where_the_target_tells(
+    fit, profile, monkeypatch, tells
+):
+    """And one by one where it does not."""
+    from sartor.backends.many_models import ModelTimes
+    from sartor.profiling.inside import Inside
+
+    seen, machine = {}, Machine()
+
+    def inside(_, models, options, effort):
+        assert options.precision == "f32"
+        return machine(models, effort) if tells else [Inside(None, reason="it is mute") for _ in models]
+
+    def alone(_, models, options, repeats):
+        return ModelTimes({n: 1e-4 for n in range(len(models))}, {}, 1e-3, {}, len(models))
+
+    def look(selection):
+        selection.baseline = {"latency": 2e-3}
+        seen["model"], seen["decisions"] = original(selection), selection.decisions
+        seen["whole"] = float(seen["model"].estimate_batch(selection.workload))
+        raise UsageError("Enough was seen.")
+
+    original = Selection._cost_model
+    monkeypatch.setattr(Selection, "_cost_model", look)
+    monkeypatch.setattr(Workbench, "time_inside", inside)
+    monkeypatch.setattr(Workbench, "time_models", alone)
+    monkeypatch.setattr("sartor.selection._TABLE_S", 1.0)
+    code, error = fit(None)
+    assert code == 2 and "Enough was seen" in error
+    samples = seen["model"].profile.samples
+    assert samples and all(bool(sample.network) == tells for sample in samples)
+    assert len(seen["model"].observations) > 3 if tells else len(seen["model"].observations) == 1
+    assert seen["whole"] == pytest.approx(
+        2e-3, rel=0.2
+    )  # the machine of the baseline is not the one of the kernels
+    assert tells != any(
+        "kernels are timed one by one" in line and "mute" in line for line in seen["decisions"]
+    )
 
 
 def test_kernels_of_precisions_that_passes_make_are_timed_in_float32():
