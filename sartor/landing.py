@@ -14,8 +14,8 @@ NEAR = 0.97
 INSIDE = 0.995
 """A measurement's upper bound must be this far inside the limit: the final one is another draw."""
 
-_FINER, _UNSURE = 1.005, 1.02
-"""A step of an aim; what is predicted to be over the limit by less may be inside."""
+_FINER, _MOST_FINER, _UNSURE = 1.01, 8, 1.02
+"""A step of an aim, and how many in a row; what is predicted to be over the limit by less may be inside."""
 _APART = 0.03  # logarithm of the ratio of two predictions
 
 
@@ -46,6 +46,7 @@ class Landing:
         self._inside: list[Decision] = []
         self._over: list[Decision] = []
         self._last: tuple[Decision, float] | None = None
+        self._higher = 0  # steps since the last measured plan
 
     def excess(self, values: Mapping[str, float], upper_s: float) -> dict[str, float]:
         """Keys whose measured value is above what is accepted, and by which factor.
@@ -77,6 +78,7 @@ class Landing:
                 return ""
         elif not decision.feasible or (self.best is not None and set(excess) != {"latency"}):
             return ""
+        self._higher = 0
         (self._over if excess else self._inside).append(decision)
         for key, factor in excess.items():
             if key != "latency":
@@ -95,8 +97,9 @@ class Landing:
         Returns:
             Whether there may be a plan: not where the next one is surely over.
         """
-        if self._last is None:
+        if self._last is None or self._higher >= _MOST_FINER:
             return False
+        self._higher += 1
         decision, measured_s = self._last
         at_limit = self._predict(decision) * self._limits["latency"] / measured_s
         self.wanted["latency"] *= _FINER

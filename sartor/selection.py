@@ -13,7 +13,7 @@ import numpy as np
 
 from sartor.cost_models.ladder import Ladder
 from sartor.cost_models.profile import DeviceProfile
-from sartor.errors import MetricUnavailableError, UsageError
+from sartor.errors import BackendError, MetricUnavailableError, UsageError
 from sartor.ir.channels import ChannelAnalysis
 from sartor.ir.fusion import CONTRACTIONS, json_attributes
 from sartor.ir.plan import Plan
@@ -63,7 +63,6 @@ class Selection:
         self.workload = build_workload(self.program, analysis.extents, removable, rules)
         self.history: list[dict[str, Any]] = []
         self.decisions: list[str] = []
-        self._steps: dict[str, int] = {}  # number in the history by the plan's digest
 
     def require_reachable(self, limits: Mapping[str, float], baseline: Mapping[str, float]) -> None:
         """Refuse limits that no plan can reach, before anything is measured.
@@ -101,14 +100,15 @@ class Selection:
         )
         self.progress.stage("search", _MOST_MEASURED)
         landing = Landing(self.limits, self._predict)
-        last: Decision | None = None
+        tried: list[Decision] = []
         for _ in range(_MOST_MEASURED):
             decision = strategy.search(landing.wanted)
-            while last is not None and decision.plan == last.plan and landing.higher():
+            known = [one.plan for one in tried]
+            while decision.plan in known and landing.higher():
                 decision = strategy.search(landing.wanted)
-            if last is not None and decision.plan == last.plan:
+            if decision.plan in known:
                 break  # the next finer step is over the limit: this is as near as the grid allows
-            last = decision
+            tried.append(decision)
             step, record = self._try(decision)
             baseline_s = self.baseline.get("latency", 0.0)
             excess = landing.excess(record["static"], record["ci95"][1] * baseline_s)
@@ -116,8 +116,7 @@ class Selection:
             if not said:
                 break
             self.decisions.append(f"step {step} is {said}; aimed again")
-        assert last is not None
-        chosen = landing.best or last
+        chosen = landing.best or tried[-1]
         return chosen.plan, float(chosen.predicted["latency"])
 
     def _predict(self, decision: Decision) -> float:
@@ -150,9 +149,7 @@ class Selection:
                 fields["score"] = self.bench.score(artifact, "evaluate")[0]
             known = self.journal.append("measured", **fields)
             self.bench.share(decision.plan, fields, self.limits, self.baseline["latency"])
-        if digest in self._steps:  # two ways led to one plan: it has been tried, and steered by, once
-            return self._steps[digest], known
-        step = self._steps[digest] = len(self.history) + 1
+        step = len(self.history) + 1
         entry: dict[str, Any] = {
             "step": step,
             "change": describe(decision),
@@ -175,22 +172,28 @@ class Selection:
         """What predicts latency: the profile that was given, or one of this network's own kernels."""
         known = self.journal.find("table")
         if known is not None:
+            self.decisions += known["notes"]
             return Ladder.from_json(known["table"])
+        notes: list[str] = []
         prunings: Sequence[tuple[Plan, float]] = ()
         profile = self.profile
         if profile is None:
-            profile, prunings = self._sampled()
+            profile, prunings, notes = self._sampled()
         model = Ladder(profile)
         model.calibrate(self.workload, self.baseline["latency"])
         for plan, ratio in prunings:
             latency_s = ratio * self.baseline["latency"]
             removed = {name: True for name in plan.blocks}
             model.calibrate(self.workload, latency_s, self.analysis.fractions(plan), removed, sd=_PRUNING_SD)
-        self.journal.append("table", table=model.to_json())
+        self.decisions += notes
+        self.journal.append("table", table=model.to_json(), notes=notes)
         return model
 
-    def _sampled(self) -> tuple[DeviceProfile, Sequence[tuple[Plan, float]]]:
-        """Kernels inside the network and prunings of it, with what these take; alone where the target cannot tell."""
+    def _sampled(self) -> tuple[DeviceProfile, Sequence[tuple[Plan, float]], list[str]]:
+        """Kernels inside the network and prunings of it, with what these take, and what is to be said about it.
+
+        Alone where the target does not tell, and for precisions that a pass makes: networks follow other laws in them.
+        """
         from sartor.backends import host
         from sartor.cost_models.sampling import sample_kernels
         from sartor.profiling.prunings import sample_prunings
@@ -204,6 +207,8 @@ class Selection:
             return self.backend.channel_grid(op_type, self.options.precision)
 
         try:
+            if precision != self.options.precision:
+                raise MetricUnavailableError(f"they are timed in {precision} for {self.options.precision}")
             with Journal(self.bench.folder / "kernels.jsonl", {}) as journal:
                 found = sample_prunings(
                     self.program,
@@ -218,9 +223,10 @@ class Selection:
                     seconds=_TABLE_S,
                     seed=self.options.seed,
                 )
-            return found.profile, found.ratios
-        except MetricUnavailableError as error:
-            self.decisions.append(f"kernels are timed one by one: {error}")
+            note = f"kernels were timed inside the network and {len(found.ratios)} random prunings of it"
+            return found.profile, found.ratios, [note]
+        except (MetricUnavailableError, BackendError) as error:
+            notes = [f"kernels were timed one by one: {error}"]
         profile = sample_kernels(
             self.workload,
             lambda models: self.bench.time_models(models, options, repeats=3),
@@ -229,7 +235,7 @@ class Selection:
             channel_grid=grid,
             seconds=_TABLE_S,
         )
-        return profile, ()
+        return profile, (), notes
 
     def _price(
         self,

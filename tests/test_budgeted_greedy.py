@@ -163,3 +163,40 @@ def test_no_group_can_be_widened_for_the_width_of_another_and_win_importance(nam
             pairs += 1
             assert gain <= 1e-9 or macs > limit, f"{fewer} to {less}, {more} to {wider} is better"
     assert pairs
+
+
+def test_what_is_not_limited_grows_no_slower_by_an_exchange(monkeypatch):
+    """A budget of MACs alone: widths are not exchanged for such that take longer."""
+    program = captured("mobilenet")
+    analysis = channel_groups(program)
+    workload = build_workload(program, analysis.extents)
+    importance = criterion("l2").unit_importance(program, analysis, [])
+    taken = []
+    original = BudgetedGreedy._exchange
+
+    def exchange(self, state, current, limits):
+        found = original(self, state, current, limits)
+        if found is not None:
+            taken.append(found[0].predicted["latency"] / current["latency"])
+        return found
+
+    monkeypatch.setattr(BudgetedGreedy, "_exchange", exchange)
+    slower = []
+    for seed, share in itertools.product(range(4), (0.3, 0.5, 0.7)):
+        rng = np.random.default_rng(seed)
+        weight = {
+            g.name: 10 ** rng.uniform(-1, 1) for g in analysis.groups
+        }  # time has nothing to do with MACs
+
+        def price(fractions, removed, wanted, weight=weight):
+            latency = sum(weight[name] * np.atleast_1d(v) for name, v in fractions.items())
+            return {"macs": np.atleast_1d(workload.evaluate(fractions, removed).macs), "latency": latency}
+
+        limits = {"macs": share * float(workload.evaluate().macs)}
+        strategy = BudgetedGreedy(analysis, [], importance, workload, price, lambda g: 4)
+        taken.clear()
+        assert strategy.search(limits).feasible
+        assert max(taken, default=0.0) < 1.001
+        assert strategy.search({**limits, "latency": 1e9}).feasible
+        slower += [ratio for ratio in taken if ratio > 1.001]
+    assert slower, "there was nothing to refuse"

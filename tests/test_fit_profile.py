@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
 import pytest
 from cost_networks import residual
-from profile_machine import Machine
+from profile_machine import REFERENCE_S, Machine
 from test_kernel_table import STEP, Target
 
 from sartor import backends
 from sartor.backends import host
+from sartor.backends.many_models import ModelTimes
 from sartor.cli import main
 from sartor.cost_models.sampling import sample_kernels
 from sartor.errors import UsageError
 from sartor.ir.workload import build_workload
+from sartor.profiling.inside import Inside, InsideEffort
 from sartor.selection import Selection, require_of_this, sampled_precision
 from sartor.workbench import FitOptions, Workbench
 
@@ -102,27 +105,33 @@ def test_a_profile_that_fits_predicts(fit, profile, monkeypatch):
     assert seen == [(profile.samples, 1), pytest.approx(2e-3, rel=0.05)]
 
 
-@pytest.mark.parametrize("tells", [True, False])
+@pytest.mark.parametrize(("precision", "tells"), [("f32", True), ("f32", False), ("int8", True)])
 def test_without_a_profile_kernels_are_timed_inside_the_network_where_the_target_tells(
-    fit, profile, monkeypatch, tells
+    fit, monkeypatch, tmp_path, precision, tells
 ):
-    """And one by one where it does not."""
-    from sartor.backends.many_models import ModelTimes
-    from sartor.profiling.inside import Inside
-
+    """And one by one where it does not, or where the network will be in a precision in which they cannot be timed."""
     seen, machine = {}, Machine()
+    inside_it = tells and precision == "f32"
 
     def inside(_, models, options, effort):
-        assert options.precision == "f32"
+        assert precision == options.precision == "f32"
         return machine(models, effort) if tells else [Inside(None, reason="it is mute") for _ in models]
 
     def alone(_, models, options, repeats):
+        assert options.precision == "f32"
         return ModelTimes({n: 1e-4 for n in range(len(models))}, {}, 1e-3, {}, len(models))
 
     def look(selection):
-        selection.baseline = {"latency": 2e-3}
-        seen["model"], seen["decisions"] = original(selection), selection.decisions
-        seen["whole"] = float(seen["model"].estimate_batch(selection.workload))
+        (whole,) = Machine()([selection.program.to_bytes()], InsideEffort())
+        selection.baseline = {"latency": 1.1 * whole.latency.ratio * REFERENCE_S}
+        selection.decisions.clear()
+        seen["model"], seen["decisions"] = original(selection), [*selection.decisions]
+        seen["error"] = (
+            float(seen["model"].estimate_batch(selection.workload)) / selection.baseline["latency"]
+        )
+        selection.decisions.clear()
+        assert original(selection).to_json() == seen["model"].to_json(), "from the journal"
+        assert selection.decisions == seen["decisions"]
         raise UsageError("Enough was seen.")
 
     original = Selection._cost_model
@@ -130,17 +139,17 @@ def test_without_a_profile_kernels_are_timed_inside_the_network_where_the_target
     monkeypatch.setattr(Workbench, "time_inside", inside)
     monkeypatch.setattr(Workbench, "time_models", alone)
     monkeypatch.setattr("sartor.selection._TABLE_S", 1.0)
-    code, error = fit(None)
-    assert code == 2 and "Enough was seen" in error
+    np.savez(tmp_path / "data.npz", x=np.zeros((64, 3, 16, 16), np.float32), labels=np.arange(64) % 10)
+    data = ("--data", "data.npz", "--recovery", "none", "--max-drop", "100") if precision != "f32" else ()
+    code, error = fit(None, "--precision", precision, *data)
+    assert code == 2 and "Enough was seen" in error, error
     samples = seen["model"].profile.samples
-    assert samples and all(bool(sample.network) == tells for sample in samples)
-    assert len(seen["model"].observations) > 3 if tells else len(seen["model"].observations) == 1
-    assert seen["whole"] == pytest.approx(
-        2e-3, rel=0.2
-    )  # the machine of the baseline is not the one of the kernels
-    assert tells != any(
-        "kernels are timed one by one" in line and "mute" in line for line in seen["decisions"]
-    )
+    assert samples and all(bool(sample.network) == inside_it for sample in samples)
+    assert (len(seen["model"].observations) > 3) == inside_it
+    assert seen["error"] == pytest.approx(1.0, rel=0.06)
+    (line,) = seen["decisions"]
+    assert ("random prunings" in line) == inside_it
+    assert ("it is mute" in line) == (not tells) and ("in f32 for int8" in line) == (precision == "int8")
 
 
 def test_kernels_of_precisions_that_passes_make_are_timed_in_float32():

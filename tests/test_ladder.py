@@ -267,6 +267,29 @@ def test_calibration_recovers_a_slower_network_and_tells_its_error(workload, lad
     assert set(ladder.scales) <= set(FAMILIES)
 
 
+def test_how_far_off_it_is_only_careful_measurements_tell(workload, ladder):
+    """The prunings that kernels were timed in agree with them."""
+    ladder.calibrate(workload, network_s())
+    for plan in random_plans(5):
+        ladder.calibrate(workload, network_s(plan), one_plan(plan), sd=0.04)
+    with pytest.raises(MetricUnavailableError, match="at least two"):
+        _ = ladder.estimate(workload).interval
+    (plan,) = random_plans(1, seed=3)
+    ladder.calibrate(workload, 1.1 * network_s(plan), one_plan(plan))
+    low, high = ladder.estimate(workload).interval
+    assert high / low > 1.2
+
+
+def test_a_careful_measurement_outweighs_a_rough_one(workload, fitted):
+    (plan,) = random_plans(1)
+    said = {}
+    for sd in (0.015, 0.2):
+        model = Ladder(fitted)
+        model.calibrate(workload, 1.3 * network_s(plan), one_plan(plan), sd=sd)
+        said[sd] = float(model.estimate_batch(workload, one_plan(plan)))
+    assert network_s(plan) < 1.1 * said[0.2] < said[0.015] * 1.1 and said[0.2] < said[0.015]
+
+
 def test_measured_steps_narrow_the_interval_of_a_profile_that_has_one(workload, fitted):
     model = Ladder(fitted)
     model_before = model.estimate(workload).interval

@@ -106,3 +106,27 @@ def test_a_search_that_found_nothing_feasible_is_not_repeated():
     landing = Landing({"latency": 1.0}, lambda d: 2.0)
     assert landing.seen(Decision(Plan("0" * 64), (), {"latency": 2.0}, False), 2.0, {"latency": 2.0}) == ""
     assert landing.best is None
+
+
+def test_an_aim_is_raised_until_the_next_plan_is_surely_over():
+    """Predictions are right here: the limit is 1.0, and a plan of 0.9 was measured."""
+    landing = Landing({"latency": 1.0}, lambda d: d.predicted["latency"])
+    assert not landing.higher()  # nothing was measured
+    inside = Decision(Plan("0" * 64, notes={"at": 0.9}), (), {"latency": 0.9}, True)
+    assert "further than needed" in landing.seen(inside, 0.9, {})
+    aims = []
+    while landing.higher():
+        aims.append(landing.wanted["latency"])
+    assert aims == sorted(aims) and 1.0 < aims[-1] < 1.02 and len(aims) <= 8
+    over = Decision(Plan("0" * 64, notes={"at": 0.99}), (), {"latency": 0.99}, True)
+    assert "over by" in landing.seen(over, 1.01, {"latency": 1.01})
+    while landing.higher():
+        assert landing.wanted["latency"] < 0.99
+    assert landing.wanted["latency"] >= 0.9
+
+
+def test_an_aim_is_raised_a_few_times_only():
+    landing = Landing({"latency": 1.0}, lambda d: d.predicted["latency"])
+    landing.seen(Decision(Plan("0" * 64), (), {"latency": 0.5}, True), 0.5, {})
+    landing.wanted["latency"] = 0.5  # a search that ends far below, whatever it is asked for
+    assert sum(landing.higher() for _ in range(100)) == 8

@@ -17,6 +17,7 @@ from sartor.cost_models.profile import Sample
 from sartor.cost_models.protocol import KernelModel
 from sartor.cost_models.rates import Rates, columns_of, fitted
 from sartor.cost_models.scores import ranks, spearman, summary
+from sartor.cost_models.signatures import key_of
 from sartor.cost_models.table import Corrections, KernelTable, corrections, predict_samples
 from sartor.cost_models.trees import Trees, from_lightgbm
 from sartor.cost_models.work import work_of_spec
@@ -460,6 +461,53 @@ def test_leaving_one_out_in_closed_form_is_leaving_one_out(base):
         seconds, _ = table.predict(as_signature(left), [np.array([v]) for v in left.at])
         assert errors[index] == pytest.approx(float(np.log(left.seconds / seconds[0])), abs=1e-3)
         assert expected[index] > 0
+
+
+def test_corrections_are_made_when_they_are_asked_for_and_are_those_of_all_at_once(base):
+    rng = np.random.default_rng(0)
+    specs = [conv_spec(28), conv_spec(14), gemm_spec()]
+    points = [
+        sample(s, tuple(map(float, rng.integers(8, 256, 2))), rng, 0.02) for s in specs for _ in range(6)
+    ]
+    asked = []
+
+    class Counting:
+        tier = "roofline"
+
+        def knows(self, signature):
+            return True
+
+        def predict(self, signature, *arguments):
+            asked.append(signature.key)
+            return base.predict(signature, *arguments)
+
+    lazy, bulk = Corrections(points, (Counting(),)), corrections(points, (base,))
+    assert not asked and set(lazy) == set(bulk) and len(lazy) == 3
+    first = key_of(specs[0])
+    assert first in lazy and "another" not in lazy and lazy.get("another") is None and not asked
+    for key in (first, first):
+        np.testing.assert_array_equal(lazy[key].weights, bulk[key].weights)
+    assert asked == [first]
+    lazy.make([*bulk, "another"])
+    for key, correction in bulk.items():
+        np.testing.assert_array_equal(lazy[key].inverse, correction.inverse)
+    assert sorted(asked) == sorted(bulk)
+
+
+def test_a_table_takes_new_samples_of_a_signature_instead_of_the_old(base):
+    rng = np.random.default_rng(0)
+    old = [sample(s, (64.0, 64.0), rng, 0.0) for s in (conv_spec(28), conv_spec(14))]
+    table = KernelTable((base,), Corrections(old, (base,)))
+    slower = dataclasses.replace(old[0], seconds=3 * old[0].seconds)
+    updated = table.update([slower])
+    for one, expected in ((old[0], slower.seconds), (old[1], old[1].seconds)):
+        said, _ = updated.predict(as_signature(one), [np.array([v]) for v in one.at])
+        assert said[0] == pytest.approx(expected, rel=0.05)
+
+
+def test_samples_of_other_sizes_than_their_kernel_has_are_refused(base):
+    with pytest.raises(ValueError, match="Conv has not 2 sizes"):
+        Corrections([Sample(conv_spec(28), (64.0, 64.0, 3.0), "conv", 1e-4)], (base,))
 
 
 # ---- scores --------------------------------------------------------------------------------------

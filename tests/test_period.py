@@ -136,6 +136,20 @@ def test_a_way_of_which_no_sample_has_many_weights_does_not_say_how_long_one_wai
     assert 0 < late - early < 3 * (seconds_of(spec, at, PERIODS[1]) - seconds_of(spec, at, PERIODS[0]))
 
 
+def test_memory_that_is_told_by_what_is_moved_bounds_what_one_waits_for_weights():
+    """Where a law at large takes all of it for moving, a way may still say that it waits."""
+    rows = np.zeros((60, 10))
+    rng = np.random.default_rng(0)
+    weights = rng.uniform(1e4, 1e6, 60)
+    rows[:, 0], rows[:, 2], rows[:, 7], rows[:, 9] = 1.0, weights, weights * rng.uniform(0, 1, 60), 1.0
+    wide = rates.Rate(1e-6, 0.0, 1e-10, 0.0, 0.0, 0.0, 0.0, 0.0, 0.1)
+    for waiting, kept in ((3e-10, True), (3e-8, False)):
+        rows[:, 8] = 1e-6 + 1e-10 * rows[:, 2] + waiting * rows[:, 7]
+        found = rates._fit(rows, wide).waiting_per_weight_s
+        assert found == (pytest.approx(waiting, rel=0.01) if kept else 0.0)
+        assert rates._fit(rows).waiting_per_weight_s == pytest.approx(waiting, rel=0.01)
+
+
 def test_what_a_kernel_is_bound_by_includes_what_it_waits_for():
     laws = rates.fitted(
         [*drawn(800), *(timed(gemm_spec(), (64 * i, 512), p) for i in range(1, 9) for p in PERIODS)]

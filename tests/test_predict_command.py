@@ -20,12 +20,14 @@ from sartor.cost_models.ladder import Ladder
 from sartor.cost_models.pricer import Pricer
 from sartor.cost_models.roofline import Roofline
 from sartor.cost_models.signatures import signature_of
+from sartor.cost_models.static import static_cost
 from sartor.cost_models.widths import rounded_up, steps
 from sartor.errors import UsageError
 from sartor.ir.channels import channel_groups
 from sartor.ir.load import load
 from sartor.ir.plan import GroupPlan, Plan
 from sartor.ir.workload import build_workload
+from sartor.passes.prune import apply_plan
 
 
 def network():
@@ -79,6 +81,23 @@ def test_a_model_is_priced_with_its_interval_and_kernels(files, capsys):
     assert sum(part["kernels"] for part in found["bound"].values()) == len(found["kernels"])
     (wide,) = (g for g in found["groups"] if g["size"] == 61)
     assert wide["rounded"] == 64  # 61 channels run as 64, off the grid at that
+
+
+@pytest.mark.parametrize("arguments", [["--profile", "device.json"], ["--target", "jetson-nano"]])
+def test_what_the_graph_alone_says_is_that_of_the_plan(files, capsys, arguments):
+    folder, *_ = files
+    arguments = [str(folder / a) if a.endswith(".json") else a for a in arguments]
+    program = load(folder / "model.onnx")
+    plan = Plan.load(folder / "plan.json")
+    for more, made in (([], program), (["--plan", folder / "plan.json"], apply_plan(program, plan))):
+        found = ask(capsys, folder / "model.onnx", *arguments, *more)
+        cost = static_cost(made)
+        assert found["static"] == {
+            key: getattr(cost, key) for key in ("macs", "weight_bytes", "peak_activation_bytes")
+        }
+    assert main(["predict", str(folder / "model.onnx"), *arguments]) == 0
+    text = capsys.readouterr().out
+    assert "MACs, weights " in text and ("mJ" in text) == ("energy_j" in found["metrics"])
 
 
 def test_text_names_what_costs_nothing_and_what_saves(files, capsys):

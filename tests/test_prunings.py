@@ -14,7 +14,9 @@ from sartor import backends
 from sartor.backends.protocol import KernelTime, TargetOptions
 from sartor.backends.visits import Summary
 from sartor.cost_models.ladder import Ladder
+from sartor.cost_models.signatures import key_of, signature_of
 from sartor.errors import MetricUnavailableError
+from sartor.ir.batch import with_shapes
 from sartor.ir.blocks import residual_blocks
 from sartor.ir.channels import channel_groups
 from sartor.ir.load import load
@@ -106,6 +108,29 @@ def test_plans_reach_all_quarters_of_every_range_and_remove_blocks(network):
         apply_plan(program, plan, analysis)
 
 
+def kernels_of(workload):
+    return {s.key for k in workload.kernels if (s := signature_of(k)) is not None and s.kind == "contraction"}
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+def test_what_is_timed_are_the_kernels_that_a_search_prices(network, tmp_path, batch):
+    """In the batch that the network is for, and with what no plan narrows."""
+    program, _, _ = network
+    (name, shape), *_ = program.input_shapes.items()
+    program = with_shapes(program, {name: (batch, *shape[1:])})
+    assert program.batch.symbolic
+    protected = sorted(g.name for g in channel_groups(program).groups)[:2]
+    for keep in ([], protected):
+        analysis = channel_groups(program, keep)
+        blocks = [b for b in residual_blocks(program) if b.removable]
+        folder = tmp_path / str(len(keep))
+        folder.mkdir()
+        found = sampled((program, analysis, blocks), Machine(), folder)
+        timed = {key_of(sample.spec) for sample in found.profile.samples}
+        assert kernels_of(build_workload(program, analysis.extents, blocks, RULES)) <= timed
+        assert {s.spec["batch"] for s in found.profile.samples if s.spec["op"] == "Conv"} == {batch}
+
+
 # ---- limits ----------------------------------------------------------------------------------------
 def test_the_time_decides_how_many_prunings_there_are(network, tmp_path):
     counts = []
@@ -125,19 +150,45 @@ def test_the_network_is_looked_at_again_with_every_request(network, tmp_path):
     assert disturbed[10] == pytest.approx(quiet[10], rel=0.03)
 
 
-@pytest.mark.parametrize("fault", ["fails", "tells nothing"])
-def test_where_the_target_does_not_tell_an_error_says_so(network, tmp_path, fault):
+FAULTS = {
+    "could not be timed: no such operator": lambda one: Inside(None, reason="no such operator"),
+    "does not tell": lambda one: dataclasses.replace(one, kernels=()),
+    "which nodes they compute": lambda one: dataclasses.replace(
+        one, kernels=tuple(dataclasses.replace(k, nodes=()) for k in one.kernels)
+    ),
+}
+
+
+@pytest.mark.parametrize("said", FAULTS)
+def test_where_the_target_does_not_tell_an_error_says_so(network, tmp_path, said):
     def target(models, effort):
-        found = Machine()(models, effort)
-        if fault == "fails":
-            return [Inside(None, reason="no such operator") for _ in found]
-        return [dataclasses.replace(one, kernels=()) for one in found]
+        return [FAULTS[said](one) for one in Machine()(models, effort)]
 
     target.clock = Clock()
-    with pytest.raises(
-        MetricUnavailableError, match="no such operator" if fault == "fails" else "which nodes"
-    ):
+    with pytest.raises(MetricUnavailableError, match=said):
         sampled(network, target, tmp_path)
+
+
+def test_a_network_that_is_too_slow_for_prunings_is_an_error(network, tmp_path):
+    """One model is timed, and the time is over."""
+    machine = Machine()
+
+    def target(models, effort):
+        machine.clock.now += 30.0
+        late = [Inside(None, reason="the time limit was reached") for _ in models[1:]]
+        return [*machine(models[:1], effort), *late]
+
+    target.clock = machine.clock
+    with pytest.raises(MetricUnavailableError, match=r"Of 3 prunings 0 could be timed in 20 s"):
+        sampled(network, target, tmp_path)
+
+
+def test_a_network_that_is_too_large_is_an_error_before_anything_is_timed(network, tmp_path, monkeypatch):
+    monkeypatch.setattr("sartor.profiling.prunings._LARGEST", 1000)
+    machine = Machine()
+    with pytest.raises(MetricUnavailableError, match="too many to be sent"):
+        sampled(network, machine, tmp_path)
+    assert machine.models == 0
 
 
 def test_prunings_that_fail_are_left_out(network, tmp_path):
@@ -148,11 +199,13 @@ def test_prunings_that_fail_are_left_out(network, tmp_path):
         seen.append(len(models))
         if len(seen) == 2:  # after the empty call: the network and the first prunings
             found[2] = Inside(None, reason="crashed")
+        if len(seen) == 3:  # a look that says nothing
+            found[1] = dataclasses.replace(found[1], latency=Summary(1.0, math.inf, 1, 4))
         return found
 
     target.clock = machine.clock
     found = sampled(network, target, tmp_path)
-    assert len(found.ratios) == sum(seen) - len(seen) - 1
+    assert len(found.ratios) == sum(seen) - len(seen) - 2
 
 
 def test_a_network_of_which_nothing_can_go_is_timed_itself(network, tmp_path):

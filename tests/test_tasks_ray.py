@@ -8,6 +8,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import math
 import os
 import signal
 import socket
@@ -22,11 +23,13 @@ from backend_programs import small_cnn
 
 from sartor import backends
 from sartor.backends.protocol import TargetOptions
+from sartor.backends.visits import Summary
 from sartor.cli.main import main
 from sartor.errors import BackendError, UsageError
+from sartor.profiling.inside import Inside, InsideEffort
 from sartor.tasks import open_runner, ray, remote, requests
 from sartor.tasks.ray import RayRunner, Workers, parse_workers
-from sartor.tasks.task import Task
+from sartor.tasks.task import Result, Task
 
 
 @pytest.fixture(scope="module")
@@ -180,6 +183,24 @@ def test_a_node_does_a_task_from_contents_alone_and_says_where(artifact, measure
     answer = remote.run_task(request, *contents)
     assert answer["value"]["conditions"] == {"cpu": "c", "device": "left"}
     assert seen == {name: (artifact.folder / name).read_bytes() for name in artifact.files}
+
+
+def test_a_node_times_what_is_inside_models(tmp_path, monkeypatch):
+    timed = [Inside(Summary(1.5, math.inf, 2, 4), (), 3e-4), Inside(None, reason="crashed")]
+
+    def timer(self, models, effort):
+        assert models == [b"one", b"two"] and effort == InsideEffort(visits=2)
+        self.conditions = {"cpu": "c"}
+        return timed
+
+    monkeypatch.setattr("sartor.profiling.inside.ModelTimer.__call__", timer)
+    task = requests.time_inside_task(
+        "reference", [b"one", b"two"], TargetOptions(), tmp_path, InsideEffort(visits=2)
+    )
+    request, contents = request_of(task)
+    answer = json.loads(json.dumps(remote.run_task(request, *contents)["value"], allow_nan=False))
+    assert answer["conditions"] == {"cpu": "c", "device": "left"}
+    assert requests.insides(Result(answer)) == timed
 
 
 def test_a_content_that_changed_is_refused(artifact, measured):

@@ -30,6 +30,7 @@ _LONG_S = 0.02
 """Of a model that takes so long, a visit is one run: quiet moments are short."""
 _MOST_TRIES = 4  # visits for every one that shall be quiet
 _FEWEST_PROFILED, _MOST_PROFILED = 8, 240
+_FEWEST_RUNS = 16  # of a model, visits and those under the profiler together
 _WARM_S = 0.12
 _SETTLE_S = 0.02  # of runs before a visit: the reference's data are in the caches
 
@@ -53,7 +54,7 @@ def time_inside(request: Mapping[str, Any], send: Send) -> dict[str, Any]:
             continue
         send({"event": "starting", "index": index})  # if it crashes here, this one is to blame
         try:
-            found = _timed(backend, path, options, quiet, request)
+            found = _timed(backend, path, options, quiet, request, deadline)
         except Exception as error:
             send({"event": "failed", "index": index, "reason": f"{type(error).__name__}: {str(error)[:300]}"})
             continue
@@ -71,7 +72,12 @@ def _reference(backend: Backend, model: bytes, options: TargetOptions, seed: int
 
 
 def _timed(
-    backend: Backend, path: str, options: TargetOptions, quiet: Quiet, request: Mapping[str, Any]
+    backend: Backend,
+    path: str,
+    options: TargetOptions,
+    quiet: Quiet,
+    request: Mapping[str, Any],
+    deadline: float,
 ) -> dict[str, Any]:
     from sartor.ir.load import load  # not with the worker, which limits what requests may import
 
@@ -85,6 +91,10 @@ def _timed(
         once = session.prepare(inputs)
         alone = request["threads"] == 1
         seconds = warmed(once, alone, _WARM_S)
+        if seconds * _FEWEST_RUNS > deadline - time.monotonic():
+            raise TimeoutError(
+                f"an inference takes {seconds:.2g} s, too long for what is left of the time limit"
+            )
         half = max(1, request["visits"] // 2)
         visits = _visits(once, seconds, quiet, half, request["visit_s"], alone)
         runs = min(_MOST_PROFILED, max(_FEWEST_PROFILED, round(request["profile_s"] / seconds)))

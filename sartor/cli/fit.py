@@ -60,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         metavar="FILE",
         help="a profile of the target on this machine, from 'sartor profile'; without, the network's own kernels are "
-        "timed",
+        "timed for 20 seconds",
     )
     parser.add_argument(
         "--workers",

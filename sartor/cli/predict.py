@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sartor.cli import arguments
-from sartor.cli.output import Result, seconds, table
+from sartor.cli.output import Result, count, seconds, table
 from sartor.errors import PlanError, UsageError
 
 if TYPE_CHECKING:
@@ -74,6 +74,7 @@ def run(options: argparse.Namespace) -> Result:
         "notes": notes,
         **_priced(found),
         "baseline": _priced(before, kernels=False) if plan is not None else None,
+        "static": _static(workload, fractions, removed),
         "bound": _bounds(found),
         "groups": [vars(step) | {"is_free": step.is_free} for step in steps],
     }
@@ -218,15 +219,29 @@ def _kernel(cost: KernelCost) -> dict[str, Any]:
     return {**vars(cost), "interval": None if cost.interval is None else list(cost.interval)}
 
 
+def _static(
+    workload: Workload, fractions: Mapping[str, float], removed: Mapping[str, bool]
+) -> dict[str, int]:
+    """What the graph alone says."""
+    cost = workload.evaluate(fractions, removed)
+    return {
+        "macs": round(float(cost.macs)),
+        "weight_bytes": round(float(cost.weight_bytes)),
+        "peak_activation_bytes": round(float(workload.peak_activation_bytes(fractions, removed))),
+    }
+
+
 def _bounds(found: CostEstimate) -> dict[str, dict[str, Any]]:
     """Seconds and kernels by what bounds them, most first."""
     total: collections.Counter[str] = collections.Counter()
-    count: collections.Counter[str] = collections.Counter()
+    kernels: collections.Counter[str] = collections.Counter()
     for kernel in found.kernels:
         if kernel.bound:
             total[kernel.bound] += kernel.latency_s  # type: ignore[assignment]
-            count[kernel.bound] += 1
-    return {name: {"latency_s": float(value), "kernels": count[name]} for name, value in total.most_common()}
+            kernels[kernel.bound] += 1
+    return {
+        name: {"latency_s": float(value), "kernels": kernels[name]} for name, value in total.most_common()
+    }
 
 
 def _text(document: Mapping[str, Any], found: CostEstimate, steps: Sequence[Step], shown: int) -> str:
@@ -244,6 +259,12 @@ def _text(document: Mapping[str, Any], found: CostEstimate, steps: Sequence[Step
             f"without the plan: {seconds(before)}; the plan takes {found.latency_s / before:.3f} of it"
         )
     lines.append(f"by {found.method}")
+    static = document["static"]
+    lines.append(
+        f"{count(static['macs'], 'MACs')}, weights {count(static['weight_bytes'], 'B')}, activations "
+        f"{count(static['peak_activation_bytes'], 'B')} at most"
+        + (f", {found.metrics['energy_j'] * 1e3:.3g} mJ" if "energy_j" in found.metrics else "")
+    )
     networks = document.get("errors", {}).get("networks", {})
     if networks.get("n"):
         lines.append(

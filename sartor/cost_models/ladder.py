@@ -278,11 +278,13 @@ class Ladder:
         return start.updated(observations)
 
     def _left_out(self) -> float | None:
-        """Root mean square of the errors at each observation without it, with two of them or more."""
-        if len(self._observations) < 2:
+        """Root mean square of the errors at each careful observation without it, with two of them or more."""
+        careful = [i for i, one in enumerate(self._observations) if one.sd <= MEASUREMENT_SD]
+        if len(careful) < 2:
             return None
         errors = []
-        for index, left_out in enumerate(self._observations):
+        for index in careful:
+            left_out = self._observations[index]
             rest = tuple(o for i, o in enumerate(self._observations) if i != index)
             errors.append(float(self._law_after(rest).predict(left_out.seconds)) / left_out.latency_s - 1.0)
         return float(np.sqrt(np.mean(np.square(errors))))
@@ -293,7 +295,8 @@ class Ladder:
             return self._interval.of_network(latency, variance)
         if self._noise is None:  # a law that was fitted exactly says nothing about its error
             return None
-        student = _T90[min(len(self._observations) - 1, len(_T90)) - 1]
+        careful = sum(one.sd <= MEASUREMENT_SD for one in self._observations)
+        student = _T90[min(careful - 1, len(_T90)) - 1]
         own = Interval(noise=max(self._noise, MEASUREMENT_SD / 2), quantile=max(student, NORMAL))
         return own.of_network(latency, 0.0)
 

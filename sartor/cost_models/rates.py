@@ -48,7 +48,7 @@ _ENOUGH = 30  # samples of networks, with which a law does without those of carr
 _BETWEEN = ("periods", "pauses", "displaced")
 _LEAST_SD = 0.1
 _LAW_SD = 0.2
-_SLOWEST = 10.0  # times as long as for the weights of the operator at large, nobody waits for those of a way
+_SLOWEST = 20.0  # times as long as for the weights of the operator at large, nobody waits for those of a way
 _STEPPED = frozenset(
     {"channels", "c_in", "c_out", "in_per_group", "out_per_group", "k", "n", "input", "hidden"}
 )
@@ -297,7 +297,7 @@ def fitted(
         mine, here = table[places[name]], carried[places[name]]
         wider = name.rpartition("/")[0]
         if len(mine) >= _FEW or name == _ANY:
-            laws[name] = _fit(mine, laws.get(wider))
+            laws[name] = _fit(mine, laws.get(wider, laws.get(_ANY)))
         else:
             laws[name] = _scaled(laws[wider] if wider in laws else laws[_ANY], mine)
         if here.any() and not here.all():
@@ -380,12 +380,13 @@ def _fit(rows: np.ndarray, wider: Rate | None = None) -> Rate:
     """
     columns, seconds, weight = rows[:, :-2], rows[:, -2], rows[:, -1]
     best, sd = fit_logarithm(columns, seconds, weight)
-    law = Rate.of(best, max(sd, _LEAST_SD))
-    if wider is None or law.waiting_per_weight_s <= _SLOWEST * wider.waiting_per_weight_s:
-        return law
-    best, sd = fit_logarithm(columns * np.append(np.ones(columns.shape[1] - 1), 0.0), seconds, weight)
-    law = Rate.of(best, max(sd, _LEAST_SD))
-    return dataclasses.replace(law, waiting_per_weight_s=wider.waiting_per_weight_s)
+    if wider is not None and best[-1] > _SLOWEST * max(wider.waiting_per_weight_s, wider.per_byte_s):
+        known = wider.waiting_per_weight_s * columns[:, -1]
+        rest = np.maximum(seconds - known, seconds / 2)
+        best, _ = fit_logarithm(columns * np.append(np.ones(columns.shape[1] - 1), 0.0), rest, weight)
+        best[-1] = wider.waiting_per_weight_s
+        sd = float(np.sqrt(np.mean(np.square(np.log(np.maximum(columns @ best, 1e-12) / seconds)))))
+    return Rate.of(best, max(sd, _LEAST_SD))
 
 
 def _scaled(law: Rate, rows: np.ndarray) -> Rate:

@@ -21,7 +21,7 @@ from sartor.cost_models.features import alignment, is_movement
 from sartor.cost_models.learned import BoostedResidual, as_signature, ensembles_of, noise_of
 from sartor.cost_models.profile import Sample
 from sartor.cost_models.protocol import KernelModel
-from sartor.cost_models.signatures import Signature, key_of
+from sartor.cost_models.signatures import Signature, key_of, variable_names
 
 _COMMON = 0.5
 """Share of the variance that like sizes of a signature have in common; at a size of 50 times, most of it is gone."""
@@ -55,7 +55,7 @@ class Correction:
     def at(self, sizes: Sequence[np.ndarray], rows: int) -> tuple[np.ndarray, np.ndarray]:
         """Mean and variance of `log(measured / predicted)` at sizes, each `[rows]`; there may be no variable at all."""
         covariance = _covariance(_coordinates(sizes, self.aligned, rows), self.points, self.variance)
-        explained = np.einsum("ij,jk,ik->i", covariance, self.inverse, covariance)
+        explained = ((covariance @ self.inverse) * covariance).sum(1)
         return covariance @ self.weights, np.maximum(self.variance - explained, 1e-8)
 
     def left_out(self) -> tuple[np.ndarray, np.ndarray]:
@@ -75,11 +75,18 @@ class Corrections(Mapping[str, Correction]):
     Args:
         samples: timed kernels.
         base: tiers below.
+
+    Raises:
+        ValueError: a sample has other sizes than its spec has variables.
     """
 
     def __init__(self, samples: Sequence[Sample], base: Sequence[KernelModel]):
         self.samples, self._base = samples, base
         self._members = by_spec(samples)
+        for places in self._members.values():
+            count = len(variable_names(samples[places[0]].spec))
+            if any(len(samples[place].at) != count for place in places):
+                raise ValueError(f"a sample of {samples[places[0]].spec['op']} has not {count} sizes")
         self._made: dict[str, Correction] = {}
 
     def make(self, keys: Iterable[str]) -> None:

@@ -82,10 +82,9 @@ class Tiers:
             rates = Rates.load(known, grid) if known is not None else roofline.fitted(samples, grid)
             learned = BoostedResidual.load(models["learned"], rates) if models.get("learned") else None
             base = below(rates, learned)
-            table = KernelTable(base, known := Corrections(samples, base))
-            known.make(
-                {sample.family: key_of(sample.spec) for sample in samples}.values()
-            )  # fails here, if at all
+            table = KernelTable(base, Corrections(samples, base))
+            # What is wrong with the models fails here, and not where a search first asks for it.
+            table.corrections.make({sample.family: key_of(sample.spec) for sample in samples}.values())
         except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
             raise UsageError(
                 f"The models of the device profile are malformed ({type(error).__name__}: {str(error)[:200]}); build "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import tempfile
+import time
 import types
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -100,11 +101,13 @@ class ModelTimer(TimingProcess):
             paths = [Path(folder) / f"{number}.onnx" for number in range(len(models))]
             for path, model in zip(paths, models, strict=True):
                 path.write_bytes(model)
+            end = time.monotonic() + effort.limit_s
             for _ in range(MOST_RESTARTS + 1):
+                left = dataclasses.replace(effort, limit_s=max(end - time.monotonic(), 0.0))
                 todo = [[i, str(path)] for i, path in enumerate(paths) if i not in found]
                 if not todo:
                     break
-                self._ask(todo, str(reference), effort, found)
+                self._ask(todo, str(reference), left, found)
         missing = Inside(None, reason="the subprocess ended too often")
         return [found.get(number, missing) for number in range(len(models))]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import glob
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
@@ -59,15 +60,18 @@ class Described:
     ratio: float
 
 
-def describe(model: bytes, executed: Sequence[KernelTime], rules: FusionRules) -> Described:
+def describe(
+    model: bytes, executed: Sequence[KernelTime], rules: FusionRules, keep: Sequence[str] = ()
+) -> Described:
     """What a model consists of, and what of it was executed.
 
     Args:
         model: serialized ONNX.
         executed: all kernels, their times in units of the reference.
         rules: what the target runs as one kernel.
+        keep: names of parameters that no plan narrows, beside those that none can.
     """
-    program, workload = workload_of(model, rules)
+    program, workload = workload_of(model, rules, keep)
     found = Executed.of(program, executed)
     observed = []
     for kernel in workload.kernels:
@@ -86,7 +90,7 @@ def describe(model: bytes, executed: Sequence[KernelTime], rules: FusionRules) -
     )
 
 
-def workload_of(model: bytes, rules: FusionRules) -> tuple[Program, Workload]:
+def workload_of(model: bytes, rules: FusionRules, keep: Sequence[str] = ()) -> tuple[Program, Workload]:
     """A serialized ONNX model, and the kernels that a target with these rules makes of it."""
     from sartor.ir.channels import channel_groups
     from sartor.ir.load import load
@@ -96,7 +100,8 @@ def workload_of(model: bytes, rules: FusionRules) -> tuple[Program, Workload]:
         path = Path(folder) / "network.onnx"
         path.write_bytes(model)
         program = load(path)
-    return program, build_workload(program, channel_groups(program).extents, rules=rules)
+    known = [glob.escape(name) for name in keep if name in program.initializers]
+    return program, build_workload(program, channel_groups(program, known).extents, rules=rules)
 
 
 def whole(executed: Sequence[KernelTime]) -> tuple[int, float]:

@@ -18,6 +18,7 @@ import numpy as np
 from sartor.cost_models.profile import DeviceProfile
 from sartor.cost_models.samples import empty_model
 from sartor.errors import MetricUnavailableError
+from sartor.ir.batch import fix_signature
 from sartor.ir.channels import ChannelAnalysis, ChannelGroup
 from sartor.ir.fusion_rules import FusionRules
 from sartor.ir.plan import GroupPlan, Plan
@@ -30,9 +31,12 @@ from sartor.profiling.records import Records, network_result
 _STRATA = 4
 """Of so many prunings in a row, every group has one in each quarter of its levels."""
 _FIRST, _MOST = 3, 24  # prunings in the first request; in all
-_WHOLE = "whole"
+_FEWEST = 2  # to learn from
 _REMOVED = 0.3  # of the blocks, where some are
-_CALL_BYTES = 256 << 20  # serialized models of one request
+_LARGEST, _CALL_BYTES = 1 << 30, 512 << 20  # of the network; of the prunings of one request
+_LEAST_S = 1.0  # of a request
+_LEAST_TOLD = 0.5  # share of a network's time of which it has to be known what it was spent on
+_MOST_DOUBT = 0.15  # half width of a latency
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,40 +84,60 @@ def sample_prunings(
         clock: monotonic seconds.
 
     Raises:
-        MetricUnavailableError: the target does not tell the times of the kernels of this network.
+        MetricUnavailableError: the target does not tell the times of the kernels of this network, or the network is too
+            large or too slow for that.
+        BackendError: it cannot run the reference kernel.
     """
+    if (size := program.serialised_bytes()) > _LARGEST:
+        raise MetricUnavailableError(f"The network has {size} bytes, too many to be sent a dozen times.")
     records = Records(journal, clock)
-    empty = timer([empty_model()], InsideEffort())[0]
+    empty = timer([empty_model()], InsideEffort(profile_s=0.0))[0]
     records.add("call", ratio=None if empty.latency is None else empty.latency.ratio)
     plans = random_plans(program, analysis, blocks, levels, seed)
-    tried: list[Plan] = []
+    narrowed = {member.initializer for group in analysis.groups for member in group.members}
+    keep = sorted(set(program.initializers) - narrowed) if analysis.keep else []
     most = _MOST if analysis.groups or blocks else 0
-    count, begun = min(_FIRST, most), records.spent_s
-    while count > 0 or not records.batches("networks"):
+    ratios: list[tuple[Plan, float]] = []
+    begun, sent, tried, count = records.spent_s, 0, 0, min(_FIRST, most)
+    while count > 0 or not sent:
         new = _models(itertools.islice(plans, count), program, analysis)
         # The whole network once more with every request: all others are shares of it.
-        models = [program.to_bytes(), *(model for _, model in new)]
-        names = [_WHOLE, *(str(len(tried) + number) for number in range(len(new)))]
-        found = timer(models, InsideEffort(limit_s=max(seconds - records.spent_s, 0.0)))
-        for inside in found:
-            records.saw(inside.reference_s)
+        models = [_serialized(program), *(model for _, model in new)]
+        names = [f"whole {tried}", *(f"pruning {tried + number}" for number in range(len(new)))]
+        found = timer(models, InsideEffort(limit_s=max(seconds - records.spent_s, _LEAST_S)))
         results = [
-            network_result(name, "fit", model, inside, rules)
+            network_result(name, "fit", model, inside, rules, keep)
             for name, model, inside in zip(names, models, found, strict=True)
         ]
-        if not tried and not results[0].get("observed"):
-            reason = results[0].get("reason") or "it does not say which nodes its kernels compute"
-            raise MetricUnavailableError(
-                f"The times of the kernels inside this network are not known: {reason}."
-            )
+        if not sent:
+            _require_kernels(results[0])
+        for inside in found:
+            records.saw(inside.reference_s)
         records.add("networks", results=results)
-        tried += [plan for plan, _ in new]
-        pace = (records.spent_s - begun) / (len(tried) + 1)
-        count = min(int((seconds - records.spent_s) / pace), most - len(tried))
-    profile = records.profile(target, device, seconds / 60, "minutes")
-    latency = {network.name: network.latency_s for network in profile.networks}
-    ratios = [(plan, latency[str(n)] / latency[_WHOLE]) for n, plan in enumerate(tried) if str(n) in latency]
+        whole = results[0].get("ratio")
+        for (plan, _), result in zip(new, results[1:], strict=True):
+            if whole is not None and "ratio" in result and result["half_width"] <= _MOST_DOUBT:
+                ratios.append((plan, result["ratio"] / whole))
+        tried, sent = tried + len(new), sent + len(models)
+        pace = (records.spent_s - begun) / sent
+        count = min(int((seconds - records.spent_s) / pace) - 1, most - tried)
+    profile = records.profile(target, device, seconds / 60, "prunings" if tried >= most else "minutes")
+    if not profile.samples or len(ratios) < min(_FEWEST, most):
+        raise MetricUnavailableError(
+            f"Of {tried} prunings {len(ratios)} could be timed in {seconds:g} s, which says too little of others."
+        )
     return Prunings(profile, tuple(ratios))
+
+
+def _require_kernels(whole: Mapping[str, Any]) -> None:
+    """Refuse what a target tells of a network, if it is too little of its time."""
+    if "ratio" not in whole:
+        raise MetricUnavailableError(f"The network could not be timed: {whole['reason']}.")
+    told = sum(one["ratio"] for one in whole["observed"])
+    if told < _LEAST_TOLD * whole["sum"] or not told:
+        raise MetricUnavailableError(
+            "The target does not tell the times of the kernels inside this network, or not which nodes they compute."
+        )
 
 
 def random_plans(
@@ -147,7 +171,12 @@ def _models(plans: Iterable[Plan], program: Program, analysis: ChannelAnalysis) 
     """Plans and the models they make; fewer than were asked for where they are large."""
     made: list[tuple[Plan, bytes]] = []
     for plan in plans:
-        made.append((plan, apply_plan(program, plan, analysis).to_bytes()))
+        made.append((plan, _serialized(apply_plan(program, plan, analysis))))
         if sum(len(model) for _, model in made) > _CALL_BYTES:
             break
     return made
+
+
+def _serialized(program: Program) -> bytes:
+    """With the batch that it is for: a symbolic one would be read as another."""
+    return fix_signature(program.clone()).to_bytes()

@@ -259,7 +259,9 @@ def best_look(looks: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     return {"best": ratios[0], "half_width": min(half, 1.0)}
 
 
-def network_result(name: str, role: str, model: bytes, inside: Inside, rules: FusionRules) -> dict[str, Any]:
+def network_result(
+    name: str, role: str, model: bytes, inside: Inside, rules: FusionRules, keep: Sequence[str] = ()
+) -> dict[str, Any]:
     """What is written down of a network and of the kernels inside it.
 
     Args:
@@ -268,10 +270,11 @@ def network_result(name: str, role: str, model: bytes, inside: Inside, rules: Fu
         model: serialized ONNX.
         inside: what was timed of it.
         rules: what the target runs as one kernel.
+        keep: names of parameters that no plan narrows, beside those that none can.
     """
     if inside.latency is None:
         return {"name": name, "reason": inside.reason}
-    described = describe(model, inside.kernels, rules)
+    described = describe(model, inside.kernels, rules, keep)
     alike = alike_in((signature.spec, sizes, count) for signature, sizes, count in described.kernels)
     return {
         "name": name,

@@ -42,6 +42,7 @@ EXCESS = "excess"
 
 _LOOK_AHEAD = 3  # levels
 _MOST_EXCHANGES, _MOST_PAIRS = 50, 256
+_SAME = 1.0001  # of a latency: no slower
 _HOPEFUL = 1.01  # of a limit, for the sum of two steps
 _FEWEST_SHARE = 0.125  # a group keeps at least this share of its units: wider cuts ruin recovery
 
@@ -258,19 +259,21 @@ class BudgetedGreedy:
         lost, won = self._narrower(state), self._wider(state)
         singles = self._price_all([c.state for c in (*lost, *won)], limits) if lost and won else []
         gains = np.array([c.importance for c in won]) - np.array([c.importance for c in lost])[:, None]
-        hopeful = gains > 0
+        hopeful = gains > 1e-9
+        hopeful &= np.array([c.group for c in won]) != np.array([c.group for c in lost])[:, None]
         for key, limit in limits.items() if singles else ():
             alone = np.array([after[key] for after in singles])
             both = alone[: len(lost), None] + alone[len(lost) :] - current[key]
             hopeful &= both <= limit * _HOPEFUL
-        order = np.argsort(-np.where(hopeful, gains, -np.inf), axis=None, kind="stable")[: hopeful.sum()]
-        pairs: list[tuple[_Candidate, _Candidate, State]] = []
-        for narrower, wider in ((lost[i // len(won)], won[i % len(won)]) for i in order):
-            if narrower.group != wider.group and len(pairs) < _MOST_PAIRS:
-                pairs.append((narrower, wider, narrower.state.at(wider.group, wider.count)))
-        priced = self._price_all([both for _, _, both in pairs], limits) if pairs else []
-        for (narrower, wider, both), after in zip(pairs, priced, strict=True):
-            if all(after[key] <= limit for key, limit in limits.items()):
+        order = np.argsort(-np.where(hopeful, gains, -np.inf), axis=None, kind="stable")
+        order = order[: min(hopeful.sum(), _MOST_PAIRS)]
+        pairs = [(lost[i // len(won)], won[i % len(won)]) for i in order]
+        states = [narrower.state.at(wider.group, wider.count) for narrower, wider in pairs]
+        priced = self._price_all(states, limits) if states else []
+        unlimited = set(current) & {"latency"} - set(limits)
+        for (narrower, wider), both, after in zip(pairs, states, priced, strict=True):
+            slower = any(after[key] > current[key] * _SAME for key in unlimited)
+            if not slower and all(after[key] <= limit for key, limit in limits.items()):
                 return Step(f"{narrower.change}, {wider.change}", after), both
         return None
 
@@ -288,7 +291,7 @@ class BudgetedGreedy:
     ) -> int | None:
         best, best_score = None, 0.0
         for index, (candidate, after) in enumerate(zip(candidates, priced, strict=True)):
-            if "latency" in after and after["latency"] > current["latency"] * 1.0001:
+            if "latency" in after and after["latency"] > current["latency"] * _SAME:
                 continue
             saving = sum(_saving(key, limit, current, after) for key, limit in limits.items())
             score = saving / max(candidate.importance, 1e-12)

@@ -87,7 +87,8 @@ def _time_inside(payload: Mapping[str, Any], roots: Roots) -> Result:
     models = [(roots["models"] / f"{index}.onnx").read_bytes() for index in range(payload["models"])]
     with ModelTimer(payload["target"], TargetOptions.from_dict(payload["options"])) as timer:
         found = timer(models, InsideEffort(**payload["effort"]))
-    return Result({"models": [inside.to_dict() for inside in found]})
+        conditions = dict(timer.conditions)
+    return Result({"models": [inside.to_dict() for inside in found], "conditions": conditions})
 
 
 _KINDS: Mapping[str, Callable[[Mapping[str, Any], Roots], Result]] = {

@@ -26,7 +26,7 @@ class ChannelAnalysis:
 
     def __init__(self, program: Program, keep: Sequence[str] = (), approximate: bool = False):
         self.program = program
-        self.approximate = approximate
+        self.approximate, self.keep = approximate, tuple(keep)
         self.propagation = Propagation(program, approximate)
         self.propagation.run()
         self.classes = Classes(self.propagation)
