@@ -100,11 +100,12 @@ def fit(
         progress: callable with a line of text, with `stage` and `advance`; silent by default.
         runner: where candidates are measured and scored, see `sartor.tasks.open_runner`; this machine by default.
         storage: of a study that keeps measured candidates beside the journal, to be shared; see `sartor.study`.
-        profile: of the target on this machine, which predicts; None: the network's own kernels are timed.
+        profile: of the target on this machine, which predicts. None, or one that no longer holds: the network's own
+            kernels are timed.
 
     Raises:
-        UsageError: options that cannot be met, such as a limit below the feasible floor, or a profile of something
-            else; nothing is written.
+        UsageError: options that cannot be met, such as a limit below the feasible floor, or a profile of another
+            target, precision or number of threads; nothing is written.
         VerificationError: an oracle failed or was inconclusive; a reproducer lies beside `out_dir`.
     """
     from sartor.report.bundle import check_destination
@@ -146,7 +147,7 @@ class _Fit:
         profile: DeviceProfile | None,
     ):
         if profile is not None:
-            require_of_this(profile, options, runner)
+            require_of_this(profile, options)
         if data is None and options.recovery_s > 0:
             raise UsageError("Recovery needs data to train on; give data, or use recovery none.")
         if options.recovery_s > 0 and not program.batch.symbolic:

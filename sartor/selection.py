@@ -26,6 +26,7 @@ from sartor.unit_scores import unit_scores
 from sartor.workbench import FitOptions, Workbench, static_costs
 
 if TYPE_CHECKING:
+    from sartor.backends.protocol import Backend
     from sartor.tasks import Runner
 
 _MOST_MEASURED = 6
@@ -164,6 +165,7 @@ class Selection:
             removed = {name: True for name in decision.plan.blocks}
             latency_s = known["ratio"] * self.baseline["latency"]
             self.model.calibrate(self.workload, latency_s, self.analysis.fractions(decision.plan), removed)
+            entry["scales"] = {family: round(scale, 4) for family, scale in self.model.scales.items()}
         self.progress.advance()
         self.progress(f"step {step}: {known['ratio']:.3f}x measured, {entry['change']}")
         return step, known
@@ -177,8 +179,12 @@ class Selection:
         notes: list[str] = []
         prunings: Sequence[tuple[Plan, float]] = ()
         profile = self.profile
+        if profile is not None and (why := self._refreshed(profile)):
+            notes.append(f"the device profile is not used: {why}")
+            profile = None
         if profile is None:
-            profile, prunings, notes = self._sampled()
+            profile, prunings, more = self._sampled()
+            notes += more
         model = Ladder(profile)
         model.calibrate(self.workload, self.baseline["latency"])
         for plan, ratio in prunings:
@@ -188,6 +194,18 @@ class Selection:
         self.decisions += notes
         self.journal.append("table", table=model.to_json(), notes=notes)
         return model
+
+    def _refreshed(self, profile: DeviceProfile) -> str:
+        """Why a profile does not help here, in words; empty where it does."""
+        if why := outdated(profile, self.backend, self.bench.runner):
+            return why
+        model, measured_s = Ladder(profile), self.baseline["latency"]
+        if self.options.precision != sampled_precision(self.options.precision) or not profile.interval:
+            return ""
+        predicted_s, low, high = map(float, model.intervals_batch(self.workload))
+        if low <= measured_s <= high:
+            return ""
+        return f"it says {predicted_s:.3g} s of the original ({low:.3g} to {high:.3g}), which takes {measured_s:.3g} s"
 
     def _sampled(self) -> tuple[DeviceProfile, Sequence[tuple[Plan, float]], list[str]]:
         """Kernels inside the network and prunings of it, with what these take, and what is to be said about it.
@@ -201,7 +219,7 @@ class Selection:
         precision = sampled_precision(self.options.precision)
         options = dataclasses.replace(self.bench.target, flush_denormals=True, precision=precision)
         target = {"name": self.options.target, **self.bench.target.to_dict()}
-        device = host.device()
+        device = {"name": runner.device} if (runner := self.bench.runner).device else host.device()
 
         def grid(op_type: str) -> int:
             return self.backend.channel_grid(op_type, self.options.precision)
@@ -292,34 +310,46 @@ class Selection:
                 )
 
 
-def require_of_this(profile: DeviceProfile, options: FitOptions, runner: Runner | None = None) -> None:
-    """Refuse a profile of another target, precision, number of threads, version or machine.
+def require_of_this(profile: DeviceProfile, options: FitOptions) -> None:
+    """Refuse a profile of another target, precision or number of threads: it was meant for another command.
 
     Raises:
-        UsageError: it is; or the candidates are measured elsewhere.
+        UsageError: it is.
     """
-    from sartor import backends
-    from sartor.backends import host
-
-    if runner is not None and runner.device:
-        raise UsageError(
-            f"A device profile predicts for this machine, and candidates are measured on '{runner.device}'. Leave "
-            "--profile away: then kernels are timed there first."
-        )
     here = {
         "target": options.target,
         "precision": sampled_precision(options.precision),
         "threads": options.threads,
-        "version": backends.get(options.target).capabilities().version,
-        "processor": host.cpu_model(),
     }
-    then = {**profile.target, "target": profile.target.get("name"), "processor": profile.device.get("cpu")}
+    then = {**profile.target, "target": profile.target.get("name")}
     for what, value in here.items():
         if then.get(what) != value:
             raise UsageError(
                 f"The device profile is of {what} '{then.get(what)}', and this fit of '{value}'. Build one with "
                 f"'sartor profile --target {options.target}', or leave --profile away: then kernels are timed first."
             )
+
+
+def outdated(profile: DeviceProfile, backend: Backend, runner: Runner) -> str:
+    """Why a profile no longer holds: of another machine, of another version of the runtime, or of other fusion rules.
+
+    Returns:
+        A part of a sentence; empty where it holds.
+    """
+    from sartor.backends import host
+
+    if runner.device:
+        return f"candidates are measured on '{runner.device}'"
+    rules = profile.target.get("settings", {}).get("fusion_sha256")
+    then_and_here = (
+        ("processor", profile.device.get("cpu"), host.cpu_model()),
+        ("version", profile.target.get("version"), backend.capabilities().version),
+        ("fusion rules", rules, fusion_rules(backend).sha256 if rules else None),
+    )
+    for what, then, here in then_and_here:
+        if then != here:
+            return f"it is of {what} '{then}', and here it is '{here}'"
+    return ""
 
 
 def sampled_precision(precision: str) -> str:

@@ -1,8 +1,9 @@
-"""`sartor fit --profile`: a profile of this target and machine predicts; one of anything else is refused."""
+"""`sartor fit --profile`: one of this target and machine predicts, one that no longer holds is replaced."""
 
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,12 +15,15 @@ from sartor import backends
 from sartor.backends import host
 from sartor.backends.many_models import ModelTimes
 from sartor.cli import main
+from sartor.cost_models.interval import Interval
+from sartor.cost_models.ladder import Ladder
+from sartor.cost_models.law import Law
 from sartor.cost_models.sampling import sample_kernels
 from sartor.errors import UsageError
 from sartor.ir.workload import build_workload
 from sartor.profiling.inside import Inside, InsideEffort
-from sartor.selection import Selection, require_of_this, sampled_precision
-from sartor.workbench import FitOptions, Workbench
+from sartor.selection import Selection, outdated, sampled_precision
+from sartor.workbench import Workbench
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +65,6 @@ def fit(tmp_path, monkeypatch, capsys):
         ({"name": "openvino"}, "of target 'openvino', and this fit of 'onnxruntime'"),
         ({"threads": 2}, "of threads '2', and this fit of '1'"),
         ({"precision": "bf16"}, "of precision 'bf16', and this fit of 'f32'"),
-        ({"version": "0.1"}, "of version '0.1'"),
     ],
 )
 def test_a_profile_of_something_else_is_refused(fit, profile, change, said, tmp_path):
@@ -70,19 +73,48 @@ def test_a_profile_of_something_else_is_refused(fit, profile, change, said, tmp_
     assert sorted(p.name for p in tmp_path.iterdir()) == ["device.json", "model.onnx"]
 
 
-def test_a_profile_of_another_machine_is_refused(fit, profile):
-    code, error = fit(dataclasses.replace(profile, device={**profile.device, "cpu": "another"}))
-    assert code == 2 and "of processor 'another'" in error
+INTERVAL = {**Interval(noise=0.02).to_dict()}
+OUTDATED = {
+    "it is of version '0.1'": lambda p: dataclasses.replace(p, target={**p.target, "version": "0.1"}),
+    "it is of processor 'another'": lambda p: dataclasses.replace(p, device={**p.device, "cpu": "another"}),
+    "it is of fusion rules 'others'": lambda p: dataclasses.replace(
+        p, target={**p.target, "settings": {"fusion_sha256": "others"}}
+    ),
+    "it says": lambda p: dataclasses.replace(
+        p, law=Law.prior(inside=True).to_dict(), interval=INTERVAL, call_s=1.0
+    ),
+}
+
+
+@pytest.mark.parametrize("said", [*OUTDATED, ""])
+def test_a_profile_that_no_longer_holds_is_replaced_by_a_small_one(fit, profile, monkeypatch, said):
+    """Of another version or machine, or one that is wrong about the original."""
+    seen = []
+
+    def look(selection):
+        selection.baseline = {"latency": float(Ladder(profile).estimate_batch(selection.workload))}
+        selection.decisions.clear()
+        seen.append(original(selection).profile.samples == profile.samples)
+        seen.append([*selection.decisions])
+        raise UsageError("Enough was seen.")
+
+    original = Selection._cost_model
+    monkeypatch.setattr(Selection, "_cost_model", look)
+    monkeypatch.setattr(
+        Workbench, "time_inside", lambda _, models, options, effort: Machine()(models, effort)
+    )
+    code, error = fit(OUTDATED.get(said, lambda p: p)(profile))
+    assert code == 2 and "Enough was seen" in error, error
+    same, decisions = seen
+    assert same == (not said)
+    if said:
+        assert f"the device profile is not used: {said}" in decisions[0] and "random prunings" in decisions[1]
 
 
 def test_a_profile_of_this_machine_is_no_help_on_another(profile):
-    class Elsewhere:
-        device = "shelf"
-
-    options = FitOptions("onnxruntime", {})
-    require_of_this(profile, options)
-    with pytest.raises(UsageError, match="measured on 'shelf'"):
-        require_of_this(profile, options, Elsewhere())
+    backend = backends.get("onnxruntime")
+    assert outdated(profile, backend, SimpleNamespace(device="")) == ""
+    assert outdated(profile, backend, SimpleNamespace(device="shelf")) == "candidates are measured on 'shelf'"
 
 
 def test_a_profile_that_fits_predicts(fit, profile, monkeypatch):

@@ -51,7 +51,7 @@ class CostEstimate:
     Attributes:
         method: how the numbers came about, for people.
         metrics: value per metric name, units in the names (`latency_s`, `macs`, `weight_bytes`…).
-        intervals: 95 % interval per metric name, where the model knows its error.
+        intervals: 90 % interval per metric name, where the model knows its error.
         kernels: breakdown of the latency; it sums to `latency_s` minus what belongs to no kernel.
         unmodelled: kernels, or effects, that the model does not describe.
     """
@@ -76,7 +76,7 @@ class CostEstimate:
         return self.metrics[metric]
 
     def read_interval(self, metric: str) -> tuple[float, float]:
-        """The 95 % interval of `metric`.
+        """The 90 % interval of `metric`.
 
         Raises:
             MetricUnavailableError: the model does not know its error.
@@ -99,7 +99,7 @@ class CostEstimate:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """95 % interval of `latency_s` in seconds."""
+        """90 % interval of `latency_s` in seconds."""
         return self.read_interval("latency_s")
 
 
