@@ -12,7 +12,7 @@ from cost_networks import Net
 from cost_profiles import CALL_S, make_profile, true_s
 from test_ladder import sampled
 
-from sartor.backends import host
+from sartor.backends import host, isolation
 from sartor.cli import main
 from sartor.cost_models.escalation import Target, estimate
 from sartor.cost_models.fitting import fit_profile
@@ -28,6 +28,7 @@ from sartor.ir.load import load
 from sartor.ir.plan import GroupPlan, Plan
 from sartor.ir.workload import build_workload
 from sartor.passes.prune import apply_plan
+from sartor.profiling.whole import measuring
 
 
 def network():
@@ -206,3 +207,29 @@ def test_the_cheapest_model_that_is_sure_enough_answers(files):
     assert found.latency_s == 2e-3 and found.interval == (1.9e-3, 2.1e-3)
     assert ladder.estimate(workload).latency_s == pytest.approx(2e-3, rel=0.02)  # it has learned from it
     assert estimate(workload, Target("t", measure=measure)).latency_s == 2e-3
+
+
+def test_what_is_measured_as_a_whole_is_the_plan(files, monkeypatch):
+    """On ONNX Runtime, the kept widths and removed blocks of the estimate."""
+    folder, profile, workload, sizes = files
+    program = load(folder / "model.onnx")
+    analysis = channel_groups(program)
+    lowered = []
+    original = isolation.lower
+
+    def lower(target, pruned, *rest):
+        lowered.append(static_cost(pruned).macs)
+        return original(target, pruned, *rest)
+
+    monkeypatch.setattr(isolation, "lower", lower)
+    measure = measuring(program, analysis, "onnxruntime", seconds=0.5)
+    target = Target("onnxruntime", ladder=Ladder(profile), measure=measure)
+    shares = {name: 0.5 for name in sizes}
+    found = estimate(workload, target, shares, {}, half_width=1e-9)
+    low, high = found.interval
+    assert found.method == "measured as a whole" and 0 < low <= found.latency_s <= high
+    fractions = {name: round(0.5 * size) / size for name, size in sizes.items()}
+    assert lowered == [workload.evaluate(fractions).macs]
+    for wrong in ({"nope": 0.5}, {next(iter(sizes)): 0.0}, {next(iter(sizes)): 1.5}):
+        with pytest.raises(UsageError, match="a share in"):
+            measure(workload, wrong, {})

@@ -29,7 +29,7 @@ class Target:
         name: for messages.
         roofline: of its published constants.
         ladder: of its device profile.
-        measure: runs a plan on it.
+        measure: runs a plan on it; see `sartor.profiling.whole.measuring`.
     """
 
     name: str

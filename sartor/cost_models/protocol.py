@@ -51,7 +51,7 @@ class CostEstimate:
     Attributes:
         method: how the numbers came about, for people.
         metrics: value per metric name, units in the names (`latency_s`, `macs`, `weight_bytes`…).
-        intervals: 90 % interval per metric name, where the model knows its error.
+        intervals: 90 % interval per metric name, where the model knows its error; of a measurement, 95 %.
         kernels: breakdown of the latency; it sums to `latency_s` minus what belongs to no kernel.
         unmodelled: kernels, or effects, that the model does not describe.
     """
