@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import json
 import os
 import socket
 import subprocess
@@ -17,6 +19,7 @@ from test_tasks import InProcess, split
 from sartor import backends
 from sartor.backends import telemetry
 from sartor.backends.protocol import TargetOptions
+from sartor.cli import main
 from sartor.errors import BackendError, UsageError
 from sartor.scoring import score
 from sartor.tasks import open_runner, requests
@@ -158,6 +161,24 @@ def test_the_cluster_counts_nothing(cluster):
                 assert b"RAY_USAGE_STATS_ENABLED=0" in environment
                 seen += 1
     assert seen >= 4
+
+
+def test_a_whole_fit_measures_on_a_device(cluster, tmp_path, monkeypatch, capsys):
+    """Kernels inside the network, candidates and the result are timed there; what it says names the device."""
+    for module, name in (("selection", "_SELECT_S"), ("fit", "_FINAL_S")):
+        monkeypatch.setattr(importlib.import_module(f"sartor.{module}"), name, 3.0)
+    monkeypatch.setenv("CI", "1")
+    small_cnn(16).save(tmp_path / "model.onnx")
+    out = tmp_path / "out"
+    command = ["fit", str(tmp_path / "model.onnx"), "--target", "onnxruntime", "--budget", "latency=0.9x"]
+    command += ["--recovery", "none", "--workers", f"{cluster.client}/alone", "--out", str(out), "--json"]
+    code = main(command)
+    printed = capsys.readouterr()
+    assert code in (0, 3), printed.err
+    report = json.loads(printed.out)
+    assert report["history"] and report["conditions"]["device"] == "alone"
+    assert any("kernels were timed" in line for line in report["decisions"])
+    assert not any("one by one" in line for line in report["decisions"]), report["decisions"]
 
 
 def test_a_killed_node_costs_nothing_while_another_offers_the_device(cluster, runner, artifact):
