@@ -74,10 +74,10 @@ KINDS = ("plain", "inverted", "grouped", "dense")  # those of the anchors
 def few_kinds_of_networks_read_once():
     known, read = {}, inside_samples.workload_of
 
-    def workload_of(model, rules):
-        key = (model, rules.sha256)
+    def workload_of(model, rules, keep=()):
+        key = (model, rules.sha256, tuple(keep))
         if key not in known:
-            known[key] = read(model, rules)
+            known[key] = read(model, rules, keep)
         return known[key]
 
     with pytest.MonkeyPatch.context() as patch:
