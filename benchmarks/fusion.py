@@ -25,7 +25,7 @@ NAMES = (
     *("timm/repvit_m1", "timm/rexnet_100", "timm/test_nfnet", "timm/test_vit", "timm/pit_ti_224"),
     *("timm/test_convnext", "timm/test_coatnet", "timm/edgenext_xx_small", "torchvision/swin_t"),
 )
-TARGETS = ("onnxruntime", "openvino")
+TARGETS = ("onnxruntime", "openvino", "tflite")
 
 
 def compare(program: Any, target: str) -> dict[str, Any]:

@@ -33,7 +33,7 @@ from typing import Any
 
 import record
 
-MODELS = ("digits", "squeezenet1_1", "mobilenet_v2", "unet", "resnet18")
+MODELS = ("digits", "squeezenet1_1", "mobilenet_v2", "unet", "resnet18", "shufflenet_v2_x1_0")
 BY_HAND = {"depthwise in place": 1_404_928, "nothing in place": 1_505_280}
 RESULT = "RESULT "
 _RESOLUTION_BYTES = 64 * 4096

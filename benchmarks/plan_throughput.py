@@ -5,8 +5,9 @@ all from `Plan` objects to latencies, the conversion to arrays included; `from_a
 `ladder` the evaluation that the tables replace. Torch-Pruning has no cost model of latency: what its users do for
 each candidate is to copy the module, prune it and count operations, and that is timed.
 
-What the tables hold does not change how long it takes to look them up. Without `--profile`, kernel times are those
-of the published description of a desktop CPU.
+Without `--profile`, kernel times are those of the published description of a desktop CPU: `ladder` and the time to
+make the tables (`bind_s`) then say nothing about measured profiles, whose samples are hundreds a kernel. Looking
+tables up costs the same either way.
 """
 
 from __future__ import annotations

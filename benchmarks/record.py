@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 from importlib import metadata
 from typing import Any
 
@@ -22,6 +23,18 @@ PACKAGES = (
 )
 
 
+def commit() -> str | None:
+    """The version of the sources, with `-dirty` if they were changed; None outside of a repository."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=10", "--exclude=*"]
+    try:
+        done = subprocess.run(
+            command, cwd=os.path.dirname(__file__), capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
+
+
 def conditions(**more: Any) -> dict[str, Any]:
     from sartor.backends import host
 
@@ -34,6 +47,7 @@ def conditions(**more: Any) -> dict[str, Any]:
     load = [round(value, 2) for value in os.getloadavg()]
     return {
         **host.conditions(),
+        "commit": commit(),
         "load": load,
         "versions": versions,
         **more,
