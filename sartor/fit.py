@@ -36,7 +36,8 @@ from sartor.passes.base import Context
 from sartor.passes.remove_blocks import kept_by
 from sartor.selection import Selection, require_of_this
 from sartor.strategies.budgeted_greedy import require_strategy
-from sartor.workbench import FitOptions, Workbench, static_costs, versions
+from sartor.versions import versions
+from sartor.workbench import FitOptions, Workbench, static_costs
 
 if TYPE_CHECKING:
     from sartor.cost_models.profile import DeviceProfile

@@ -6,7 +6,7 @@ import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from sartor.ir.plan import Plan
-from sartor.workbench import versions
+from sartor.versions import versions
 
 if TYPE_CHECKING:
     from sartor.backends.measure import Measurement
@@ -75,7 +75,7 @@ def fit_report(
         "baseline": baseline,
         "result": after,
         "ratio": {"latency": final.ratio.latency, "latency_ci95": [low, high]},
-        "predicted": {"latency_s": predicted_s},
+        "predicted": {"latency_s": predicted_s, "baseline_s": run.baseline_s},
         "oracle": verdict.to_dict() if verdict is not None else passed,
         "lowered": agreement.to_dict(),
         "history": run.history,

@@ -213,19 +213,3 @@ def static_costs(program: Program) -> dict[str, int]:
         key: int(getattr(cost, key))
         for key in ("macs", "parameters", "weight_bytes", "peak_activation_bytes")
     }
-
-
-def versions(target: str) -> dict[str, str]:
-    """Versions of everything that can change a result."""
-    import importlib.metadata
-    import platform
-
-    import sartor
-
-    found = {"sartor": sartor.__version__, "python": platform.python_version()}
-    for name in ("numpy", "onnx", "onnx-ir", "onnxscript", "torch", target):
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found

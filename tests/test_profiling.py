@@ -26,6 +26,7 @@ from profile_machine import (
     waiting_units,
 )
 
+import sartor
 from sartor import backends
 from sartor.backends.protocol import TargetOptions
 from sartor.cost_models.features import family_of
@@ -283,6 +284,7 @@ def test_the_file_is_read_back_and_the_journal_is_gone(tmp_path):
     again = DeviceProfile.load(tmp_path / "device.json")
     assert again.to_json() == profile.to_json()
     assert again.target["name"] == "onnxruntime" and again.target["settings"]["fusion_sha256"]
+    assert again.protocol["versions"]["sartor"] == sartor.__version__
     assert again.device["cpu"] and again.device["caches"] and again.protocol["reference_s"] == REFERENCE_S
 
 

@@ -104,6 +104,13 @@ def test_page_without_score_says_unmeasured_and_draws_no_trade_off(tmp_path):
     assert "Predicted against measured latency" in text
 
 
+def test_predictions_are_shares_of_the_baseline_that_the_search_measured(tmp_path):
+    document = report()
+    drifted = document["baseline"]["latency_s"]["median"] / 1.1  # the machine was slower in the final run
+    document["predicted"] = {"latency_s": 0.45 * drifted, "baseline_s": drifted}
+    assert "predicted 0.450 of the original latency" in " ".join(page_of(document, tmp_path).texts)
+
+
 def test_missed_budget_is_not_green(tmp_path):
     page = page_of(report(status="budget-missed"), tmp_path)
     assert ("class", "verdict missed") in page.attributes and "Budget missed" in page.texts

@@ -78,7 +78,7 @@ class DeviceProfile:
     Attributes:
         target: backend `name`, `version`, `threads`, `precision` and its `settings`.
         device: `cpu`, `cores`, `isa`, `caches` (bytes by name), `memory_bytes`, `clocks`, `platform`.
-        protocol: how it was timed: reference kernel and its seconds, visits, statistics, minutes, why it ended.
+        protocol: how it was timed: reference kernel and its seconds, statistic, minutes, why it ended, `versions`.
         call_s: seconds of an empty call of the runtime.
         samples: kernels.
         failures: `{spec, reason}` of kernels that could not be timed.

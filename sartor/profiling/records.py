@@ -20,6 +20,7 @@ from sartor.journal import Journal
 from sartor.profiling.design import Point
 from sartor.profiling.inside import Inside
 from sartor.profiling.inside_samples import describe
+from sartor.versions import versions
 
 SENTENCE = (
     "kernels and copies inside models, as the target's own profiler tells them, and how many there are of their "
@@ -147,6 +148,7 @@ class Records:
                 "minutes": minutes,
                 "spent_s": round(self.spent_s, 1),
                 "ended_by": ended_by,
+                "versions": versions(str(target.get("name", ""))),
                 "pinned": conditions.get("pinned", []),
             },
             call_s=call * scale,

@@ -137,7 +137,8 @@ def _trade_off(report: Report) -> str:
 
 
 def _predicted(report: Report) -> str:
-    baseline = report["baseline"]["latency_s"]["median"]
+    # What the search predicted is on the scale of the baseline that it measured, not of that of the final run.
+    baseline = report["predicted"].get("baseline_s") or report["baseline"]["latency_s"]["median"]
     history = [entry for entry in report["history"] if entry.get("predicted_latency_s") is not None]
     if not history or not baseline:
         return ""
