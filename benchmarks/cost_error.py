@@ -2,11 +2,13 @@
 
 Published architectures at several resolutions, each with random prunings on the target's channel grid, next to it,
 and with blocks removed. The truth of a network is its latency over that of reference networks measured in the same
-visits: drift of the machine cancels. What the references take is known from many networks of the profile that are
-measured over them likewise. Repetitions go on until the 95 % interval is narrow or the time is over, and the interval
-that was reached is printed. Measuring is journalled in `--work`: a run that was killed goes on, one that was finished
-goes on with the networks whose interval is wide. Predictions of another profile can be compared with the same truth
-(`--predict-only`) if it was built on the same machine and has the same reference networks.
+visits, so that drift of the machine cancels. But not all of it: another tenant's use of the memory slows large networks
+and not small ones, for minutes. So all networks are measured in turns, half an hour apart. What the references take is
+known from many networks of the profile that are measured over them likewise. Repetitions go on until the 95 % interval
+is narrow or the time is over, and the interval that was reached is printed. Measuring is journalled in `--work`: a run
+that was killed goes on, one that was finished goes on with the networks whose interval is wide. Predictions of another
+profile can be compared with the same truth (`--predict-only`) if it was built on the same machine and has the same
+reference networks.
 
 Beside the profile stand two baselines, each scaled to the profile's own networks: time proportional to MACs, and the
 roofline alone, one per way of computing.
@@ -41,6 +43,7 @@ torchvision/regnet_y_400mf@224 torchvision/shufflenet_v2_x1_0@224 torchvision/co
 torchvision/vit_b_32@224 timm/ghostnet_050@192 timm/repvit_m1@160 timm/regnetx_002@256
 timm/hrnet_w18_small@128 timm/rexnet_100@160 timm/edgenext_xx_small@192 timm/vit_tiny_patch16_224@224
 """.split()
+FEWEST_A_TURN = 2  # repetitions
 
 
 # ---- networks and plans --------------------------------------------------------------------------
@@ -123,11 +126,15 @@ def prepared(name: str, work: Path, target: str, count: int) -> tuple[Any, Any, 
 
 # ---- truth ---------------------------------------------------------------------------------------
 def truth(
-    name: str, options: argparse.Namespace, references: Sequence[Any], known: Sequence[Sequence[float]]
+    name: str,
+    options: argparse.Namespace,
+    references: Sequence[Any],
+    known: Sequence[Sequence[float]],
+    fewest: int,
 ) -> dict[str, Any]:
     """Latencies of the network and its prunings over the geometric mean of the references, with intervals.
 
-    Repetitions that are `known` are gone on with.
+    Repetitions that are `known` are gone on with, to `fewest` of them or more.
     """
     from sartor.passes.prune import apply_plan
 
@@ -135,7 +142,7 @@ def truth(
     programs = [
         apply_plan(program, plan, analysis) if number else program for number, plan in enumerate(plans)
     ]
-    logs = repeated([at_batch_1(p) for p in programs], options, references, known)
+    logs = repeated([at_batch_1(p) for p in programs], options, references, known, fewest)
     return {"plans": [ratio_of(series) for series in logs], "rounds": len(logs[0]), "logs": logs}
 
 
@@ -235,7 +242,10 @@ def main() -> int:
     parser.add_argument("--work", type=Path, default=Path(__file__).parents[1] / "out" / "cost_error")
     parser.add_argument("--only", action="append", help="names of networks, NAME@SIDE; all by default")
     parser.add_argument("--prunings", type=int, default=8)
-    parser.add_argument("--seconds", type=float, default=75.0, help="of repetitions, per architecture")
+    parser.add_argument(
+        "--seconds", type=float, default=75.0, help="of repetitions, per architecture, in all turns"
+    )
+    parser.add_argument("--turns", type=int, default=2, help="in which all networks are measured")
     parser.add_argument(
         "--half-width",
         type=float,
@@ -275,20 +285,34 @@ def main() -> int:
             f"'{path.name}' in --work is the truth of another machine, version, protocol or set of reference networks; "
             "give another folder, or remove it."
         )
+    options.seconds /= options.turns
     with Journal(path, key) as journal:
         known_s = scale_of(profile, journal, options, references)
+        for turn in range(1, 1 + (0 if options.predict_only else options.turns)):
+            for name in names:
+                found = journal.find("truth", network=name)
+                logs = found["logs"] if found is not None else ()
+                late = time.monotonic() - begun > 60 * options.minutes
+                done = bool(logs) and len(logs[0]) >= turn * FEWEST_A_TURN
+                if done and turn == options.turns:
+                    done = enough(logs, options.half_width)
+                if name in failed or late or done:
+                    continue
+                try:
+                    new = truth(name, options, references, logs, turn * FEWEST_A_TURN)
+                except Exception as error:  # one architecture that cannot be captured is a row, not the end
+                    failed[name] = f"{type(error).__name__}: {str(error)[:300]}"
+                    print(f"{name}: {failed[name]}", flush=True)
+                else:
+                    journal.append("truth", network=name, **new)
+                    print(f"turn {turn}: {name}, {new['rounds']} repetitions", flush=True)
         for name in names:
             found = journal.find("truth", network=name)
-            logs = found.get("logs", ()) if found is not None else ()
-            late = time.monotonic() - begun > 60 * options.minutes
-            if found is None and (options.predict_only or late):
+            if found is None or name in failed:
                 continue
             try:
-                known = bool(logs) and enough(logs, options.half_width)
-                if not (known or options.predict_only or late):
-                    found = journal.append("truth", network=name, **truth(name, options, references, logs))
                 predicted = predictions(name, options, ladder, baselines)
-            except Exception as error:  # one architecture that cannot be captured is a row, not the end
+            except Exception as error:
                 failed[name] = f"{type(error).__name__}: {str(error)[:300]}"
                 print(f"{name}: {failed[name]}", flush=True)
                 continue

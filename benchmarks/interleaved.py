@@ -43,6 +43,7 @@ def repeated(
     options: argparse.Namespace,
     references: Sequence[Any],
     known: Sequence[Sequence[float]] = (),
+    fewest: int = _FEWEST,
 ) -> list[list[float]]:
     """Logarithms of the latencies of models over the geometric mean of the references, a list of repetitions each.
 
@@ -55,7 +56,8 @@ def repeated(
         models: serialized.
         options: target, threads, how long and how well.
         references: networks of the profile.
-        known: repetitions of an earlier run, per model; those of this one are added.
+        known: repetitions of an earlier turn, per model; those of this one are added.
+        fewest: repetitions, the known ones included.
     """
     from sartor.backends.protocol import TargetOptions
     from sartor.profiling import networks
@@ -74,8 +76,8 @@ def repeated(
     logs = [list(series) for series in known] or [[] for _ in models]
     begun = time.monotonic()
     with KernelTimer(options.target, TargetOptions(threads=options.threads)) as timer:
-        while not enough(logs, options.half_width) and (
-            len(logs[0]) < _FEWEST or time.monotonic() - begun < options.seconds
+        while len(logs[0]) < fewest or (
+            not enough(logs, options.half_width) and time.monotonic() - begun < options.seconds
         ):
             times = timer(everything, effort).times
             failed = [timed.reason for timed in times if timed.warm is None]

@@ -14,10 +14,10 @@ def versions(target: str) -> dict[str, str]:
     """Installed versions of everything that can change a result.
 
     Args:
-        target: its package is one of them, where it has the target's name.
+        target: its package is one of them, where it has the target's name; may be empty.
     """
     found = {"sartor": sartor.__version__, "python": platform.python_version()}
-    for name in (*_PACKAGES, target):
+    for name in filter(None, (*_PACKAGES, target)):
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

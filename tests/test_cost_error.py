@@ -140,6 +140,8 @@ def test_repetitions_of_an_earlier_run_are_gone_on_with_until_the_interval_is_na
     assert interleaved.ratio_of(first)["ratio"] == pytest.approx(3.0, rel=0.01) and len(first) >= 4
     (same,) = interleaved.repeated([b"model"], options, references, [first])
     assert same == first
+    (more,) = interleaved.repeated([b"model"], options, references, [first], fewest=len(first) + 2)
+    assert more[: len(first)] == first and len(more) == len(first) + 2
     options.half_width = 0.008
     (longer,) = interleaved.repeated([b"model"], options, references, [first])
     assert longer[: len(first)] == first and len(longer) > len(first)

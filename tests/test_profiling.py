@@ -251,6 +251,17 @@ def test_a_network_that_was_disturbed_all_the_time_that_it_was_looked_at_is_look
     assert plain(once) == pytest.approx(plain(quiet), rel=0.01)
 
 
+def test_later_samples_are_chosen_by_what_is_known_so_far(tmp_path, machine):
+    known = []
+    built(
+        tmp_path,
+        minutes=0.1,
+        machine=machine,
+        uncertainty_of=lambda so_far: known.append(len(so_far.samples)),
+    )
+    assert known and known[0] > 0 and known == sorted(known)
+
+
 def test_of_looks_at_a_network_the_lower_quartile_counts():
     def best(*ratios):
         return records.best_look([{"ratio": ratio, "half_width": 0.02} for ratio in ratios])
