@@ -78,6 +78,22 @@ def test_what_the_layout_and_products_take_in(program, kernels, copies, tmp_path
     assert report.layout == report.inserted == copies
 
 
+@pytest.mark.parametrize(("channels", "first", "copies"), [(3, "Conv", 1), (1, "Conv", 0), (3, "Relu", 1)])
+def test_an_image_is_copied_for_the_first_convolution_and_a_map_behind_the_last(
+    channels, first, copies, tmp_path
+):
+    b = Builder((1, channels, 16, 16))
+    b.conv(b.op("Relu", "x", name="r") if first == "Relu" else "x", channels, 16, name="c")
+    b.conv(b.value, 16, 16, name="d")
+    program = b.program()
+    report = profile_fusion("openvino", program, tmp_path / "a")
+    assert report.agreement == 1 and report.layout == report.inserted == {"Reorder": copies + 1}
+    backend = backends.get("openvino")
+    executed = backend.profile(backend.lower(program, tmp_path / "b", OPTIONS), OPTIONS, 2)
+    written = [k.written for k in executed if k.op_type == "Reorder"]
+    assert written == [*copies * [(1, channels, 16, 16)], (1, 16, 16, 16)]
+
+
 # LiteRT's names do not tell three products of one value apart, and it moves a scale into weights.
 LITERT = {"residual": 0.95, "squeezed": 0.95, "dense": 0.95, "transformer": 0.6}
 

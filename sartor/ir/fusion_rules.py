@@ -19,8 +19,10 @@ vocabulary, beside operator types that follow:
     Views              of those siblings and of a Transpose from channels last to first: no kernel, where no data moves
     Attention          of a product of two activations: scale, mask, Softmax, a second product and its Transpose
 
-The row `Elementwise` lists operators of which any chain is one kernel. A residual Add that two kernels could take
-goes to the one that makes its first operand, as in ONNX Runtime's and OpenVINO's optimisers.
+The row `Image` with `Reorder` says that an input of the network is copied into another layout for the convolution or
+pooling that reads it, itself or behind elementwise operators. The row `Elementwise` lists operators of which any chain
+is one kernel. A residual Add that two kernels could take goes to the one that makes its first operand, as in ONNX
+Runtime's and OpenVINO's optimisers.
 """
 
 from __future__ import annotations
@@ -42,7 +44,9 @@ ELEMENTWISE = "Elementwise"
 _SUMS = {"BlockedAdd", "InPlaceAdd"}
 _IN_FRONT = {"Add before", "Scale before", "Transpose before"}
 VOCABULARY = frozenset(
-    {"Attention", "Bias", "Chain", "Scale", "Scale behind", "Siblings", "Silu", "Views"} | _IN_FRONT | _SUMS
+    {"Attention", "Bias", "Chain", "Reorder", "Scale", "Scale behind", "Siblings", "Silu", "Views"}
+    | _IN_FRONT
+    | _SUMS
 )
 """Names in a table that are no operator types."""
 
@@ -75,6 +79,11 @@ class FusionRules:
     def has_layout(self) -> bool:
         """Whether the runtime keeps activations in a blocked layout that matters for what it fuses."""
         return any("BlockedAdd" in names for names in self.fuses.values())
+
+    @property
+    def copies_images(self) -> bool:
+        """Whether what a convolution reads first is copied into another layout."""
+        return self.takes("Image", "Reorder")
 
     def to_dict(self) -> dict[str, object]:
         """JSON-ready form."""

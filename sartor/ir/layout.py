@@ -18,7 +18,7 @@ import numpy as np
 from sartor.ir.extents import Extent
 from sartor.ir.fusion_choices import Choice, apart, choices
 from sartor.ir.fusion_layout import Step, copied, states, steps_of
-from sartor.ir.fusion_rules import FusionRules
+from sartor.ir.fusion_rules import ACTIVATIONS, FusionRules
 from sartor.ir.kernels import Kernel, kernel_alone
 from sartor.ir.operands import Operand, Tensors, channels_per_group
 from sartor.ir.population import Population, Presence
@@ -29,6 +29,8 @@ FAMILY = "layout"
 """Of copies."""
 COPIES = ("ReorderInput", "ReorderOutput", "Reorder")
 """What runtimes put between kernels."""
+_WINDOWS = frozenset({"Conv", "MaxPool", "AveragePool"})
+_ON_THE_WAY = ACTIVATIONS | {"Add", "Sub", "Mul", "Div", "BatchNormalization"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +56,7 @@ class Layout:
         groups: per convolution, by the name of its output: its groups, and input and output channels of one.
         outputs: names of the program's outputs.
         choices: sums and activations that may run inside a kernel, with what they are otherwise; execution order.
+        images: names of the inputs of the program that are copied whatever the plan.
     """
 
     steps: tuple[Step, ...] = ()
@@ -61,6 +64,7 @@ class Layout:
     groups: Mapping[str, tuple[Extent, Extent, Extent]] = dataclasses.field(default_factory=dict)
     outputs: tuple[str, ...] = ()
     choices: tuple[tuple[Choice, Kernel], ...] = ()
+    images: tuple[str, ...] = ()
     _copies: dict[tuple[str, str], Kernel] = dataclasses.field(default_factory=dict, repr=False)
 
     @property
@@ -88,7 +92,7 @@ class Layout:
             for n, (g, a, b) in self.groups.items()
         }
         own = tuple((choice, kernel.at(size, batch)) for choice, kernel in self.choices)
-        return Layout(self.steps, values, groups, self.outputs, own)
+        return Layout(self.steps, values, groups, self.outputs, own, self.images)
 
     def kernels(self, plans: Population) -> Iterator[tuple[Kernel, Any]]:
         """What differs from the workload's kernels under any of the plans: a kernel, and how many there are of it.
@@ -96,6 +100,8 @@ class Layout:
         One more where it exists and the workload does not list it, one less where it runs inside another kernel and
         the workload lists it; scalars or arrays `[plans]`.
         """
+        for name in self.images:
+            yield self._copy("Reorder", name), 1.0
         if not self.steps:
             return
         blocked = states(self.steps, _Planned(self, plans))
@@ -167,10 +173,14 @@ def build_layout(
     blocks_of: Mapping[str, tuple[str, ...]],
     rules: FusionRules,
 ) -> Layout:
-    """What ONNX Runtime copies and takes in; arguments as of `sartor.ir.kernels.build_kernels`."""
-    if not rules.has_layout:
-        return Layout()
+    """What ONNX Runtime copies and takes in, what OpenVINO copies.
+
+    Arguments as of `sartor.ir.kernels.build_kernels`.
+    """
     tensors = Tensors(program, extents)
+    if not rules.has_layout:
+        images = _images(program, tensors) if rules.copies_images else {}
+        return Layout(values=images, images=tuple(images))
     steps = steps_of(program)
     inside = {step.output for step in steps if step.shares}
     near = {
@@ -192,6 +202,27 @@ def build_layout(
         outputs=tuple(v.name or "" for v in program.graph.outputs),
         choices=_choices(program, tensors, blocks_of, rules),
     )
+
+
+def _images(program: Program, tensors: Tensors) -> dict[str, Moved]:
+    """Inputs that a layer of maps reads, and outputs that it makes, itself or through elementwise operators."""
+    found = {}
+    ends = [(v, True) for v in program.graph.inputs] + [(v, False) for v in program.graph.outputs]
+    for value, forward in ends:
+        operand = tensors[value]
+        if operand.dtype != "FLOAT" or len(operand.dims) != 4 or operand.dims[1].full < 2:
+            continue  # the layouts of one channel are the same
+        reached, kinds = [value], set[str]()
+        while reached:
+            here = reached.pop()
+            nodes = [node for node, _ in here.uses()] if forward else [here.producer()]
+            for node in filter(None, nodes):
+                kinds.add(node.op_type)
+                if node.op_type in _ON_THE_WAY:
+                    reached.extend(node.outputs if forward else filter(None, node.inputs))
+        if kinds & _WINDOWS:
+            found[operand.name] = Moved(operand, ())
+    return found
 
 
 def _choices(

@@ -50,12 +50,14 @@ class Layer:
         kind: its type, `Convolution`.
         original: names of the layers in it.
         sources: names of the layers whose results it reads.
+        written: shape of its first output; empty where it is not fixed.
     """
 
     name: str
     kind: str
     original: tuple[str, ...]
     sources: tuple[str, ...]
+    written: tuple[int, ...] = ()
 
 
 def executed_nodes(origin: Origin, layers: Sequence[Layer]) -> dict[str, tuple[str, ...]]:

@@ -77,6 +77,7 @@ FUSES = {
     "Elementwise": _CHAINS,
     "Gather": ("Siblings", "Views"),
     "Gemm": ("Bias", "Scale", "Chain", *_ACTIVATIONS),
+    "Image": ("Reorder",),
     "MatMul": ("Attention", "Bias", "Scale", "Chain", *_ACTIVATIONS),
     "Slice": ("Siblings", "Views"),
     "Transpose": ("Views",),

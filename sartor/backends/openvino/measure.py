@@ -47,7 +47,8 @@ def profile(artifact: Artifact, options: TargetOptions, runs: int) -> list[Kerne
     for taken in averages.values():
         taken.pop(1)  # a short kernel is said to have run after the first run only
     origin = Origin.from_dict(artifact.metadata["origin"])
-    executed = executed_nodes(origin, _layers(session))
+    layers = _layers(session)
+    executed, written = executed_nodes(origin, layers), {layer.name: layer.written for layer in layers}
     return [
         KernelTime(
             name=name,
@@ -56,6 +57,7 @@ def profile(artifact: Artifact, options: TargetOptions, runs: int) -> list[Kerne
             median_s=typical_of_averages(averages[name]),
             runs=runs,
             implementation=implementation,
+            written=written.get(name, ()),
         )
         for name, (op_type, implementation) in ((n, kinds[n]) for n in averages if n in kinds)
     ]
@@ -114,5 +116,7 @@ def _layers(session: run.OpenVinoSession) -> list[Layer]:
         names = str(info["originalLayersNames"].value) if "originalLayersNames" in info else ""
         sources = [value.get_source_output().get_node().get_friendly_name() for value in layer.inputs()]
         original = tuple(name for name in names.split(",") if name)
-        found.append(Layer(layer.get_friendly_name(), kind, original, tuple(sources)))
+        shape = layer.output(0).get_partial_shape() if layer.get_output_size() else None
+        written = tuple(shape.to_shape()) if shape is not None and shape.is_static else ()
+        found.append(Layer(layer.get_friendly_name(), kind, original, tuple(sources), written))
     return found
