@@ -165,7 +165,7 @@ def test_the_cluster_counts_nothing(cluster):
 
 def test_a_whole_fit_measures_on_a_device(cluster, tmp_path, monkeypatch, capsys):
     """Kernels inside the network, candidates and the result are timed there; what it says names the device."""
-    for module, name in (("selection", "_TABLE_S"), ("selection", "_SELECT_S"), ("fit", "_FINAL_S")):
+    for module, name in (("selection", "_SELECT_S"), ("fit", "_FINAL_S")):
         monkeypatch.setattr(importlib.import_module(f"sartor.{module}"), name, 3.0)
     monkeypatch.setenv("CI", "1")
     small_cnn(16).save(tmp_path / "model.onnx")
