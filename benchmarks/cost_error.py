@@ -233,6 +233,13 @@ def line(name: str, rows: Sequence[dict[str, Any]], rounds: int) -> str:
 
 
 # ---- main ----------------------------------------------------------------------------------------
+def complaint(name: str, error: Exception) -> str:
+    """Why a network has no row; printed at once, because the end may be an hour away."""
+    text = f"{type(error).__name__}: {str(error)[:300]}"
+    print(f"{name}: {text}", flush=True)
+    return text
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -301,8 +308,7 @@ def main() -> int:
                 try:
                     new = truth(name, options, references, logs, turn * FEWEST_A_TURN)
                 except Exception as error:  # one architecture that cannot be captured is a row, not the end
-                    failed[name] = f"{type(error).__name__}: {str(error)[:300]}"
-                    print(f"{name}: {failed[name]}", flush=True)
+                    failed[name] = complaint(name, error)
                 else:
                     journal.append("truth", network=name, **new)
                     print(f"turn {turn}: {name}, {new['rounds']} repetitions", flush=True)
@@ -313,8 +319,7 @@ def main() -> int:
             try:
                 predicted = predictions(name, options, ladder, baselines)
             except Exception as error:
-                failed[name] = f"{type(error).__name__}: {str(error)[:300]}"
-                print(f"{name}: {failed[name]}", flush=True)
+                failed[name] = complaint(name, error)
                 continue
             for row, measured in zip(predicted, found["plans"], strict=True):
                 row["measured_s"] = measured["ratio"] * known_s

@@ -10,11 +10,11 @@ import sartor
 _PACKAGES = ("numpy", "onnx", "onnx-ir", "onnxscript", "torch", "lightgbm")
 
 
-def versions(target: str) -> dict[str, str]:
+def versions(target: str = "") -> dict[str, str]:
     """Installed versions of everything that can change a result.
 
     Args:
-        target: its package is one of them, where it has the target's name; may be empty.
+        target: its package is one of them, where it has the target's name.
     """
     found = {"sartor": sartor.__version__, "python": platform.python_version()}
     for name in filter(None, (*_PACKAGES, target)):

@@ -25,6 +25,7 @@ SEES = {
         "sartor.errors",
         "sartor.plugins",
         "sartor.cost_models.protocol",
+        "sartor.versions",
     ),
     "sartor.cost_models": ("sartor.cost_models", "sartor.ir", "sartor.errors", "sartor.plugins"),
     "sartor.backends": ("sartor.backends", "sartor.ir", "sartor.errors", "sartor.plugins"),

@@ -19,10 +19,10 @@ vocabulary, beside operator types that follow:
     Views              of those siblings and of a Transpose from channels last to first: no kernel, where no data moves
     Attention          of a product of two activations: scale, mask, Softmax, a second product and its Transpose
 
-The row `Image` with `Reorder` says that an input of the network is copied into another layout for the convolution or
-pooling that reads it, itself or behind elementwise operators. The row `Elementwise` lists operators of which any chain
-is one kernel. A residual Add that two kernels could take goes to the one that makes its first operand, as in ONNX
-Runtime's and OpenVINO's optimisers.
+The row `Image` with `Reorder` says that maps are copied where they enter and leave the network: an input for the
+convolution or pooling that reads it, an output of one that makes it, also with elementwise operators between them. The
+row `Elementwise` lists operators of which any chain is one kernel. A residual Add that two kernels could take goes to
+the one that makes its first operand, as in ONNX Runtime's and OpenVINO's optimisers.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class FusionRules:
 
     @property
     def copies_images(self) -> bool:
-        """Whether what a convolution reads first is copied into another layout."""
+        """Whether maps are copied into another layout where they enter and leave the network."""
         return self.takes("Image", "Reorder")
 
     def to_dict(self) -> dict[str, object]:

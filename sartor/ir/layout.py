@@ -56,7 +56,7 @@ class Layout:
         groups: per convolution, by the name of its output: its groups, and input and output channels of one.
         outputs: names of the program's outputs.
         choices: sums and activations that may run inside a kernel, with what they are otherwise; execution order.
-        images: names of the inputs of the program that are copied whatever the plan.
+        images: names of the program's inputs and outputs that are copied whatever the plan.
     """
 
     steps: tuple[Step, ...] = ()
@@ -205,7 +205,7 @@ def build_layout(
 
 
 def _images(program: Program, tensors: Tensors) -> dict[str, Moved]:
-    """Inputs that a layer of maps reads, and outputs that it makes, itself or through elementwise operators."""
+    """Inputs that a convolution or pooling reads, and outputs that it makes, also through elementwise operators."""
     found = {}
     ends = [(v, True) for v in program.graph.inputs] + [(v, False) for v in program.graph.outputs]
     for value, forward in ends:

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import json
 import os
-import platform
 import shutil
 import tempfile
 import time
 from collections.abc import Iterator
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +17,7 @@ from sartor.errors import UsageError
 from sartor.ir.files import write_all, write_atomic
 from sartor.ir.program import Batch, Program, Source
 from sartor.passes.base import Context, Pass, PassResult
+from sartor.versions import versions
 
 if TYPE_CHECKING:
     from sartor.passes.pipeline import PipelineResult
@@ -187,7 +185,7 @@ def _describe(step: Step, before: Program, error: Exception) -> dict[str, Any]:
             "left": dict(before.tail.reasons) if before.tail is not None else {},
         },
         "context": {"seed": step.context.seed, "keep": list(step.context.keep)},
-        "versions": dict(_versions()),
+        "versions": versions(),
     }
 
 
@@ -198,13 +196,6 @@ def _frames(error: Exception) -> Iterator[str]:
         frame = traceback.tb_frame
         yield f"{frame.f_globals.get('__name__', '?')}:{traceback.tb_lineno} in {frame.f_code.co_name}"
         traceback = traceback.tb_next
-
-
-def _versions() -> Iterator[tuple[str, str]]:
-    yield "python", platform.python_version()
-    for name in ("sartor", "numpy", "onnx", "onnx-ir", "onnxscript"):
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            yield name, metadata.version(name)
 
 
 def read_reproducer(folder: str | os.PathLike[str]) -> tuple[Program, str, Context]:
