@@ -292,9 +292,9 @@ def main() -> int:
             f"'{path.name}' in --work is the truth of another machine, version, protocol or set of reference networks; "
             "give another folder, or remove it."
         )
-    options.seconds /= options.turns
     with Journal(path, key) as journal:
         known_s = scale_of(profile, journal, options, references)
+        options.seconds /= options.turns
         for turn in range(1, 1 + (0 if options.predict_only else options.turns)):
             for name in names:
                 found = journal.find("truth", network=name)

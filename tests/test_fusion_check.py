@@ -94,6 +94,17 @@ def test_an_image_is_copied_for_the_first_convolution_and_a_map_behind_the_last(
     assert written == [*copies * [(1, channels, 16, 16)], (1, 16, 16, 16)]
 
 
+def test_elementwise_diamonds_between_image_and_convolution_are_walked_once():
+    """Each doubles the ways from the input; fifty of them would never be done."""
+    b = Builder((1, 3, 16, 16))
+    value = "x"
+    for number in range(50):
+        value = b.op("Mul", value, b.op("Sigmoid", value, name=f"s{number}"), name=f"m{number}")
+    b.conv(value, 3, 16, name="c")
+    rules = FusionRules.of(backends.get("openvino").capabilities().fuses)
+    assert len(build_workload(b.program(), rules=rules).layout.images) == 2
+
+
 # LiteRT's names do not tell three products of one value apart, and it moves a scale into weights.
 LITERT = {"residual": 0.95, "squeezed": 0.95, "dense": 0.95, "transformer": 0.6}
 

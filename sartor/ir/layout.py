@@ -212,15 +212,15 @@ def _images(program: Program, tensors: Tensors) -> dict[str, Moved]:
         operand = tensors[value]
         if operand.dtype != "FLOAT" or len(operand.dims) != 4 or operand.dims[1].full < 2:
             continue  # the layouts of one channel are the same
-        reached, kinds = [value], set[str]()
+        reached, seen = [value], set[Any]()
         while reached:
             here = reached.pop()
-            nodes = [node for node, _ in here.uses()] if forward else [here.producer()]
-            for node in filter(None, nodes):
-                kinds.add(node.op_type)
+            nodes = {node for node, _ in here.uses()} if forward else {here.producer()} - {None}
+            for node in nodes - seen:
+                seen.add(node)
                 if node.op_type in _ON_THE_WAY:
                     reached.extend(node.outputs if forward else filter(None, node.inputs))
-        if kinds & _WINDOWS:
+        if any(node.op_type in _WINDOWS for node in seen):
             found[operand.name] = Moved(operand, ())
     return found
 

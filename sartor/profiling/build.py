@@ -34,10 +34,9 @@ _NETWORKS_AT_ONCE = len(networks.KINDS)
 _CARRIED = 32  # kernels of one carrier
 _ANCHORED, _LATENCY = 3, InsideEffort(visits=4, profile_s=0.0)  # rounds of networks between anchors
 _DRAWN, _AGAIN, _TIMED, _REFINED = 0.05, 0.47, 0.84, 0.90
-"""Of the minutes: until when kernels are drawn, networks timed, kernels chosen by uncertainty. The rest is the fit.
-(Kernels inside networks teach more than those in carriers: with a third of the latter a profile's errors stay what they
-are, with three quarters of the networks the mean error is a seventh larger.)"""
-_REFINEMENTS, _MOST_AT_ONCE = 1, 60  # fits between carriers; carriers after one
+"""Of the minutes: until when kernels are drawn, networks timed for the first time only, networks timed, kernels chosen
+by uncertainty. The rest is the fit. Why drawn kernels have so few: docs/profiles.md."""
+_MOST_AT_ONCE = 60  # carriers that one fit chooses
 PRECISIONS = ("f32", "bf16")
 
 Fit = Callable[[DeviceProfile], DeviceProfile]
@@ -284,10 +283,10 @@ class _Builder:
             )
 
     def _carriers_of_a_refinement(self) -> int:
-        """A part of what the time allows, so that the model learns again from what it asked for."""
+        """As many as the time allows: there is time for one fit that chooses."""
         done = self.records.batches("design")
         pace = max(sum(float(r["spent_s"]) for r in done) / len(done), 1e-3)
-        return max(1, min(_MOST_AT_ONCE, int((_REFINED - _TIMED) * self._seconds / pace / _REFINEMENTS)))
+        return max(1, min(_MOST_AT_ONCE, int((_REFINED - _TIMED) * self._seconds / pace)))
 
     def _carrier(self, timer: Insider, stage: str, points: Sequence[Point]) -> None:
         """Time kernels side by side; where one spoils the model, those of either half by themselves."""
