@@ -119,6 +119,7 @@ def predicted(
     from sartor.cost_models.features import family_of
     from sartor.cost_models.items import shares_at
     from sartor.cost_models.ladder import Ladder
+    from sartor.cost_models.profile import Company
     from sartor.cost_models.signatures import Signature, key_of
     from sartor.ir.extents import Extent
     from sartor.ir.quantities import Quantity
@@ -127,7 +128,9 @@ def predicted(
     variables = (*(Quantity.product(b, ()) for b in before), width)
     signature = Signature(key_of(spec), family_of(spec), "contraction", spec, variables)
     ladder = Ladder(profile)
-    surface = ladder.tiers.surface(signature, [False] * len(before) + [True], min(len(widths), _CARRIED))
+    surface = ladder.tiers.surface(
+        signature, [False] * len(before) + [True], Company(min(len(widths), _CARRIED))
+    )
     sizes = [*(np.full(len(widths), b) for b in before), np.asarray(widths, float)]
     shares = shares_at(period_s, ladder.tiers.periods)
     seconds, sd = surface.interpolate(sizes)

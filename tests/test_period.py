@@ -17,7 +17,7 @@ from sartor.cost_models.items import settled_shares, shares_at
 from sartor.cost_models.ladder import Ladder
 from sartor.cost_models.law import Law
 from sartor.cost_models.learned import as_signature
-from sartor.cost_models.profile import DeviceProfile, Sample
+from sartor.cost_models.profile import Company, DeviceProfile, Sample
 from sartor.cost_models.tiers import Tiers
 from sartor.cost_models.work import work_of_spec
 from sartor.errors import UsageError
@@ -82,7 +82,10 @@ def test_between_which_periods_weights_are_displaced_is_found():
     assert found.laws["conv/Conv"].waiting_per_weight_s == pytest.approx(PER_WEIGHT, rel=0.2)
     errors = [
         np.std(
-            [np.log(fit.predict(as_signature(s), s.at, s.period_s, s.alike)[0] / s.seconds) for s in samples]
+            [
+                np.log(fit.predict(as_signature(s), s.at, s.period_s, s.company)[0] / s.seconds)
+                for s in samples
+            ]
         )
         for fit in (found, everywhere)
     ]
@@ -112,11 +115,11 @@ def test_a_kernel_of_which_there_are_many_waits_less_for_its_code():
     laws = rates.fitted(drawn(800), periods=PERIODS, pauses=PAUSES)
     sample = timed(conv_spec(14), (64, 64), PERIODS[1])
     signature, at = as_signature(sample), [np.array([v]) for v in sample.at]
-    one, many = (float(laws.predict(signature, at, PERIODS[1], alike)[0][0]) for alike in (1, 30))
+    one, many = (float(laws.predict(signature, at, PERIODS[1], Company(alike))[0][0]) for alike in (1, 30))
     truth = [seconds_of(sample.spec, sample.at, PERIODS[1], alike) for alike in (1, 30)]
     assert one - many == pytest.approx(truth[0] - truth[1], rel=0.05) and one > many
     spec = moving("Relu", [[1, "*", 14, 14]], [[1, "*", 14, 14]])
-    rows = [features(spec, [[1e5]], 1e-3, alike)[0] for alike in (1, 10)]
+    rows = [features(spec, [[1e5]], 1e-3, Company(alike))[0] for alike in (1, 10)]
     assert [row[names_of(spec).index("log_pause")] for row in rows] == pytest.approx(np.log([1e3, 1e2]))
 
 
@@ -276,8 +279,8 @@ def test_a_measured_network_says_how_long_its_kernels_had_to_wait():
 
 def test_a_profile_of_the_format_before_is_refused_with_what_to_do():
     text = json.loads(make_profile(3).to_json())
-    with pytest.raises(UsageError, match=r"device-profile/5'.*device-profile/4'"):
-        DeviceProfile.from_json(json.dumps({**text, "schema": "sartor.device-profile/4"}))
+    with pytest.raises(UsageError, match=r"device-profile/6'.*device-profile/5'"):
+        DeviceProfile.from_json(json.dumps({**text, "schema": "sartor.device-profile/5"}))
 
 
 def test_channels_that_are_begun_one_by_one_are_told_from_weights_that_are_waited_for():

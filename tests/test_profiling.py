@@ -173,6 +173,20 @@ def test_a_sample_knows_how_many_kernels_share_its_code(profile):
     assert several > 50
 
 
+def test_a_sample_knows_how_many_kernels_are_the_same(profile):
+    """In its network; what stands in a carrier differs, and copies are not counted."""
+    several = 0
+    for sample in profile.samples:
+        network = network_of(sample, profile)
+        expected = 1
+        if network is not None and sample.family != "layout":
+            same = [n for spec, at, n in network.kernels if (spec, at) == (sample.spec, sample.at)]
+            (expected,) = same
+        assert sample.twins == expected
+        several += expected > 1
+    assert several > 50
+
+
 def test_kernels_in_parts_and_copies_are_samples(profile):
     parts = [s for s in profile.samples if s.spec["op"] == "HardSwish"]
     assert parts
@@ -456,7 +470,15 @@ def test_how_well_a_model_is_known_is_itself_known_roughly():
     """Of few visits, some lie closely together by chance, and some far apart; neither is all there is to say."""
     from sartor.profiling.records import _sample
 
-    result = {"spec": conv_spec(14), "at": [16, 16], "family": "conv", "ratio": 1.0, "rows": 1, "alike": 1}
+    result = {
+        "spec": conv_spec(14),
+        "at": [16, 16],
+        "family": "conv",
+        "ratio": 1.0,
+        "rows": 1,
+        "alike": 1,
+        "twins": 1,
+    }
 
     def half_width(of_model, of_all):
         model = {"ratio": 1.0, "best": 1.0, "half_width": of_model, "sum": 1.0, "rows": 1}
@@ -471,7 +493,15 @@ def test_how_well_a_model_is_known_is_itself_known_roughly():
 def test_kernels_that_were_timed_while_the_machine_was_slower_than_for_their_model_are_no_samples():
     from sartor.profiling.records import _sample
 
-    result = {"spec": conv_spec(14), "at": [16, 16], "family": "conv", "ratio": 1.0, "rows": 1, "alike": 1}
+    result = {
+        "spec": conv_spec(14),
+        "at": [16, 16],
+        "family": "conv",
+        "ratio": 1.0,
+        "rows": 1,
+        "alike": 1,
+        "twins": 1,
+    }
 
     def sampled(total):
         model = {"ratio": 10.0, "best": 10.0, "half_width": 0.05, "sum": total, "rows": 5}

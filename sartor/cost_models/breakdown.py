@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from sartor.cost_models.features import is_movement
 from sartor.cost_models.interval import Interval
-from sartor.cost_models.items import Item, bind_late
+from sartor.cost_models.items import Item, bind_late, crowds
 from sartor.cost_models.law import Law
 from sartor.cost_models.protocol import KernelCost
 from sartor.cost_models.signatures import Signature
@@ -45,21 +46,23 @@ class Breakdown:
         self, workload: Workload, items: Sequence[Item]
     ) -> tuple[tuple[KernelCost, ...], tuple[str, ...]]:
         """Every kernel that exists under the plan; and which of them no tier but the roofline knows, with why."""
-        item_of = {id(kernel): item for item in items for kernel in item.kernels}
+        places = {id(kernel): place for place, item in enumerate(items) for kernel in item.kernels}
+        crowd_of = crowds(items, self.plans)
         costs: list[KernelCost] = []
         unmodelled: list[str] = []
         for kernel in workload.existing(self.plans):
             if kernel.family == LAYOUT and not self.tiers.prices_layout:
                 continue
-            item = item_of.get(id(kernel)) or bind_late(workload.layout, kernel, self.tiers)
-            costs.append(self._cost(kernel, item))
+            place = places.get(id(kernel))
+            item = bind_late(workload.layout, kernel, self.tiers) if place is None else items[place]
+            costs.append(self._cost(kernel, item, 0.0 if place is None else crowd_of[place]))
             if costs[-1].method == "roofline":
                 unmodelled.append(f"{kernel.name} ({kernel.op_type}): {self._why(item.signature)}")
         return tuple(costs), tuple(unmodelled)
 
-    def _cost(self, kernel: Kernel, item: Item) -> KernelCost:
+    def _cost(self, kernel: Kernel, item: Item, crowd: Any) -> KernelCost:
         signature = item.signature
-        own, sd = (float(self.shares @ v) for v in item.seconds(self.plans, self.tiers))
+        own, sd = (float(self.shares @ v) for v in item.seconds(self.plans, self.tiers, crowd))
         seconds = own * self.law.scale_of(kernel.family)
         tier = "roofline" if signature is None else self.tiers.model_for(signature).tier
         how = tier
@@ -82,7 +85,7 @@ class Breakdown:
             sizes = [float(self.plans.quantity(v)) for v in item.signature.variables]
             weights = float(work(item.signature, sizes).weight_bytes)
         rates = self.tiers.rates
-        return rates.bound(kernel.family, kernel.op_type, macs, moved, weights, period, item.alike)
+        return rates.bound(kernel.family, kernel.op_type, macs, moved, weights, period, item.company.alike)
 
     def _why(self, signature: Signature | None) -> str:
         if signature is None:

@@ -7,7 +7,9 @@ are features of their own: two convolutions of equal work but other groups are d
 A size relative to a cache of the machine differs from the size itself by a constant, which a decision tree
 does not see; `working_set` and `weight_bytes` therefore stand for both. What others have displaced from the
 caches since a kernel last ran is seen in how long ago that was, the period, and of its code in how long ago a kernel of
-the same operator ran, the pause. Kernels without weights see the pause only: what they read has just been made, and in
+the same operator ran, the pause. Where a runtime generates code for every shape, kernels that are the same share
+theirs, and find it warmer (on OpenVINO, twelve equal depthwise convolutions take 7 to 9 % less than twelve that
+differ): hence `log_twins`. Kernels without weights see the pause only: what they read has just been made, and in
 long networks maps are large, which trees would take for the same.
 
 In a carrier a kernel does not find what it finds in a network: maps come in the layout that a carrier makes them in,
@@ -23,6 +25,7 @@ from typing import Any
 
 import numpy as np
 
+from sartor.cost_models.profile import ALONE, Company
 from sartor.cost_models.work import Work, item_bytes, unit_length, work_of_spec
 from sartor.ir.fusion import ACTIVATIONS
 from sartor.ir.fusion_layout import BLOCK, convolves_blocked
@@ -37,13 +40,13 @@ CONTRACTION = (
     *("width", "stride", "dilation", "padding", "residuals", "activations", "relu", "gated"),
     *("transposed", "stored"),
     *("height", "out_width", "window_width", "blocks", "blocks_left", "columns_left", "way"),
-    *("log_windows", "log_period", "log_pause", "carried"),
+    *("log_windows", "log_period", "log_pause", "log_twins", "carried"),
 )
 MOVEMENT = (
     *("log_bytes", "log_read", "log_written", "log_taps", "stride", "operands", "stored", "outputs"),
     *("rank", "log_count_of_rows", "last", "smallest", "item_bytes", "align", "epilogue"),
     *("log_second", "align_second", "whole_blocks", "log_rest", "align_rest", "log_run"),
-    *("axes_moved", "log_pieces", "log_pause", "carried"),
+    *("axes_moved", "log_pieces", "log_pause", "log_twins", "carried"),
 )
 _ELEMENTWISE = frozenset({"Add", "Sub", "Mul", "Div", "Pow", "Sqrt", "Erf", "Exp", "Where", "PRelu"})
 _CHEAP = {"Relu", "Clip", "LeakyRelu", "HardSigmoid", "HardSwish", "ThresholdedRelu"}
@@ -67,7 +70,7 @@ def features(
     spec: Mapping[str, Any],
     sizes: Sequence[Any],
     period_s: Any = 0.0,
-    alike: Any = 1,
+    company: Company = ALONE,
     carried: Any = False,
 ) -> np.ndarray:
     """Features of one kernel at many sizes.
@@ -76,7 +79,7 @@ def features(
         spec: `Signature.spec`.
         sizes: one array per variable of the signature, all of one shape.
         period_s: as `Sample.period_s`, a number or an array of that shape.
-        alike: as `Sample.alike`, likewise.
+        company: of each; numbers or arrays of that shape.
         carried: as `Sample.carried`, likewise.
 
     Returns:
@@ -91,10 +94,10 @@ def features(
     columns = (
         _movement(spec, found) if is_movement(spec) else [*_contraction(spec, found), _log(1e6 * period)]
     )
-    columns.append(_log(1e6 * period / np.ravel(alike)))
-    columns.append(np.ravel(carried))
+    alike, twins, carried = map(np.ravel, (company.alike, company.twins, carried))
+    columns += [_log(1e6 * period / alike), _log(twins), carried]
     # A kernel may have no variable at all, and still many periods.
-    rows = max(len(a) for a in (*arrays, period, np.ravel(alike), np.ravel(carried)))
+    rows = max(len(a) for a in (*arrays, period, alike, twins, carried))
     return np.column_stack([np.broadcast_to(np.asarray(c, float), rows) for c in columns])
 
 

@@ -22,6 +22,7 @@ from sartor.cost_models.scores import summary
 from sartor.cost_models.signatures import key_of
 from sartor.cost_models.table import corrections, predict_samples
 from sartor.cost_models.tiers import Tiers, below
+from sartor.ir.layout import FAMILY as LAYOUT
 
 _SHARED = 0.8
 """Of the error of unseen networks, expected in what all kernels share and again in each family: families
@@ -149,7 +150,11 @@ def networks_terms(
     """Price the kernels of networks that the profile holds."""
     periods = tiers.periods
     kernels = [
-        (number, count, Sample(spec, at, family, 1.0, alike=alike[family, spec["op"]]))
+        (
+            number,
+            count,
+            Sample(spec, at, family, 1.0, alike=alike[family, spec["op"]], twins=twins_of(family, count)),
+        )
         for number, network in enumerate(networks)
         for alike in [alike_in(network.kernels)]
         for spec, at, count in network.kernels
@@ -176,6 +181,11 @@ def alike_in(kernels: Iterable[tuple[Mapping[str, Any], Any, int]]) -> Counter[t
     for spec, _, count in kernels:
         found[family_of(spec), spec["op"]] += count
     return found
+
+
+def twins_of(family: str, count: int) -> int:
+    """`Sample.twins` of a kernel that a network has so many times."""
+    return 1 if family == LAYOUT else count
 
 
 def kind_of(network: NetworkTime) -> str:

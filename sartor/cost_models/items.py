@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
+from sartor.cost_models.profile import Company
 from sartor.cost_models.signatures import Signature, signature_of
 from sartor.cost_models.surface import Surface
 from sartor.cost_models.tiers import Tiers
@@ -16,6 +19,7 @@ from sartor.ir.kernels import Kernel
 from sartor.ir.layout import FAMILY as LAYOUT
 from sartor.ir.layout import Layout
 from sartor.ir.population import Population, Presence
+from sartor.ir.quantities import Quantity
 from sartor.ir.workload import Workload, presence
 
 
@@ -27,13 +31,13 @@ class Item:
         kernels: in execution order.
         signature: None where no sample can stand for it.
         surface: its times; None without a signature.
-        alike: as `Sample.alike`, in the whole network.
+        company: in the whole network, with all of its twins.
     """
 
     kernels: tuple[Kernel, ...]
     signature: Signature | None
     surface: Surface | None
-    alike: int
+    company: Company
 
     @property
     def kernel(self) -> Kernel:
@@ -45,42 +49,95 @@ class Item:
         """When each of them exists."""
         return tuple(presence(kernel) for kernel in self.kernels)
 
-    def seconds(self, plans: Population, tiers: Tiers) -> tuple[Any, Any]:
-        """Seconds of one of them and their standard deviation, `[states]` or `[plans, states]`."""
+    def seconds(self, plans: Population, tiers: Tiers, crowd: Any = 0.0) -> tuple[Any, Any]:
+        """Seconds of one of them and their standard deviation, `[states]` or `[plans, states]`.
+
+        Args:
+            plans: what they are priced under.
+            tiers: what prices.
+            crowd: of `crowds`, of this item.
+        """
         if self.surface is None or self.signature is None:
             moved = plans.quantity(self.kernel.bytes_read) + plans.quantity(self.kernel.bytes_written)
             macs, moved = (np.asarray(v, float)[..., None] for v in (plans.quantity(self.kernel.macs), moved))
-            seconds, sd = tiers.rates.seconds(self.kernel.family, macs, moved, tiers.periods, self.alike)
+            seconds, sd = tiers.rates.seconds(
+                self.kernel.family, macs, moved, tiers.periods, self.company.alike
+            )
             return seconds, seconds * sd
-        return self.surface.interpolate([plans.quantity(v) for v in self.signature.variables])
+        return self.surface.interpolate([plans.quantity(v) for v in self.signature.variables], crowd)
 
 
 def bind(workload: Workload, tiers: Tiers) -> tuple[Item, ...]:
     """The items of a workload. Asks the models; a plan asks the surfaces only."""
-    merged: dict[Any, Item] = {}
     counts = Counter((kernel.family, kernel.op_type) for kernel in workload.kernels)
+    merged: dict[Any, tuple[Signature | None, list[Kernel]]] = {}
+    most: Counter[Any] = Counter()
     for kernel in workload.kernels:
         signature = signature_of(kernel)
         key: Any = (signature.key, signature.variables, kernel.family) if signature else kernel.name
-        known = merged.get(key)
-        if known is not None:
-            merged[key] = dataclasses.replace(known, kernels=(*known.kernels, kernel))
-        else:
-            merged[key] = _item(kernel, signature, counts[kernel.family, kernel.op_type], tiers)
-    return tuple(merged.values())
+        merged.setdefault(key, (signature, []))[1].append(kernel)
+        most[_kin(signature)] += 1
+    items = []
+    for signature, kernels in merged.values():
+        kernel = kernels[0]
+        twins = 1 if signature is None else most[_kin(signature)]
+        company = Company(counts[kernel.family, kernel.op_type], twins)
+        items.append(_item(tuple(kernels), signature, company, tiers))
+    return tuple(items)
 
 
 def bind_late(layout: Layout, kernel: Kernel, tiers: Tiers) -> Item:
     """The item of a kernel that only some plans have."""
     alike = max(layout.usual[kernel.op_type], 1)  # one that only some plans need, nothing else may need
-    return _item(kernel, signature_of(kernel), alike, tiers)
+    return _item((kernel,), signature_of(kernel), Company(alike), tiers)
 
 
-def _item(kernel: Kernel, signature: Signature | None, alike: int, tiers: Tiers) -> Item:
+def _item(kernels: tuple[Kernel, ...], signature: Signature | None, company: Company, tiers: Tiers) -> Item:
     surface = None
     if signature is not None:
-        surface = tiers.surface(signature, [bool(v.groups) for v in signature.variables], alike)
-    return Item((kernel,), signature, surface, alike)
+        surface = tiers.surface(signature, [bool(v.groups) for v in signature.variables], company)
+    return Item(kernels, signature, surface, company)
+
+
+# ---- twins ---------------------------------------------------------------------------------------
+_HALF = 0.5  # sizes are whole numbers
+
+
+def crowds(items: Sequence[Item], plans: Population) -> list[Any]:
+    """How near each item is to having all of its twins: the logarithm of those it has over that of the most.
+
+    Twins are kernels of one spec whose sizes are the same before pruning, and under the plan. Ones that only come to
+    be the same are not looked for.
+
+    Returns:
+        Per item a number from 0 (none) to 1 (all), or an array `[plans]`.
+    """
+    families: dict[Any, list[int]] = {}
+    for place, item in enumerate(items):
+        if item.company.twins > 1:
+            families.setdefault(_kin(item.signature), []).append(place)
+    found: list[Any] = [0.0] * len(items)
+    for places in families.values():
+        there = [sum(plans.present(when) for when in items[place].when) for place in places]
+        sizes = [[plans.quantity(v) for v in _variables(items[place])] for place in places]
+        counts = list(there)
+        for (i, mine), (j, theirs) in itertools.combinations(enumerate(sizes), 2):
+            same: Any = 1.0
+            for one, other in zip(mine, theirs, strict=True):
+                same = same * (np.abs(one - other) < _HALF)
+            counts[i], counts[j] = counts[i] + same * there[j], counts[j] + same * there[i]
+        for place, count in zip(places, counts, strict=True):
+            found[place] = np.log(np.maximum(count, 1.0)) / math.log(items[place].company.twins)
+    return found
+
+
+def _kin(signature: Signature | None) -> Any:
+    """What twins have in common before any plan."""
+    return None if signature is None else (signature.key, tuple(v.full for v in signature.variables))
+
+
+def _variables(item: Item) -> Sequence[Quantity]:
+    return () if item.signature is None else item.signature.variables
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -119,13 +176,14 @@ def terms(items: tuple[Item, ...], layout: Layout, plans: Population, tiers: Tie
     seconds: dict[str, Any] = {"call": np.full(len(tiers.periods), call_s)}
     variances: dict[str, Any] = {}
     counted = [
-        (item, np.asarray(sum(plans.present(when) for when in item.when), float)[..., None]) for item in items
+        (item, np.asarray(sum(plans.present(when) for when in item.when), float)[..., None], crowd)
+        for item, crowd in zip(items, crowds(items, plans), strict=True)
     ]
     counted += [
-        (bind_late(layout, kernel, tiers), count) for kernel, count in of_layout(layout, plans, tiers)
+        (bind_late(layout, kernel, tiers), count, 0.0) for kernel, count in of_layout(layout, plans, tiers)
     ]
-    for item, count in counted:
-        one, sd = item.seconds(plans, tiers)
+    for item, count, crowd in counted:
+        one, sd = item.seconds(plans, tiers, crowd)
         family = item.kernel.family
         seconds[family] = seconds.get(family, 0.0) + count * one
         variances[family] = variances.get(family, 0.0) + np.square(count * sd)

@@ -24,7 +24,7 @@ import numpy as np
 from sartor.cost_models import gaussian_process
 from sartor.cost_models.features import features, is_movement, names_of
 from sartor.cost_models.gaussian_process import GaussianProcesses
-from sartor.cost_models.profile import Sample
+from sartor.cost_models.profile import ALONE, Company, Sample
 from sartor.cost_models.protocol import KernelModel
 from sartor.cost_models.signatures import Signature, key_of
 from sartor.cost_models.trees import Trees, from_lightgbm
@@ -79,11 +79,11 @@ class Family:
         spec: Mapping[str, Any],
         sizes: Sequence[Any],
         period_s: Any = 0.0,
-        alike: Any = 1,
+        company: Company = ALONE,
         carried: Any = False,
     ) -> np.ndarray:
         """Features with the columns of the operators."""
-        return _with_ops(features(spec, sizes, period_s, alike, carried), str(spec["op"]), self.ops)
+        return _with_ops(features(spec, sizes, period_s, company, carried), str(spec["op"]), self.ops)
 
     def correction(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Mean and standard deviation of `log(measured / roofline)`, each `[rows]`."""
@@ -122,12 +122,12 @@ class BoostedResidual:
         return family is not None and signature.spec["op"] in family.ops
 
     def predict(
-        self, signature: Signature, sizes: Sequence[np.ndarray], period_s: Any = 0.0, alike: Any = 1
+        self, signature: Signature, sizes: Sequence[np.ndarray], period_s: Any = 0.0, company: Company = ALONE
     ) -> tuple[np.ndarray, np.ndarray]:
         """See `KernelModel`."""
         family = self.families[ensembles_of(signature.family)]
-        seconds, _ = self.base.predict(signature, sizes, period_s, alike)
-        mean, sd = family.correction(family.rows(signature.spec, sizes, period_s, alike))
+        seconds, _ = self.base.predict(signature, sizes, period_s, company)
+        mean, sd = family.correction(family.rows(signature.spec, sizes, period_s, company))
         shape = np.shape(seconds)
         return seconds * np.exp(mean).reshape(shape), sd.reshape(shape)
 
@@ -226,13 +226,17 @@ def _fit_family(
     rows = np.vstack(
         [
             _with_ops(
-                features(s.spec, [[v] for v in s.at], s.period_s, s.alike, s.carried), str(s.spec["op"]), ops
+                features(s.spec, [[v] for v in s.at], s.period_s, s.company, s.carried),
+                str(s.spec["op"]),
+                ops,
             )
             for s in samples
         ]
     )
     said = [
-        np.atleast_1d(base.predict(as_signature(s), [np.asarray([v]) for v in s.at], s.period_s, s.alike)[0])
+        np.atleast_1d(
+            base.predict(as_signature(s), [np.asarray([v]) for v in s.at], s.period_s, s.company)[0]
+        )
         for s in samples  # one may have no variable at all
     ]
     target = np.log(np.array([s.seconds for s in samples]) / np.concatenate(said))

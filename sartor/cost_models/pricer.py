@@ -3,7 +3,8 @@
 Bound once to a ladder and a workload. What a kernel takes depends on the kept units of one or two groups, as a
 rule, so its times over all of them are a table, and the tables of kernels that depend on the same groups are
 added up before any plan is priced. Tables of two large groups stay on the knots of the kernel's surface, where
-four entries are interpolated with weights that are tables, too. Every entry has a time per state of the caches.
+four entries are interpolated with weights that are tables, too. Every entry has a time per state of the caches. What a
+kernel gains by its twins has tables of its own, which are asked for the plans that leave it some.
 Equal to `Ladder.estimate_batch`.
 """
 
@@ -16,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from sartor.cost_models.items import Item, bind_late, of_layout, settled_shares
+from sartor.cost_models.items import Item, bind_late, crowds, of_layout, settled_shares
 from sartor.cost_models.ladder import Ladder
 from sartor.cost_models.law import Law
 from sartor.cost_models.surface import Weights, gathered
@@ -50,7 +51,7 @@ class _Dense:
     columns: tuple[int, ...]
     table: np.ndarray
 
-    def rows(self, kept: np.ndarray, _: Any) -> np.ndarray:
+    def rows(self, kept: np.ndarray, *_: Any) -> np.ndarray:
         return self.table[tuple(kept[c] for c in self.columns)]
 
 
@@ -61,12 +62,11 @@ class _Knotted:
     columns: tuple[int, ...]
     weights: tuple[Weights, ...]
     seconds: np.ndarray
-    times: int
 
-    def rows(self, kept: np.ndarray, _: Any) -> np.ndarray:
+    def rows(self, kept: np.ndarray, *_: Any) -> np.ndarray:
         at = [kept[c] for c in self.columns]
         chosen = [tuple(part[k] for part in w) for w, k in zip(self.weights, at, strict=True)]
-        return self.times * gathered(self.seconds, chosen)  # type: ignore[arg-type]
+        return gathered(self.seconds, chosen)  # type: ignore[arg-type]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -76,12 +76,32 @@ class _Direct:
     item: Item
     ladder: Ladder
     scale: float
+    number: int | None = None
 
-    def rows(self, _: Any, plans: Population) -> np.ndarray:
-        return self.scale * _seconds(self.item, plans, self.ladder)
+    def rows(self, _: Any, plans: Population, crowds: Sequence[Any]) -> np.ndarray:
+        crowd = 0.0 if self.number is None else crowds[self.number]
+        return self.scale * _seconds(self.item, plans, self.ladder, crowd)
 
 
-_Part = _Dense | _Knotted | _Direct
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Gain:
+    """What a kernel gains by its twins: that of all of them, times how near it is to having them."""
+
+    number: int
+    whole: _Dense | _Knotted
+
+    def rows(self, kept: np.ndarray, _: Any, crowds: Sequence[Any]) -> np.ndarray:
+        crowd = np.broadcast_to(crowds[self.number], kept.shape[1])
+        some = np.flatnonzero(crowd)
+        if not len(some):
+            return np.zeros(1)
+        gained = crowd[some, None] * self.whole.rows(kept[:, some])
+        found = np.zeros((kept.shape[1], gained.shape[1]))
+        found[some] = gained
+        return found
+
+
+_Part = _Dense | _Knotted | _Direct | _Gain
 
 
 class Pricer:
@@ -126,7 +146,7 @@ class Pricer:
         self._items = ladder.items(workload)
         self._of_layout = workload.layout.varying
         self._states = len(ladder.tiers.periods)
-        self._raw: dict[int | str, np.ndarray] = {}
+        self._raw: dict[int | str, tuple[np.ndarray, np.ndarray]] = {}
         self._law: Law | None = None
         self._bind()
 
@@ -196,15 +216,16 @@ class Pricer:
         removed = dict(zip(self.workload.blocks, batch.removed.T, strict=True))
         plain = Population(self._as_fractions(kept), removed)
         gone = Population({}, removed)
+        near = crowds(self._items, plain)
         total = np.zeros((len(batch.kept), self._states))
         for when, parts in self._parts.items():
-            mine = sum((part.rows(kept, plain) for part in parts), np.zeros(total.shape))
+            mine = sum((part.rows(kept, plain, near) for part in parts), np.zeros(total.shape))
             if when:
                 count: Any = sum(gone.present(one) for one in when)
                 mine = mine * np.broadcast_to(count, len(total))[:, None]
             total += mine
         for kernel, count in of_layout(self.workload.layout, plain, self.ladder.tiers):
-            total += count * self._late(kernel).rows(kept, plain)
+            total += count * self._late(kernel).rows(kept, plain, near)
         latency = total + self.ladder.constant_s
         return np.asarray((settled_shares(latency, self.ladder.tiers.periods) * latency).sum(-1))
 
@@ -236,14 +257,19 @@ class Pricer:
             always = all(not when.blocks and not when.instead_of for when in item.when)
             when, times = ((), len(item.when)) if always else (item.when, 1)
             scale = self._law.scale_of(item.kernel.family)
-            columns = self._columns(item)
-            if self._fits(columns):
-                table = times * scale * self._table(number, item, columns)
-                dense[when, columns] = dense[when, columns] + table if (when, columns) in dense else table
-            elif (knotted := self._knotted(item, scale, times)) is not None:
-                parts.setdefault(when, []).append(knotted)
+            together = always and len(item.kernels) == item.company.twins  # under every plan
+            part = self._looked_up(number, item, times * scale, *((1, 1) if together else (1, 0)))
+            if isinstance(part, _Dense):
+                key = when, part.columns
+                dense[key] = dense[key] + part.table if key in dense else part.table
+            elif part is not None:
+                parts.setdefault(when, []).append(part)
             else:
-                parts.setdefault(when, []).extend([_Direct(item, self.ladder, scale)] * times)
+                parts.setdefault(when, []).extend([_Direct(item, self.ladder, scale, number)] * times)
+            if part is None or not together:
+                gain = None if part is None else self._looked_up(number, item, times * scale, 0, 1)
+                if gain is not None:
+                    parts.setdefault(when, []).append(_Gain(number, gain))
                 self._direct |= _groups(item)
         for (when, columns), table in dense.items():
             parts.setdefault(when, []).append(_Dense(columns, table))
@@ -253,12 +279,25 @@ class Pricer:
         """A kernel that only some plans have: its table is made when the first of them comes."""
         if kernel.name not in self._of_plans:
             item = bind_late(self.workload.layout, kernel, self.ladder.tiers)
-            columns, scale = self._columns(item), self.ladder.law.scale_of(kernel.family)
-            part: _Part = _Direct(item, self.ladder, scale)
-            if self._fits(columns):
-                part = _Dense(columns, scale * self._table(kernel.name, item, columns))
-            self._of_plans[kernel.name] = part
+            scale = self.ladder.law.scale_of(kernel.family)
+            found = self._looked_up(kernel.name, item, scale, 1, 0)
+            self._of_plans[kernel.name] = _Direct(item, self.ladder, scale) if found is None else found
         return self._of_plans[kernel.name]
+
+    def _looked_up(
+        self, number: int | str, item: Item, factor: float, alone: int, gain: int
+    ) -> _Dense | _Knotted | None:
+        """Times of one kernel from tables, a factor times what it takes alone, or what it gains, or both.
+
+        None where it depends on more groups, and, of its gain alone, where it has none.
+        """
+        columns = self._columns(item)
+        if not alone and (item.surface is None or item.surface.gain is None):
+            return None
+        if self._fits(columns):
+            one, less = self._table(number, item, columns)
+            return _Dense(columns, factor * (alone * one + gain * less))
+        return self._knotted(item, factor, alone, gain)
 
     def _columns(self, item: Item) -> tuple[int, ...]:
         return tuple(sorted(self._column[name] for name in _groups(item)))
@@ -267,18 +306,23 @@ class Pricer:
         cells = int(np.prod([self.sizes[self.groups[c]] + 1 for c in columns], dtype=np.int64))
         return len(columns) <= 2 and cells <= _MOST_CELLS
 
-    def _table(self, number: int | str, item: Item, columns: tuple[int, ...]) -> np.ndarray:
-        """Seconds of one kernel before the law, over all kept units of its groups, in every state."""
+    def _table(
+        self, number: int | str, item: Item, columns: tuple[int, ...]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Seconds of one kernel before the law, over all kept units of its groups, in every state; and its gain."""
         if number not in self._raw:
             names = [self.groups[c] for c in columns]
             # A group never keeps nothing; the entry is there so that kept units are the index.
             mesh = np.meshgrid(*(np.maximum(np.arange(self.sizes[n] + 1), 1) for n in names), indexing="ij")
             plans = Population({n: m.ravel() / self.sizes[n] for n, m in zip(names, mesh, strict=True)}, {})
-            found = _seconds(item, plans, self.ladder)
-            self._raw[number] = found.reshape(*(self.sizes[n] + 1 for n in names), self._states)
+            shape = (*(self.sizes[n] + 1 for n in names), self._states)
+            one, all_there = (
+                _seconds(item, plans, self.ladder, crowd).reshape(shape) for crowd in (0.0, 1.0)
+            )
+            self._raw[number] = (one, all_there - one)
         return self._raw[number]
 
-    def _knotted(self, item: Item, scale: float, times: int) -> _Knotted | None:
+    def _knotted(self, item: Item, factor: float, alone: int, gain: int) -> _Knotted | None:
         """A kernel of which each of two variables depends on a group of its own; None for others."""
         if item.signature is None or item.surface is None:
             return None
@@ -293,11 +337,13 @@ class Pricer:
             axis = item.surface.axes[place]
             if place in varying:
                 weights.append(axis.weights(_over_units(variable, names[varying.index(place)], self.sizes)))
-        seconds = item.surface.seconds
+        seconds = alone * item.surface.alone
+        if gain and item.surface.gain is not None:
+            seconds = seconds + gain * item.surface.gain
         for place in reversed([i for i in range(len(variables)) if i not in varying]):
             seconds = np.take(seconds, 0, place)  # what no plan changes has one knot
         columns = tuple(self._column[n] for n in names)
-        return _Knotted(columns, tuple(weights), scale * seconds, times)
+        return _Knotted(columns, tuple(weights), factor * seconds)
 
 
 def _over_units(variable: Quantity, name: str, sizes: Mapping[str, int]) -> np.ndarray:
@@ -313,7 +359,7 @@ def _groups(item: Item) -> frozenset[str]:
     return kernel.macs.groups | kernel.bytes_read.groups | kernel.bytes_written.groups
 
 
-def _seconds(item: Item, plans: Population, ladder: Ladder) -> np.ndarray:
+def _seconds(item: Item, plans: Population, ladder: Ladder, crowd: Any) -> np.ndarray:
     """Seconds of one kernel, `[plans, states]`."""
-    seconds, _ = item.seconds(plans, ladder.tiers)
+    seconds, _ = item.seconds(plans, ladder.tiers, crowd)
     return np.broadcast_to(seconds, (*(plans.shape or (1,)), np.shape(seconds)[-1]))

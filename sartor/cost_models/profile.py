@@ -1,6 +1,6 @@
 """A device profile: what was timed on one machine, the models fitted to it, and how far off they are.
 
-The file is JSON of schema `sartor.device-profile/5`, written by `sartor profile` and read by everything that predicts.
+The file is JSON of schema `sartor.device-profile/6`, written by `sartor profile` and read by everything that predicts.
 It holds plain numbers only: samples, whole networks, and fitted coefficients.
 """
 
@@ -17,8 +17,24 @@ from typing import Any, TypeVar
 from sartor.errors import UsageError
 from sartor.ir.files import write_atomic
 
-SCHEMA = "sartor.device-profile/5"
+SCHEMA = "sartor.device-profile/6"
 ROLES = ("fit", "heldout")
+
+
+@dataclasses.dataclass(frozen=True)
+class Company:
+    """What else there is in the network that a kernel runs in; of several kernels, arrays.
+
+    Attributes:
+        alike: as `Sample.alike`.
+        twins: as `Sample.twins`.
+    """
+
+    alike: Any = 1
+    twins: Any = 1
+
+
+ALONE = Company()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +52,7 @@ class Sample:
             that it ran in. 0: it ran alone.
         alike: kernels of its family and operator in that model, itself included: each finds code that the one before
             has left in the caches.
+        twins: those of them that are the same kernel, in spec and sizes. Copies between layouts are not counted.
         network: name of that model, if it is a network.
         carried: whether it ran in a carrier, in which drawn kernels stand side by side. Not so of kernels to be priced.
     """
@@ -48,8 +65,14 @@ class Sample:
     role: str = "fit"
     period_s: float = 0.0
     alike: int = 1
+    twins: int = 1
     network: str = ""
     carried: bool = False
+
+    @property
+    def company(self) -> Company:
+        """What else ran in that model."""
+        return Company(self.alike, self.twins)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,7 +218,7 @@ def _sample(entry: Mapping[str, Any], specs: Sequence[dict[str, Any]]) -> Sample
     known = {**entry, "at": tuple(map(float, entry["at"])), "seconds": _positive(entry["seconds"])}
     known["spec"] = _spec(entry["spec"], specs)
     known["period_s"] = _positive(entry["period_s"], zero=True)
-    known["alike"] = max(int(entry["alike"]), 1)
+    known |= {name: max(int(entry[name]), 1) for name in ("alike", "twins")}
     known["network"] = str(entry["network"])
     known["carried"] = bool(entry["carried"])
     return _with_role(Sample(**known))

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 
+from sartor.cost_models.profile import ALONE, Company, Sample
 from sartor.errors import MetricUnavailableError
 from sartor.ir.population import Fractions, Removed
 from sartor.ir.workload import Workload
 
 if TYPE_CHECKING:
-    from sartor.cost_models.profile import Sample
     from sartor.cost_models.signatures import Signature
 
 
@@ -139,7 +139,7 @@ class KernelModel(Protocol):
         ...
 
     def predict(
-        self, signature: Signature, sizes: Sequence[np.ndarray], period_s: Any = 0.0, alike: Any = 1
+        self, signature: Signature, sizes: Sequence[np.ndarray], period_s: Any = 0.0, company: Company = ALONE
     ) -> tuple[np.ndarray, np.ndarray]:
         """Seconds, and the standard deviation of their logarithm.
 
@@ -147,7 +147,7 @@ class KernelModel(Protocol):
             signature: of a kernel.
             sizes: one array per variable of the signature, all of one shape.
             period_s: as `Sample.period_s`, a number or an array of that shape.
-            alike: as `Sample.alike`, likewise.
+            company: of each, likewise.
 
         Returns:
             Two arrays of that shape.

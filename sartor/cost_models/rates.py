@@ -36,7 +36,7 @@ import numpy as np
 from sartor.cost_models.displacement import displaced_between, pauses_of, periods_of, share_of, waiting
 from sartor.cost_models.features import COSTLY, is_movement, pieces_of, ways_of
 from sartor.cost_models.least_squares import fit_logarithm
-from sartor.cost_models.profile import Sample
+from sartor.cost_models.profile import ALONE, Company, Sample
 from sartor.cost_models.signatures import Signature, variable_names
 from sartor.cost_models.work import Work, item_bytes, work_of_spec
 from sartor.errors import MetricUnavailableError
@@ -131,13 +131,13 @@ class Rates:
         return True
 
     def predict(
-        self, signature: Signature, sizes: Sequence[np.ndarray], period_s: Any = 0.0, alike: Any = 1
+        self, signature: Signature, sizes: Sequence[np.ndarray], period_s: Any = 0.0, company: Company = ALONE
     ) -> tuple[np.ndarray, np.ndarray]:
         """See `KernelModel`."""
         spec, family = signature.spec, signature.family
         found = _work(spec, family, sizes, self.grid)
         ways = _ways(spec, sizes)
-        columns = self._columns(period_s, alike, **_parts(spec, found, ways))
+        columns = self._columns(period_s, company.alike, **_parts(spec, found, ways))
         seconds, sd = np.zeros(columns.shape[1:]), np.zeros(columns.shape[1:])
         for way in np.unique(ways):
             law = self._law(family, str(spec["op"]), str(way))

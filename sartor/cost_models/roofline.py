@@ -9,13 +9,14 @@ import dataclasses
 import math
 import weakref
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from sartor.cost_models.descriptions import TargetDescription, describe_target
 from sartor.cost_models.energy import EnergyModel
 from sartor.cost_models.populations import by_size
+from sartor.cost_models.profile import ALONE, Company, Sample
 from sartor.cost_models.protocol import CostEstimate, KernelCost
 from sartor.cost_models.roofline_law import (
     PRECISION_BYTES,
@@ -31,9 +32,6 @@ from sartor.errors import UsageError
 from sartor.ir.kernels import Kernel
 from sartor.ir.population import Fractions, Population, Presence, Removed
 from sartor.ir.workload import Workload, presence
-
-if TYPE_CHECKING:
-    from sartor.cost_models.profile import Sample
 
 KIND = "roofline/1"
 
@@ -106,7 +104,7 @@ class Roofline:
         return True
 
     def predict(
-        self, signature: Signature, sizes: Sequence[Any], period_s: Any = 0.0, alike: Any = 1
+        self, signature: Signature, sizes: Sequence[Any], period_s: Any = 0.0, company: Company = ALONE
     ) -> tuple[np.ndarray, np.ndarray]:
         """See `KernelModel.predict`: the kernel alone, its weights in the caches that hold them."""
         seconds = self.terms(signature.spec, work(signature, sizes)).seconds

@@ -8,7 +8,8 @@ more channels are never cheaper, and a width off the grid is never cheaper than 
 more than the one above: time falls from 126 to 128 channels, and a model that hides it would cut there.
 
 A surface has the times of several states of the caches side by side, in its last axis, from a kernel that ran a moment
-ago to one that ran long ago (`Sample.period_s`); a longer period is never cheaper.
+ago to one that ran long ago (`Sample.period_s`); a longer period is never cheaper. Of a kernel that may have twins
+(`Sample.twins`) it has them twice, with all of its twins and alone, which is never cheaper either.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -25,7 +27,8 @@ from sartor.cost_models.work import Units
 Weights = tuple[np.ndarray, np.ndarray, np.ndarray]
 """Index of a knot, the weight of it and of the next one."""
 Predict = Callable[[Sequence[np.ndarray]], tuple[np.ndarray, np.ndarray]]
-"""Seconds and the standard deviation of their logarithm, `[rows, states]` each, at sizes, a flat array per variable."""
+"""Seconds and the standard deviation of their logarithm, `[rows, states]` or `[rows, 2, states]` each, at sizes, a flat
+array per variable."""
 _VECTOR = 4
 """Widths off the grid that are multiples of it are a class of their own."""
 _MOST_ON = {1: 40, 2: 12, 3: 5}
@@ -124,7 +127,7 @@ class Surface:
 
     Attributes:
         axes: one per variable; may be empty (a constant).
-        seconds: `[knots per axis, states]`.
+        seconds: `[knots per axis, states]`, or `[knots per axis, 2, states]`: with all of its twins, and alone.
         log_sd: standard deviation of their logarithm.
     """
 
@@ -132,23 +135,43 @@ class Surface:
     seconds: np.ndarray
     log_sd: np.ndarray
 
-    def interpolate(self, variables: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-        """Seconds and their standard deviation in seconds, `[…, states]`; one array per variable, all of one shape."""
+    @property
+    def alone(self) -> np.ndarray:
+        """Seconds without twins, `[knots per axis, states]`."""
+        return self.seconds if self.seconds.ndim == len(self.axes) + 1 else self.seconds[..., 1, :]
+
+    @property
+    def gain(self) -> np.ndarray | None:
+        """What is added to that, nothing or less, where all of its twins are there; None where it can have none."""
+        return None if self.alone is self.seconds else self.seconds[..., 0, :] - self.seconds[..., 1, :]
+
+    def interpolate(self, variables: Sequence[np.ndarray], crowd: Any = 0.0) -> tuple[np.ndarray, np.ndarray]:
+        """Seconds and their standard deviation in seconds, `[…, states]`.
+
+        Args:
+            variables: one array per variable, all of one shape.
+            crowd: as `sartor.cost_models.items.crowds` has it, a number or an array of that shape.
+        """
         weights = [axis.weights(v) for axis, v in zip(self.axes, variables, strict=True)]
-        return gathered(self.seconds, weights), gathered(self.seconds * self.log_sd, weights)
+        found = gathered(self.seconds, weights), gathered(self.seconds * self.log_sd, weights)
+        if self.alone is self.seconds:
+            return found
+        share = np.asarray(crowd, float)[..., None]
+        seconds, sd = (share * part[..., 0, :] + (1.0 - share) * part[..., 1, :] for part in found)
+        return seconds, sd
 
 
 def gathered(table: np.ndarray, weights: Sequence[Weights]) -> np.ndarray:
-    """Multilinear interpolation, `Axis.weights` per axis of `table` but the last."""
+    """Multilinear interpolation, `Axis.weights` per axis of `table` but the last ones."""
     total: np.ndarray | float = 0.0
-    lengths = table.shape[:-1]
+    lengths, rest = table.shape[: len(weights)], (1,) * (table.ndim - len(weights))
     for corner in itertools.product(*((0, 1) if n > 1 else (0,) for n in lengths)):
         factor = np.ones(())
         place = []
         for (index, low, high), step, length in zip(weights, corner, lengths, strict=True):
             factor = factor * (high if step else low)
             place.append(np.minimum(index + step, length - 1))  # behind the last knot of all, with weight 0
-        total = total + factor[..., None] * table[tuple(place)]
+        total = total + factor.reshape(*factor.shape, *rest) * table[tuple(place)]
     return np.asarray(total)
 
 
@@ -163,7 +186,7 @@ def build(ranges: Sequence[Range], predict: Predict) -> Surface:
     axes = tuple(Axis(r, _classes(r, varying)) for r in ranges)
     mesh = np.meshgrid(*(axis.sizes for axis in axes), indexing="ij") if axes else []
     seconds, log_sd = predict([m.ravel() for m in mesh])
-    shape = (*(len(axis.knots) for axis in axes), seconds.shape[-1])
+    shape = (*(len(axis.knots) for axis in axes), *seconds.shape[1:])
     times = seconds.reshape(shape)
     for corner in itertools.product(*(axis.segments for axis in axes)):
         times[corner] = monotone(times[corner])

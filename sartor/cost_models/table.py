@@ -19,7 +19,7 @@ import numpy as np
 
 from sartor.cost_models.features import alignment, is_movement
 from sartor.cost_models.learned import BoostedResidual, as_signature, ensembles_of, noise_of
-from sartor.cost_models.profile import Sample
+from sartor.cost_models.profile import ALONE, Company, Sample
 from sartor.cost_models.protocol import KernelModel
 from sartor.cost_models.signatures import Signature, key_of, variable_names
 
@@ -132,10 +132,10 @@ class KernelTable:
         return signature.key in self.corrections
 
     def predict(
-        self, signature: Signature, sizes: Sequence[np.ndarray], period_s: Any = 0.0, alike: Any = 1
+        self, signature: Signature, sizes: Sequence[np.ndarray], period_s: Any = 0.0, company: Company = ALONE
     ) -> tuple[np.ndarray, np.ndarray]:
         """See `KernelModel`."""
-        seconds, _ = first_that_knows(self.base, signature).predict(signature, sizes, period_s, alike)
+        seconds, _ = first_that_knows(self.base, signature).predict(signature, sizes, period_s, company)
         shape = np.shape(seconds)
         flat = [np.broadcast_to(np.asarray(s, float), shape).ravel() for s in sizes]
         mean, variance = self.corrections[signature.key].at(flat, np.size(seconds))
@@ -195,14 +195,15 @@ def predict_samples(base: Sequence[KernelModel], samples: Sequence[Sample]) -> t
     for indices in by_spec(samples).values():
         signature = as_signature(samples[indices[0]])
         sizes = sizes_of(samples, indices)
-        period, alike, carried = (
+        period, alike, twins, carried = (
             np.array([getattr(samples[i], name) for i in indices])
-            for name in ("period_s", "alike", "carried")
+            for name in ("period_s", "alike", "twins", "carried")
         )
-        seconds[indices], sd[indices] = base[-1].predict(signature, sizes, period, alike)
+        company = Company(alike, twins)
+        seconds[indices], sd[indices] = base[-1].predict(signature, sizes, period, company)
         if learned is not None and learned.knows(signature):
             family = ensembles_of(signature.family)
-            mine = learned.families[family].rows(signature.spec, sizes, period, alike, carried)
+            mine = learned.families[family].rows(signature.spec, sizes, period, company, carried)
             rows.setdefault(family, []).append(mine)
             places.setdefault(family, []).extend(indices)
     for family, found in rows.items():

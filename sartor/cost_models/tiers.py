@@ -14,7 +14,7 @@ import numpy as np
 
 from sartor.cost_models import rates as roofline
 from sartor.cost_models.learned import BoostedResidual, as_signature
-from sartor.cost_models.profile import DeviceProfile, Sample, of_role
+from sartor.cost_models.profile import ALONE, Company, DeviceProfile, Sample, of_role
 from sartor.cost_models.protocol import KernelModel
 from sartor.cost_models.rates import Rates
 from sartor.cost_models.signatures import Signature, key_of, variable_names
@@ -118,20 +118,20 @@ class Tiers:
         """The best tier that knows a kernel."""
         return first_that_knows((self.table, *self.table.base), signature)
 
-    def surface(self, signature: Signature, varies: Sequence[bool], alike: int = 1) -> Surface:
+    def surface(self, signature: Signature, varies: Sequence[bool], company: Company = ALONE) -> Surface:
         """Times of a kernel over all sizes up to those that its variables have before pruning.
 
         Args:
             signature: of the kernel.
             varies: which of its variables a plan changes.
-            alike: as `Sample.alike`.
+            company: in the whole network, with all of its twins.
         """
         fulls = tuple(v.full for v in signature.variables)
-        key = (signature.key, fulls, tuple(varies), alike)
+        key = (signature.key, fulls, tuple(varies), company)
         if key not in self._surfaces:
             self._surfaces[key] = build(
                 self._ranges(signature, fulls, varies),
-                lambda sizes: _predict(self.model_for(signature), signature, sizes, self.periods, alike),
+                lambda sizes: _predict(self.model_for(signature), signature, sizes, self.periods, company),
             )
         return self._surfaces[key]
 
@@ -167,13 +167,20 @@ class Tiers:
 
 
 def _predict(
-    model: KernelModel, signature: Signature, sizes: Sequence[np.ndarray], periods: np.ndarray, alike: int
+    model: KernelModel,
+    signature: Signature,
+    sizes: Sequence[np.ndarray],
+    periods: np.ndarray,
+    company: Company,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """`[rows, states]` each."""
-    found = [model.predict(signature, sizes, period, alike) for period in periods]
+    """As `surface.Predict` has them."""
+    companies = [company, Company(company.alike)] if company.twins > 1 else [company]
+    found = [model.predict(signature, sizes, period, one) for one in companies for period in periods]
     seconds, log_sd = (
         np.stack([np.atleast_1d(part) for part in parts], -1) for parts in zip(*found, strict=True)
     )
+    if len(companies) > 1:
+        seconds, log_sd = (part.reshape(len(part), len(companies), -1) for part in (seconds, log_sd))
     return seconds, log_sd
 
 

@@ -99,7 +99,12 @@ def rounded_up(ladder: Ladder, workload: Workload, name: str, size: int) -> int 
             plans = Population({name: np.asarray(fraction)}, {})
             sizes = [float(plans.quantity(v)) for v in signature.variables]
             kernel = Sample(
-                signature.spec, tuple(sizes), signature.family, 1.0, period_s=period_s, alike=item.alike
+                signature.spec,
+                tuple(sizes),
+                signature.family,
+                1.0,
+                period_s=period_s,
+                alike=item.company.alike,
             )
             own = float(ladder.tiers.many([kernel]).seconds[0])
             if fraction == 1.0:

@@ -22,14 +22,17 @@ def vit(net: Net) -> None:
     joined = net.model.constant("joined", [1, tokens, c], "INT64")
     at_once = net.rng.random() < 0.5
     across = net.rng.random() < 0.3
-    for _ in range(net.rng.randint(2, 6)):
+    hidden = 0
+    for _ in range(net.rng.choice([2, 3, 4, 6, 12])):
+        if not net.designed or not hidden:
+            hidden = net.width(2 * c, 4 * c)
         source = net.value
         normed = net.norm()
         parts: list[str] = []
         if across:
             _attend_across(net, heads, d)
             net.at(net.node("Reshape", [net.value, joined]), (1, tokens, c))
-            _transform(net, source)
+            _transform(net, source, hidden)
             continue
         if at_once:
             parts = _projected_at_once(net, heads, d, (2, 0, 3, 1, 4))
@@ -44,20 +47,20 @@ def vit(net: Net) -> None:
         net.node("MatMul", [net.node("Softmax", [net.value], axis=-1), parts[2]])
         net.node("Reshape", [net.node("Transpose", [net.value], perm=[0, 2, 1, 3]), joined])
         net.shape = (1, tokens, c)
-        _transform(net, source)
+        _transform(net, source, hidden)
     net.norm()
     net.node("Transpose", [net.value], perm=[0, 2, 1])
     net.shape = (1, c, tokens)
     net.head()
 
 
-def _transform(net: Net, source: str) -> None:
+def _transform(net: Net, source: str, hidden: int) -> None:
     """What follows attention: its projection, and the layers on every token."""
     c = net.shape[-1]
     net.matmul(c)
     source = net.add(source)
     net.norm()
-    net.matmul(net.width(2 * c, 4 * c))
+    net.matmul(hidden)
     net.node("Gelu", [net.value])
     net.matmul(c)
     net.add(source)

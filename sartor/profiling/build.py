@@ -18,7 +18,7 @@ import numpy as np
 
 from sartor.backends import host
 from sartor.backends.protocol import Backend, TargetOptions
-from sartor.cost_models.profile import SCHEMA, DeviceProfile, of_role
+from sartor.cost_models.profile import SCHEMA, Company, DeviceProfile, of_role
 from sartor.cost_models.samples import empty_model
 from sartor.cost_models.signatures import Signature
 from sartor.errors import BackendError, UsageError
@@ -174,10 +174,11 @@ def learned_uncertainty(profile: DeviceProfile) -> Uncertainty | None:
     period_s, alike = (
         float(np.median([getattr(s, name) for s in samples])) for name in ("period_s", "alike")
     )
+    usual = Company(alike)
 
     def unsure(signature: Signature, sizes: Sequence[np.ndarray]) -> np.ndarray:
         known = model.knows(signature)
-        return model.predict(signature, sizes, period_s, alike)[1] if known else np.array(math.inf)
+        return model.predict(signature, sizes, period_s, usual)[1] if known else np.array(math.inf)
 
     return unsure
 
@@ -326,7 +327,7 @@ class _Builder:
                 continue
             role = "heldout" if point.heldout else "fit"
             ratio, rows = time_and_rows
-            others = {"alike": alike[point.family, point.spec["op"]], "model": model}
+            others = {"alike": alike[point.family, point.spec["op"]], "twins": 1, "model": model}
             results.append({**described, "ratio": ratio, "rows": rows, "role": role, **others})
 
     def _networks(self, timer: Insider) -> None:

@@ -174,7 +174,7 @@ def _again(
                 own = max(time_and_rows[0] * then_s - time_and_rows[1] * overhead_s, 1e-9)
                 others = alike[sample.family, sample.spec["op"]]
                 now = dataclasses.replace(
-                    sample, seconds=own, period_s=period_s, alike=others, network="", carried=True
+                    sample, seconds=own, period_s=period_s, alike=others, twins=1, network="", carried=True
                 )
                 again.append((sample, now))
     tiers = Tiers.of(profile)

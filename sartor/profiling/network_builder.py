@@ -11,7 +11,7 @@ from sartor.cost_models.model_builder import ModelBuilder
 from sartor.profiling.design import width
 
 _STEPS = ((256, 64), (64, 32), (8, 8), (0, 1))  # of designed widths, from a width on
-ACTIVATIONS = ("Relu", "Relu", "Relu6", "Silu", "HardSwish")
+ACTIVATIONS = ("Relu", "Relu", "Relu6", "Silu", "HardSwish", "Gelu")
 
 
 class Net:
@@ -106,7 +106,7 @@ class Net:
         source, shape = self.value, self.shape
         self.mean()
         self.shape = (1, shape[1], 1, 1)
-        self.conv(reduced, 1, act="Relu")
+        self.conv(reduced, 1, act=self.rng.choice(["Relu", self.activation]))
         self.conv(shape[1], 1, act=self.rng.choice(["Sigmoid", "HardSigmoid"]))
         self.shape = shape
         return self.node("Mul", [self.value, source] if self.exported else [source, self.value])

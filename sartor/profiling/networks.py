@@ -1,9 +1,9 @@
 """Generated whole networks, for fitting and testing what kernels alone cannot show.
 
 They are made of the blocks that published networks are made of, with random depths, resolutions and widths: half of
-the networks have widths as designers choose them, half as pruning leaves them, also next to a multiple of the channel
-grid. None of them *is* a published network: errors on those are measured elsewhere, on networks that no profile has
-seen.
+the networks have widths as designers choose them, and repeat their blocks as they do; half have widths as pruning
+leaves them, also next to a multiple of the channel grid. None of them *is* a published network: errors on those are
+measured elsewhere, on networks that no profile has seen.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from sartor.profiling.attention import vit
 from sartor.profiling.network_builder import Net
 
 _MOST_PARAMETERS, _MOST_MACS = 12_000_000, 2.5e9
+_DEPTHS = (1, 2, 2, 3, 4, 6)
 _LARGE = {"heavy": 100_000_000, "broad": 40_000_000, "vit": 40_000_000, "windows": 40_000_000}
 """Kinds with more parameters: what weights cost that no cache holds."""
 
@@ -81,7 +82,7 @@ def _stages(net: Net, most: int) -> Iterator[tuple[int, int]]:
     for _ in range(net.rng.randint(3, 4)):
         c = min(most, round(c * net.rng.uniform(1.3, 2.4)))
         chosen = net.width(max(4, int(c * 0.8)), max(8, int(c * 1.2)))
-        for block in range(net.rng.randint(1, 4)):
+        for block in range(net.rng.choice(_DEPTHS)):
             yield chosen, 2 if block == 0 and net.shape[2] > 4 else 1
 
 
@@ -123,11 +124,14 @@ def _inverted(net: Net) -> None:
     """Inverted residuals with depthwise convolutions, some of them with squeeze and excitation."""
     _stem(net, 32)
     gated = net.rng.random() < 0.5
+    before: tuple[int, ...] = ()
     for c, stride in _stages(net, 200):
         source, shape = net.value, net.shape
-        inner = net.width(shape[1] * 2, shape[1] * 6)
+        if not net.designed or shape != before:
+            inner, window = net.width(shape[1] * 2, shape[1] * 6), net.rng.choice([3, 3, 5])
+        before = shape
         net.conv(inner, 1, act=net.activation)
-        net.conv(inner, net.rng.choice([3, 3, 5]), stride, group=inner, act=net.activation)
+        net.conv(inner, window, stride, group=inner, act=net.activation)
         if gated:
             net.gate(max(4, inner // net.rng.choice([4, 16])))
         net.conv(c, 1)
@@ -197,7 +201,7 @@ def _branches(net: Net) -> None:
 
 def _large_windows(net: Net) -> None:
     """Depthwise convolutions with large windows, then layers on channels that come last."""
-    c = net.width(16, 128)
+    c = net.width(*net.rng.choice([(16, 128), (64, 128)]))
     patch = net.rng.choice([2, 4])
     net.conv(c, patch, patch)
     by_place = net.rng.random() < 0.5
@@ -209,12 +213,14 @@ def _large_windows(net: Net) -> None:
             norm()
             c = net.width(c, 2 * c)
             net.conv(c, 2, 2)
-        for _ in range(net.rng.randint(1, 3)):
+        for block in range(net.rng.choice(_DEPTHS)):
             source, shape = net.value, net.shape
-            net.conv(c, net.rng.choice([5, 7]), group=c)
+            if not net.designed or not block:
+                window, hidden = net.rng.choice([5, 7]), net.width(2 * c, 4 * c)
+            net.conv(c, window, group=c)
             net.transpose((0, 2, 3, 1))
             net.norm()
-            net.matmul(net.width(2 * c, 4 * c))
+            net.matmul(hidden)
             net.node("Gelu", [net.value])
             net.matmul(c)
             net.node("Mul", [net.value, net.weight((c,), 1)])

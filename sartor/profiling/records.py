@@ -6,6 +6,7 @@ import itertools
 import math
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ import numpy as np
 
 from sartor.backends.quiet import level
 from sartor.backends.visits import Summary
-from sartor.cost_models.fitting import alike_in
+from sartor.cost_models.fitting import alike_in, twins_of
 from sartor.cost_models.profile import DeviceProfile, NetworkTime, Sample
 from sartor.ir.fusion_rules import FusionRules
 from sartor.journal import Journal
@@ -235,6 +236,7 @@ def _sample(
         role=role,
         period_s=latency * scale,
         alike=result["alike"],
+        twins=result["twins"],
         network=model.get("name", ""),
         carried="name" not in model,
     )
@@ -278,6 +280,7 @@ def network_result(
         return {"name": name, "reason": inside.reason}
     described = describe(model, inside.kernels, rules, keep)
     alike = alike_in((signature.spec, sizes, count) for signature, sizes, count in described.kernels)
+    often = Counter({(signature.key, sizes): count for signature, sizes, count in described.kernels})
     return {
         "name": name,
         **look_of(inside.latency),
@@ -290,6 +293,7 @@ def network_result(
                 "ratio": one.ratio,
                 "rows": one.rows,
                 "alike": max(alike[one.signature.family, one.signature.spec["op"]], 1),
+                "twins": twins_of(one.signature.family, max(often[one.signature.key, one.sizes], 1)),
             }
             for one in described.observed
             if one.ratio > 0
