@@ -7,8 +7,8 @@ and not small ones, for minutes. So all networks are measured in turns, half an 
 known from many networks of the profile that are measured over them likewise. Repetitions go on until the 95 % interval
 is narrow or the time is over, and the interval that was reached is printed. Measuring is journalled in `--work`: a run
 that was killed goes on, one that was finished goes on with the networks whose interval is wide. Predictions of another
-profile can be compared with the same truth (`--predict-only`) if it was built on the same machine and has the same
-reference networks.
+profile can be compared with the same truth (`--predict-only`, or `--turns 0` if what generates the networks of profiles
+has changed, and with them what says how long the references take) if it was built on the same machine.
 
 Beside the profile stand two baselines, each scaled to the profile's own networks: time proportional to MACs, and the
 roofline alone, one per way of computing.
@@ -23,7 +23,7 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -128,7 +128,7 @@ def prepared(name: str, work: Path, target: str, count: int) -> tuple[Any, Any, 
 def truth(
     name: str,
     options: argparse.Namespace,
-    references: Sequence[Any],
+    references: Mapping[str, bytes],
     known: Sequence[Sequence[float]],
     fewest: int,
 ) -> dict[str, Any]:
@@ -252,7 +252,12 @@ def main() -> int:
     parser.add_argument(
         "--seconds", type=float, default=75.0, help="of repetitions, per architecture, in all turns"
     )
-    parser.add_argument("--turns", type=int, default=2, help="in which all networks are measured")
+    parser.add_argument(
+        "--turns",
+        type=int,
+        default=2,
+        help="in which all networks are measured; with 0, only what the references take is, where it is not known",
+    )
     parser.add_argument(
         "--half-width",
         type=float,
@@ -266,17 +271,16 @@ def main() -> int:
     from sartor.cost_models.ladder import Ladder
     from sartor.cost_models.profile import DeviceProfile
     from sartor.journal import Journal, parse
-    from sartor.profiling import networks
 
     profile = DeviceProfile.load(options.profile)
     options.target, options.threads = profile.target["name"], int(profile.target["threads"])
-    references = references_of(profile)
+    references = references_of(options.work)
     names = options.only or NETWORKS
     begun = time.monotonic()
     key = {
         "target": {k: profile.target[k] for k in ("name", "version", "threads", "precision")},
         "cpu": profile.device["cpu"],
-        "references": {n.name: hashlib.sha256(networks.network(n.name)).hexdigest() for n in references},
+        "references": {name: hashlib.sha256(model).hexdigest() for name, model in references.items()},
         "prunings": options.prunings,
         "protocol": 7,
     }
@@ -294,7 +298,7 @@ def main() -> int:
         )
     with Journal(path, key) as journal:
         known_s = scale_of(profile, journal, options, references)
-        options.seconds /= options.turns
+        options.seconds /= max(options.turns, 1)
         for turn in range(1, 1 + (0 if options.predict_only else options.turns)):
             for name in names:
                 found = journal.find("truth", network=name)

@@ -7,8 +7,11 @@ import hashlib
 import math
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
+
+from sartor.ir.files import write_atomic
 
 SEED = 0  # of the profile
 _FEWEST = 4  # repetitions
@@ -27,21 +30,26 @@ _T95 = (
 )  # Student, from 1 degree of freedom
 
 
-def references_of(profile: Any) -> list[Any]:
-    """Networks of the profile that the others are measured against: its anchors."""
-    from sartor.profiling.networks import anchors
+def references_of(work: Path) -> dict[str, bytes]:
+    """The models that others are measured against, by name: generated once, and kept beside what was measured.
 
-    known = {n.name: n for n in profile.networks}
-    missing = [name for name in anchors(SEED) if name not in known]
-    if missing:
-        raise SystemExit(f"The profile does not have the networks {missing}; build it with seed {SEED}.")
-    return [known[name] for name in anchors(SEED)]
+    (What generates networks changes; what a published one takes in units of these does not.)
+    """
+    from sartor.profiling.networks import anchors, network
+
+    folder, found = work / "references", {}
+    for name in anchors(SEED):
+        path = folder / f"{name}.onnx"
+        if not path.exists():
+            write_atomic(path, network(name))
+        found[name] = path.read_bytes()
+    return found
 
 
 def repeated(
     models: Sequence[bytes],
     options: argparse.Namespace,
-    references: Sequence[Any],
+    references: Mapping[str, bytes],
     known: Sequence[Sequence[float]] = (),
     fewest: int = _FEWEST,
 ) -> list[list[float]]:
@@ -55,15 +63,14 @@ def repeated(
     Args:
         models: serialized.
         options: target, threads, how long and how well.
-        references: networks of the profile.
+        references: models by name.
         known: repetitions of an earlier turn, per model; those of this one are added.
         fewest: repetitions, the known ones included.
     """
     from sartor.backends.protocol import TargetOptions
-    from sartor.profiling import networks
     from sartor.profiling.timing import Effort, KernelTimer
 
-    everything = [*(networks.network(reference.name) for reference in references), *models]
+    everything = [*references.values(), *models]
     effort = Effort(
         half_width=options.half_width,
         fewest=4,
@@ -101,11 +108,14 @@ def ratio_of(series: Sequence[float]) -> dict[str, Any]:
     return {"ratio": middle, "ci95": [middle / (1 + half), middle * (1 + half)]}
 
 
-def scale_of(profile: Any, journal: Any, options: argparse.Namespace, references: Sequence[Any]) -> float:
+def scale_of(
+    profile: Any, journal: Any, options: argparse.Namespace, references: Mapping[str, bytes]
+) -> float:
     """Seconds that the references stand for, and what is known of them, printed.
 
     The median over networks of every kind of what the profile says they take, over what they take in references: four
-    networks would not do, one of which may be 7 % slower in this process than when the profile was built.
+    networks would not do, one of which may be 7 % slower in this process than when the profile was built. Measured anew
+    where the profile has other networks of these names.
     """
     from sartor.profiling import networks
 
@@ -114,6 +124,8 @@ def scale_of(profile: Any, journal: Any, options: argparse.Namespace, references
     for number in _SCALED_BY:
         names = [f"{kind}-{SEED}-{number}" for kind in networks.KINDS]
         models = {name: networks.network(name) for name in names if name in known}
+        if not models:
+            continue
         digests = {name: hashlib.sha256(model).hexdigest() for name, model in models.items()}
         found = journal.find("scale", number=number)
         measured = {} if found is None else {name: digest for name, digest, _ in found["ratios"]}
@@ -125,14 +137,13 @@ def scale_of(profile: Any, journal: Any, options: argparse.Namespace, references
             if digests.get(name) == digest:
                 logs.append(math.log(known[name] / ratio))
     if len(logs) < _FEWEST:
-        raise SystemExit("The journal in --work does not say what the reference networks take; measure it.")
+        raise SystemExit(
+            "The journal in --work does not say what the reference networks take; measure it (--turns 0), with a profile "
+            f"of seed {SEED}."
+        )
     middle = math.exp(statistics.median(logs))
-    own = math.exp(statistics.fmean(math.log(n.latency_s) for n in references))
     deviation = 1.2533 * half_width(logs)  # of a median, for a normal distribution
-    print(
-        f"references: {1e3 * middle:.3f} ms +- {deviation:.1%}, by {len(logs)} networks of the profile; "
-        f"{1e3 * own:.3f} ms by themselves"
-    )
+    print(f"references: {1e3 * middle:.3f} ms +- {deviation:.1%}, by {len(logs)} networks of the profile")
     return middle
 
 

@@ -98,24 +98,57 @@ def test_plans_are_on_the_grid_next_to_it_and_without_blocks():
         apply_plan(program, plan, analysis)
 
 
-def test_references_are_the_same_networks_of_every_profile_and_of_different_kinds():
-    def profile(names):
-        times = tuple(NetworkTime(name, (), 5e-3, (4.9e-3, 5.1e-3)) for name in names)
-        return DeviceProfile({}, {}, {}, 0.0, networks=times)
+def test_references_are_of_different_kinds_and_stay_when_what_generates_them_changes(tmp_path, monkeypatch):
+    from sartor.profiling import networks
 
     names = anchors(interleaved.SEED)
     assert len({name.partition("-")[0] for name in names}) == len(names) >= 3
-    others = ("plain-0-1", "vit-0-0")
-    for order in ((*others, *names), (*reversed(names), *others)):
-        assert [n.name for n in interleaved.references_of(profile(order))] == list(names)
-    with pytest.raises(SystemExit, match=r"\['plain-0-0'\]; build it with seed 0"):
-        interleaved.references_of(profile([*others, *(n for n in names if n != "plain-0-0")]))
+    first = interleaved.references_of(tmp_path)
+    assert first == {name: networks.network(name) for name in names}
+    monkeypatch.setattr(networks, "network", lambda name: b"others")
+    assert interleaved.references_of(tmp_path) == first
+    (tmp_path / "references" / "plain-0-0.onnx").unlink()
+    assert interleaved.references_of(tmp_path) == {**first, "plain-0-0": b"others"}
+
+
+def test_what_references_take_is_measured_anew_where_a_profile_has_other_networks(tmp_path, monkeypatch):
+    """Of the same names: a network of ratio 2 that takes 6 ms says that the references take 3."""
+    from sartor.journal import Journal
+    from sartor.profiling import networks
+
+    asked = []
+
+    def repeated(models, options, references):
+        asked.append(len(models))
+        return [[math.log(2.0)] * 4 for _ in models]
+
+    monkeypatch.setattr(interleaved, "repeated", repeated)
+    monkeypatch.setattr(networks, "network", lambda name: f"{version} of {name}".encode())
+    times = tuple(
+        NetworkTime(f"{kind}-{interleaved.SEED}-{number}", (), 6e-3, (5.9e-3, 6.1e-3))
+        for kind in networks.KINDS
+        for number in range(4)
+    )
+    profile = DeviceProfile({}, {}, {}, 0.0, networks=times)
+    measuring, told = (argparse.Namespace(predict_only=only) for only in (False, True))
+    with Journal(tmp_path / "truth.jsonl", {}) as journal:
+        version = "one"
+        assert interleaved.scale_of(profile, journal, measuring, {}) == pytest.approx(3e-3)
+        assert interleaved.scale_of(profile, journal, told, {}) == pytest.approx(3e-3)
+        assert len(asked) == 3
+        version = "another"
+        with pytest.raises(SystemExit, match="does not say what the reference networks take"):
+            interleaved.scale_of(profile, journal, told, {})
+        assert interleaved.scale_of(profile, journal, measuring, {}) == pytest.approx(3e-3)
+        assert len(asked) == 6
+        with pytest.raises(SystemExit, match="of seed 0"):
+            interleaved.scale_of(DeviceProfile({}, {}, {}, 0.0), journal, measuring, {})
 
 
 def test_repetitions_of_an_earlier_run_are_gone_on_with_until_the_interval_is_narrow(monkeypatch):
     """Two references of 1 and 4 units, whose geometric mean is 2, and a model of 6 that scatters."""
     from sartor.backends.visits import Summary
-    from sartor.profiling import networks, timing
+    from sartor.profiling import timing
 
     class Timer:
         asked = 0
@@ -133,9 +166,8 @@ def test_repetitions_of_an_earlier_run_are_gone_on_with_until_the_interval_is_na
             return timing.Batch(tuple(timing.Timed(Summary(r, 0.0, 4, 4)) for r in ratios), 1.0, {})
 
     monkeypatch.setattr(timing, "KernelTimer", Timer)
-    monkeypatch.setattr(networks, "network", lambda name: name.encode())
     options = argparse.Namespace(target="onnxruntime", threads=1, half_width=0.02, seconds=1e9)
-    references = [NetworkTime(name, (), 1.0, (1.0, 1.0)) for name in ("a", "b")]
+    references = {"a": b"a", "b": b"b"}
     (first,) = interleaved.repeated([b"model"], options, references)
     assert interleaved.ratio_of(first)["ratio"] == pytest.approx(3.0, rel=0.01) and len(first) >= 4
     (same,) = interleaved.repeated([b"model"], options, references, [first])
