@@ -75,9 +75,9 @@ def test_the_ends_of_the_periods_are_those_of_the_models_that_were_timed():
 
 def test_between_which_periods_weights_are_displaced_is_found():
     """A cache loses them in a fraction of the periods that a profile sees."""
-    samples = drawn(600, noise=0.03, displaced=tuple(np.geomspace(*PERIODS, 5)[[2, 3]]))
+    samples = drawn(600, noise=0.03, displaced=tuple(np.geomspace(*PERIODS, 7)[[3, 5]]))
     found = rates.fitted(samples)
-    assert found.displaced == pytest.approx(tuple(np.geomspace(*found.periods, 5)[[2, 3]]))
+    assert found.displaced == pytest.approx(tuple(np.geomspace(*found.periods, 7)[[3, 5]]))
     everywhere = rates.fitted(samples, displaced=found.periods)
     assert found.laws["conv/Conv"].waiting_per_weight_s == pytest.approx(PER_WEIGHT, rel=0.2)
     errors = [
@@ -94,6 +94,23 @@ def test_between_which_periods_weights_are_displaced_is_found():
     assert loaded == found
     light = [s for s in samples if work_of_spec(s.spec, s.at).weight_bytes < 1 << 19]
     assert rates.fitted(light).displaced == rates.fitted(light).periods  # there is nothing to tell it by
+
+
+def test_of_ends_that_fit_about_as_well_the_earliest_counts(monkeypatch):
+    """Behind it nothing more is displaced: a network that is longer than any of the profile's waits no longer."""
+    knots = np.geomspace(1.0, 64.0, 7)
+    sd = {(1, 2): 0.30, (2, 3): 0.105, (1, 3): 0.108, (2, 4): 0.10, (2, 6): 0.099}
+    asked = []
+
+    def waiting(rows, period, pair):
+        asked.append(tuple(int(np.argmin(np.abs(knots - end))) for end in pair))
+        return rows
+
+    monkeypatch.setattr(displacement, "waiting", waiting)
+    monkeypatch.setattr(displacement, "fit_logarithm", lambda *_: (None, sd.get(asked[-1], 0.5)))
+    rows = np.full((100, 10), 1e6)
+    found = displacement.displaced_between(rows, np.ones(100), ["way"] * 100, (1.0, 64.0))
+    assert found == pytest.approx((knots[2], knots[3]))
 
 
 def test_the_share_that_is_displaced_is_nothing_at_one_end_and_all_at_the_other():

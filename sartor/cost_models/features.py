@@ -46,7 +46,7 @@ MOVEMENT = (
     *("log_bytes", "log_read", "log_written", "log_taps", "stride", "operands", "stored", "outputs"),
     *("rank", "log_count_of_rows", "last", "smallest", "item_bytes", "align", "epilogue"),
     *("log_second", "align_second", "whole_blocks", "log_rest", "align_rest", "log_run"),
-    *("axes_moved", "log_pieces", "log_pause", "log_twins", "carried"),
+    *("axes_moved", "turned", "log_pieces", "log_pause", "log_twins", "carried"),
 )
 _ELEMENTWISE = frozenset({"Add", "Sub", "Mul", "Div", "Pow", "Sqrt", "Erf", "Exp", "Where", "PRelu"})
 _CHEAP = {"Relu", "Clip", "LeakyRelu", "HardSigmoid", "HardSwish", "ThresholdedRelu"}
@@ -196,8 +196,8 @@ WAYS = (
 
 
 def ways_of(spec: Mapping[str, Any], found: Work) -> np.ndarray:
-    """How runtimes on CPUs compute a convolution of these sizes, a product with a stored matrix, or a transposition;
-    "" for the rest.
+    """How runtimes on CPUs compute a convolution of these sizes, a product with a stored matrix, a transposition, or a
+    normalization behind one; "" for the rest.
 
     A product of one row reads every weight once and computes nothing beside it; its time says nothing of more rows.
 
@@ -209,6 +209,8 @@ def ways_of(spec: Mapping[str, Any], found: Work) -> np.ndarray:
         return np.full(found.macs.shape, "vector" if math.prod(spec["rows"]) == 1 else "matrix")
     if spec["op"] == "Transpose":
         return np.full(found.macs.shape, "axes" if _axes_moved(spec) > 1 else "axis")
+    if spec.get("turned"):
+        return np.full(found.macs.shape, "turned")
     if is_movement(spec) or spec["op"] not in ("Conv", "ConvTranspose"):
         return np.full(found.macs.shape, "")
     blocked = convolves_blocked(found.groups, found.channels, found.columns)
@@ -303,6 +305,7 @@ def _movement(spec: Mapping[str, Any], found: Work) -> list[Any]:
         alignment(rest),
         _log(_run(spec, first)),
         _axes_moved(spec),
+        bool(spec.get("turned")),
         _log(pieces_of(spec, found)),
     ]
 

@@ -32,7 +32,7 @@ _SCALES = {
     **dict.fromkeys(("align_in", "align_out", "align_columns", "align", "align_second", "align_rest"), 0.35),
     **dict.fromkeys(("waste_in_8", "waste_out_8", "waste_in_16", "waste_out_16"), 1.0),
     **{"log_period": 0.7, "log_pause": 0.3, "smallest": 0.3, "blocks_left": 0.1},
-    **{"carried": 1.5, "way": 2.0, "transposed": 3.0, "stored": 3.0},
+    **{"carried": 1.5, "turned": 1.5, "way": 2.0, "transposed": 3.0, "stored": 3.0},
 }
 """What a unit of a feature counts; of logarithms that are not listed `_LOGARITHM`, of others `_COUNT`."""
 _LEAST_NOISE = 0.05  # of the logarithm of a time: two kernels with equal features are not equally fast

@@ -32,6 +32,7 @@ class Operand:
         dtype: ONNX type name, e.g. `FLOAT`.
         stored: True for an initializer.
         value: contents of a small constant as nested lists, else None.
+        turned: what a Transpose makes. Some runtimes leave it in the order that it had, and others pay for that.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Operand:
     dtype: str
     stored: bool = False
     value: Any = None
+    turned: bool = False
 
     @property
     def bytes(self) -> Quantity:
@@ -94,8 +96,15 @@ class Tensors:
         fixed = math.prod(shape) <= _KEEP_VALUE_ELEMENTS and not any(e.varies for e in dims)
         if stored and decides and fixed:
             constant = self._program.initializer_array(name).tolist()
+        producer = value.producer()
         return Operand(
-            name, tuple(dims), dtype.itemsize, dtype.name, stored or name in self._folded, constant
+            name,
+            tuple(dims),
+            dtype.itemsize,
+            dtype.name,
+            stored or name in self._folded,
+            constant,
+            producer is not None and producer.op_type == "Transpose",
         )
 
     def body_macs(self, node: ir.Node) -> Quantity:

@@ -138,7 +138,8 @@ def _chosen(profile: DeviceProfile, seed: int) -> list[Sample]:
     """Well-known samples, the same number of every family where there are enough."""
     by_family: dict[str, list[Sample]] = {}
     for sample in profile.samples:
-        if sample.half_width <= _PRECISE and sample.family != LAYOUT and sample.seconds >= _LEAST_S:
+        moved = sample.family == LAYOUT or sample.spec.get("turned")  # what carriers do not have
+        if sample.half_width <= _PRECISE and not moved and sample.seconds >= _LEAST_S:
             by_family.setdefault(sample.family, []).append(sample)
     rng = random.Random(seed)
     each = max(_FEWEST, SAMPLES // max(len(by_family), 1))

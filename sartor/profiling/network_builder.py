@@ -115,6 +115,7 @@ class Net:
         """A fully connected layer on the last axis."""
         k = self.shape[-1]
         self.node("MatMul", [self.value, self.weight((k, n), k)])
+        self.macs += math.prod(self.shape) * n
         self.shape = (*self.shape[:-1], n)
         return self.node("Add", [self.value, self.weight((n,), 1)])
 
