@@ -8,6 +8,7 @@ import sys
 
 import numpy as np
 import pytest
+from cost_networks import Net
 from cost_profiles import conv_spec, depthwise_spec, draw_kernel, gemm_spec, grouped_spec, sample, true_s
 
 from sartor.cost_models import learned
@@ -16,12 +17,14 @@ from sartor.cost_models.learned import BoostedResidual, as_signature, signature_
 from sartor.cost_models.profile import Sample
 from sartor.cost_models.protocol import KernelModel
 from sartor.cost_models.rates import Rates, columns_of, fitted
+from sartor.cost_models.samples import moved_bytes
 from sartor.cost_models.scores import ranks, spearman, summary
-from sartor.cost_models.signatures import key_of
+from sartor.cost_models.signatures import key_of, signature_of
 from sartor.cost_models.table import Corrections, KernelTable, corrections, predict_samples
 from sartor.cost_models.trees import Trees, from_lightgbm
 from sartor.cost_models.work import work_of_spec
 from sartor.errors import MetricUnavailableError, UsageError
+from sartor.ir.workload import build_workload
 from sartor.profiling.shapes import activations_product, moving, product
 
 
@@ -110,6 +113,33 @@ def test_a_transposition_is_told_by_how_many_axes_it_takes_out(perm, moved):
     spec = moving("Transpose", [dims], [[dims[i] for i in perm]], {"perm": perm})
     row = dict(zip(names_of(spec), features(spec, [np.array([4e4])])[0], strict=True))
     assert row["axes_moved"] == moved
+
+
+def test_a_normalization_behind_a_transposition_is_a_kernel_of_its_own():
+    """Some runtimes leave the map in the order that it had, and put it in order inside the normalization."""
+    net = Net((1, 24, 10, 10))
+    for name in ("scale", "bias"):
+        net.weights[name] = np.ones(24, np.float32)
+    turned = net.node("Transpose", ["x"], "turned", 24, (10, 10), perm=[0, 2, 3, 1])
+    for name, source in (("first", turned), ("second", "added")):
+        if name == "second":
+            net.node("Add", ["first", turned], "added", 24, (10, 10))
+        net.node("LayerNormalization", [source, "scale", "bias"], name, 24, (10, 10), axis=-1)
+    workload = build_workload(net.program(("second",)))
+    norms = [signature_of(k) for k in workload.kernels if k.op_type == "LayerNormalization"]
+    assert [s.spec.get("turned", False) for s in norms] == [True, False] and norms[0].key != norms[1].key
+    rows = [dict(zip(names_of(s.spec), features(s.spec, [[2e4]])[0], strict=True)) for s in norms]
+    assert [row["turned"] for row in rows] == [1.0, 0.0]
+    plain = moving("LayerNormalization", [[1, 8, 8, "*"], ["*"], ["*"]], [[1, 8, 8, "*"]], {"axis": -1})
+    rng, samples = np.random.default_rng(0), []
+    for _ in range(120):
+        for spec, per_byte in (({**plain, "turned": True}, 4e-10), (plain, 6e-11)):
+            size = moved_bytes(spec, int(rng.integers(4, 400)))
+            samples.append(Sample(spec, (size,), "norm", 1e-6 + per_byte * size, network="n-0"))
+    laws = fitted(samples)
+    for one in samples[:2]:
+        said = laws.predict(as_signature(one), [np.array(one.at)])[0]
+        assert float(np.ravel(said)[0]) == pytest.approx(one.seconds, rel=0.05)
 
 
 def test_kernels_without_a_variable_are_learned_from_too():
