@@ -115,11 +115,12 @@ def scale_of(
 
     The median over networks of every kind of what the profile says they take, over what they take in references: four
     networks would not do, one of which may be 7 % slower in this process than when the profile was built. Measured anew
-    where the profile has other networks of these names.
+    where what generates them has changed.
     """
     from sartor.profiling import networks
 
     known = {n.name: n.latency_s for n in profile.networks}
+    digest_of = {n.name: n.sha256 for n in profile.networks}
     logs = []
     for number in _SCALED_BY:
         names = [f"{kind}-{SEED}-{number}" for kind in networks.KINDS]
@@ -127,6 +128,12 @@ def scale_of(
         if not models:
             continue
         digests = {name: hashlib.sha256(model).hexdigest() for name, model in models.items()}
+        others = [name for name, digest in digests.items() if digest_of[name] not in (digest, "")]
+        if others:
+            raise SystemExit(
+                f"The profile's networks {', '.join(others[:3])} are not those that this version generates; use the "
+                "version that built it, or build it again."
+            )
         found = journal.find("scale", number=number)
         measured = {} if found is None else {name: digest for name, digest, _ in found["ratios"]}
         if not digests.items() <= measured.items() and not options.predict_only:
@@ -138,8 +145,8 @@ def scale_of(
                 logs.append(math.log(known[name] / ratio))
     if len(logs) < _FEWEST:
         raise SystemExit(
-            "The journal in --work does not say what the reference networks take; measure it (--turns 0), with a profile "
-            f"of seed {SEED}."
+            "The journal in --work does not say what the reference networks take; measure it (--turns 0), with a "
+            f"profile of seed {SEED}."
         )
     middle = math.exp(statistics.median(logs))
     deviation = 1.2533 * half_width(logs)  # of a median, for a normal distribution

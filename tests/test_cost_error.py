@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import math
 import sys
@@ -141,6 +142,11 @@ def test_what_references_take_is_measured_anew_where_a_profile_has_other_network
             interleaved.scale_of(profile, journal, told, {})
         assert interleaved.scale_of(profile, journal, measuring, {}) == pytest.approx(3e-3)
         assert len(asked) == 6
+        strange = dataclasses.replace(
+            profile, networks=tuple(dataclasses.replace(n, sha256="0" * 64) for n in times)
+        )
+        with pytest.raises(SystemExit, match="not those that this version generates"):
+            interleaved.scale_of(strange, journal, measuring, {})
         with pytest.raises(SystemExit, match="of seed 0"):
             interleaved.scale_of(DeviceProfile({}, {}, {}, 0.0), journal, measuring, {})
 

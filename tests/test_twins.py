@@ -16,10 +16,11 @@ from sartor.cost_models.fitting import fit_profile, networks_terms
 from sartor.cost_models.items import crowds
 from sartor.cost_models.ladder import Ladder
 from sartor.cost_models.pricer import PlanBatch, Pricer
-from sartor.cost_models.profile import NetworkTime
+from sartor.cost_models.profile import ALONE, NetworkTime
 from sartor.cost_models.samples import kernels_of
 from sartor.cost_models.signatures import signature_of
 from sartor.cost_models.surface import Range, build
+from sartor.cost_models.tiers import Tiers
 from sartor.ir.population import Population
 from sartor.ir.workload import build_workload, presence
 
@@ -172,6 +173,21 @@ def test_a_breakdown_adds_up(workload, ladder):
         assert found.latency_s == pytest.approx(total, rel=1e-9)
 
 
+def test_twins_never_cost_more_where_widths_are_rounded_up():
+    """Either end is drawn to the multiple above it where it is near, and the other one may not be."""
+
+    def predicted(sizes):
+        on = sizes[0] % 16 == 0
+        ends = [np.where(on, dearer, 1.0) * np.ceil(sizes[0] / 16) for dearer in (1.049, 1.06)]
+        seconds = 1e-6 * np.stack(ends, -1)[..., None]
+        return seconds, np.full(seconds.shape, 0.1)
+
+    surface = build([Range(64.0, True, 16, True)], predicted)
+    widths = np.arange(1.0, 65.0)
+    alone, together = (surface.interpolate([widths], crowd)[0] for crowd in (0.0, 1.0))
+    assert (together <= alone + 1e-15).all()
+
+
 def test_twins_never_cost_more_than_kernels_that_are_alone():
     """Whatever a model says: a search would keep blocks apart for it."""
 
@@ -187,3 +203,44 @@ def test_twins_never_cost_more_than_kernels_that_are_alone():
     np.testing.assert_allclose(half, (alone + together) / 2)
     by_plan = surface.interpolate([widths], np.linspace(0, 1, 64))[0]
     np.testing.assert_allclose(by_plan[[0, -1]], [alone[0], together[-1]])
+
+
+class Gaining:
+    """A roofline on which all kernels gain by their twins, also those that few samples are of."""
+
+    tier = "roofline"
+
+    def __init__(self, rates):
+        self.rates = rates
+
+    def predict(self, signature, sizes, period_s=0.0, company=ALONE):
+        seconds, sd = self.rates.predict(signature, sizes, period_s, company)
+        return seconds * (1 - GAIN * np.log(company.twins)), sd
+
+
+def test_kernels_that_only_some_plans_have_cost_what_they_cost_where_they_are(ladder, monkeypatch):
+    """ONNX Runtime runs these activations by themselves behind sums of blocked convolutions, and inside others."""
+    from sartor import backends
+    from sartor.profiling.build import fusion_rules
+
+    net = Net((1, 64, 14, 14))
+    for name, value in (("low", 0.0), ("high", 6.0)):
+        net.constant(name, np.asarray(value, np.float32))
+    x = net.conv("x", ("c", 64), 1, "stem")
+    for i in range(3):
+        y = net.conv(x, ("c", 64), 3, f"c{i}")
+        x = net.unary("Clip", net.add(y, x, f"add{i}"), f"act{i}", "low", "high")
+    workload = build_workload(net.program((x,)), net.extents, rules=fusion_rules(backends.get("onnxruntime")))
+    ladder = Ladder(ladder.profile)
+    monkeypatch.setattr(Tiers, "model_for", lambda tiers, _: Gaining(tiers.rates))
+    differing = workload.layout.kernels(Population({"c": np.array([63 / 64])}, {}))
+    assert any(np.any(np.asarray(count) < 0) for _, count in differing)
+    for kept in (64, 63):
+        found = ladder.estimate(workload, {"c": kept / 64})
+        total = sum(kernel.latency_s for kernel in found.kernels) + ladder.constant_s
+        assert found.latency_s == pytest.approx(total, rel=1e-9)
+    pricer = Pricer(ladder, workload, {"c": 64})
+    kept = np.arange(1, 65)[:, None]
+    expected = ladder.estimate_batch(workload, {"c": kept[:, 0] / 64})
+    said = pricer.estimate_batch(PlanBatch(kept, np.zeros((64, 0), bool)))
+    np.testing.assert_allclose(said, expected, rtol=1e-12)

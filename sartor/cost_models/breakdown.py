@@ -10,7 +10,7 @@ import numpy as np
 
 from sartor.cost_models.features import is_movement
 from sartor.cost_models.interval import Interval
-from sartor.cost_models.items import Item, bind_late, crowds
+from sartor.cost_models.items import Item, bind_late, crowds, places_of
 from sartor.cost_models.law import Law
 from sartor.cost_models.protocol import KernelCost
 from sartor.cost_models.signatures import Signature
@@ -46,14 +46,14 @@ class Breakdown:
         self, workload: Workload, items: Sequence[Item]
     ) -> tuple[tuple[KernelCost, ...], tuple[str, ...]]:
         """Every kernel that exists under the plan; and which of them no tier but the roofline knows, with why."""
-        places = {id(kernel): place for place, item in enumerate(items) for kernel in item.kernels}
+        places = places_of(items)
         crowd_of = crowds(items, self.plans)
         costs: list[KernelCost] = []
         unmodelled: list[str] = []
         for kernel in workload.existing(self.plans):
             if kernel.family == LAYOUT and not self.tiers.prices_layout:
                 continue
-            place = places.get(id(kernel))
+            place = places.get(kernel.name)
             item = bind_late(workload.layout, kernel, self.tiers) if place is None else items[place]
             costs.append(self._cost(kernel, item, 0.0 if place is None else crowd_of[place]))
             if costs[-1].method == "roofline":

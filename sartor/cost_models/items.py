@@ -92,6 +92,11 @@ def bind_late(layout: Layout, kernel: Kernel, tiers: Tiers) -> Item:
     return _item((kernel,), signature_of(kernel), Company(alike), tiers)
 
 
+def places_of(items: Sequence[Item]) -> dict[str, int]:
+    """Which item the kernel of a name is of."""
+    return {kernel.name: place for place, item in enumerate(items) for kernel in item.kernels}
+
+
 def _item(kernels: tuple[Kernel, ...], signature: Signature | None, company: Company, tiers: Tiers) -> Item:
     surface = None
     if signature is not None:
@@ -175,13 +180,18 @@ def terms(items: tuple[Item, ...], layout: Layout, plans: Population, tiers: Tie
     """Add up a population, in every state of the caches."""
     seconds: dict[str, Any] = {"call": np.full(len(tiers.periods), call_s)}
     variances: dict[str, Any] = {}
+    near = crowds(items, plans)
     counted = [
         (item, np.asarray(sum(plans.present(when) for when in item.when), float)[..., None], crowd)
-        for item, crowd in zip(items, crowds(items, plans), strict=True)
+        for item, crowd in zip(items, near, strict=True)
     ]
-    counted += [
-        (bind_late(layout, kernel, tiers), count, 0.0) for kernel, count in of_layout(layout, plans, tiers)
-    ]
+    places = places_of(items)
+    for kernel, count in of_layout(layout, plans, tiers):
+        place = places.get(kernel.name)
+        if place is None:
+            counted.append((bind_late(layout, kernel, tiers), count, 0.0))
+        else:  # one less of what the workload lists, at the price that it has above
+            counted.append((items[place], count, near[place]))
     for item, count, crowd in counted:
         one, sd = item.seconds(plans, tiers, crowd)
         family = item.kernel.family

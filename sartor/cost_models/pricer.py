@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from sartor.cost_models.items import Item, bind_late, crowds, of_layout, settled_shares
+from sartor.cost_models.items import Item, bind_late, crowds, of_layout, places_of, settled_shares
 from sartor.cost_models.ladder import Ladder
 from sartor.cost_models.law import Law
 from sartor.cost_models.surface import Weights, gathered
@@ -144,6 +144,7 @@ class Pricer:
         self._column = {name: i for i, name in enumerate(self.groups)}
         self._full = np.array([self.sizes[name] for name in self.groups], np.intp)
         self._items = ladder.items(workload)
+        self._places = places_of(self._items)
         self._of_layout = workload.layout.varying
         self._states = len(ladder.tiers.periods)
         self._raw: dict[int | str, tuple[np.ndarray, np.ndarray]] = {}
@@ -225,7 +226,8 @@ class Pricer:
                 mine = mine * np.broadcast_to(count, len(total))[:, None]
             total += mine
         for kernel, count in of_layout(self.workload.layout, plain, self.ladder.tiers):
-            total += count * self._late(kernel).rows(kept, plain, near)
+            for part in self._late(kernel):
+                total += count * part.rows(kept, plain, near)
         latency = total + self.ladder.constant_s
         return np.asarray((settled_shares(latency, self.ladder.tiers.periods) * latency).sum(-1))
 
@@ -251,38 +253,51 @@ class Pricer:
         self._law = self.ladder.law
         dense: dict[tuple[tuple[Presence, ...], tuple[int, ...]], np.ndarray] = {}
         parts: dict[tuple[Presence, ...], list[_Part]] = {}
-        self._of_plans: dict[str, _Part] = {}
+        self._of_plans: dict[str, tuple[_Part, ...]] = {}
         self._direct: set[str] = set(self._of_layout)
         for number, item in enumerate(self._items):
             always = all(not when.blocks and not when.instead_of for when in item.when)
             when, times = ((), len(item.when)) if always else (item.when, 1)
             scale = self._law.scale_of(item.kernel.family)
             together = always and len(item.kernels) == item.company.twins  # under every plan
-            part = self._looked_up(number, item, times * scale, *((1, 1) if together else (1, 0)))
-            if isinstance(part, _Dense):
-                key = when, part.columns
-                dense[key] = dense[key] + part.table if key in dense else part.table
-            elif part is not None:
-                parts.setdefault(when, []).append(part)
-            else:
-                parts.setdefault(when, []).extend([_Direct(item, self.ladder, scale, number)] * times)
-            if part is None or not together:
-                gain = None if part is None else self._looked_up(number, item, times * scale, 0, 1)
-                if gain is not None:
-                    parts.setdefault(when, []).append(_Gain(number, gain))
-                self._direct |= _groups(item)
+            for part in self._parts_of(number, item, scale, times, together):
+                if isinstance(part, _Dense):
+                    key = when, part.columns
+                    dense[key] = dense[key] + part.table if key in dense else part.table
+                else:
+                    parts.setdefault(when, []).append(part)
         for (when, columns), table in dense.items():
             parts.setdefault(when, []).append(_Dense(columns, table))
         self._parts = {when: tuple(found) for when, found in parts.items()}
 
-    def _late(self, kernel: Kernel) -> _Part:
-        """A kernel that only some plans have: its table is made when the first of them comes."""
+    def _late(self, kernel: Kernel) -> tuple[_Part, ...]:
+        """A kernel of which some plans have one more, or one less: its tables are made when the first of them comes."""
         if kernel.name not in self._of_plans:
-            item = bind_late(self.workload.layout, kernel, self.ladder.tiers)
+            place = self._places.get(kernel.name)
+            item = (
+                bind_late(self.workload.layout, kernel, self.ladder.tiers)
+                if place is None
+                else self._items[place]
+            )
             scale = self.ladder.law.scale_of(kernel.family)
-            found = self._looked_up(kernel.name, item, scale, 1, 0)
-            self._of_plans[kernel.name] = _Direct(item, self.ladder, scale) if found is None else found
+            found = self._parts_of(kernel.name if place is None else place, item, scale)
+            self._of_plans[kernel.name] = tuple(found)
         return self._of_plans[kernel.name]
+
+    def _parts_of(
+        self, number: int | str, item: Item, scale: float, times: int = 1, together: bool = False
+    ) -> list[_Part]:
+        """What prices an item so many times; `together` if its kernels have all of their twins under every plan."""
+        whole = self._looked_up(number, item, times * scale, 1, int(together))
+        place = number if isinstance(number, int) else None
+        if whole is None:
+            self._direct |= _groups(item)
+            return [_Direct(item, self.ladder, scale, place)] * times
+        gain = None if together or place is None else self._looked_up(number, item, times * scale, 0, 1)
+        if gain is None or place is None:
+            return [whole]
+        self._direct |= _groups(item)
+        return [whole, _Gain(place, gain)]
 
     def _looked_up(
         self, number: int | str, item: Item, factor: float, alone: int, gain: int

@@ -85,6 +85,7 @@ class NetworkTime:
         latency_s: median seconds of one inference, on the scale of the profile's reference.
         ci95: 95 % interval of it.
         role: as of a sample. Its kernels have the same role.
+        sha256: of the model; empty where it is not known.
     """
 
     name: str
@@ -92,6 +93,7 @@ class NetworkTime:
     latency_s: float
     ci95: tuple[float, float]
     role: str = "fit"
+    sha256: str = ""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -142,8 +142,11 @@ class Surface:
 
     @property
     def gain(self) -> np.ndarray | None:
-        """What is added to that, nothing or less, where all of its twins are there; None where it can have none."""
-        return None if self.alone is self.seconds else self.seconds[..., 0, :] - self.seconds[..., 1, :]
+        """What is added to that, nothing or less, where all of its twins are there; None where that is nothing."""
+        if self.seconds.ndim == len(self.axes) + 1:
+            return None
+        gain = self.seconds[..., 0, :] - self.seconds[..., 1, :]
+        return gain if gain.any() else None
 
     def interpolate(self, variables: Sequence[np.ndarray], crowd: Any = 0.0) -> tuple[np.ndarray, np.ndarray]:
         """Seconds and their standard deviation in seconds, `[…, states]`.
@@ -192,6 +195,8 @@ def build(ranges: Sequence[Range], predict: Predict) -> Surface:
         times[corner] = monotone(times[corner])
     for number, axis in enumerate(axes):
         times = _never_below(_as_the_upper_one(times, axis, number), axis, number)
+    if times.ndim > len(axes) + 1:  # what rounds widths up looks at either end by itself
+        times[..., 0, :] = np.minimum(times[..., 0, :], times[..., 1, :])
     return Surface(axes, times, log_sd.reshape(shape))
 
 

@@ -7,6 +7,7 @@ inside them, kernels where the model so far is unsure, the fit.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import time
 from collections import Counter
@@ -105,6 +106,8 @@ def build_profile(
     facts = _facts(backend, options, pin)
     # What was measured in another way is begun anew.
     key = {"what": SENTENCE, "schema": SCHEMA, "target": facts, "cpu": host.cpu_model(), "seed": seed}
+    drawn = b"".join(map(networks.network, networks.anchors(seed)))
+    key["networks"] = hashlib.sha256(drawn).hexdigest()
     with Journal(journal_path(path), key) as journal:
         builder = _Builder(backend, journal, progress, minutes * 60, seed, clock)
         own = ModelTimer(target, options, pin=pin, seed=seed) if timer is None else None

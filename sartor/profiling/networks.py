@@ -1,7 +1,7 @@
 """Generated whole networks, for fitting and testing what kernels alone cannot show.
 
 They are made of the blocks that published networks are made of, with random depths, resolutions and widths: half of
-the networks have widths as designers choose them, and repeat their blocks as they do; half have widths as pruning
+the networks have widths as designers choose them, and most kinds repeat blocks as they do; half have widths as pruning
 leaves them, also next to a multiple of the channel grid. None of them *is* a published network: errors on those are
 measured elsewhere, on networks that no profile has seen.
 """

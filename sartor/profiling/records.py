@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import math
 import statistics
@@ -283,6 +284,7 @@ def network_result(
     often = Counter({(signature.key, sizes): count for signature, sizes, count in described.kernels})
     return {
         "name": name,
+        "sha256": hashlib.sha256(model).hexdigest(),
         **look_of(inside.latency),
         "kernels": [[signature.spec, list(sizes), count] for signature, sizes, count in described.kernels],
         "observed": [
@@ -312,4 +314,5 @@ def _network(result: Mapping[str, Any], scale: float) -> NetworkTime:
         latency_s=latency,
         ci95=(latency / (1 + half), latency * (1 + half)),
         role=result["role"],
+        sha256=result["sha256"],
     )
