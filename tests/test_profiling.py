@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
+import hashlib
 import json
 import math
 import statistics
@@ -208,6 +209,7 @@ def test_kernels_and_networks_are_held_out(profile):
             sources.setdefault(network.name, set()).add(sample.role)
     for network in profile.networks:
         assert network.role == networks.role_of(network.name)
+        assert network.sha256 == hashlib.sha256(networks.network(network.name)).hexdigest()
         assert network.kernels
         assert network.ci95[0] <= network.latency_s <= network.ci95[1]
         assert sources.get(network.name, set()) == {network.role}
@@ -287,7 +289,7 @@ def test_of_looks_at_a_network_the_lower_quartile_counts():
     assert best(1.0, 1.2, 1.21, 1.22)["best"] == 1.0  # those that were disturbed may agree
     assert best(1.0, 1.0, 1.0)["half_width"] == pytest.approx(0.02 / math.sqrt(3))
     assert best(1.0, 9.0, 90.0)["half_width"] == 1.0
-    result = {"name": "plain-0-0", "kernels": [], "role": "fit", "best": 1.0, "half_width": 0.3}
+    result = {"name": "plain-0-0", "sha256": "", "kernels": [], "role": "fit", "best": 1.0, "half_width": 0.3}
     network = records._network(result, 2.0)
     assert network.latency_s == 2.0 and network.ci95 == pytest.approx((2 / 1.3, 2 * 1.3))
 
