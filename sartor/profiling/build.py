@@ -106,8 +106,8 @@ def build_profile(
     facts = _facts(backend, options, pin)
     # What was measured in another way is begun anew.
     key = {"what": SENTENCE, "schema": SCHEMA, "target": facts, "cpu": host.cpu_model(), "seed": seed}
-    drawn = b"".join(map(networks.network, networks.anchors(seed)))
-    key["networks"] = hashlib.sha256(drawn).hexdigest()
+    first = b"".join(networks.network(f"{kind}-{seed}-0") for kind in networks.KINDS)
+    key["networks"] = hashlib.sha256(first).hexdigest()
     with Journal(journal_path(path), key) as journal:
         builder = _Builder(backend, journal, progress, minutes * 60, seed, clock)
         own = ModelTimer(target, options, pin=pin, seed=seed) if timer is None else None
