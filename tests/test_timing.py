@@ -93,7 +93,7 @@ def synthetic(monkeypatch):
     monkeypatch.setattr(build, "ModelTimer", lambda *_, **__: machine)
     monkeypatch.setattr("sartor.profiling.check.ModelTimer", lambda *_, **__: machine)
     monkeypatch.setattr(networks, "KINDS", {k: networks.KINDS[k] for k in ("residual", "inverted")})
-    monkeypatch.setattr(build, "_NETWORKS_AT_ONCE", 2)
+    monkeypatch.setattr(build, "_NETWORKS_AT_ONCE", 6)  # two networks are two periods: too few for a law
     monkeypatch.setattr(build, "default_fit", lambda profile: profile)
     return machine
 
