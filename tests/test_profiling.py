@@ -468,23 +468,25 @@ def test_the_synthetic_machine_computes_as_its_constants_say():
     assert waiting_units(1e6, 50.0) == waiting_units(1e6, 500.0) == pytest.approx(0.25)
 
 
+TOLD = {
+    "spec": conv_spec(14),
+    "at": [16, 16],
+    "family": "conv",
+    "ratio": 1.0,
+    "rows": 1,
+    "alike": 1,
+    "twins": 1,
+}
+"""What is written down of a kernel."""
+
+
 def test_how_well_a_model_is_known_is_itself_known_roughly():
     """Of few visits, some lie closely together by chance, and some far apart; neither is all there is to say."""
     from sartor.profiling.records import _sample
 
-    result = {
-        "spec": conv_spec(14),
-        "at": [16, 16],
-        "family": "conv",
-        "ratio": 1.0,
-        "rows": 1,
-        "alike": 1,
-        "twins": 1,
-    }
-
     def half_width(of_model, of_all):
         model = {"ratio": 1.0, "best": 1.0, "half_width": of_model, "sum": 1.0, "rows": 1}
-        found = _sample(result, "fit", 1e-3, model, (0.0, 0.0, of_all))
+        found = _sample(TOLD, "fit", 1e-3, model, (0.0, 0.0, of_all))
         return found.half_width
 
     lucky, typical, apart = (half_width(own, 0.05) for own in (0.002, 0.05, 1.0))
@@ -495,19 +497,9 @@ def test_how_well_a_model_is_known_is_itself_known_roughly():
 def test_kernels_that_were_timed_while_the_machine_was_slower_than_for_their_model_are_no_samples():
     from sartor.profiling.records import _sample
 
-    result = {
-        "spec": conv_spec(14),
-        "at": [16, 16],
-        "family": "conv",
-        "ratio": 1.0,
-        "rows": 1,
-        "alike": 1,
-        "twins": 1,
-    }
-
     def sampled(total):
         model = {"ratio": 10.0, "best": 10.0, "half_width": 0.05, "sum": total, "rows": 5}
-        return _sample(result, "fit", 1e-3, model, (0.0, 0.0, 0.05))
+        return _sample(TOLD, "fit", 1e-3, model, (0.0, 0.0, 0.05))
 
     assert sampled(10.0).seconds == pytest.approx(1e-3) and sampled(11.5).seconds == pytest.approx(
         1e-3 / 1.15

@@ -138,8 +138,8 @@ def _chosen(profile: DeviceProfile, seed: int) -> list[Sample]:
     """Well-known samples, the same number of every family where there are enough."""
     by_family: dict[str, list[Sample]] = {}
     for sample in profile.samples:
-        moved = sample.family == LAYOUT or sample.spec.get("turned")  # what carriers do not have
-        if sample.half_width <= _PRECISE and not moved and sample.seconds >= _LEAST_S:
+        carriers_have_it = sample.family != LAYOUT and not sample.spec.get("turned")
+        if sample.half_width <= _PRECISE and carriers_have_it and sample.seconds >= _LEAST_S:
             by_family.setdefault(sample.family, []).append(sample)
     rng = random.Random(seed)
     each = max(_FEWEST, SAMPLES // max(len(by_family), 1))
