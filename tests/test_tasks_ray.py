@@ -348,14 +348,20 @@ def test_a_cluster_that_cannot_measure_is_refused(runner, nodes, options, messag
         runner(*nodes, **options)
 
 
+NOT_STARTED = (
+    "Initialization failure from server:\nTraceback (most recent call last):\n  File 'proxier.py', line 765\n"
+    "RuntimeError: Starting Ray client server failed. See a log.\n"
+)
+
+
 @pytest.mark.parametrize(
     ("failures", "asked", "message"),
     [
-        (["Starting Ray client server failed. See a log."] * 2, 3, None),
+        ([NOT_STARTED] * 2, 3, None),
         (
-            ["Starting Ray client server failed. See a log."] * 3,
+            [NOT_STARTED] * 3,
             3,
-            "head:1 cannot be joined: Starting Ray client",
+            "head:1 cannot be joined: Initialization failure from server: RuntimeError: Starting Ray client",
         ),
         (["Version mismatch"], 1, "head:1 cannot be joined: Version mismatch"),
     ],

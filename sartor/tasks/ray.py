@@ -40,7 +40,7 @@ _SETTINGS = {
 _NOT_READ = ("RAY_ADDRESS", "RAY_NAMESPACE", "RAY_RUNTIME_ENV", "RAY_RUNTIME_ENV_HOOK")
 _REACH_S = 5.0
 _LOOK_S = 1.0
-_JOINS, _NOT_STARTED = 3, "Starting Ray client server failed"
+_JOINS, _NOT_STARTED = 3, "Initialization failure from server"
 _MOST_RETRIES = 2
 _SHARE = 0.01
 """Of a device, for a task that may run beside its like: many of them together, but none beside a measurement."""
@@ -315,8 +315,10 @@ def _join(ray: Any, address: str) -> None:
             ray.init(address, logging_level="ERROR", log_to_driver=False)
             return
         except Exception as error:
-            text = " ".join(str(error).split())
-            if attempt == _JOINS or _NOT_STARTED not in text:
+            if attempt == _JOINS or _NOT_STARTED not in str(error):
+                lines = str(error).strip().splitlines() or [type(error).__name__]
+                # Between what failed and its cause there is the head's traceback.
+                text = " ".join(dict.fromkeys([lines[0].strip(), lines[-1].strip()]))
                 raise UsageError(f"The cluster {address} cannot be joined: {text[:400]}") from error
         with contextlib.suppress(Exception):  # of what was half joined
             ray.shutdown()
