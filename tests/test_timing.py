@@ -35,10 +35,9 @@ def null(tmp_path, monkeypatch):
 
 def test_a_model_that_crashes_or_fails_costs_only_itself(null):
     with KernelTimer(null) as timer:
-        batch = timer([b"1234567890", b"crash", b"12345", b"fail"], QUICK)
-        assert (
-            batch.times[2].warm.ratio < batch.times[0].warm.ratio
-        )  # five bytes against ten, on a busy machine
+        batch = timer([b"1234567890" * 10, b"crash", b"12345", b"fail"], QUICK)
+        # Five bytes against a hundred, on a busy machine.
+        assert batch.times[2].warm.ratio < batch.times[0].warm.ratio
         assert "SIGABRT" in batch.times[1].reason and "planted failure" in batch.times[3].reason
         assert batch.times[1].warm is batch.times[3].warm is None
         assert batch.reference_s > 0
@@ -98,6 +97,17 @@ def synthetic(monkeypatch):
     return machine
 
 
+def moved(profile, families):
+    """As if kernels (of some families) had only been seen inside networks that take four times as long."""
+    samples = (
+        dataclasses.replace(sample, period_s=4 * sample.period_s)
+        if families is None or sample.family in families
+        else sample
+        for sample in profile.samples
+    )
+    return dataclasses.replace(profile, samples=tuple(samples))
+
+
 def test_profile_and_check_from_the_command_line(tmp_path, capsys, synthetic):
     out = tmp_path / "device.json"
     assert (
@@ -108,6 +118,12 @@ def test_profile_and_check_from_the_command_line(tmp_path, capsys, synthetic):
     assert DeviceProfile.load(out).target["threads"] == 1
     assert main(["profile", "--check", str(out)]) == 0
     assert "The profile holds." in capsys.readouterr().out
+    pristine = DeviceProfile.load(out)
+    for families, code, says in (({"gemm"}, 0, "nothing is said of 'gemm'"), (None, 2, "cannot be told")):
+        moved(pristine, families).save(tmp_path / "moved.json")
+        assert main(["profile", "--check", str(tmp_path / "moved.json")]) == code
+        printed = capsys.readouterr()
+        assert says in printed.out + printed.err
     synthetic.speed["Conv"] = 1.6
     assert main(["profile", "--check", str(out), "--json"]) == 5
     found = json.loads(capsys.readouterr().out)

@@ -25,6 +25,8 @@ TOLERANCE = 0.10
 _PRECISE = 0.05  # samples with a wider interval say little
 _FEWEST, _CARRIED = 3, 32  # of one family; of one carrier
 _LEAST_S = 10e-6  # of a kernel: what the profiler adds to a shorter one matters too much
+_KNOWN = 1.1
+"""A period so much shorter or longer than those of a family's samples is still one that the law of waiting knows."""
 _SLOWER = 0.15  # of the reference itself: other clocks, another machine
 
 
@@ -73,7 +75,8 @@ def check_profile(profile: DeviceProfile, timer: Insider | None = None, *, seed:
         seed: of the choice of kernels.
 
     Raises:
-        UsageError: the profile has no samples, or its target is not installed.
+        UsageError: the profile has no samples, too few at periods that can be had again, or its target is not
+            installed.
         BackendError: the target cannot run even a convolution.
     """
     from sartor import backends
@@ -92,11 +95,16 @@ def check_profile(profile: DeviceProfile, timer: Insider | None = None, *, seed:
         pin = bool(target.get("settings", {}).get("pinned", True))
         own = timer = ModelTimer(target["name"], options, pin=pin, seed=seed)
     try:
-        ratios, reference_s = _again(chosen, timer, profile)
+        ratios, unknown, reference_s = _again(chosen, timer, profile)
     finally:
         if own is not None:
             own.close()
     families = {name: _median(found) for name, found in sorted(ratios.items()) if len(found) >= _FEWEST}
+    if untold := sorted(unknown - set(families)):
+        notes.append(
+            f"nothing is said of {', '.join(repr(name) for name in untold)}: seen only inside networks that took "
+            "other times than the models in which a check times them"
+        )
     then = float(profile.protocol["reference_s"])
     change = reference_s / then - 1
     if abs(change) > _SLOWER:
@@ -109,6 +117,11 @@ def check_profile(profile: DeviceProfile, timer: Insider | None = None, *, seed:
             changes.append(
                 f"kernels of family '{name}' take {_percent(ratio - 1)} than then ({count} timed again)"
             )
+    if not families and not changes:
+        raise UsageError(
+            "Whether the profile holds cannot be told: too few of its kernels were seen inside networks that took "
+            "about as long as the models in which a check times them. Build it with more '--minutes'."
+        )
     return Check(tuple(changes), tuple(notes), families, reference_s)
 
 
@@ -154,8 +167,12 @@ def _chosen(profile: DeviceProfile, seed: int) -> list[Sample]:
 
 def _again(
     chosen: Sequence[Sample], timer: Insider, profile: DeviceProfile
-) -> tuple[dict[str, list[float]], float]:
-    """Times now over times then by family, the caches in the same state; and the reference's seconds."""
+) -> tuple[dict[str, list[float]], set[str], float]:
+    """Times now over times then by family, families that would need a guess, and the reference's seconds.
+
+    Then and now kernels wait for weights that the rest of their model displaced, as long as its period makes them;
+    what the law says of that beyond the periods that a family was seen at is no more than a guess.
+    """
     carriers = _carriers(chosen)
     points = [[Point(sample.spec, sample.at, sample.family) for sample in one] for one in carriers]
     effort = InsideEffort(visits=2, profile_s=1.0)
@@ -164,14 +181,23 @@ def _again(
     if not known:
         raise BackendError(f"None of the profile's kernels could be timed: {timed[0].reason}.")
     then_s, overhead_s = (float(profile.protocol[key]) for key in ("reference_s", "profiler_s"))
+    periods: dict[str, list[float]] = {}
+    for sample in profile.samples:
+        periods.setdefault(sample.family, []).append(sample.period_s)
     again: list[tuple[Sample, Sample]] = []
+    unknown: set[str] = set()
     for samples, of_samples, inside in zip(carriers, points, timed, strict=True):
         if inside.latency is None:
             continue
         period_s = inside.latency.ratio * then_s
         alike = alike_among(of_samples)
         for sample, time_and_rows in zip(samples, of_carrier(of_samples, inside.kernels), strict=True):
-            if time_and_rows is not None:
+            if time_and_rows is None:
+                continue
+            known_s = periods[sample.family]
+            if not min(known_s) / _KNOWN <= period_s <= max(known_s) * _KNOWN:
+                unknown.add(sample.family)
+            else:
                 own = max(time_and_rows[0] * then_s - time_and_rows[1] * overhead_s, 1e-9)
                 others = alike[sample.family, sample.spec["op"]]
                 now = dataclasses.replace(
@@ -183,9 +209,9 @@ def _again(
     found: dict[str, list[float]] = {}
     for (then, now), before, after in zip(again, *said, strict=True):
         found.setdefault(then.family, []).append((now.seconds / after) / (then.seconds / before))
-    if not found:
+    if not found and not unknown:
         raise BackendError("None of the profile's kernels could be timed; look at 'sartor targets'.")
-    return found, statistics.median(one.reference_s for one in known)
+    return found, unknown, statistics.median(one.reference_s for one in known)
 
 
 def _carriers(chosen: Sequence[Sample]) -> list[list[Sample]]:
