@@ -491,7 +491,7 @@ def test_resume_equals_an_uninterrupted_run(tmp_path: Path) -> None:
 
     whole = run(None)
     assert [step for step, _, kept in whole[1] if kept][-1] > 20  # training decides the result
-    for stop_after in (1, 2, 5):
+    for stop_after in (1, 4):
         folder = tmp_path / str(stop_after)
         with pytest.raises(Stop):
             run(folder, stop_after)

@@ -45,20 +45,22 @@ def cluster():
     from ray.cluster_utils import Cluster
 
     port = free_port()
-    made = Cluster(
-        initialize_head=True,
-        head_node_args={
-            "num_cpus": 0,
-            "include_dashboard": False,
-            "ray_client_server_port": port,
-            "object_store_memory": STORE_BYTES,
-            "_system_config": {  # a killed node is missed after two seconds, and not after fifteen
-                "health_check_initial_delay_ms": 0,
-                "health_check_period_ms": 500,
-                "health_check_failure_threshold": 4,
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GRPC_ENABLE_FORK_SUPPORT", "0")  # as docs/scale_out.md advises
+        made = Cluster(
+            initialize_head=True,
+            head_node_args={
+                "num_cpus": 0,
+                "include_dashboard": False,
+                "ray_client_server_port": port,
+                "object_store_memory": STORE_BYTES,
+                "_system_config": {  # a killed node is missed after two seconds, and not after fifteen
+                    "health_check_initial_delay_ms": 0,
+                    "health_check_period_ms": 500,
+                    "health_check_failure_threshold": 4,
+                },
             },
-        },
-    )
+        )
     try:
         made.client = f"ray://127.0.0.1:{port}"
         made.of = {
