@@ -2,7 +2,7 @@
 
 Generated networks and the kernels inside them are timed for --minutes, by the target's own profiler; a fifth of both is
 held out, and models are fitted to the rest. The file has the errors on what was held out. A run that is interrupted
-goes on where it was when the same command is given again. With --check, a few kernels of FILE are timed again.
+goes on where it was when the same command is given again. With --check, a few networks of FILE are timed again.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ def _check(options: argparse.Namespace) -> Result:
 
     profile = DeviceProfile.load(options.check)
     with Progress.on_stderr() as progress:
-        progress.stage("timing a few kernels again")
+        progress.stage("timing a few networks again")
         found = check_profile(profile)
     rows = [
         (family, str(count), f"{ratio:.3f}", f"[{low:.3f}, {high:.3f}]")
@@ -131,7 +131,7 @@ def _check(options: argparse.Namespace) -> Result:
         *(f"note: {note}" for note in found.notes),
     ]
     if rows:
-        lines.append(table(rows, ("family", "kernels", "now / then", "95 %")))
+        lines.append(table(rows, ("family", "networks", "now / then", "95 %")))
     if not found.holds:
         lines.append("Build it again with 'sartor profile'.")
     document = {"schema": CHECK_SCHEMA, "profile": str(options.check), **found.to_dict()}

@@ -1,32 +1,33 @@
-"""Whether a profile still holds on this machine: a few of its kernels are timed again, in the same way."""
+"""Whether a profile still holds on this machine: a few of its networks are timed again, in the same way."""
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import math
 import random
 import statistics
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sartor.backends import host
 from sartor.backends.protocol import TargetOptions
-from sartor.cost_models.profile import DeviceProfile, Sample
-from sartor.cost_models.tiers import Tiers
+from sartor.cost_models.profile import DeviceProfile, NetworkTime
+from sartor.cost_models.signatures import key_of
 from sartor.errors import BackendError, UsageError
-from sartor.ir.layout import FAMILY as LAYOUT
-from sartor.profiling.design import Point
+from sartor.ir.fusion_rules import FusionRules
+from sartor.profiling import networks
+from sartor.profiling.build import fusion_rules
 from sartor.profiling.inside import InsideEffort, Insider, ModelTimer
-from sartor.profiling.inside_samples import alike_among, carrier_model, of_carrier
+from sartor.profiling.records import best_look, look_of, network_result, sample_of
 
-SAMPLES = 48
+WHOLE = "whole networks"
 TOLERANCE = 0.10
-"""A family whose kernels take this much more or less than the profile says, by their median, has changed."""
-_PRECISE = 0.05  # samples with a wider interval say little
-_FEWEST, _CARRIED = 3, 32  # of one family; of one carrier
+"""A family that certainly takes this much more or less than the profile says has changed."""
+_NETWORKS = 24
+_FEWEST = 3  # networks with kernels of one family
 _LEAST_S = 10e-6  # of a kernel: what the profiler adds to a shorter one matters too much
-_KNOWN = 1.1
-"""A period so much shorter or longer than those of a family's samples is still one that the law of waiting knows."""
 _SLOWER = 0.15  # of the reference itself: other clocks, another machine
 
 
@@ -37,7 +38,8 @@ class Check:
     Attributes:
         changes: sentences, each a reason why the profile no longer holds.
         notes: differences that need not matter.
-        families: per family the median of time now over time then, its interval, and how many kernels.
+        families: per family of kernels, and of whole networks, the median of time now over time then, its interval,
+            and how many networks told it.
         reference_s: the reference kernel, now.
     """
 
@@ -54,7 +56,7 @@ class Check:
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready form."""
         families = {
-            name: {"ratio": ratio, "ci95": [low, high], "kernels": count}
+            name: {"ratio": ratio, "ci95": [low, high], "networks": count}
             for name, (ratio, low, high, count) in self.families.items()
         }
         return {
@@ -72,22 +74,22 @@ def check_profile(profile: DeviceProfile, timer: Insider | None = None, *, seed:
     Args:
         profile: as it was built.
         timer: instead of the profile's target, for tests.
-        seed: of the choice of kernels.
+        seed: of the choice of networks.
 
     Raises:
-        UsageError: the profile has no samples, too few at periods that can be had again, or its target is not
-            installed.
+        UsageError: too few networks of the profile can be generated again, or its target is not installed.
         BackendError: the target cannot run even a convolution.
     """
     from sartor import backends
 
-    chosen = _chosen(profile, seed)
-    if not chosen:
-        raise UsageError(
-            "The profile has no samples that could be timed again; build it with 'sartor profile'."
-        )
     target = profile.target
     backend = backends.get(target["name"])
+    chosen = _chosen(profile, seed)
+    if len(chosen) < _FEWEST:
+        raise UsageError(
+            f"Of the profile's networks {len(chosen)} can be generated again by this version of Sartor, expected at "
+            f"least {_FEWEST}; whether it holds cannot be told. Build it again with 'sartor profile'."
+        )
     changes, notes = _facts(profile, backend.capabilities().version)
     options = TargetOptions(threads=int(target["threads"]), precision=target["precision"])
     own = None
@@ -95,16 +97,11 @@ def check_profile(profile: DeviceProfile, timer: Insider | None = None, *, seed:
         pin = bool(target.get("settings", {}).get("pinned", True))
         own = timer = ModelTimer(target["name"], options, pin=pin, seed=seed)
     try:
-        ratios, unknown, reference_s = _again(chosen, timer, profile)
+        ratios, reference_s = _again(profile, chosen, timer, fusion_rules(backend))
     finally:
         if own is not None:
             own.close()
-    families = {name: _median(found) for name, found in sorted(ratios.items()) if len(found) >= _FEWEST}
-    if untold := sorted(unknown - set(families)):
-        notes.append(
-            f"nothing is said of {', '.join(repr(name) for name in untold)}: seen only inside networks that took "
-            "other times than the models in which a check times them"
-        )
+    families = {name: _median(found) for name, found in ratios.items() if len(found) >= _FEWEST}
     then = float(profile.protocol["reference_s"])
     change = reference_s / then - 1
     if abs(change) > _SLOWER:
@@ -113,14 +110,17 @@ def check_profile(profile: DeviceProfile, timer: Insider | None = None, *, seed:
             f"{then * 1e6:.0f} us): the clock, or the machine, is another"
         )
     for name, (ratio, low, high, count) in families.items():
-        if abs(math.log(ratio)) > math.log1p(TOLERANCE) and not low <= 1.0 <= high:
-            changes.append(
-                f"kernels of family '{name}' take {_percent(ratio - 1)} than then ({count} timed again)"
+        what = WHOLE if name == WHOLE else f"kernels of family '{name}'"
+        if low > 1 + TOLERANCE or high < 1 / (1 + TOLERANCE):
+            changes.append(f"{what} take {_percent(ratio - 1)} than then (in {count} networks timed again)")
+        elif abs(math.log(ratio)) > math.log1p(TOLERANCE):
+            notes.append(
+                f"{what} may take {_percent(ratio - 1)} than then, which {count} networks do not decide"
             )
-    if not families and not changes:
-        raise UsageError(
-            "Whether the profile holds cannot be told: too few of its kernels were seen inside networks that took "
-            "about as long as the models in which a check times them. Build it with more '--minutes'."
+    if untold := sorted({sample.family for sample in profile.samples} - set(families)):
+        few = ", ".join(repr(name) for name in untold)
+        notes.append(
+            f"nothing is said of {few}: in fewer than {_FEWEST} of the networks that were timed again"
         )
     return Check(tuple(changes), tuple(notes), families, reference_s)
 
@@ -147,89 +147,62 @@ def _facts(profile: DeviceProfile, version: str) -> tuple[list[str], list[str]]:
     return changes, notes
 
 
-def _chosen(profile: DeviceProfile, seed: int) -> list[Sample]:
-    """Well-known samples, the same number of every family where there are enough."""
-    by_family: dict[str, list[Sample]] = {}
+def _chosen(profile: DeviceProfile, seed: int) -> list[tuple[NetworkTime, bytes]]:
+    """Networks of the profile that are generated as they were then, those with families that few of the others have."""
+    families: dict[str, set[str]] = {}
     for sample in profile.samples:
-        carriers_have_it = sample.family != LAYOUT and not sample.spec.get("turned")
-        if sample.half_width <= _PRECISE and carriers_have_it and sample.seconds >= _LEAST_S:
-            by_family.setdefault(sample.family, []).append(sample)
-    rng = random.Random(seed)
-    each = max(_FEWEST, SAMPLES // max(len(by_family), 1))
-    chosen = [
-        sample
-        for _, samples in sorted(by_family.items())
-        for sample in rng.sample(samples, min(each, len(samples)))
-    ]
-    rng.shuffle(chosen)
-    return chosen
+        if sample.seconds >= _LEAST_S:
+            families.setdefault(sample.network, set()).add(sample.family)
+    left = [network for network in profile.networks if network.name in families]
+    random.Random(seed).shuffle(left)
+    found: list[tuple[NetworkTime, bytes]] = []
+    often = Counter[str]()
+    while left and len(found) < _NETWORKS:
+        network = max(left, key=lambda one: sum(1 / (1 + often[name]) for name in families[one.name]))
+        left.remove(network)
+        try:
+            model = networks.network(network.name)
+        except (UsageError, ValueError):  # a network of the user, or of another version
+            continue
+        if hashlib.sha256(model).hexdigest() == network.sha256:
+            found.append((network, model))
+            often.update(families[network.name])
+    return found
 
 
 def _again(
-    chosen: Sequence[Sample], timer: Insider, profile: DeviceProfile
-) -> tuple[dict[str, list[float]], set[str], float]:
-    """Times now over times then by family, families that would need a guess, and the reference's seconds.
-
-    Then and now kernels wait for weights that the rest of their model displaced, as long as its period makes them;
-    what the law says of that beyond the periods that a family was seen at is no more than a guess.
-    """
-    carriers = _carriers(chosen)
-    points = [[Point(sample.spec, sample.at, sample.family) for sample in one] for one in carriers]
-    effort = InsideEffort(visits=2, profile_s=1.0)
-    timed = timer([carrier_model(one) for one in points], effort)
-    known = [one for one in timed if one.latency is not None]
-    if not known:
-        raise BackendError(f"None of the profile's kernels could be timed: {timed[0].reason}.")
-    then_s, overhead_s = (float(profile.protocol[key]) for key in ("reference_s", "profiler_s"))
-    periods: dict[str, list[float]] = {}
+    profile: DeviceProfile, chosen: Sequence[tuple[NetworkTime, bytes]], timer: Insider, rules: FusionRules
+) -> tuple[dict[str, list[float]], float]:
+    """Times now over times then, one per family and network, and the reference's seconds."""
+    models = [model for _, model in chosen]
+    # Two looks, minutes apart for a whole profile and a minute here: what disturbs one is not said to be a change.
+    looks = [timer(models, effort) for effort in (InsideEffort(), InsideEffort(profile_s=0.0))]
+    seen = [one.reference_s for found in looks for one in found if one.latency is not None]
+    if not seen:
+        raise BackendError(f"None of the profile's networks could be timed: {looks[0][0].reason}.")
+    then_s = float(profile.protocol["reference_s"])
+    beside = (float(profile.protocol["profiler_s"]) / then_s, profile.call_s / then_s, 0.0)
+    known: dict[str, dict[tuple[str, tuple[float, ...]], list[float]]] = {}
     for sample in profile.samples:
-        periods.setdefault(sample.family, []).append(sample.period_s)
-    again: list[tuple[Sample, Sample]] = []
-    unknown: set[str] = set()
-    for samples, of_samples, inside in zip(carriers, points, timed, strict=True):
-        if inside.latency is None:
-            continue
-        period_s = inside.latency.ratio * then_s
-        alike = alike_among(of_samples)
-        for sample, time_and_rows in zip(samples, of_carrier(of_samples, inside.kernels), strict=True):
-            if time_and_rows is None:
-                continue
-            known_s = periods[sample.family]
-            if not min(known_s) / _KNOWN <= period_s <= max(known_s) * _KNOWN:
-                unknown.add(sample.family)
-            else:
-                own = max(time_and_rows[0] * then_s - time_and_rows[1] * overhead_s, 1e-9)
-                others = alike[sample.family, sample.spec["op"]]
-                now = dataclasses.replace(
-                    sample, seconds=own, period_s=period_s, alike=others, twins=1, network="", carried=True
-                )
-                again.append((sample, now))
-    tiers = Tiers.of(profile)
-    said = [tiers.many([pair[i] for pair in again]).seconds for i in (0, 1)]
+        of_network = known.setdefault(sample.network, {})
+        of_network.setdefault((key_of(sample.spec), sample.at), []).append(sample.seconds)
     found: dict[str, list[float]] = {}
-    for (then, now), before, after in zip(again, *said, strict=True):
-        found.setdefault(then.family, []).append((now.seconds / after) / (then.seconds / before))
-    if not found and not unknown:
-        raise BackendError("None of the profile's kernels could be timed; look at 'sartor targets'.")
-    return found, unknown, statistics.median(one.reference_s for one in known)
-
-
-def _carriers(chosen: Sequence[Sample]) -> list[list[Sample]]:
-    """Kernels that are timed side by side, at most as many as take what their models took then.
-
-    (A longer wait than any sample knows would be the law's guess, not the machine's change.)
-    """
-    found: list[list[Sample]] = []
-    spent = most = 0.0
-    for sample in sorted(
-        chosen, key=lambda sample: sample.period_s
-    ):  # stable: kernels stay in their chance order
-        if not found or spent + sample.seconds > most or len(found[-1]) == _CARRIED:
-            found.append([])
-            spent, most = 0.0, sample.period_s
-        found[-1].append(sample)
-        spent += sample.seconds
-    return found
+    for (network, model), insides in zip(chosen, zip(*looks, strict=True), strict=True):
+        latencies = [one.latency for one in insides if one.latency is not None]
+        if insides[0].latency is None:
+            continue
+        result = network_result(network.name, network.role, model, insides[0], rules)
+        result.update(best_look([look_of(latency) for latency in latencies]))
+        found.setdefault(WHOLE, []).append(result["best"] * then_s / network.latency_s)
+        of_family: dict[str, list[tuple[float, float]]] = {}
+        for kernel in result["observed"]:
+            now = sample_of(kernel, network.role, then_s, result, beside)
+            then = known.get(network.name, {}).get((key_of(kernel["spec"]), tuple(map(float, kernel["at"]))))
+            if now is not None and then and statistics.median(then) >= _LEAST_S:
+                of_family.setdefault(now.family, []).append((now.seconds, statistics.median(then)))
+        for family, times in of_family.items():
+            found.setdefault(family, []).append(sum(now for now, _ in times) / sum(then for _, then in times))
+    return dict(sorted(found.items())), statistics.median(seen)
 
 
 def _median(ratios: Sequence[float]) -> tuple[float, float, float, int]:

@@ -133,8 +133,8 @@ class Records:
             (r["conditions"] for r in reversed(self.batches("networks")) if "conditions" in r), {}
         )
         samples = [
-            *(_sample(r, r["role"], scale, r["model"], beside) for r in drawn if "ratio" in r),
-            *(_sample(k, n["role"], scale, n, beside) for k, n in inside),
+            *(sample_of(r, r["role"], scale, r["model"], beside) for r in drawn if "ratio" in r),
+            *(sample_of(k, n["role"], scale, n, beside) for k, n in inside),
         ]
         return DeviceProfile(
             target=target,
@@ -196,7 +196,7 @@ _ALIKE, _MOST_LOOKS = 1.04, 4
 """How near two looks are that agree; looks at a network that are enough, if they do not."""
 
 
-def _sample(
+def sample_of(
     result: Mapping[str, Any],
     role: str,
     scale: float,
