@@ -150,8 +150,9 @@ def test_where_units_differ_the_smallest_go_and_the_figures_are_theirs():
     assert "* Units differ" in render(inspect_program(program))
 
 
-@pytest.mark.parametrize("program", [shuffled(), captured("densenet"), captured("vit")])
-def test_half_of_everything_is_priced_as_applied(program):
+@pytest.mark.parametrize("make", [shuffled, lambda: captured("densenet"), lambda: captured("vit")])
+def test_half_of_everything_is_priced_as_applied(make):
+    program = make()
     groups = channel_groups(program).groups
     plan = Plan(program.source.sha256, {g.name: GroupPlan(g.size, half(g)) for g in groups})
     after = static_cost(apply_plan(program, plan))
@@ -380,10 +381,12 @@ def test_names_cannot_steer_the_terminal(tmp_path):
 
 # ---- the page ------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
-    "program", [chain(EVIL), captured("vit"), many(40), shuffled()], ids=["evil", "vit", "many", "shuffled"]
+    "make",
+    [lambda: chain(EVIL), lambda: captured("vit"), lambda: many(40), shuffled],
+    ids=["evil", "vit", "many", "shuffled"],
 )
-def test_the_page_is_well_formed_self_contained_and_escaped(program, tmp_path):
-    document = inspect_program(program)
+def test_the_page_is_well_formed_self_contained_and_escaped(make, tmp_path):
+    document = inspect_program(make())
     document["source"]["name"] = "<b>&\"'</b>.onnx"
     page = Page(write_inspection(document, tmp_path / "page.html").read_text(encoding="utf-8"))
     assert page.open == []

@@ -11,7 +11,7 @@ from typing import Any
 from sartor.errors import PlanError
 
 SCHEMA = "sartor.plan/1"
-RESERVED = ("scale", "exits", "gates", "tiles", "precision")
+RESERVED = ("exits", "gates", "tiles", "precision")
 """Sections that later passes fill; present and empty in every plan of this schema."""
 
 
@@ -38,7 +38,7 @@ class GroupPlan:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Channel groups to narrow and blocks to remove.
+    """Channel groups to narrow, blocks to remove, and the size of the inputs.
 
     Attributes:
         source_sha256: SHA-256 of the model the plan belongs to (`Program.source.sha256`).
@@ -46,6 +46,7 @@ class Plan:
         blocks: names of removed residual blocks, in graph order.
         notes: free text for people, e.g. the criterion and seed; no influence on the result.
         approximate: the groups are those of the analysis with approximate groups, which have no MASKED form.
+        sizes: new reference shape per input, its batch included; inputs that are not named keep theirs.
     """
 
     source_sha256: str
@@ -53,6 +54,7 @@ class Plan:
     blocks: tuple[str, ...] = ()
     notes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     approximate: bool = False
+    sizes: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
 
     def to_json(self) -> str:
         """Deterministic JSON text."""
@@ -62,6 +64,7 @@ class Plan:
             "groups": {k: {"size": g.size, "keep": list(g.keep)} for k, g in sorted(self.groups.items())},
             "blocks": list(self.blocks),
             "notes": dict(self.notes),
+            "scale": {"inputs": {k: list(v) for k, v in sorted(self.sizes.items())}} if self.sizes else {},
         }
         document.update({name: {} for name in RESERVED})
         if self.approximate:
@@ -82,7 +85,7 @@ class Plan:
         if not isinstance(document, dict) or document.get("schema") != SCHEMA:
             found = document.get("schema") if isinstance(document, dict) else type(document).__name__
             raise PlanError(f"Expected a plan of schema '{SCHEMA}', found '{found}'.")
-        known = {"schema", "source", "groups", "blocks", "notes", "approximate", *RESERVED}
+        known = {"schema", "source", "groups", "blocks", "notes", "approximate", "scale", *RESERVED}
         unknown = sorted(set(document) - known)
         if unknown:
             raise PlanError(f"The plan has unknown sections {unknown}; expected only {sorted(known)}.")
@@ -100,6 +103,7 @@ class Plan:
                 blocks=tuple(str(b) for b in document.get("blocks", [])),
                 notes=document.get("notes", {}),
                 approximate=_boolean(document.get("approximate", False)),
+                sizes=_sizes(document.get("scale", {})),
             )
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise PlanError(f"The plan is malformed: {type(error).__name__}: {error}.") from error
@@ -120,6 +124,17 @@ class Plan:
     def fractions(self) -> dict[str, float]:
         """Kept fraction per group, for pricing."""
         return {name: len(g.keep) / g.size for name, g in self.groups.items()}
+
+
+def _sizes(scale: Any) -> dict[str, tuple[int, ...]]:
+    """The section `scale`: `{"inputs": {name: shape}}`, or nothing."""
+    unknown = sorted(set(scale) - {"inputs"})
+    if unknown:
+        raise ValueError(f"its section 'scale' has {unknown}, expected only 'inputs'")
+    sizes = {str(name): tuple(map(_integer, shape)) for name, shape in scale.get("inputs", {}).items()}
+    if any(length < 1 for shape in sizes.values() for length in shape):
+        raise ValueError("a length of an input is below 1")
+    return sizes
 
 
 def _boolean(value: Any) -> bool:

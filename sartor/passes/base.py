@@ -19,7 +19,7 @@ from sartor.errors import InternalError
 from sartor.ir.program import Program
 from sartor.passes.options import Option, option, options_of, validate
 from sartor.passes.rewriter import Rewriter
-from sartor.passes.structure import signature_of, structure_of
+from sartor.passes.structure import Signature, signature_of, structure_of
 from sartor.plugins import Registry
 
 __all__ = ["Context", "Option", "Pass", "PassResult", "Planned", "Refusal", "Semantics", "option"]
@@ -135,6 +135,8 @@ class Pass(abc.ABC):
 
     name: ClassVar[str]
     semantics: ClassVar[Semantics]
+    resizes_inputs: ClassVar[bool] = False
+    """Whether shapes of inputs and outputs may change; names and types never do."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -203,10 +205,14 @@ class Pass(abc.ABC):
         self.apply(clone, plan, rewriter)
         clone.invalidate()
         self._require_untouched(program, before)
-        if signature_of(clone) != signature_of(program):
+        known, found = (
+            (_unsized(s) if self.resizes_inputs else s) for s in map(signature_of, (program, clone))
+        )
+        if found != known:
             raise InternalError(
                 f"Pass '{self.name}' changed the signature: {signature_of(program)} became "
-                f"{signature_of(clone)}. Names, types and shapes of inputs and outputs must stay."
+                f"{signature_of(clone)}. Names and types of inputs and outputs must stay, and their shapes unless the "
+                "pass declares `resizes_inputs`."
             )
         modified = structure_of(clone) != before
         if modified:
@@ -236,3 +242,7 @@ class Pass(abc.ABC):
 
     def __str__(self) -> str:
         return self.spec()
+
+
+def _unsized(signature: tuple[Signature, Signature]) -> tuple[tuple[tuple[str, str], ...], ...]:
+    return tuple(tuple((name, kind) for name, kind, _ in side) for side in signature)

@@ -19,6 +19,7 @@ from sartor.ir.channels.masking import Zero, zeros
 from sartor.ir.plan import Plan
 from sartor.ir.program import Program
 from sartor.passes.prune import check_source
+from sartor.passes.resolution import resize_inputs
 from sartor.passes.rewriter import Rewriter
 
 
@@ -56,6 +57,7 @@ def masked(
         demands += _block_demands(program, plan)
     zeroed = _write(clone, demands, rewriter)
     clone.invalidate()
+    resize_inputs(clone, plan.sizes, rewriter)
     return clone, zeroed
 
 

@@ -8,15 +8,16 @@ from sartor.ir.plan import Plan
 from sartor.ir.program import Program
 from sartor.passes.narrow import narrow
 from sartor.passes.remove_blocks import remove_blocks
+from sartor.passes.resolution import resize_inputs
 from sartor.passes.rewriter import Rewriter
 
 
 def apply_plan(program: Program, plan: Plan, analysis: ChannelAnalysis | None = None) -> Program:
-    """A new program with the plan's channels and blocks removed; `program` is not changed.
+    """A new program with the plan's channels and blocks removed and its inputs resized; `program` is not changed.
 
     Args:
         program: the canonical program the plan was made for.
-        plan: groups to narrow and blocks to remove.
+        plan: what is to be done.
         analysis: channel groups of `program`, if they are at hand.
 
     Raises:
@@ -34,13 +35,14 @@ def apply_plan(program: Program, plan: Plan, analysis: ChannelAnalysis | None = 
 def rewrite(
     program: Program, plan: Plan, rewriter: Rewriter, analysis: ChannelAnalysis | None = None
 ) -> None:
-    """Narrow groups and remove blocks of `program` in place; groups refer to the program before both."""
+    """Narrow groups, remove blocks and resize inputs of `program` in place; groups refer to the program before all."""
     if plan.groups:
         analysis = analysis or channel_groups(program, approximate=plan.approximate)
         narrow(program, analysis, analysis.alive_atoms(plan), rewriter)
         program.invalidate()
     if plan.blocks:
         remove_blocks(program, plan.blocks, rewriter)
+    resize_inputs(program, plan.sizes, rewriter)
 
 
 def check_source(program: Program, plan: Plan) -> None:

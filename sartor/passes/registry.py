@@ -17,6 +17,7 @@ REGISTRY = Registry(
         "quantize": "sartor.passes.quantize:Quantize",
         "remove-blocks": "sartor.passes.remove_blocks:RemoveBlocks",
         "remove-dead": "sartor.passes.remove_dead:RemoveDead",
+        "rescale": "sartor.passes.rescale:Rescale",
     },
 )
 
