@@ -29,7 +29,7 @@ from sartor.ir.files import write_atomic
 from sartor.ir.plan import Plan
 from sartor.ir.program import Program
 from sartor.passes.masked import masked
-from sartor.passes.prune import apply_plan
+from sartor.passes.prune import apply_plan, at_plan_size
 from sartor.random_weights import randomise
 from sartor.sensitivity import insensitive, with_gradients
 
@@ -95,6 +95,9 @@ def check(
     Raises:
         PlanError: the plan is not legal.
     """
+    if plan.sizes or plan.factors:  # what is proven is what is removed, at the plan's size
+        program, plan = at_plan_size(program, dataclasses.replace(plan, factors={}))
+        analysis = None
     analysis = analysis or channel_groups(program)
     worst: OracleResult | None = None
     unfit: ModelError | None = None

@@ -174,8 +174,31 @@ def test_taylor_by_hand() -> None:
     np.testing.assert_allclose(result.groups["hidden"], [144.0, 0.0, 7056.0], rtol=1e-6)
 
 
+def test_geometric_median_by_hand() -> None:
+    """Columns (1, 0), (-2, 2) and (3, 4): distances sqrt 13, sqrt 20 and sqrt 29."""
+    result = score("fpgm", mlp(W1, W2), hidden_group(3), (FakeBlock("b", ("node_h",), True, ("w1",)),))
+    near, far, across = np.sqrt(13), np.sqrt(20), np.sqrt(29)
+    np.testing.assert_allclose(result.groups["hidden"], [near + far, near + across, far + across])
+    assert result.blocks["b"] == pytest.approx(
+        2 * np.sqrt(1 + 16 + 1)
+    )  # rows (1, -2, 3) and (0, 2, 4), both ways
+    merged = score("fpgm", mlp(W1, W2), hidden_group(2, [0, 1, 1]))  # a unit of one column, and one of two
+    assert merged.groups["hidden"][0] == pytest.approx(np.sqrt(9 + 4 + 9 + 16))
+
+
+def test_fisher_by_hand() -> None:
+    """Samples 3 and -1: y = 2 x, L = y², the gradient of each gate is 2 y x w2; half the mean of squares."""
+    program = mlp(np.array([[1.0, -1.0]]), np.array([[2.0], [3.0]]))
+    x = np.array([[3.0], [-1.0]], np.float32)
+    result = score("fisher", program, hidden_group(2), data=[({"x": x}, None)])
+    first, second = 2 * (2 * 3) * (2 * 3), 2 * (3 * 1) * (3 * 1)  # relu: unit 0 sees 3, unit 1 sees 1
+    np.testing.assert_allclose(result.groups["hidden"], [first**2 / 4, second**2 / 4], rtol=1e-6)
+    split = score("fisher", program, hidden_group(2), data=[({"x": x[:1]}, None), ({"x": x[1:]}, None)])
+    np.testing.assert_allclose(split.groups["hidden"], result.groups["hidden"], rtol=1e-6)
+
+
 def test_square_of_the_mean_not_mean_of_squares() -> None:
-    """Two samples whose gate gradients cancel: TECO scores 0, where a Fisher criterion would not."""
+    """Two samples whose gate gradients cancel: TECO scores 0, and Fisher does not."""
     program = mlp(np.array([[1.0, 1.0]]), np.array([[1.0], [1.0]]))
 
     def signed(outputs: dict, labels: torch.Tensor) -> torch.Tensor:
@@ -189,6 +212,8 @@ def test_square_of_the_mean_not_mean_of_squares() -> None:
     np.testing.assert_allclose(split.groups["hidden"], [0.0, 0.0], atol=1e-12)
     alone = [score("taylor", program, hidden_group(2), data=[b], loss=signed).groups["hidden"] for b in apart]
     np.testing.assert_allclose(np.mean(alone, axis=0), [9.0, 9.0], rtol=1e-6)
+    fisher = score("fisher", program, hidden_group(2), data=[({"x": x}, sign)], loss=signed)
+    np.testing.assert_allclose(fisher.groups["hidden"], [4.5, 4.5], rtol=1e-6)
 
 
 def test_unequal_batches_weigh_by_samples() -> None:
@@ -281,8 +306,9 @@ def test_refusals() -> None:
     program, analysis = mlp(W1, W2), hidden_group(3)
     with pytest.raises(UsageError, match="Unknown criterion 'magic'"):
         criterion("magic")
-    with pytest.raises(UsageError, match="needs data for gradients"):
-        score("taylor", program, analysis)
+    for name in ("taylor", "fisher"):
+        with pytest.raises(UsageError, match=f"'{name}' needs data for gradients"):
+            score(name, program, analysis)
     with pytest.raises(UsageError, match="calibration data are empty"):
         score("taylor", program, analysis, data=[])
     producers = FakeAnalysis((FakeGroup("g", 3, analysis.groups[0].members[:1]),))

@@ -213,7 +213,7 @@ def test_option_criterion_taylor_reads_the_calibration_data():
 def test_criterion_without_supplier_or_unknown():
     own = PruneChannels(ratio=0.5, criterion="l1").run(tiny())
     assert own.plan == PruneChannels(ratio=0.5, criterion="l1").run(tiny(), SUPPLIED).plan
-    with pytest.raises(UsageError, match="Unknown criterion 'best'; expected one of bn-gamma, l1, l2"):
+    with pytest.raises(UsageError, match="Unknown criterion 'best'; expected one of bn-gamma, fisher, fpgm, l1, l2"):
         PruneChannels(ratio=0.5, criterion="best").run(tiny(), SUPPLIED)
 
 

@@ -51,12 +51,16 @@ def run(options: argparse.Namespace) -> Result:
         "source": arguments.source_document(program),
         "groups": len(plan.groups),
         "blocks": list(plan.blocks),
+        "inputs": {name: list(shape) for name, shape in pruned.input_shapes.items()},
         "zeroed": entries,
         "files": arguments.Written(tuple(paths)).to_list(),
     }
     before, after = program.serialised_bytes(), pruned.serialised_bytes()
+    resized = "".join(
+        f", input '{name}' is {' x '.join(map(str, shape))}" for name, shape in sorted(plan.sizes.items())
+    )
     text = [
-        f"{len(plan.groups)} groups narrowed, {len(plan.blocks)} blocks removed: "
+        f"{len(plan.groups)} groups narrowed, {len(plan.blocks)} blocks removed{resized}: "
         f"{count(before, 'B')} became {count(after, 'B')}"
     ]
     text += [f"wrote {path}" for path in paths]

@@ -58,12 +58,19 @@ def run(options: argparse.Namespace) -> Result:
         raise UsageError(
             "'--precision' belongs to '--target'; a profile is of one precision, which it names."
         )
+    from sartor.ir.plan import Plan
+    from sartor.passes.prune import apply_plan
+
     plan = _plan(options.plan)
     model, facts, rules, notes = _model(options)
     program = arguments.open_program(options)
     analysis, workload = _workload(program, plan, rules)
-    fractions, removed = _changes(program, plan, analysis, workload)
     before = model.estimate(workload)
+    if plan is not None and (plan.sizes or plan.factors):  # no variables of a workload: priced as it becomes
+        program = apply_plan(program, plan)
+        plan = Plan(program.source.sha256)
+        analysis, workload = _workload(program, plan, rules)
+    fractions, removed = _changes(program, plan, analysis, workload)
     found = model.estimate(workload, fractions, removed) if plan is not None else before
     sizes = {group.name: group.size for group in analysis.groups}
     steps = _steps(model, workload, sizes, fractions, removed, whole=plan is None)

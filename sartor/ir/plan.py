@@ -15,6 +15,10 @@ RESERVED = ("exits", "gates", "tiles", "precision")
 """Sections that later passes fill; present and empty in every plan of this schema."""
 
 
+KINDS = {"svd": 1, "spatial": 1, "tucker": 2}
+"""Factorizations, and how many ranks each has."""
+
+
 @dataclasses.dataclass(frozen=True)
 class GroupPlan:
     """Kept units of one channel group.
@@ -37,8 +41,29 @@ class GroupPlan:
 
 
 @dataclasses.dataclass(frozen=True)
+class Factorization:
+    """How one layer becomes several.
+
+    Attributes:
+        kind: `svd`, `spatial` or `tucker`; see `sartor.passes.factorize`.
+        rank: of the product; two for `tucker`, of input and output channels.
+    """
+
+    kind: str
+    rank: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise PlanError(f"A layer is factorized by '{self.kind}', expected one of {', '.join(KINDS)}.")
+        if len(self.rank) != KINDS[self.kind] or any(rank < 1 for rank in self.rank):
+            raise PlanError(
+                f"Factorization '{self.kind}' has {KINDS[self.kind]} positive ranks, got {list(self.rank)}."
+            )
+
+
+@dataclasses.dataclass(frozen=True)
 class Plan:
-    """Channel groups to narrow, blocks to remove, and the size of the inputs.
+    """Channel groups to narrow, blocks to remove, layers to factorize, and the size of the inputs.
 
     Attributes:
         source_sha256: SHA-256 of the model the plan belongs to (`Program.source.sha256`).
@@ -46,6 +71,7 @@ class Plan:
         blocks: names of removed residual blocks, in graph order.
         notes: free text for people, e.g. the criterion and seed; no influence on the result.
         approximate: the groups are those of the analysis with approximate groups, which have no MASKED form.
+        factors: by node name. They are of the weights that groups and blocks leave.
         sizes: new reference shape per input, its batch included; inputs that are not named keep theirs.
     """
 
@@ -54,6 +80,7 @@ class Plan:
     blocks: tuple[str, ...] = ()
     notes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     approximate: bool = False
+    factors: Mapping[str, Factorization] = dataclasses.field(default_factory=dict)
     sizes: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
 
     def to_json(self) -> str:
@@ -67,6 +94,11 @@ class Plan:
             "scale": {"inputs": {k: list(v) for k, v in sorted(self.sizes.items())}} if self.sizes else {},
         }
         document.update({name: {} for name in RESERVED})
+        if self.factors:
+            document["factors"] = {
+                name: {"kind": found.kind, "rank": list(found.rank)}
+                for name, found in sorted(self.factors.items())
+            }
         if self.approximate:
             document["approximate"] = True
         return json.dumps(document, indent=1, sort_keys=True) + "\n"
@@ -85,7 +117,17 @@ class Plan:
         if not isinstance(document, dict) or document.get("schema") != SCHEMA:
             found = document.get("schema") if isinstance(document, dict) else type(document).__name__
             raise PlanError(f"Expected a plan of schema '{SCHEMA}', found '{found}'.")
-        known = {"schema", "source", "groups", "blocks", "notes", "approximate", "scale", *RESERVED}
+        known = {
+            "schema",
+            "source",
+            "groups",
+            "blocks",
+            "notes",
+            "approximate",
+            "factors",
+            "scale",
+            *RESERVED,
+        }
         unknown = sorted(set(document) - known)
         if unknown:
             raise PlanError(f"The plan has unknown sections {unknown}; expected only {sorted(known)}.")
@@ -103,6 +145,10 @@ class Plan:
                 blocks=tuple(str(b) for b in document.get("blocks", [])),
                 notes=document.get("notes", {}),
                 approximate=_boolean(document.get("approximate", False)),
+                factors={
+                    str(name): Factorization(str(entry["kind"]), tuple(map(_integer, entry["rank"])))
+                    for name, entry in document.get("factors", {}).items()
+                },
                 sizes=_sizes(document.get("scale", {})),
             )
         except (KeyError, TypeError, AttributeError, ValueError) as error:

@@ -47,6 +47,11 @@ def masked(
             "The plan may narrow approximate groups, whose features a norm mixes without weights; they have no "
             "MASKED form. Make a plan of exact groups, or leave the masked model away."
         )
+    if plan.factors:
+        raise PlanError(
+            "The plan factorizes layers, whose weights are others then; it has no MASKED form. Leave its section "
+            "'factors' away."
+        )
     demands: list[Zero] = []
     if plan.groups:
         analysis = analysis or channel_groups(program)

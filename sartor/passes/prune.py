@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from sartor.errors import PlanError
 from sartor.ir.channels import ChannelAnalysis, channel_groups
 from sartor.ir.plan import Plan
 from sartor.ir.program import Program
+from sartor.passes.factored import factorize
 from sartor.passes.narrow import narrow
 from sartor.passes.remove_blocks import remove_blocks
 from sartor.passes.resolution import resize_inputs
@@ -13,7 +16,7 @@ from sartor.passes.rewriter import Rewriter
 
 
 def apply_plan(program: Program, plan: Plan, analysis: ChannelAnalysis | None = None) -> Program:
-    """A new program with the plan's channels and blocks removed and its inputs resized; `program` is not changed.
+    """A new program with everything that the plan says done to it; `program` is not changed.
 
     Args:
         program: the canonical program the plan was made for.
@@ -32,16 +35,32 @@ def apply_plan(program: Program, plan: Plan, analysis: ChannelAnalysis | None = 
     return clone
 
 
+def at_plan_size(program: Program, plan: Plan) -> tuple[Program, Plan]:
+    """The program with the plan's input sizes, and the rest of the plan, whose names are the same at every size.
+
+    Raises:
+        PlanError: as `apply_plan`.
+    """
+    if not plan.sizes:
+        return program, plan
+    resized = apply_plan(program, Plan(plan.source_sha256, sizes=plan.sizes))
+    return resized, dataclasses.replace(plan, sizes={})
+
+
 def rewrite(
     program: Program, plan: Plan, rewriter: Rewriter, analysis: ChannelAnalysis | None = None
 ) -> None:
-    """Narrow groups, remove blocks and resize inputs of `program` in place; groups refer to the program before all."""
+    """Narrow groups, remove blocks, factorize layers and resize inputs of `program` in place, in this order.
+
+    Groups and blocks are those of the program before all of it, and the weights of layers those that are left.
+    """
     if plan.groups:
         analysis = analysis or channel_groups(program, approximate=plan.approximate)
         narrow(program, analysis, analysis.alive_atoms(plan), rewriter)
         program.invalidate()
     if plan.blocks:
         remove_blocks(program, plan.blocks, rewriter)
+    factorize(program, plan.factors, rewriter)
     resize_inputs(program, plan.sizes, rewriter)
 
 

@@ -34,7 +34,7 @@ class PruneChannels(Pass):
     ratio: float = option(
         help="fraction of every group to remove, rounded down; one unit stays", minimum=0.0, maximum=1.0
     )
-    criterion: str = option("random", help="what ranks units: random, l1, l2, bn-gamma, taylor")
+    criterion: str = option("random", help="what ranks units: random, l1, l2, fpgm, bn-gamma, taylor, fisher")
     seed: int = option(0, help="of criterion random", minimum=0)
     grid: int = option(
         1, help="keep multiples of this many parameter indices where a group is larger", minimum=1

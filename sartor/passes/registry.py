@@ -11,6 +11,7 @@ REGISTRY = Registry(
     "pass",
     {
         "cast": "sartor.passes.cast:Cast",
+        "factorize": "sartor.passes.factorize:Factorize",
         "fold-batch-norm": "sartor.passes.fold_batch_norm:FoldBatchNorm",
         "fold-constants": "sartor.passes.fold_constants:FoldConstants",
         "prune-channels": "sartor.passes.prune_channels:PruneChannels",

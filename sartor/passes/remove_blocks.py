@@ -54,7 +54,7 @@ class RemoveBlocks(Pass):
 
     blocks: tuple[str, ...] = option((), help="globs of block names, see `sartor inspect`")
     count: int = option(0, help="how many blocks to remove; 0: every block that `blocks` names", minimum=0)
-    criterion: str = option("random", help="what ranks blocks: random, l1, l2, taylor")
+    criterion: str = option("random", help="what ranks blocks: random, l1, l2, fpgm, taylor, fisher")
     seed: int = option(0, help="of criterion random", minimum=0)
 
     def plan(self, program: Program, context: Context) -> Any:

@@ -33,6 +33,8 @@ __all__ = [
     "L2",
     "BatchNormGamma",
     "Criterion",
+    "Fisher",
+    "GeometricMedian",
     "Importance",
     "Random",
     "Taylor",
@@ -229,7 +231,98 @@ class Taylor:
         )
 
 
-CRITERIA: dict[str, Criterion] = {c.name: c for c in (L1(), L2(), BatchNormGamma(), Random(), Taylor())}
+class Fisher:
+    """Mean over samples of the squared gradient of gates, halved: what the loss rises by, to second order.
+
+    Reference: Theis et al., "Faster gaze prediction with dense networks and Fisher pruning", 2018, equation 9.
+    """
+
+    name: ClassVar[str] = "fisher"
+    needs_data: ClassVar[bool] = True
+
+    def unit_importance(
+        self,
+        program: Program,
+        analysis: AnalysisLike,
+        blocks: Sequence[BlockLike],
+        *,
+        data: Batches | None = None,
+        loss: Callable[..., Any] | None = None,
+        seed: int = 0,
+    ) -> Importance:
+        """See `Criterion`."""
+        if data is None:
+            raise UsageError("Criterion 'fisher' needs data for gradients; give --data, or use l1 or l2.")
+        squares = gate_gradients(program, analysis, blocks, data, loss=loss, squared=True)
+        return Importance(
+            {name: square / 2 for name, square in squares.groups.items()},
+            {name: square / 2 for name, square in squares.blocks.items()},
+        )
+
+
+class GeometricMedian:
+    """Sum of distances between a unit's producer weights and those of all other units: the most replaceable go first.
+
+    Reference: He et al., "Filter pruning via geometric median for deep convolutional neural networks acceleration",
+    CVPR 2019, equation 4. A block scores the sum over the filters of all its weights.
+    """
+
+    name: ClassVar[str] = "fpgm"
+    needs_data: ClassVar[bool] = False
+
+    def unit_importance(
+        self,
+        program: Program,
+        analysis: AnalysisLike,
+        blocks: Sequence[BlockLike],
+        *,
+        data: Batches | None = None,
+        loss: Callable[..., Any] | None = None,
+        seed: int = 0,
+    ) -> Importance:
+        """See `Criterion`."""
+        groups = {}
+        for group in analysis.groups:
+            totals = np.zeros(group.size)
+            for member in members_with(group, "producer"):
+                array = program.initializer_array(member.initializer)
+                totals += _distances(_rows_of_units(array, member, group.size))
+            groups[group.name] = totals
+        scores = {
+            block.name: float(
+                sum(
+                    _distances(array.reshape(array.shape[0], -1)).sum()
+                    for array in map(program.initializer_array, _block_weights(program, block))
+                )
+            )
+            for block in removable(blocks)
+        }
+        return Importance(groups, scores)
+
+
+def _rows_of_units(array: np.ndarray, member: Any, size: int) -> np.ndarray:
+    """A row per unit: its slices one after another, zeros behind where others have more."""
+    index = np.asarray(member.index_map)
+    slices = np.moveaxis(array, member.axis, 0).reshape(index.size, -1)
+    often = np.bincount(index[index >= 0], minlength=size)
+    rows = np.zeros((size, int(often.max(initial=1)), slices.shape[1]))
+    for unit in range(size):
+        rows[unit, : often[unit]] = slices[index == unit]
+    return rows.reshape(size, -1)
+
+
+def _distances(rows: np.ndarray) -> np.ndarray:
+    """Per row the sum of Euclidean distances to all others."""
+    rows = rows.astype(np.float64)
+    norms = (rows**2).sum(axis=1)
+    squares = norms[:, None] + norms[None, :] - 2 * rows @ rows.T
+    found: np.ndarray = np.sqrt(np.maximum(squares, 0.0)).sum(axis=1)
+    return found
+
+
+CRITERIA: dict[str, Criterion] = {
+    c.name: c for c in (L1(), L2(), GeometricMedian(), BatchNormGamma(), Random(), Taylor(), Fisher())
+}
 """Every criterion by name."""
 
 

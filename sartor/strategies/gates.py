@@ -33,6 +33,7 @@ def gate_gradients(
     *,
     loss: Callable[..., Any] | None = None,
     dtype: Any = None,
+    squared: bool = False,
 ) -> Importance:
     """Gradient of the mean loss with respect to every gate at 1, in one sweep over the data.
 
@@ -47,9 +48,10 @@ def gate_gradients(
         loss: `(outputs by name, labels or None) -> mean over samples`. By default the loss against labels of
             `sartor.recovery.losses`, or without labels the mean squared L2 norm of the outputs.
         dtype: torch float type of the computation.
+        squared: the mean over samples of their squared gradients instead; samples are run one by one.
 
     Returns:
-        Signed gradients, one per unit and per removable block.
+        Signed gradients, or means of squares, one per unit and per removable block.
 
     Raises:
         UsageError: there are no data, or a group or block has nothing that a gate could multiply.
@@ -79,7 +81,8 @@ def gate_gradients(
     runner = Runner(program, dtype or torch.float32, gates=gates)
     probabilities = losses.probability_outputs(program)
     count = 0
-    for inputs, labels in data:
+    squares = {key: np.zeros(size) for key, size in sizes.items()}
+    for inputs, labels in _one_by_one(data) if squared else data:
         arrays = [to_tensor(inputs[name], runner.info.dtype) for name in runner.info.inputs]
         samples = next((len(a) for a in arrays if a.dim()), 1)
         outputs = runner(arrays)
@@ -93,10 +96,16 @@ def gate_gradients(
         if value.requires_grad:  # false when no output depends on a gate
             (value * samples).backward()  # the mean over all data, whatever the batch sizes
         count += samples
+        for key, vector in gates.vectors.items() if squared else ():
+            if vector.grad is not None:
+                squares[key] += vector.grad.numpy().astype(np.float64) ** 2
+                vector.grad = None
     if not count:
         raise UsageError("The calibration data are empty; gradients need at least one sample.")
 
     def gradient(key: str) -> np.ndarray:
+        if squared:
+            return squares[key] / count
         vector = gates.vectors[key]
         found = torch.zeros_like(vector) if vector.grad is None else vector.grad
         return found.numpy().astype(np.float64) / count
@@ -105,6 +114,14 @@ def gate_gradients(
         {group.name: gradient(f"group {group.name}") for group in analysis.groups},
         {block.name: float(gradient(f"block {block.name}")[0]) for block in removable(blocks)},
     )
+
+
+def _one_by_one(data: Batches) -> Batches:
+    for inputs, labels in data:
+        count = next((len(array) for array in inputs.values() if array.ndim), 1)
+        for i in range(count):
+            sample = {k: a[i : i + 1] if a.ndim and len(a) == count else a for k, a in inputs.items()}
+            yield sample, None if labels is None else labels[i : i + 1]
 
 
 def gate_members(analysis: AnalysisLike, group: GroupLike) -> list[Any]:
