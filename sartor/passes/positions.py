@@ -30,13 +30,11 @@ def resampled(array: np.ndarray, axes: Sequence[Axis]) -> np.ndarray:
                 for piece, part in zip(np.split(array, ends[:-1], index), axis.parts, strict=True)
             ]
             return np.concatenate(pieces, index)
-    factors: list[Factor] = [factor for axis in axes for factor in axis.parts[0]] if axes else []
-    if any(len(axis.parts) > 1 for axis in axes):  # of axes that stay
-        factors = [
-            factor
-            for axis in axes
-            for factor in (axis.parts[0] if len(axis.parts) == 1 else (Factor(axis.now, axis.then),))
-        ]
+    factors = [  # an axis of several parts is one that stays
+        factor
+        for axis in axes
+        for factor in (axis.parts[0] if len(axis.parts) == 1 else (Factor(axis.now, axis.then),))
+    ]
     moving = [index for index, factor in enumerate(factors) if factor.now != factor.then]
     if not moving:
         return array
@@ -44,12 +42,13 @@ def resampled(array: np.ndarray, axes: Sequence[Axis]) -> np.ndarray:
         raise Unscalable(f"is a table in {len(moving)} dimensions that change together, expected one or two")
     import torch
 
-    table = np.moveaxis(array.reshape([factor.now for factor in factors]), moving, range(-len(moving), 0))
-    size = [factors[index].then for index in moving]
-    lead, shape = table.shape[: -len(moving)], (1, *([1] * (2 - len(moving))), *size)
-    flat = torch.from_numpy(np.ascontiguousarray(table, np.float32)).reshape(
-        1, -1, *([1] * (2 - len(moving))), *table.shape[-len(moving) :]
+    last = range(-len(moving), 0)
+    table = np.moveaxis(array.reshape([factor.now for factor in factors]), moving, last)
+    now, then = (
+        [1] * (2 - len(moving)) + [getattr(factors[i], at) for i in moving] for at in ("now", "then")
     )
-    found = torch.nn.functional.interpolate(flat, size=shape[-2:], mode="bicubic", antialias=True)
-    grown = np.moveaxis(found.numpy().reshape(*lead, *size), range(-len(moving), 0), moving)
+    flat = torch.from_numpy(np.ascontiguousarray(table, np.float32)).reshape(1, -1, *now)
+    found = torch.nn.functional.interpolate(flat, size=then, mode="bicubic", antialias=True).numpy()
+    lead = table.shape[: -len(moving)]
+    grown = np.moveaxis(found.reshape(*lead, *then[2 - len(moving) :]), last, moving)
     return np.ascontiguousarray(grown.reshape([axis.then for axis in axes]), array.dtype)

@@ -34,14 +34,13 @@ def _broadcast(trace: Trace, node: ir.Node, indices: Sequence[int], rank: int, s
     for axis in range(rank - skip):
         # aligned at the right; an operand of a smaller rank has no such axis
         here = {i: axes[axis - rank + len(axes)] for i, axes in operands if axis - rank + len(axes) >= 0}
-        result.append(broadcast([a for i, a in here.items() if i not in constant] or list(here.values())))
-        if all(i in constant or a.now == 1 == a.then for i, a in here.items()):
-            result[-1] = broadcast([result[-1], *(here[i] for i in here)])
+        deciding = [a for i, a in here.items() if i not in constant and (a.now, a.then) != (1, 1)]
+        result.append(broadcast(deciding or list(here.values())))
     for index, axes in operands:
         own = result[max(rank - len(axes), 0) :]
         pairs = zip(own, axes[: len(axes) - skip], strict=True)
         if index in constant and any(wanted.scaled and axis.now != 1 for wanted, axis in pairs):
-            trace.retable(node, index, [*own, *axes[len(axes) - skip :]] if skip else own)
+            trace.retable(node, index, [*own, *axes[len(axes) - skip :]])
     return tuple(result)
 
 

@@ -201,15 +201,13 @@ class Random:
         )
 
 
-class Taylor:
-    """First-order Taylor expansion in gates: the squared gradient of the mean loss.
+class _GateGradient:
+    """Squared gradients of gates, times `factor`: of their mean over samples, or the mean of their squares."""
 
-    Reference: METHODS.md, TECO (5.7) for units and (5.8) for blocks: the gradient is averaged over the data
-    and then squared. The mean of squared per-sample gradients ranks differently and is another criterion.
-    """
-
-    name: ClassVar[str] = "taylor"
+    name: ClassVar[str] = ""
     needs_data: ClassVar[bool] = True
+    per_sample: ClassVar[bool] = False
+    factor: ClassVar[float] = 1.0
 
     def unit_importance(
         self,
@@ -223,41 +221,36 @@ class Taylor:
     ) -> Importance:
         """See `Criterion`."""
         if data is None:
-            raise UsageError("Criterion 'taylor' needs data for gradients; give --data, or use l1 or l2.")
-        gradients = gate_gradients(program, analysis, blocks, data, loss=loss)
+            raise UsageError(
+                f"Criterion '{self.name}' needs data for gradients; give --data, or use l1 or l2."
+            )
+        found = gate_gradients(program, analysis, blocks, data, loss=loss, squared=self.per_sample)
+        power = 1 if self.per_sample else 2
         return Importance(
-            {name: gradient**2 for name, gradient in gradients.groups.items()},
-            {name: gradient**2 for name, gradient in gradients.blocks.items()},
+            {name: self.factor * gradient**power for name, gradient in found.groups.items()},
+            {name: self.factor * gradient**power for name, gradient in found.blocks.items()},
         )
 
 
-class Fisher:
+class Taylor(_GateGradient):
+    """First-order Taylor expansion in gates: the squared gradient of the mean loss.
+
+    Reference: METHODS.md, TECO (5.7) for units and (5.8) for blocks: the gradient is averaged over the data
+    and then squared. The mean of squared per-sample gradients ranks differently and is `Fisher`.
+    """
+
+    name: ClassVar[str] = "taylor"
+
+
+class Fisher(_GateGradient):
     """Mean over samples of the squared gradient of gates, halved: what the loss rises by, to second order.
 
     Reference: Theis et al., "Faster gaze prediction with dense networks and Fisher pruning", 2018, equation 9.
     """
 
     name: ClassVar[str] = "fisher"
-    needs_data: ClassVar[bool] = True
-
-    def unit_importance(
-        self,
-        program: Program,
-        analysis: AnalysisLike,
-        blocks: Sequence[BlockLike],
-        *,
-        data: Batches | None = None,
-        loss: Callable[..., Any] | None = None,
-        seed: int = 0,
-    ) -> Importance:
-        """See `Criterion`."""
-        if data is None:
-            raise UsageError("Criterion 'fisher' needs data for gradients; give --data, or use l1 or l2.")
-        squares = gate_gradients(program, analysis, blocks, data, loss=loss, squared=True)
-        return Importance(
-            {name: square / 2 for name, square in squares.groups.items()},
-            {name: square / 2 for name, square in squares.blocks.items()},
-        )
+    per_sample: ClassVar[bool] = True
+    factor: ClassVar[float] = 0.5
 
 
 class GeometricMedian:
