@@ -95,8 +95,8 @@ def check(
     Raises:
         PlanError: the plan is not legal.
     """
-    if plan.sizes or plan.factors:  # what is proven is what is removed, at the plan's size
-        program, plan = at_plan_size(program, dataclasses.replace(plan, factors={}))
+    if plan.sizes or plan.factors or plan.layers:  # proven is what zeros can say, at the plan's size
+        program, plan = at_plan_size(program, dataclasses.replace(plan, factors={}, layers={}))
         analysis = None
     analysis = analysis or channel_groups(program)
     worst: OracleResult | None = None

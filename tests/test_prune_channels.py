@@ -102,7 +102,7 @@ def test_the_pass_does_what_its_plan_replays():
     program = tiny()
     result = PruneChannels(ratio=0.5, criterion="l2").run(program, SUPPLIED)
     assert result.plan.groups["conv"].keep == (0, 2, 4)  # the rows that are scaled up
-    assert result.modified and result.counts["parameters_narrowed"] == 7
+    assert result.modified and result.counts["parameters_resized"] == 7
     assert (
         result.program.to_bytes() == apply_plan(program, result.plan).to_bytes() == tiny((0, 2, 4)).to_bytes()
     )
@@ -213,7 +213,9 @@ def test_option_criterion_taylor_reads_the_calibration_data():
 def test_criterion_without_supplier_or_unknown():
     own = PruneChannels(ratio=0.5, criterion="l1").run(tiny())
     assert own.plan == PruneChannels(ratio=0.5, criterion="l1").run(tiny(), SUPPLIED).plan
-    with pytest.raises(UsageError, match="Unknown criterion 'best'; expected one of bn-gamma, fisher, fpgm, l1, l2"):
+    with pytest.raises(
+        UsageError, match="Unknown criterion 'best'; expected one of bn-gamma, fisher, fpgm, l1, l2"
+    ):
         PruneChannels(ratio=0.5, criterion="best").run(tiny(), SUPPLIED)
 
 

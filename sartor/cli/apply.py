@@ -37,9 +37,8 @@ def run(options: argparse.Namespace) -> Result:
     program = arguments.open_program(options)
     pruned = apply_plan(program, plan)
     verify_program(pruned)
-    exact = (
-        not plan.approximate or masked_output is not None
-    )  # masked() says why an approximate plan has none
+    # masked() says why there is none, where one is asked for
+    exact = masked_output is not None or not (plan.approximate or plan.factors or plan.layers)
     masked_program, zeroed = masked(program, plan) if exact else (None, ())
     files = pruned.files(output)
     if masked_output is not None and masked_program is not None:
@@ -51,17 +50,28 @@ def run(options: argparse.Namespace) -> Result:
         "source": arguments.source_document(program),
         "groups": len(plan.groups),
         "blocks": list(plan.blocks),
+        "layers": dict(plan.layers),
+        "factors": len(plan.factors),
+        "widened": len(plan.widened),
+        "deepened": dict(plan.deepened),
         "inputs": {name: list(shape) for name, shape in pruned.input_shapes.items()},
         "zeroed": entries,
         "files": arguments.Written(tuple(paths)).to_list(),
     }
     before, after = program.serialised_bytes(), pruned.serialised_bytes()
-    resized = "".join(
-        f", input '{name}' is {' x '.join(map(str, shape))}" for name, shape in sorted(plan.sizes.items())
-    )
-    text = [
-        f"{len(plan.groups)} groups narrowed, {len(plan.blocks)} blocks removed{resized}: "
-        f"{count(before, 'B')} became {count(after, 'B')}"
+    said = [
+        f"{number} {what}"
+        for number, what in (
+            (len(plan.groups), "groups narrowed"),
+            (len(plan.widened), "groups widened"),
+            (len(plan.blocks), "blocks removed"),
+            (sum(plan.deepened.values()), "blocks added"),
+            (len(plan.layers), "layers removed"),
+            (len(plan.factors), "layers factorized"),
+        )
+        if number
     ]
+    said += [f"input '{name}' is {' x '.join(map(str, shape))}" for name, shape in sorted(plan.sizes.items())]
+    text = [f"{', '.join(said) or 'nothing changed'}: {count(before, 'B')} became {count(after, 'B')}"]
     text += [f"wrote {path}" for path in paths]
     return Result(document, "\n".join(text))

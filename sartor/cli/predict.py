@@ -11,19 +11,16 @@ import argparse
 import collections
 import dataclasses
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sartor.cli import arguments
+from sartor.cli import arguments, pricing
 from sartor.cli.output import Result, count, seconds, table
-from sartor.errors import PlanError, UsageError
+from sartor.errors import PlanError
 
 if TYPE_CHECKING:
-    from sartor.cost_models.profile import DeviceProfile
     from sartor.cost_models.protocol import CostEstimate, CostModel, KernelCost
     from sartor.cost_models.widths import Step
     from sartor.ir.channels import ChannelAnalysis
-    from sartor.ir.fusion_rules import FusionRules
     from sartor.ir.plan import Plan
     from sartor.ir.program import Program
     from sartor.ir.workload import Workload
@@ -36,9 +33,7 @@ _SHOWN_STEPS = 12
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     arguments.add_model(parser)
-    parser.add_argument("--profile", type=Path, metavar="FILE", help="a profile written by 'sartor profile'")
-    parser.add_argument("--target", metavar="NAME", help="a device from 'sartor targets --devices' instead")
-    parser.add_argument("--precision", choices=arguments.PRECISIONS, help="of --target (its first one)")
+    pricing.add_pricing(parser)
     parser.add_argument("--plan", metavar="PLAN.json", help="predict what this plan makes of MODEL, too")
     parser.add_argument(
         "--kernels", type=arguments.positive, default=20, metavar="N", help="longest kernels to show (20)"
@@ -52,24 +47,19 @@ def run(options: argparse.Namespace) -> Result:
         UsageError: neither or both of `--profile` and `--target`; `--precision` with a profile.
         PlanError: the plan is of another model.
     """
-    if (options.profile is None) == (options.target is None):
-        raise UsageError("'sartor predict' needs '--profile FILE' or '--target NAME', and not both.")
-    if options.profile is not None and options.precision is not None:
-        raise UsageError(
-            "'--precision' belongs to '--target'; a profile is of one precision, which it names."
-        )
     from sartor.ir.plan import Plan
     from sartor.passes.prune import apply_plan
 
     plan = _plan(options.plan)
-    model, facts, rules, notes = _model(options)
+    pricer = pricing.pricer_of(options)
+    model = pricer.model
     program = arguments.open_program(options)
-    analysis, workload = _workload(program, plan, rules)
+    analysis, workload = pricer.workload(program, plan)
     before = model.estimate(workload)
-    if plan is not None and (plan.sizes or plan.factors):  # no variables of a workload: priced as it becomes
+    if plan is not None and not plan.only_removes:  # no variables of a workload: priced as it becomes
         program = apply_plan(program, plan)
         plan = Plan(program.source.sha256)
-        analysis, workload = _workload(program, plan, rules)
+        analysis, workload = pricer.workload(program, plan)
     fractions, removed = _changes(program, plan, analysis, workload)
     found = model.estimate(workload, fractions, removed) if plan is not None else before
     sizes = {group.name: group.size for group in analysis.groups}
@@ -77,8 +67,8 @@ def run(options: argparse.Namespace) -> Result:
     document = {
         "schema": SCHEMA,
         "model": arguments.source_document(program),
-        **facts,
-        "notes": notes,
+        **pricer.facts,
+        "notes": pricer.notes,
         **_priced(found),
         "baseline": _priced(before, kernels=False) if plan is not None else None,
         "static": _static(workload, fractions, removed),
@@ -88,78 +78,11 @@ def run(options: argparse.Namespace) -> Result:
     return Result(document, _text(document, found, steps, options.kernels))
 
 
-# ---- what to price with --------------------------------------------------------------------------
-def _model(options: argparse.Namespace) -> tuple[CostModel, dict[str, Any], FusionRules, list[str]]:
-    from sartor.ir.fusion_rules import GENERIC
-
-    if options.profile is None:
-        from sartor.cost_models.descriptions import describe_target
-        from sartor.cost_models.roofline import Roofline
-
-        precision = options.precision or describe_target(options.target).precisions[0]
-        target = {"name": options.target, "precision": precision}
-        note = "Published constants, nothing measured: good for ranking; the error in seconds is not known."
-        return Roofline(options.target, precision), {"target": target}, GENERIC, [note]
-    from sartor.cost_models.ladder import Ladder
-    from sartor.cost_models.profile import DeviceProfile
-
-    profile = DeviceProfile.load(options.profile)
-    rules, notes = _of_this_machine(profile)
-    facts = {
-        "target": dict(profile.target),
-        "device": dict(profile.device),
-        "profile": str(options.profile),
-        "errors": dict(profile.errors),
-    }
-    return Ladder(profile), facts, rules, notes
-
-
-def _of_this_machine(profile: DeviceProfile) -> tuple[FusionRules, list[str]]:
-    """What the profile's target fuses, and what differs between its machine and this one, in words."""
-    from sartor import backends
-    from sartor.backends import host
-    from sartor.errors import SartorError
-    from sartor.ir.fusion_rules import GENERIC
-    from sartor.profiling.build import fusion_rules
-
-    notes = []
-    cpu = profile.device.get("cpu")
-    if cpu is not None and cpu != host.cpu_model():
-        notes.append(
-            f"The profile is of another machine ({cpu}); the prediction is for that one, not for this."
-        )
-    name, rules = str(profile.target.get("name", "")), GENERIC
-    try:
-        backend = backends.get(name)
-        rules, installed = fusion_rules(backend), backend.capabilities().version
-        version = profile.target.get("version")
-        if version != installed:
-            notes.append(f"The profile is of '{name}' {version}; installed here is {installed}.")
-    except SartorError:
-        notes.append(f"'{name}' is not installed here; kernels are grouped by generic fusion rules.")
-    then = profile.target.get("settings", {}).get("fusion_sha256")
-    if then is not None and then != rules.sha256:
-        notes.append(
-            "Kernels are fused by other rules here than when the profile was built; build it again with 'sartor "
-            "profile'."
-        )
-    return rules, notes
-
-
+# ---- what to price -------------------------------------------------------------------------------
 def _plan(path: str | None) -> Plan | None:
     from sartor.ir.plan import Plan
 
     return None if path is None else Plan.load(path)
-
-
-def _workload(program: Program, plan: Plan | None, rules: FusionRules) -> tuple[ChannelAnalysis, Workload]:
-    from sartor.ir.blocks import residual_blocks
-    from sartor.ir.channels import channel_groups
-    from sartor.ir.workload import build_workload
-
-    analysis = channel_groups(program, approximate=plan is not None and plan.approximate)
-    blocks = [block for block in residual_blocks(program) if block.removable]
-    return analysis, build_workload(program, analysis.extents, blocks, rules)
 
 
 def _changes(

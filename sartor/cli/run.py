@@ -1,11 +1,15 @@
-"""Run a pipeline of passes on MODEL, in the order written, verifying the program after each pass."""
+"""Run a pipeline of passes on MODEL, in the order written, verifying the program after each pass.
+
+With --profile or --target, passes that replace layers by others do so only where these are predicted to be faster.
+"""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from typing import TYPE_CHECKING, Any
 
-from sartor.cli import arguments
+from sartor.cli import arguments, pricing
 from sartor.cli.output import Result, table
 from sartor.errors import UsageError
 
@@ -31,6 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--seed", type=arguments.seed, default=0, help="seed of passes without one, and of data splits (0)"
     )
+    pricing.add_pricing(parser)
     arguments.add_keep(parser)
 
 
@@ -43,8 +48,12 @@ def run(options: argparse.Namespace) -> Result:
     output = arguments.output_file(options.output)
     plan_output = arguments.output_file(options.plan_out) if options.plan_out else None
     arguments.require_distinct(output, plan_output)
+    extras: dict[str, Any] = {}
+    if options.profile is not None or options.target is not None or options.precision is not None:
+        extras["latency"] = pricing.pricer_of(options).latency
     program = arguments.open_program(options)
-    result = pipeline.run(program, arguments.pass_context(options, program))
+    context = dataclasses.replace(arguments.pass_context(options, program), extras=extras)
+    result = pipeline.run(program, context)
     plan_text = _plan_text(result) if plan_output else None
     files = result.program.files(output)
     if plan_output is not None and plan_text is not None:
@@ -81,8 +90,8 @@ def _plan_text(result: PipelineResult) -> str:
     plans = [e.result.plan for e in result.results if isinstance(e.result.plan, Plan)]
     if len(plans) != 1:
         raise UsageError(
-            f"--plan-out needs exactly one pass that makes a plan (prune-channels or remove-blocks) and this "
-            f"pipeline ran {len(plans)}; split the pipeline, or leave --plan-out away."
+            f"--plan-out needs exactly one pass that makes a plan (prune-channels, remove-blocks, rescale …) "
+            f"and this pipeline ran {len(plans)}; split the pipeline, or leave --plan-out away."
         )
     return plans[0].to_json()
 

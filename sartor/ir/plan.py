@@ -17,6 +17,8 @@ RESERVED = ("exits", "gates", "tiles", "precision")
 
 KINDS = {"svd": 1, "spatial": 1, "tucker": 2}
 """Factorizations, and how many ranks each has."""
+WAYS = frozenset({"drop", "connect"})
+"""How a layer goes."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +39,26 @@ class GroupPlan:
         if list(self.keep) != sorted(set(self.keep)) or self.keep[0] < 0 or self.keep[-1] >= self.size:
             raise PlanError(
                 f"Keep indices must be strictly ascending within [0, {self.size}), got {list(self.keep)[:8]}…"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Widening:
+    """Units of one channel group that there will be more of.
+
+    Attributes:
+        size: number of units before.
+        copies: units of which there is one more, each as often as it is here; ascending, never empty.
+    """
+
+    size: int
+    copies: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        copies = self.copies
+        if not copies or list(copies) != sorted(copies) or copies[0] < 0 or copies[-1] >= self.size:
+            raise PlanError(
+                f"Copied units must be ascending within [0, {self.size}), at least one, got {list(copies)[:8]}…"
             )
 
 
@@ -63,7 +85,7 @@ class Factorization:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Channel groups to narrow, blocks to remove, layers to factorize, and the size of the inputs.
+    """Channel groups to narrow or widen, blocks to remove or repeat, layers to factorize, and the size of the inputs.
 
     Attributes:
         source_sha256: SHA-256 of the model the plan belongs to (`Program.source.sha256`).
@@ -73,6 +95,9 @@ class Plan:
         approximate: the groups are those of the analysis with approximate groups, which have no MASKED form.
         factors: by node name. They are of the weights that groups and blocks leave.
         sizes: new reference shape per input, its batch included; inputs that are not named keep theirs.
+        layers: by name of a layer in no block, `drop` it or `connect` across it by a 1 x 1 convolution.
+        widened: by group name; such a group is not also in `groups`.
+        deepened: by name of a residual block, how many more of its kind follow it; such a block is not also removed.
     """
 
     source_sha256: str
@@ -82,6 +107,24 @@ class Plan:
     approximate: bool = False
     factors: Mapping[str, Factorization] = dataclasses.field(default_factory=dict)
     sizes: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+    layers: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    widened: Mapping[str, Widening] = dataclasses.field(default_factory=dict)
+    deepened: Mapping[str, int] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        both = sorted({*self.groups} & {*self.widened}) + sorted({*self.blocks} & {*self.deepened})
+        if both:
+            raise PlanError(f"The plan both shrinks and grows {both}; it can do one of them.")
+        unknown = sorted({*self.layers.values()} - WAYS)
+        if unknown:
+            raise PlanError(f"A layer goes by 'drop' or 'connect', not by {unknown}.")
+        if any(count < 1 for count in self.deepened.values()):
+            raise PlanError("A block that is repeated is repeated once or more; leave the others out.")
+
+    @property
+    def only_removes(self) -> bool:
+        """Whether it names groups and blocks alone, which are variables of a workload."""
+        return not (self.layers or self.factors or self.sizes or self.widened or self.deepened)
 
     def to_json(self) -> str:
         """Deterministic JSON text."""
@@ -91,7 +134,7 @@ class Plan:
             "groups": {k: {"size": g.size, "keep": list(g.keep)} for k, g in sorted(self.groups.items())},
             "blocks": list(self.blocks),
             "notes": dict(self.notes),
-            "scale": {"inputs": {k: list(v) for k, v in sorted(self.sizes.items())}} if self.sizes else {},
+            "scale": self._scale(),
         }
         document.update({name: {} for name in RESERVED})
         if self.factors:
@@ -99,9 +142,22 @@ class Plan:
                 name: {"kind": found.kind, "rank": list(found.rank)}
                 for name, found in sorted(self.factors.items())
             }
+        if self.layers:
+            document["layers"] = dict(sorted(self.layers.items()))
         if self.approximate:
             document["approximate"] = True
         return json.dumps(document, indent=1, sort_keys=True) + "\n"
+
+    def _scale(self) -> dict[str, Any]:
+        """The section `scale`, without what is empty."""
+        entries: dict[str, Any] = {
+            "inputs": {name: list(shape) for name, shape in sorted(self.sizes.items())},
+            "groups": {
+                name: {"size": w.size, "copies": list(w.copies)} for name, w in sorted(self.widened.items())
+            },
+            "blocks": dict(sorted(self.deepened.items())),
+        }
+        return {key: entry for key, entry in entries.items() if entry}
 
     @staticmethod
     def from_json(text: str) -> Plan:
@@ -125,6 +181,7 @@ class Plan:
             "notes",
             "approximate",
             "factors",
+            "layers",
             "scale",
             *RESERVED,
         }
@@ -139,6 +196,7 @@ class Plan:
                 str(name): GroupPlan(_integer(entry["size"]), tuple(map(_integer, entry["keep"])))
                 for name, entry in document.get("groups", {}).items()
             }
+            scale = _known(document.get("scale", {}))
             return Plan(
                 source_sha256=str(document["source"]["sha256"]),
                 groups=groups,
@@ -149,7 +207,13 @@ class Plan:
                     str(name): Factorization(str(entry["kind"]), tuple(map(_integer, entry["rank"])))
                     for name, entry in document.get("factors", {}).items()
                 },
-                sizes=_sizes(document.get("scale", {})),
+                layers={str(name): str(way) for name, way in document.get("layers", {}).items()},
+                sizes=_sizes(scale.get("inputs", {})),
+                widened={
+                    str(name): Widening(_integer(entry["size"]), tuple(map(_integer, entry["copies"])))
+                    for name, entry in scale.get("groups", {}).items()
+                },
+                deepened={str(name): _integer(count) for name, count in scale.get("blocks", {}).items()},
             )
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise PlanError(f"The plan is malformed: {type(error).__name__}: {error}.") from error
@@ -172,12 +236,18 @@ class Plan:
         return {name: len(g.keep) / g.size for name, g in self.groups.items()}
 
 
-def _sizes(scale: Any) -> dict[str, tuple[int, ...]]:
-    """The section `scale`: `{"inputs": {name: shape}}`, or nothing."""
-    unknown = sorted(set(scale) - {"inputs"})
+def _known(scale: Any) -> Mapping[str, Any]:
+    """The section `scale`, without unknown entries."""
+    unknown = sorted(set(scale) - {"inputs", "groups", "blocks"})
     if unknown:
-        raise ValueError(f"its section 'scale' has {unknown}, expected only 'inputs'")
-    sizes = {str(name): tuple(map(_integer, shape)) for name, shape in scale.get("inputs", {}).items()}
+        raise ValueError(f"its section 'scale' has {unknown}, expected only inputs, groups and blocks")
+    found: Mapping[str, Any] = scale
+    return found
+
+
+def _sizes(inputs: Any) -> dict[str, tuple[int, ...]]:
+    """`{name: shape}`."""
+    sizes = {str(name): tuple(map(_integer, shape)) for name, shape in inputs.items()}
     if any(length < 1 for shape in sizes.values() for length in shape):
         raise ValueError("a length of an input is below 1")
     return sizes

@@ -1,5 +1,7 @@
 """MASKED: the original with zeros where a plan cuts. It computes what the pruned program computes.
 
+What a plan adds changes no function, so that MASKED is the same with it and without.
+
 Nodes and names are those of the original; only initializers differ. A parameter that is zeroed for one
 reader and needed whole by another is zeroed in a private copy.
 """
@@ -7,8 +9,6 @@ reader and needed whole by another is zeroed in a private copy.
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Mapping
 
 import numpy as np
 
@@ -21,6 +21,7 @@ from sartor.ir.program import Program
 from sartor.passes.prune import check_source
 from sartor.passes.resolution import resize_inputs
 from sartor.passes.rewriter import Rewriter
+from sartor.passes.scaled_reads import ScaledRead, scale_reads
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,11 +48,13 @@ def masked(
             "The plan may narrow approximate groups, whose features a norm mixes without weights; they have no "
             "MASKED form. Make a plan of exact groups, or leave the masked model away."
         )
-    if plan.factors:
-        raise PlanError(
-            "The plan factorizes layers, whose weights are others then; it has no MASKED form. Leave its section "
-            "'factors' away."
+    if plan.factors or plan.layers:
+        section, reason = (
+            ("factors", "factorizes layers, whose weights are others then")
+            if plan.factors
+            else ("layers", "removes layers that no shortcut crosses")
         )
+        raise PlanError(f"The plan {reason}; it has no MASKED form. Leave its section '{section}' away.")
     demands: list[Zero] = []
     if plan.groups:
         analysis = analysis or channel_groups(program)
@@ -86,36 +89,12 @@ def _block_demands(program: Program, plan: Plan) -> list[Zero]:
 
 
 def _write(program: Program, demands: list[Zero], rewriter: Rewriter) -> tuple[Zeroed, ...]:
-    by_name: dict[str, dict[tuple[str, int], dict[int, np.ndarray]]] = {}
-    for demand in demands:
-        axes = by_name.setdefault(demand.initializer, {}).setdefault((demand.node, demand.input), {})
-        axes[demand.axis] = axes.get(demand.axis, np.zeros_like(demand.mask)) | demand.mask
-    result: dict[tuple[str, int], tuple[int, ...]] = {}
-    for name, wanted in by_name.items():
-        uses = {(node.name or "", index) for node, index in program.initializers[name].uses()}
-        first = next(iter(wanted.values()))
-        alike = all(_equal(axes, first) for axes in wanted.values()) and uses == set(wanted)
-        for (node, index), axes in [(next(iter(wanted)), first)] if alike else wanted.items():
-            value = (
-                program.initializers[name]
-                if alike
-                else rewriter.private_initializer(rewriter.node(node), index)
-            )
-            for axis, mask in axes.items():
-                result[value.name or "", axis] = tuple(int(i) for i in np.flatnonzero(mask))
-            rewriter.derive_initializer(value, functools.partial(_with_zeros, axes))
-    return tuple(Zeroed(name, axis, indices) for (name, axis), indices in sorted(result.items()))
-
-
-def _with_zeros(axes: Mapping[int, np.ndarray], array: np.ndarray) -> np.ndarray:
-    array = np.array(array)
-    for axis, mask in axes.items():
-        if array.ndim:
-            array[(slice(None),) * axis + (mask,)] = 0
-        else:
-            array[...] = 0
-    return array
-
-
-def _equal(one: dict[int, np.ndarray], other: dict[int, np.ndarray]) -> bool:
-    return one.keys() == other.keys() and all((one[a] == other[a]).all() for a in one)
+    reads = [
+        ScaledRead(zero.initializer, zero.axis, np.where(zero.mask, 0.0, 1.0), zero.node, zero.input)
+        for zero in demands
+    ]
+    written = scale_reads(program, reads, rewriter)
+    return tuple(
+        Zeroed(name, axis, tuple(int(i) for i in np.flatnonzero(factors == 0)))
+        for (name, axis), factors in sorted(written.items(), key=lambda entry: entry[0])
+    )

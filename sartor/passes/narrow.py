@@ -1,7 +1,7 @@
-"""Takes the kept indices out of every parameter and rewrites every number that depends on a width.
+"""Takes the positions that a plan leaves and copies those it widens, and rewrites every number that depends on them.
 
 Purely mechanical: label arrays say which atom sits at each position of an axis, a plan says which atoms
-stay, and everything follows by counting. Attention scales and other data constants are kept.
+stay and which come again, and everything follows by counting. Attention scales and other data constants are kept.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from sartor.ir.channels.labels import Factor
 from sartor.ir.channels.rules_movement import slice_bounds
 from sartor.ir.program import Program
 from sartor.passes.rewriter import Rewriter
+from sartor.passes.widths import Order, Widths
 
 
-def narrow(program: Program, analysis: ChannelAnalysis, alive: np.ndarray, rewriter: Rewriter) -> None:
-    """Remove dead atoms from `program`, which has the nodes and names that `analysis` was made for.
+def narrow(program: Program, analysis: ChannelAnalysis, widths: Widths, rewriter: Rewriter) -> None:
+    """Give the channels of `program` other widths; it has the nodes and names that `analysis` was made for.
 
     Args:
         program: rewritten in place, through `rewriter`.
         analysis: its channel analysis.
-        alive: boolean per atom, as `analysis.alive_atoms(plan)` gives.
+        widths: what stays and what comes again.
         rewriter: of `program`.
     """
-    if alive.all():
-        return
-    _Narrowing(program, analysis, alive, rewriter).run()
+    if not widths.unchanged:
+        _Narrowing(program, analysis, widths, rewriter).run()
 
 
 def _take(axes: Sequence[tuple[int, np.ndarray]], array: np.ndarray) -> np.ndarray:
@@ -41,8 +41,8 @@ def _take(axes: Sequence[tuple[int, np.ndarray]], array: np.ndarray) -> np.ndarr
 
 
 class _Narrowing:
-    def __init__(self, program: Program, analysis: ChannelAnalysis, alive: np.ndarray, rewriter: Rewriter):
-        self.program, self.analysis, self.alive, self.rewriter = program, analysis, alive, rewriter
+    def __init__(self, program: Program, analysis: ChannelAnalysis, widths: Widths, rewriter: Rewriter):
+        self.program, self.widths, self.rewriter = program, widths, rewriter
         self.propagation = analysis.propagation
 
     def run(self) -> None:
@@ -57,9 +57,9 @@ class _Narrowing:
     def _parameters(self) -> None:
         keeps: dict[str, list[tuple[int, np.ndarray]]] = {}
         for (name, axis), atoms in self.propagation.parameter_atoms.items():
-            kept = self.alive[atoms]
-            if not kept.all():
-                keeps.setdefault(name, []).append((axis, np.flatnonzero(kept)))
+            order = self.widths.order(Factor((axis,), atoms), 0)
+            if order is not None:
+                keeps.setdefault(name, []).append((axis, order.old))
         for name, axes in keeps.items():
             tensor = self.program.initializers[name].const_value
             assert tensor is not None  # it is labelled
@@ -67,7 +67,7 @@ class _Narrowing:
             for axis, indices in axes:
                 shape[axis] = len(indices)
             self.rewriter.derive_initializer(name, functools.partial(_take, axes), shape)
-            self.rewriter.count("parameters_narrowed")
+            self.rewriter.count("parameters_resized")
 
     # ---- counting --------------------------------------------------------------------------
     def _factor(self, value: ir.Value | None, axis: int) -> Factor | None:
@@ -81,8 +81,8 @@ class _Narrowing:
                 return factor
         return None
 
-    def _kept(self, value: ir.Value | None, axis: int) -> np.ndarray | None:
-        """Boolean per position of an axis, or None when nothing of it is removed.
+    def _order(self, value: ir.Value | None, axis: int) -> Order | None:
+        """Positions along an axis, or None when they stay as they are.
 
         Raises:
             InternalError: a joint factor would become ragged.
@@ -90,25 +90,19 @@ class _Narrowing:
         factor = self._factor(value, axis)
         if factor is None:
             return None
-        alive = self.alive[factor.atoms]
-        if alive.all():
-            return None
-        lines = [alive.any(axis=tuple(j for j in range(alive.ndim) if j != i)) for i in range(alive.ndim)]
-        whole = np.ones((), dtype=bool)
-        for line in lines:
-            whole = np.multiply.outer(whole, line)
-        if (whole != alive).any():
-            name = value.name if value is not None else ""
-            raise InternalError(f"The plan leaves value '{name}' ragged along axis {axis}.")
-        return lines[factor.axes.index(axis)]
+        try:
+            return self.widths.order(factor, factor.axes.index(axis))
+        except InternalError as error:
+            error.add_note(f"Along axis {axis} of value '{value.name if value is not None else ''}'.")
+            raise
 
     def _length(self, value: ir.Value, axis: int) -> int:
-        kept = self._kept(value, axis)
-        return self.propagation.shapes[value.name or ""][axis] if kept is None else int(kept.sum())
+        order = self._order(value, axis)
+        return self.propagation.shapes[value.name or ""][axis] if order is None else len(order.old)
 
     def _changed(self, value: ir.Value | None) -> bool:
         rank = len(self.propagation.shapes[value.name or ""]) if value is not None else 0
-        return any(self._kept(value, axis) is not None for axis in range(rank))
+        return any(self._order(value, axis) is not None for axis in range(rank))
 
     def _replace(self, node: ir.Node, index: int, array: np.ndarray) -> None:
         value = self.rewriter.private_initializer(node, index)
@@ -151,7 +145,7 @@ class _Narrowing:
     def _split(self, node: ir.Node) -> None:
         rank = len(self.propagation.shapes[node.outputs[0].name or ""])
         axis = self.propagation.attribute(node, "axis", 0) % rank
-        if self._kept(node.inputs[0], axis) is None:
+        if self._order(node.inputs[0], axis) is None:
             return
         sizes = np.asarray([self._length(output, axis) for output in node.outputs], dtype=np.int64)
         if len(node.inputs) > 1 and node.inputs[1] is not None:
@@ -166,10 +160,10 @@ class _Narrowing:
             return
         starts, ends, changed = [], [], False
         for axis, (start, end, _) in bounds.items():
-            kept = self._kept(node.inputs[0], axis)
-            changed |= kept is not None
-            starts.append(start if kept is None else int(kept[:start].sum()))
-            ends.append(end if kept is None else int(kept[:end].sum()))
+            order = self._order(node.inputs[0], axis)
+            changed |= order is not None
+            starts.append(start if order is None else _before(order, start))
+            ends.append(end if order is None else _before(order, end))
         if not changed:
             return
         backwards = [a for a, (_, _, step) in bounds.items() if step < 0]
@@ -186,12 +180,13 @@ class _Narrowing:
             return
         rank = len(self.propagation.shapes[data.name or ""])
         axis = self.propagation.attribute(node, "axis", 0) % rank
-        kept = self._kept(data, axis)
-        if kept is None:
+        order = self._order(data, axis)
+        if order is None:
             return
-        old = np.where(indices < 0, indices + len(kept), indices)
-        position = np.cumsum(kept) - 1
-        self._replace(node, 1, position[old[kept[old]]] if old.ndim else position[old])
+        chosen = np.where(indices < 0, indices + self.propagation.shapes[data.name or ""][axis], indices)
+        taken = self._order(node.outputs[0], axis) if chosen.ndim else None
+        places = _Places(order)
+        self._replace(node, 1, np.asarray(places.of(chosen.ravel() if taken is None else chosen[taken.old])))
 
     def _pad(self, node: ir.Node) -> None:
         output = node.outputs[0]
@@ -204,11 +199,12 @@ class _Narrowing:
             return
         new = [int(p or 0) for p in pads]
         for i, axis in enumerate(order):
-            kept = self._kept(output, axis)
-            if kept is not None:
+            found = self._order(output, axis)
+            if found is not None:
+                length = self.propagation.shapes[output.name or ""][axis]
                 before, after = new[i], new[i + len(order)]
-                new[i] = int(kept[:before].sum())
-                new[i + len(order)] = int(kept[len(kept) - after :].sum())
+                new[i] = _before(found, before)
+                new[i + len(order)] = len(found.old) - _before(found, length - after)
         self._replace(node, 1, np.asarray(new))
 
     def _resize(self, node: ir.Node) -> None:
@@ -223,15 +219,45 @@ class _Narrowing:
         rows = self.propagation.group_rows.get(node.name or "")
         if rows is None:
             return
-        classes = self.analysis.classes
-        alive = self._rows_alive(rows, classes.of_atom)
-        name = "num_groups" if node.op_type == "GroupNormalization" else "group"
-        if int(alive.sum()) != len(rows):
-            self.rewriter.set_attribute(node, name, int(alive.sum()))
-
-    def _rows_alive(self, rows: np.ndarray, of_atom: np.ndarray) -> np.ndarray:
-        """Whether each group of a grouped operator stays; derived rows die when all their atoms do."""
+        children = None
         for projection in self.propagation.space.projections:
             if projection.slices.shape == rows.shape and (projection.slices == rows).all():
-                return self.alive[projection.children].any(axis=-1)
-        return self.alive[rows]
+                children = projection.children
+                break
+        count = self.widths.rows(rows, children)
+        if count != len(rows):
+            name = "num_groups" if node.op_type == "GroupNormalization" else "group"
+            self.rewriter.set_attribute(node, name, count)
+
+
+def _before(order: Order, position: int) -> int:
+    """How many new positions come before what was `position`.
+
+    Raises:
+        InternalError: copies were moved across it.
+    """
+    ahead = order.old < position
+    count = int(ahead.sum())
+    if not ahead[:count].all():
+        raise InternalError("Copies of units lie on both sides of where a value is cut.")
+    return count
+
+
+class _Places:
+    """Where the copies of old positions are now, each handed out once in a turn."""
+
+    def __init__(self, order: Order):
+        self.places: dict[int, list[int]] = {}
+        for new, old in enumerate(order.old.tolist()):
+            self.places.setdefault(old, []).append(new)
+
+    def of(self, chosen: np.ndarray) -> list[int]:
+        """New positions of old ones; of one that is asked for again the next copy, in turn."""
+        asked: dict[int, int] = {}
+        found = []
+        for old in chosen.tolist():
+            places = self.places.get(old, [])
+            if places:
+                found.append(places[asked.get(old, 0) % len(places)])
+                asked[old] = asked.get(old, 0) + 1
+        return found

@@ -8,11 +8,15 @@ from sartor.errors import PlanError
 from sartor.ir.channels import ChannelAnalysis, channel_groups
 from sartor.ir.plan import Plan
 from sartor.ir.program import Program
+from sartor.passes.deepen import repeat_blocks
 from sartor.passes.factored import factorize
 from sartor.passes.narrow import narrow
 from sartor.passes.remove_blocks import remove_blocks
+from sartor.passes.remove_layers import remove_layers
 from sartor.passes.resolution import resize_inputs
 from sartor.passes.rewriter import Rewriter
+from sartor.passes.widen import share_out
+from sartor.passes.widths import Widths
 
 
 def apply_plan(program: Program, plan: Plan, analysis: ChannelAnalysis | None = None) -> Program:
@@ -50,16 +54,20 @@ def at_plan_size(program: Program, plan: Plan) -> tuple[Program, Plan]:
 def rewrite(
     program: Program, plan: Plan, rewriter: Rewriter, analysis: ChannelAnalysis | None = None
 ) -> None:
-    """Narrow groups, remove blocks, factorize layers and resize inputs of `program` in place, in this order.
+    """Widths of groups, blocks, layers and input sizes, as the plan says and in this order, in place.
 
     Groups and blocks are those of the program before all of it, and the weights of layers those that are left.
     """
-    if plan.groups:
+    if plan.groups or plan.widened:
         analysis = analysis or channel_groups(program, approximate=plan.approximate)
-        narrow(program, analysis, analysis.alive_atoms(plan), rewriter)
+        widths = Widths(analysis, plan)
+        narrow(program, analysis, widths, rewriter)
+        share_out(program, analysis, widths, rewriter)
         program.invalidate()
     if plan.blocks:
         remove_blocks(program, plan.blocks, rewriter)
+    repeat_blocks(program, plan.deepened, rewriter)
+    remove_layers(program, plan.layers, rewriter)
     factorize(program, plan.factors, rewriter)
     resize_inputs(program, plan.sizes, rewriter)
 

@@ -18,6 +18,7 @@ REGISTRY = Registry(
         "quantize": "sartor.passes.quantize:Quantize",
         "remove-blocks": "sartor.passes.remove_blocks:RemoveBlocks",
         "remove-dead": "sartor.passes.remove_dead:RemoveDead",
+        "remove-layers": "sartor.passes.remove_layers:RemoveLayers",
         "rescale": "sartor.passes.rescale:Rescale",
     },
 )

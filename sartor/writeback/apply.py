@@ -63,16 +63,22 @@ def apply_to_module(
     _require_plain(module)
     if not isinstance(plan, Plan):
         raise UsageError(f"Expected a sartor.Plan, got '{type(plan).__name__}'; read one with Plan.load.")
-    if plan.factors:
+    if plan.factors or plan.layers:
+        section = "factors" if plan.factors else "layers"
         raise UsageError(
-            f"The plan factorizes layers of '{type(module).__name__}', for which the module has no places. Apply it to "
-            "the captured program, or leave its section 'factors' away."
+            f"The plan replaces layers of '{type(module).__name__}', for which the module has no places. Apply it to "
+            f"the captured program, or leave its section '{section}' away."
         )
     if plan.sizes:
         raise UsageError(
             f"The plan gives '{type(module).__name__}' another input size {dict(plan.sizes)}, which a module takes "
             "with its inputs; tables of positions in it would not follow. Apply the plan to the captured program, or "
             "leave its section 'scale' away."
+        )
+    if plan.widened or plan.deepened:
+        raise UsageError(
+            f"The plan adds units or blocks to '{type(module).__name__}', for which the module has no places. Apply it "
+            "to the captured program, or leave its section 'scale' away."
         )
     if program is None:
         if example_inputs is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
@@ -14,7 +15,7 @@ from sartor.ir.channels.floors import floors
 from sartor.ir.channels.group import BlockedAxis, ChannelGroup, Member
 from sartor.ir.channels.groups import Classes, UnitSet
 from sartor.ir.channels.labels import Factor
-from sartor.ir.channels.masking import UnmaskableError, zeros
+from sartor.ir.channels.masking import UnmaskableError, Zero, zeros
 from sartor.ir.channels.propagate import Propagation, Sink
 from sartor.ir.extents import Extent, part
 from sartor.ir.plan import Plan
@@ -75,6 +76,20 @@ class ChannelAnalysis:
         if name in self._all:
             return self._all[name]
         raise PlanError(f"There is no channel group '{name}' in '{self.program.source.name}'.")
+
+    def sized(self, name: str, size: int) -> ChannelGroup:
+        """The group called `name`, if it has as many units as a plan says.
+
+        Raises:
+            PlanError: there is none, or it has another size.
+        """
+        group = self.group(name)
+        if size != group.size:
+            raise PlanError(
+                f"Group '{name}' has {group.size} units, the plan was made for {size}; "
+                "make a new plan for this model."
+            )
+        return group
 
     # ---- construction ----------------------------------------------------------------------
     def _unmaskable(self) -> dict[int, tuple[str, str]]:
@@ -258,12 +273,7 @@ class ChannelAnalysis:
         """
         dead = np.zeros(self.propagation.space.count, dtype=bool)
         for name, entry in plan.groups.items():
-            group = self.group(name)
-            if entry.size != group.size:
-                raise PlanError(
-                    f"Group '{name}' has {group.size} units, the plan was made for {entry.size}; "
-                    "make a new plan for this model."
-                )
+            group = self.sized(name, entry.size)
             kept = np.zeros(group.size, dtype=bool)
             kept[list(entry.keep)] = True
             for floor in group.floors:
@@ -282,20 +292,37 @@ class ChannelAnalysis:
 
     def masked_members(self, group: ChannelGroup) -> tuple[Member, ...]:
         """The parameter axes that MASKED zeroes for the units of `group`: where its gates multiply."""
-        units = self._sets[self._numbers[group.name]]
         maps = {(m.initializer, m.axis): m.index_map for m in group.members}
-        found: dict[tuple[str, int], np.ndarray] = {}
+        found: dict[tuple[str, int], Any] = {}
+        for zero in self.zeros_of(group):
+            key = (zero.initializer, zero.axis)
+            found[key] = found.get(key, False) | zero.mask
+        places = ((key, np.where(mask, maps[key], -1)) for key, mask in found.items() if key in maps)
+        return tuple(Member(name, axis, "masked", units) for (name, axis), units in places)
+
+    def zeros_of(self, group: ChannelGroup, *, linear: bool = False) -> list[Zero]:
+        """Where zeros make all units of `group` contribute nothing.
+
+        Args:
+            group: of this analysis.
+            linear: any factor there must reach the result as the same factor, not only zero as zero.
+
+        Raises:
+            UnmaskableError: there is no such place; names the operator.
+        """
+        units = self._sets[self._numbers[group.name]]
+        found: dict[tuple[str, int, str, int], Any] = {}
         for half in (0, 1):  # never all units at once: of a query's features that would take its heads, too
             dead = np.zeros(self.propagation.space.count, dtype=bool)
             dead[units.classes[(units.units >= 0) & (units.units % 2 == half)]] = True
-            for zero in zeros(self.propagation, dead[self.classes.of_atom]):
-                key = (zero.initializer, zero.axis)
-                found[key] = found.get(key, np.zeros_like(zero.mask)) | zero.mask
-        return tuple(
-            Member(name, axis, "masked", np.where(mask, maps[name, axis], -1))
-            for (name, axis), mask in found.items()
-            if (name, axis) in maps
-        )
+            for zero in zeros(self.propagation, dead[self.classes.of_atom], linear=linear):
+                place = (zero.initializer, zero.axis, zero.node, zero.input)
+                found[place] = found.get(place, False) | zero.mask
+        return [Zero(name, axis, mask, node, index) for (name, axis, node, index), mask in found.items()]
+
+    def units_of_atoms(self, group: ChannelGroup) -> np.ndarray:
+        """Unit of `group` per atom, −1 where it has none."""
+        return self._lookup(self._numbers[group.name], self.classes.of_atom)
 
     # ---- extents ---------------------------------------------------------------------------
     @cached_property

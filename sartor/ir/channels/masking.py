@@ -28,6 +28,12 @@ _SAME_ATOMS = frozenset(
 )
 """Operators that map zero to zero and keep the atoms of their first input."""
 
+_LINEAR = frozenset(
+    """Transpose Reshape Squeeze Unsqueeze Flatten Cast Identity Slice Split Gather Neg Expand Tile AveragePool
+    GlobalAveragePool ReduceMean ReduceSum DepthToSpace SpaceToDepth""".split()
+)
+"""Those of them that map a multiple to the same multiple."""
+
 
 class UnmaskableError(PassError):
     """Features that no zeroed parameter turns into zeros.
@@ -63,22 +69,26 @@ class Zero:
     input: int
 
 
-def zeros(propagation: Propagation, dead: np.ndarray, sinks: Sequence[Sink] | None = None) -> list[Zero]:
+def zeros(
+    propagation: Propagation, dead: np.ndarray, sinks: Sequence[Sink] | None = None, *, linear: bool = False
+) -> list[Zero]:
     """What to zero so that the atoms in `dead` contribute nothing.
 
     Args:
         propagation: of the program.
         dead: boolean per atom.
         sinks: where to look; everywhere by default.
+        linear: not only zeros but any factor must get through.
 
     Raises:
         UnmaskableError: an operator on the way from a query to its producer does not keep zeros; names it.
     """
-    walk = _Walk(propagation)
+    walk = _Walk(propagation, linear)
     for sink in propagation.sinks if sinks is None else sinks:
         gone = dead[sink.atoms]
-        if not sink.weight and len(sink.summed) < gone.ndim:
-            # A slice that goes as a whole, as a head of q·k does, is cut where its result is read.
+        if (linear or not sink.weight) and len(sink.summed) < gone.ndim:
+            # A slice that goes as a whole, as a head of q·k does, is cut where its result is read. Where a weight
+            # reads it (a grouped convolution), zeros do no harm, but a factor would count twice.
             gone = gone & ~gone.all(axis=sink.summed, keepdims=True)
         wanted = np.zeros_like(dead)
         wanted[sink.atoms[gone]] = True
@@ -91,9 +101,10 @@ def zeros(propagation: Propagation, dead: np.ndarray, sinks: Sequence[Sink] | No
 
 
 class _Walk:
-    def __init__(self, propagation: Propagation):
+    def __init__(self, propagation: Propagation, linear: bool):
         self.propagation = propagation
         self.nodes = propagation.nodes
+        self.linear = linear
         self.found: dict[tuple[str, int, str, int], np.ndarray] = {}
 
     def merged(self) -> list[Zero]:
@@ -120,12 +131,12 @@ class _Walk:
 
     def _through(self, node: ir.Node, value: ir.Value, wanted: np.ndarray) -> None:
         operator = node.op_type
-        if operator in _SAME_ATOMS:
+        if operator in (_LINEAR if self.linear else _SAME_ATOMS):
             self.zero(node, 0, wanted)
         elif operator == "Concat":
             for index, operand in enumerate(node.inputs):
                 self.zero(node, index, self._beside(operand, value, wanted))
-        elif operator == "Clip" and self._clip_keeps_zero(node):
+        elif operator == "Clip" and not self.linear and self._clip_keeps_zero(node):
             self.zero(node, 0, wanted)
         elif operator in ("Mul", "Div"):
             candidates = [0] if operator == "Div" else [0, 1]
@@ -160,7 +171,8 @@ class _Walk:
             self._refuse(node)
 
     def _refuse(self, node: ir.Node) -> None:
-        reason = f"{node.op_type} between a query and its producer does not keep zeros"
+        kept = "multiples" if self.linear else "zeros"
+        reason = f"{node.op_type} between a query and its producer does not keep {kept}"
         raise UnmaskableError(reason, node.name or "", self.propagation.program.where(node))
 
     def _with_children(self, wanted: np.ndarray) -> np.ndarray:
