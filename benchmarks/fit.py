@@ -4,7 +4,7 @@ Needs the trained example (`make demo` leaves it behind) and trains the MobileNe
 `mobilenet_digits.py` once, into the folder given with `--work`. A ResNet-18 with random weights is only cut.
 
 Told of every case: the measured ratio with its 95 % interval, how far it is below the budget (a fit lands if that is
-3 % at most, and the interval not above it), and how many networks were measured on the way.
+3 % at most, and the interval not above it), and in how many iterations how many networks were measured on the way.
 """
 
 from __future__ import annotations
@@ -78,6 +78,7 @@ def landed(report: dict, budget: str) -> dict[str, object]:
         "below_budget": 1.0 - ratio / wanted,
         "landed": high <= wanted and ratio >= (1.0 - NEAR) * wanted,
         "measured": len(report["history"]),
+        "iterations": max(entry["iteration"] for entry in report["history"]),
     }
 
 
@@ -143,6 +144,7 @@ def main() -> int:
         "met": sum(row["exit_code"] == 0 for row in rows),
         "landed": sum(bool(row.get("landed")) for row in rows),
         "most_measured": max((row.get("measured", 0) for row in rows), default=0),
+        "most_iterations": max((row.get("iterations", 0) for row in rows), default=0),
         "cases": len(rows),
         "wall_s": sum(row["wall_s"] for row in rows),
     }

@@ -26,6 +26,7 @@ from sartor.errors import (
     EXIT_USAGE,
     UsageError,
 )
+from sartor.fit_profile import require_of_this
 from sartor.fit_report import fit_report
 from sartor.ir.blocks import residual_blocks
 from sartor.ir.channels import channel_groups
@@ -34,7 +35,7 @@ from sartor.ir.program import Program
 from sartor.journal import Journal
 from sartor.passes.base import Context
 from sartor.passes.remove_blocks import kept_by
-from sartor.selection import Selection, require_of_this
+from sartor.selection import Selection
 from sartor.strategies.budgeted_greedy import require_strategy
 from sartor.versions import versions
 from sartor.workbench import FitOptions, Workbench, static_costs

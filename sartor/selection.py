@@ -7,29 +7,26 @@ import hashlib
 import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from sartor.cost_models.ladder import Ladder
 from sartor.cost_models.profile import DeviceProfile
 from sartor.errors import BackendError, MetricUnavailableError, UsageError
+from sartor.fit_profile import outdated, sampled_precision
 from sartor.ir.channels import ChannelAnalysis
 from sartor.ir.fusion import CONTRACTIONS, json_attributes
 from sartor.ir.plan import Plan
 from sartor.ir.workload import build_workload
 from sartor.journal import Journal
-from sartor.landing import Landing
+from sartor.landing import Landing, Seen
 from sartor.profiling.build import fusion_rules
 from sartor.strategies.budgeted_greedy import EXCESS, BudgetedGreedy, Decision, Price, floor, levels
 from sartor.unit_scores import unit_scores
-from sartor.workbench import FitOptions, Workbench, static_costs
+from sartor.workbench import Workbench, static_costs
 
-if TYPE_CHECKING:
-    from sartor.backends.protocol import Backend
-    from sartor.tasks import Runner
-
-_MOST_MEASURED = 6
+_MOST_ITERATIONS = 5
 _TABLE_S, _SELECT_S = 20.0, 25.0
 _PRUNING_SD = 0.04
 """Of the latency of a random pruning: together they weigh no more than a few measured candidates."""
@@ -99,26 +96,11 @@ class Selection:
         strategy = BudgetedGreedy(
             self.analysis, self.blocks, importance, self.workload, self._price, self._grid
         )
-        self.progress.stage("search", _MOST_MEASURED)
+        self.progress.stage("search", _MOST_ITERATIONS)
         landing = Landing(self.limits, self._predict)
-        tried: list[Decision] = []
-        for _ in range(_MOST_MEASURED):
-            decision = strategy.search(landing.wanted)
-            known = [one.plan for one in tried]
-            while decision.plan in known and landing.higher():
-                decision = strategy.search(landing.wanted)
-            if decision.plan in known:
-                break  # the next finer step is over the limit: this is as near as the grid allows
-            tried.append(decision)
-            step, record = self._try(decision)
-            baseline_s = self.baseline.get("latency", 0.0)
-            excess = landing.excess(record["static"], record["ci95"][1] * baseline_s)
-            said = landing.seen(decision, record["ratio"] * baseline_s, excess)
-            if not said:
-                break
-            self.decisions.append(f"step {step} is {said}; aimed again")
-        chosen = landing.best or tried[-1]
-        return chosen.plan, float(chosen.predicted["latency"])
+        best = landing.run(strategy.search, self._try, _MOST_ITERATIONS)
+        self.decisions += landing.decisions
+        return best.plan, float(best.predicted["latency"])
 
     def _predict(self, decision: Decision) -> float:
         """Latency of a decision by the table as it is now, seconds."""
@@ -127,32 +109,53 @@ class Selection:
             self.model.estimate_batch(self.workload, self.analysis.fractions(decision.plan), removed)
         )
 
-    def _try(self, decision: Decision) -> tuple[int, dict[str, Any]]:
-        """Apply, lower and measure a decision, or take it from the journal; its step and its record."""
-        digest = hashlib.sha256(decision.plan.to_json().encode()).hexdigest()
-        known = self.journal.find("measured", plan=digest)
-        if known is None and (shared := self.bench.shared(digest)) is not None:
-            known = self.journal.append("measured", **shared)
-        if known is None:
+    def _try(self, decisions: Sequence[Decision], iteration: int) -> list[Seen]:
+        """Apply, lower and measure decisions, interleaved, or take them from the journal."""
+        records = self._known(decisions)
+        new = [i for i, record in enumerate(records) if record is None]
+        if new:
             from sartor.passes.prune import apply_plan
 
-            pruned = apply_plan(self.program, decision.plan, self.analysis)
-            artifact = self.bench.lower(pruned, self.bench.folder / f"step{len(self.history) + 1}")
-            measured = self.bench.measure([self.bench.baseline, artifact], _SELECT_S)
-            fields: dict[str, Any] = {
-                "plan": digest,
-                "ratio": measured.ratio.latency,
-                "ci95": list(measured.ratio.latency_ci95),
-                "predicted_latency_s": float(decision.predicted["latency"]),
-                "static": static_costs(pruned),
-            }
-            if self.bench.data is not None:
-                fields["score"] = self.bench.score(artifact, "evaluate")[0]
-            known = self.journal.append("measured", **fields)
-            self.bench.share(decision.plan, fields, self.limits, self.baseline["latency"])
+            pruned = [apply_plan(self.program, decisions[i].plan, self.analysis) for i in new]
+            folders = [self.bench.folder / f"step{len(self.history) + i + 1}" for i in new]
+            artifacts = [self.bench.lower(p, f) for p, f in zip(pruned, folders, strict=True)]
+            measured = self.bench.measure([self.bench.baseline, *artifacts], _SELECT_S * (1 + len(new)) / 2)
+            for i, candidate, artifact, ratio in zip(new, pruned, artifacts, measured.ratios, strict=True):
+                fields: dict[str, Any] = {
+                    "plan": _digest(decisions[i].plan),
+                    "ratio": ratio.latency,
+                    "ci95": list(ratio.latency_ci95),
+                    "predicted_latency_s": float(decisions[i].predicted["latency"]),
+                    "static": static_costs(candidate),
+                }
+                if self.bench.data is not None:
+                    fields["score"] = self.bench.score(artifact, "evaluate")[0]
+                records[i] = self.journal.append("measured", **fields)
+                self.bench.share(decisions[i].plan, fields, self.limits, self.baseline["latency"])
+        found = [record for record in records if record is not None]
+        for decision, record in zip(decisions, found, strict=True):
+            self._learn(decision, record, iteration)
+        self.progress.advance()
+        baseline_s = self.baseline.get("latency", 0.0)
+        return [Seen(r["static"], r["ratio"] * baseline_s, r["ci95"][1] * baseline_s) for r in found]
+
+    def _known(self, decisions: Sequence[Decision]) -> list[Mapping[str, Any] | None]:
+        """Records of decisions that this run, or another of its study, has measured."""
+        records: list[Mapping[str, Any] | None] = []
+        for decision in decisions:
+            digest = _digest(decision.plan)
+            known = self.journal.find("measured", plan=digest)
+            if known is None and (shared := self.bench.shared(digest)) is not None:
+                known = self.journal.append("measured", **shared)
+            records.append(known)
+        return records
+
+    def _learn(self, decision: Decision, known: Mapping[str, Any], iteration: int) -> None:
+        """Note a measured decision, and correct the cost model by it."""
         step = len(self.history) + 1
         entry: dict[str, Any] = {
             "step": step,
+            "iteration": iteration,
             "change": describe(decision),
             "measured_ratio": known["ratio"],
             "measured_ci95": known["ci95"],
@@ -166,9 +169,7 @@ class Selection:
             latency_s = known["ratio"] * self.baseline["latency"]
             self.model.calibrate(self.workload, latency_s, self.analysis.fractions(decision.plan), removed)
             entry["scales"] = {family: round(scale, 4) for family, scale in self.model.scales.items()}
-        self.progress.advance()
         self.progress(f"step {step}: {known['ratio']:.3f}x measured, {entry['change']}")
-        return step, known
 
     def _cost_model(self) -> Ladder:
         """What predicts latency: the profile that was given, or one of this network's own kernels."""
@@ -310,55 +311,8 @@ class Selection:
                 )
 
 
-def require_of_this(profile: DeviceProfile, options: FitOptions) -> None:
-    """Refuse a profile of another target, precision or number of threads: it was meant for another command.
-
-    Raises:
-        UsageError: it is.
-    """
-    here = {
-        "target": options.target,
-        "precision": sampled_precision(options.precision),
-        "threads": options.threads,
-    }
-    then = {**profile.target, "target": profile.target.get("name")}
-    for what, value in here.items():
-        if then.get(what) != value:
-            raise UsageError(
-                f"The device profile is of {what} '{then.get(what)}', and this fit of '{value}'. Build one with "
-                f"'sartor profile --target {options.target}', or leave --profile away: then kernels are timed first."
-            )
-
-
-def outdated(profile: DeviceProfile, backend: Backend, runner: Runner) -> str:
-    """Why a profile no longer holds: of another machine, of another version of the runtime, or of other fusion rules.
-
-    Returns:
-        A part of a sentence; empty where it holds.
-    """
-    from sartor.backends import host
-
-    if runner.device:
-        return f"candidates are measured on '{runner.device}'"
-    rules = profile.target.get("settings", {}).get("fusion_sha256")
-    then_and_here = (
-        ("processor", profile.device.get("cpu"), host.cpu_model()),
-        ("version", profile.target.get("version"), backend.capabilities().version),
-        ("fusion rules", rules, fusion_rules(backend).sha256 if rules else None),
-    )
-    for what, then, here in then_and_here:
-        if then != here:
-            return f"it is of {what} '{then}', and here it is '{here}'"
-    return ""
-
-
-def sampled_precision(precision: str) -> str:
-    """What kernels are timed in for a fit in `precision`.
-
-    Those of a precision that a pass makes need data, so float32 stands for them: what a step of pruning saves of each
-    kernel carries over, and the baseline's own latency sets the scale.
-    """
-    return {"int8": "f32", "f16": "f32"}.get(precision, precision)
+def _digest(plan: Plan) -> str:
+    return hashlib.sha256(plan.to_json().encode()).hexdigest()
 
 
 def describe(decision: Decision) -> str:

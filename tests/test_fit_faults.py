@@ -247,7 +247,7 @@ def test_a_search_that_comes_back_to_a_plan_is_over(fit, tmp_path, monkeypatch):
     monkeypatch.setattr(BudgetedGreedy, "search", two)
     tries = []
     attempt = Selection._try
-    monkeypatch.setattr(Selection, "_try", lambda self, decision: tries.append(1) or attempt(self, decision))
+    monkeypatch.setattr(Selection, "_try", lambda self, *those: tries.append(1) or attempt(self, *those))
     _, report, _, _ = fit(budget="latency=0.8x")
     assert found[0].plan != found[1].plan
     measured = [r for r in read(tmp_path / "out" / "o" / "journal.jsonl") if r["kind"] == "measured"]

@@ -20,9 +20,10 @@ from sartor.cost_models.ladder import Ladder
 from sartor.cost_models.law import Law
 from sartor.cost_models.sampling import sample_kernels
 from sartor.errors import UsageError
+from sartor.fit_profile import outdated, sampled_precision
 from sartor.ir.workload import build_workload
 from sartor.profiling.inside import Inside, InsideEffort
-from sartor.selection import Selection, outdated, sampled_precision
+from sartor.selection import Selection
 from sartor.workbench import Workbench
 
 

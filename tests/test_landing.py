@@ -1,4 +1,4 @@
-"""A search lands just below its limit in three measurements, on a simulated target whose predictions are off."""
+"""A search lands just below its limit in three iterations, on a simulated target whose predictions are off."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from sartor.ir.plan import Plan
-from sartor.landing import INSIDE, NEAR, Landing
+from sartor.landing import INSIDE, NEAR, Landing, Seen
 from sartor.strategies.budgeted_greedy import Decision
 
 BASELINE_S = 0.02
@@ -45,35 +45,39 @@ class World:
         return value
 
 
-def land(world, share, learn, most=6):
+def land(world, share, learn, most=5):
     landing = Landing({"latency": share * BASELINE_S}, world.predict)
-    last = None
-    for _ in range(most):
-        decision = world.search(landing.wanted)
-        while last is not None and decision.plan == last.plan and landing.higher():
-            decision = world.search(landing.wanted)
-        if last is not None and decision.plan == last.plan:
-            break
-        last = decision
-        measured = world.measure(decision, learn)
-        if not landing.seen(decision, measured, landing.excess({}, measured * (1 + HALF_WIDTH))):
-            break
+
+    def measure(decisions, iteration):
+        world.iterations = iteration
+        times = [world.measure(decision, learn) for decision in decisions]
+        return [Seen({}, time, time * (1 + HALF_WIDTH)) for time in times]
+
+    landing.run(world.search, measure, most)
     return landing
 
 
 @pytest.mark.parametrize("share", [0.5, 0.8])
 @pytest.mark.parametrize("learn", [True, False])
 @pytest.mark.parametrize(("bias", "bend"), [(1.0, 1.0), (0.85, 1.0), (1.2, 1.0), (1.05, 0.8), (0.95, 1.25)])
-def test_three_measurements_are_enough(bias, bend, learn, share):
-    taken = []
-    for seed in range(20):
-        world = World(bias, bend, wiggle=0.003, step=0.004, seed=seed)
+@pytest.mark.parametrize("wiggle", [0.003, 0.03])
+def test_three_iterations_are_enough(bias, bend, learn, share, wiggle):
+    """Nearly always where plans next to each other are off by 1.7 % (one standard deviation), as ResNet-18's were.
+
+    What counts as near is 2.2 % wide then, so that a plan alone hits it four times in ten.
+    """
+    taken, measured, near = [], [], []
+    for seed in range(30):
+        world = World(bias, bend, wiggle=wiggle, step=0.004, seed=seed)
         landing = land(world, share, learn)
         assert landing.best is not None
         assert world.true(landing.best) * (1 + HALF_WIDTH) < share * BASELINE_S
-        assert world.true(landing.best) > (NEAR - 0.005) * share * BASELINE_S
-        taken.append(world.measured)
-    assert np.mean(np.array(taken) <= 3) >= 0.9, taken
+        near.append(world.true(landing.best) > (NEAR - 0.005) * share * BASELINE_S)
+        taken.append(world.iterations)
+        measured.append(world.measured)
+    assert np.mean(np.array(taken) <= 3) >= (0.99 if wiggle < 0.01 else 0.75), taken
+    assert np.mean(near) >= (0.99 if wiggle < 0.01 else 0.9)
+    assert max(measured) <= 13 and np.mean(measured) <= 7.5
 
 
 def test_a_coarse_grid_ends_at_its_nearest_plan():
@@ -121,7 +125,7 @@ def test_an_aim_is_raised_until_the_next_plan_is_surely_over():
     over = Decision(Plan("0" * 64, notes={"at": 0.99}), (), {"latency": 0.99}, True)
     assert "over by" in landing.seen(over, 1.01, {"latency": 1.01})
     while landing.higher():
-        assert landing.wanted["latency"] < 0.99
+        assert landing.wanted["latency"] < 1.005
     assert landing.wanted["latency"] >= 0.9
 
 
