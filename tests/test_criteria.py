@@ -306,8 +306,8 @@ def test_refusals() -> None:
     program, analysis = mlp(W1, W2), hidden_group(3)
     with pytest.raises(UsageError, match="Unknown criterion 'magic'"):
         criterion("magic")
-    for name in ("taylor", "fisher"):
-        with pytest.raises(UsageError, match=f"'{name}' needs data for gradients"):
+    for name in ("taylor", "fisher", "taylor-map", "taylor-weight"):
+        with pytest.raises(UsageError, match=f"'{name}' needs data"):
             score(name, program, analysis)
     with pytest.raises(UsageError, match="calibration data are empty"):
         score("taylor", program, analysis, data=[])
@@ -335,7 +335,7 @@ def test_every_criterion_scores_a_real_network() -> None:
         for group in analysis.groups:
             scores = result.groups[group.name]
             assert scores.shape == (group.size,) and np.isfinite(scores).all() and (scores >= 0).all()
-            assert np.ptp(scores) > 0
+            assert np.ptp(scores) > 0 or name == "hrank"  # noise has full rank everywhere
 
 
 def test_gradient_of_a_gate_on_an_unused_initializer_is_zero() -> None:

@@ -22,6 +22,7 @@ from sartor.ir.program import CANONICAL_OPSET, DIALECT_DOMAIN, Program, infer_sh
 
 DIALECT_VERSION = 1
 CHANNEL_GATE = "ChannelGate"
+FILTER_MASK = "FilterMask"
 
 
 def channel_gate() -> ir.Function:
@@ -44,6 +45,51 @@ def channel_gate() -> ir.Function:
     y = node("Mul", "y", [x, node("Reshape", "spread", [gate, target])])
     body = ir.Graph([x, gate], [y], nodes=nodes, opset_imports={"": CANONICAL_OPSET}, name=CHANNEL_GATE)
     return ir.Function(DIALECT_DOMAIN, CHANNEL_GATE, graph=body, attributes=[])
+
+
+def filter_mask() -> ir.Function:
+    """`FilterMask(mask [U], index [...]) -> y [...]`: 1 where `mask[index] >= 0`, else 0; 1 where the index is below 0.
+
+    What a mask keeps are the units whose sigmoid is one half or more. Its gradient in the FX twin is the sigmoid's, as
+    if nothing had been rounded (a straight-through estimator).
+    """
+    mask, index = ir.Value(name="mask"), ir.Value(name="index")
+    nodes: list[ir.Node] = []
+
+    def node(op_type: str, name: str, inputs: list[ir.Value]) -> ir.Value:
+        made = ir.node(op_type, inputs, num_outputs=1, name=name)
+        made.outputs[0].name = name
+        nodes.append(made)
+        return made.outputs[0]
+
+    def number(name: str, value: int) -> ir.Value:
+        made = ir.node(
+            "Constant",
+            [],
+            {"value": ir.Tensor(np.asarray(value, np.int64), name=name)},
+            num_outputs=1,
+            name=name,
+        )
+        made.outputs[0].name = name
+        nodes.append(made)
+        return made.outputs[0]
+
+    zero, one = number("zero", 0), number("one", 1)
+    values = node("Gather", "values", [mask, node("Max", "within", [index, zero])])
+    is_open = node("GreaterOrEqual", "open", [values, node("CastLike", "threshold", [zero, mask])])
+    outside = node("Less", "outside", [index, zero])
+    y = node(
+        "Where",
+        "y",
+        [outside, node("CastLike", "whole", [one, mask]), node("CastLike", "hard", [is_open, mask])],
+    )
+    body = ir.Graph([mask, index], [y], nodes=nodes, opset_imports={"": CANONICAL_OPSET}, name=FILTER_MASK)
+    return ir.Function(DIALECT_DOMAIN, FILTER_MASK, graph=body, attributes=[])
+
+
+def is_filter_mask(node: ir.Node) -> bool:
+    """True for a call of `FilterMask`."""
+    return node.domain == DIALECT_DOMAIN and node.op_type == FILTER_MASK
 
 
 def is_channel_gate(node: ir.Node) -> bool:

@@ -17,7 +17,7 @@ from sartor.ir import torch_ops
 from sartor.ir.deferred import is_large
 from sartor.ir.fx_tensors import TORCH_TYPES, UNSIGNED, constant_array, to_tensor
 from sartor.ir.host_values import HostValues
-from sartor.ir.program import Program, infer_shapes
+from sartor.ir.program import DIALECT_DOMAIN, Program, infer_shapes
 from sartor.ir.twin_names import RESERVED, identifiers, state_keys
 
 _STATISTICS = (3, 4)  # inputs of BatchNormalization that hold running mean and variance
@@ -59,7 +59,8 @@ class Builder:
         self.model = model or program.model
         if self.model.functions:
             self.model = self.model.clone()
-            ir.passes.common.InlinePass()(self.model)
+            own = torch_ops.dialect.DIALECT_OPERATORS
+            ir.passes.common.InlinePass(criteria=lambda function: function.name not in own)(self.model)
         self.graph = fx.Graph()
         self.root = nn.Module()
         self.values: dict[ir.Value, fx.Node] = {}
@@ -194,6 +195,11 @@ class Builder:
             return
         if node.op_type == "If" and node.domain in ("", "ai.onnx"):
             self._branches(node)
+            return
+        if node.domain == DIALECT_DOMAIN and node.op_type in torch_ops.dialect.DIALECT_OPERATORS:
+            function = torch_ops.dialect.DIALECT_OPERATORS[node.op_type]
+            operands = tuple(self.tensor(value) for value in node.inputs if value is not None)
+            self._set_outputs(node, self.graph.call_function(function, operands), 0)
             return
         spec = torch_ops.OPERATORS.get(node.op_type) if node.domain in ("", "ai.onnx") else None
         if spec is None:

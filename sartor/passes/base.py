@@ -24,6 +24,9 @@ from sartor.plugins import Registry
 
 __all__ = ["Context", "Option", "Pass", "PassResult", "Planned", "Refusal", "Semantics", "option"]
 
+CRITERIA = "random, l1, l2, fpgm, bn-gamma, taylor, fisher, taylor-map, taylor-weight, activation, hrank"
+"""Criteria that come with Sartor, for the help of passes, which do not know them."""
+
 _IMPORTANCE = Registry("sartor.importance", "importance", {"criteria": "sartor.strategies.supply:importance"})
 _KEBAB = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
 

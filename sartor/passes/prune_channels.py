@@ -13,7 +13,7 @@ import numpy as np
 from sartor.ir.channels import ChannelAnalysis, ChannelGroup, channel_groups
 from sartor.ir.plan import GroupPlan, Plan
 from sartor.ir.program import Program
-from sartor.passes.base import Context, Pass, Planned, Refusal, Semantics, option
+from sartor.passes.base import CRITERIA, Context, Pass, Planned, Refusal, Semantics, option
 from sartor.passes.prune import rewrite
 from sartor.passes.rewriter import Rewriter
 
@@ -34,7 +34,7 @@ class PruneChannels(Pass):
     ratio: float = option(
         help="fraction of every group to remove, rounded down; one unit stays", minimum=0.0, maximum=1.0
     )
-    criterion: str = option("random", help="what ranks units: random, l1, l2, fpgm, bn-gamma, taylor, fisher")
+    criterion: str = option("random", help=f"what ranks units: {CRITERIA}")
     seed: int = option(0, help="of criterion random", minimum=0)
     grid: int = option(
         1, help="keep multiples of this many parameter indices where a group is larger", minimum=1

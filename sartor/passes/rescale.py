@@ -17,7 +17,7 @@ from sartor.ir.channels import ChannelGroup, channel_groups
 from sartor.ir.plan import Plan, Widening
 from sartor.ir.program import Program
 from sartor.passes import deepen, widen
-from sartor.passes.base import Context, Pass, Planned, Refusal, Semantics, option
+from sartor.passes.base import CRITERIA, Context, Pass, Planned, Refusal, Semantics, option
 from sartor.passes.prune import rewrite
 from sartor.passes.prune_channels import PruneChannels
 from sartor.passes.remove_blocks import RemoveBlocks, kept_by
@@ -62,7 +62,7 @@ class Rescale(Pass):
         minimum=0,
     )
     channel_grid: int = option(1, help="round widths up to multiples of this many channels", minimum=1)
-    criterion: str = option("l2", help="what ranks what goes: random, l1, l2, fpgm, taylor, fisher")
+    criterion: str = option("l2", help=f"what ranks what goes: {CRITERIA}")
     seed: int = option(0, help="of criterion random, and of which units are copied", minimum=0)
 
     def plan(self, program: Program, context: Context) -> Any:

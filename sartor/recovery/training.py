@@ -17,6 +17,7 @@ from sartor.ir.fx import pull_weights, to_fx, twin_info
 from sartor.ir.program import Program
 from sartor.recovery import losses, pace
 from sartor.recovery.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from sartor.recovery.masks import kept_share, mask_parameters
 from sartor.recovery.samples import BATCH_SIZES, Batch, Samples
 from sartor.recovery.twins import Predict, batch_norms, predictor, reestimate_statistics, restore, snapshot
 
@@ -26,6 +27,7 @@ _JUDGED_SAMPLES = 256
 _JUDGING_SHARE = 1 / 16  # of the time, for the first judgement's distance on those samples
 _FEWEST_STEPS = 32  # smaller batches rather than fewer steps than these in half the time
 _STATISTICS_BATCHES = 64
+_MASK_RATE = 10.0  # masks begin near 0.1, and Adam moves every number by about its rate in a step
 _MINIMUM_BATCH = 4  # with fewer samples per channel, batch statistics are noise: train with running ones
 _WARM_UP = 0.03
 
@@ -38,20 +40,26 @@ class RecoveryOptions:
         learning_rate: Adam's peak rate.
         temperature: of the softened class scores.
         label_weight: weight of the loss against labels beside distillation.
+        mask_weight: weight of the share of units that masks keep (`insert-masks`), where there are masks.
         max_steps: stop after this many steps; the schedule then depends on steps only.
     """
 
     learning_rate: float = 1e-3
     temperature: float = 2.0
     label_weight: float = 0.5
+    mask_weight: float = 1.0
     max_steps: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("learning_rate", "temperature"):
             if not getattr(self, name) > 0:
                 raise UsageError(f"Recovery option '{name}' is {getattr(self, name)}; it must be above 0.")
-        if self.label_weight < 0 or (self.max_steps is not None and self.max_steps < 1):
-            raise UsageError("Recovery needs a label_weight of at least 0 and max_steps of at least 1.")
+        if min(self.label_weight, self.mask_weight) < 0 or (
+            self.max_steps is not None and self.max_steps < 1
+        ):
+            raise UsageError(
+                "Recovery needs a label_weight and a mask_weight of at least 0 and max_steps of at least 1."
+            )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -115,7 +123,16 @@ class Training:
         self.parameters = [p for p in self.gm.parameters() if p.requires_grad]
         if not self.parameters:
             raise UsageError("The program has no trainable weights, so nothing can be recovered.")
-        self.optimizer = torch.optim.Adam(self.parameters, lr=options.learning_rate)
+        self.masks = mask_parameters(self.gm)
+        known = {id(mask) for mask in self.masks}
+        rates = ((1.0, [p for p in self.parameters if id(p) not in known]), (_MASK_RATE, self.masks))
+        self.optimizer = torch.optim.Adam(
+            [
+                {"params": those, "lr": options.learning_rate, "times": times}
+                for times, those in rates
+                if those
+            ]
+        )
         self.phase = ""
         self.step = self.epoch = self.position = 0
         self.rate_scale = 1.0
@@ -178,8 +195,12 @@ class Training:
         return dict(zip(self.names, self.gm(*batch.inputs), strict=True))
 
     def _distance(self, batch: Batch) -> Tensor:
-        temperature = self.options.temperature
-        return losses.distillation_loss(self._outputs(batch), batch.teacher, temperature, self.probabilities)
+        return self._loss(self._outputs(batch), batch)
+
+    def _loss(self, outputs: dict[str, Tensor], batch: Batch) -> Tensor:
+        """Against the original, and what masks keep."""
+        value = losses.distillation_loss(outputs, batch.teacher, self.options.temperature, self.probabilities)
+        return value + self.options.mask_weight * kept_share(self.masks) if self.masks else value
 
     def _statistics(self, phase: str) -> None:
         """Re-estimate BatchNormalization from the best weights on; kept only where that is better."""
@@ -278,9 +299,9 @@ class Training:
 
     def _update(self, batch: Batch, rate: float) -> float:
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["times"]
         outputs = self._outputs(batch)
-        value = losses.distillation_loss(outputs, batch.teacher, self.options.temperature, self.probabilities)
+        value = self._loss(outputs, batch)
         if self.loss is not None:
             value = value + self.options.label_weight * losses.checked(self.loss(outputs, batch.labels))
         elif self.use_labels and batch.labels is not None:

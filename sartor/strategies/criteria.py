@@ -3,25 +3,27 @@
 An importance is extensive: for one group or block it grows with what would be removed, so that units and
 blocks compete in one currency *within a criterion*. Between criteria the numbers mean nothing.
 
-The first-order criterion works on the gradients of gates; see `sartor.strategies.gates`.
+Criteria that look at data are in `sartor.strategies.data_criteria`.
 """
 
 from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import numpy as np
 
 from sartor.errors import UsageError
 from sartor.ir.program import Program
-from sartor.strategies.gates import gate_gradients
+from sartor.strategies.data_criteria import Activation, Fisher, HRank, Taylor, TaylorMap, TaylorWeight
 from sartor.strategies.importance import (
     AnalysisLike,
     Batches,
     BlockLike,
+    Criterion,
     Importance,
+    block_weights,
     members_with,
     per_unit,
     removable,
@@ -31,47 +33,19 @@ __all__ = [
     "CRITERIA",
     "L1",
     "L2",
+    "Activation",
     "BatchNormGamma",
     "Criterion",
     "Fisher",
     "GeometricMedian",
+    "HRank",
     "Importance",
     "Random",
     "Taylor",
+    "TaylorMap",
+    "TaylorWeight",
     "criterion",
 ]
-
-
-class Criterion(Protocol):
-    """A way to score units and blocks. Implementations hold no state."""
-
-    name: ClassVar[str]
-    needs_data: ClassVar[bool]
-
-    def unit_importance(
-        self,
-        program: Program,
-        analysis: AnalysisLike,
-        blocks: Sequence[BlockLike],
-        *,
-        data: Batches | None = None,
-        loss: Callable[..., Any] | None = None,
-        seed: int = 0,
-    ) -> Importance:
-        """Score every unit of every group and every removable block.
-
-        Args:
-            program: the program that `analysis` and `blocks` describe.
-            analysis: its channel groups.
-            blocks: its residual blocks.
-            data: re-iterable of `(inputs, labels)`; only criteria with `needs_data` read it.
-            loss: differentiable `(outputs by name, labels) -> scalar`, the mean over samples.
-            seed: of random criteria.
-
-        Raises:
-            UsageError: the criterion cannot score this program, or data are missing.
-        """
-        ...
 
 
 class _WeightNorm:
@@ -102,7 +76,7 @@ class _WeightNorm:
             groups[group.name] = self._root(totals)
         scores = {}
         for block in removable(blocks):
-            weights = [program.initializer_array(name) for name in _block_weights(program, block)]
+            weights = [program.initializer_array(name) for name in block_weights(program, block)]
             scores[block.name] = float(self._root(np.asarray(sum(self._powers(w).sum() for w in weights))))
         return Importance(groups, scores)
 
@@ -201,58 +175,6 @@ class Random:
         )
 
 
-class _GateGradient:
-    """Squared gradients of gates, times `factor`: of their mean over samples, or the mean of their squares."""
-
-    name: ClassVar[str] = ""
-    needs_data: ClassVar[bool] = True
-    per_sample: ClassVar[bool] = False
-    factor: ClassVar[float] = 1.0
-
-    def unit_importance(
-        self,
-        program: Program,
-        analysis: AnalysisLike,
-        blocks: Sequence[BlockLike],
-        *,
-        data: Batches | None = None,
-        loss: Callable[..., Any] | None = None,
-        seed: int = 0,
-    ) -> Importance:
-        """See `Criterion`."""
-        if data is None:
-            raise UsageError(
-                f"Criterion '{self.name}' needs data for gradients; give --data, or use l1 or l2."
-            )
-        found = gate_gradients(program, analysis, blocks, data, loss=loss, squared=self.per_sample)
-        power = 1 if self.per_sample else 2
-        return Importance(
-            {name: self.factor * gradient**power for name, gradient in found.groups.items()},
-            {name: self.factor * gradient**power for name, gradient in found.blocks.items()},
-        )
-
-
-class Taylor(_GateGradient):
-    """First-order Taylor expansion in gates: the squared gradient of the mean loss.
-
-    Reference: METHODS.md, TECO (5.7) for units and (5.8) for blocks: the gradient is averaged over the data
-    and then squared. The mean of squared per-sample gradients ranks differently and is `Fisher`.
-    """
-
-    name: ClassVar[str] = "taylor"
-
-
-class Fisher(_GateGradient):
-    """Mean over samples of the squared gradient of gates, halved: what the loss rises by, to second order.
-
-    Reference: Theis et al., "Faster gaze prediction with dense networks and Fisher pruning", 2018, equation 9.
-    """
-
-    name: ClassVar[str] = "fisher"
-    per_sample: ClassVar[bool] = True
-    factor: ClassVar[float] = 0.5
-
-
 class GeometricMedian:
     """Sum of distances between a unit's producer weights and those of all other units: the most replaceable go first.
 
@@ -285,7 +207,7 @@ class GeometricMedian:
             block.name: float(
                 sum(
                     _distances(array.reshape(array.shape[0], -1)).sum()
-                    for array in map(program.initializer_array, _block_weights(program, block))
+                    for array in map(program.initializer_array, block_weights(program, block))
                 )
             )
             for block in removable(blocks)
@@ -314,7 +236,11 @@ def _distances(rows: np.ndarray) -> np.ndarray:
 
 
 CRITERIA: dict[str, Criterion] = {
-    c.name: c for c in (L1(), L2(), GeometricMedian(), BatchNormGamma(), Random(), Taylor(), Fisher())
+    c.name: c
+    for c in (
+        *(L1(), L2(), GeometricMedian(), BatchNormGamma(), Random()),
+        *(Taylor(), Fisher(), TaylorMap(), TaylorWeight(), Activation(), HRank()),
+    )
 }
 """Every criterion by name."""
 
@@ -328,20 +254,3 @@ def criterion(name: str) -> Criterion:
     if name not in CRITERIA:
         raise UsageError(f"Unknown criterion '{name}'; expected one of {', '.join(sorted(CRITERIA))}.")
     return CRITERIA[name]
-
-
-def _block_weights(program: Program, block: BlockLike) -> list[str]:
-    """Initializers of two or more axes that nodes of the block read, each once."""
-    inside = set(block.nodes)
-    names = [
-        value.name or ""
-        for node in program.nodes()
-        if node.name in inside
-        for value in node.inputs
-        if value is not None
-        and value.is_initializer()
-        and value.const_value is not None
-        and len(value.const_value.shape) > 1
-        and value.const_value.dtype.is_floating_point()
-    ]
-    return list(dict.fromkeys(names))

@@ -33,7 +33,7 @@ def gate_gradients(
     *,
     loss: Callable[..., Any] | None = None,
     dtype: Any = None,
-    squared: bool = False,
+    per_sample: str = "",
 ) -> Importance:
     """Gradient of the mean loss with respect to every gate at 1, in one sweep over the data.
 
@@ -48,10 +48,11 @@ def gate_gradients(
         loss: `(outputs by name, labels or None) -> mean over samples`. By default the loss against labels of
             `sartor.recovery.losses`, or without labels the mean squared L2 norm of the outputs.
         dtype: torch float type of the computation.
-        squared: the mean over samples of their squared gradients instead; samples are run one by one.
+        per_sample: `square` or `absolute`: the mean over samples of that of their own gradients; they are run one by
+            one. Empty: the gradient of the mean, signed.
 
     Returns:
-        Signed gradients, or means of squares, one per unit and per removable block.
+        One number per unit and per removable block.
 
     Raises:
         UsageError: there are no data, or a group or block has nothing that a gate could multiply.
@@ -81,31 +82,28 @@ def gate_gradients(
     runner = Runner(program, dtype or torch.float32, gates=gates)
     probabilities = losses.probability_outputs(program)
     count = 0
-    squares = {key: np.zeros(size) for key, size in sizes.items()}
-    for inputs, labels in _one_by_one(data) if squared else data:
+    sums = {key: np.zeros(size) for key, size in sizes.items()}
+    of_one: Callable[[np.ndarray], np.ndarray] | None = {"square": np.square, "absolute": np.abs}.get(
+        per_sample
+    )
+    for inputs, labels in one_by_one(data) if of_one is not None else data:
         arrays = [to_tensor(inputs[name], runner.info.dtype) for name in runner.info.inputs]
         samples = next((len(a) for a in arrays if a.dim()), 1)
         outputs = runner(arrays)
-        target = None if labels is None else torch.as_tensor(np.asarray(labels))
-        if loss is not None:
-            value = losses.checked(loss(outputs, target))
-        elif target is not None:
-            value = losses.label_loss(outputs, target, probabilities)
-        else:
-            value = losses.output_energy(outputs)
+        value = _loss_of(outputs, labels, loss, probabilities)
         if value.requires_grad:  # false when no output depends on a gate
             (value * samples).backward()  # the mean over all data, whatever the batch sizes
         count += samples
-        for key, vector in gates.vectors.items() if squared else ():
-            if vector.grad is not None:
-                squares[key] += vector.grad.numpy().astype(np.float64) ** 2
+        for key, vector in gates.vectors.items():
+            if of_one is not None and vector.grad is not None:
+                sums[key] += of_one(vector.grad.numpy().astype(np.float64))
                 vector.grad = None
     if not count:
         raise UsageError("The calibration data are empty; gradients need at least one sample.")
 
     def gradient(key: str) -> np.ndarray:
-        if squared:
-            return squares[key] / count
+        if of_one is not None:
+            return sums[key] / count
         vector = gates.vectors[key]
         found = torch.zeros_like(vector) if vector.grad is None else vector.grad
         return found.numpy().astype(np.float64) / count
@@ -116,7 +114,64 @@ def gate_gradients(
     )
 
 
-def _one_by_one(data: Batches) -> Batches:
+def weight_gradients(
+    program: Program, names: Sequence[str], data: Batches, *, loss: Callable[..., Any] | None = None
+) -> dict[str, np.ndarray]:
+    """Gradient of the mean loss with respect to initializers, float64, by the FX twin in float32.
+
+    Args:
+        program: the program.
+        names: of floating-point initializers; of one that the twin does not need it is zero.
+        data: re-iterable of `(inputs, labels)`.
+        loss: as in `gate_gradients`.
+
+    Raises:
+        UsageError: there are no data.
+    """
+    import torch
+
+    from sartor.ir.fx import to_fx, to_tensor, twin_info
+    from sartor.recovery import losses
+
+    twin = to_fx(program, dtype=torch.float32)
+    info = twin_info(twin)
+    by_name = {name: key for key, name in info.names.items()}
+    parameters = {name: twin.get_parameter(by_name[name]) for name in names if name in by_name}
+    probabilities = losses.probability_outputs(program)
+    count = 0
+    for inputs, labels in data:
+        arrays = [to_tensor(inputs[name], info.dtype) for name in info.inputs]
+        samples = next((len(a) for a in arrays if a.dim()), 1)
+        outputs = dict(zip(info.outputs, twin(*arrays), strict=True))
+        (_loss_of(outputs, labels, loss, probabilities) * samples).backward()
+        count += samples
+    if not count:
+        raise UsageError("The calibration data are empty; gradients need at least one sample.")
+    found = {}
+    for name in names:
+        gradient = parameters[name].grad if name in parameters else None
+        shape = program.initializer_shape(name) or ()
+        found[name] = np.zeros(shape) if gradient is None else gradient.numpy().astype(np.float64) / count
+    return found
+
+
+def _loss_of(
+    outputs: Any, labels: np.ndarray | None, loss: Callable[..., Any] | None, probabilities: frozenset[str]
+) -> Any:
+    import torch
+
+    from sartor.recovery import losses
+
+    target = None if labels is None else torch.as_tensor(np.asarray(labels))
+    if loss is not None:
+        return losses.checked(loss(outputs, target))
+    if target is not None:
+        return losses.label_loss(outputs, target, probabilities)
+    return losses.output_energy(outputs)
+
+
+def one_by_one(data: Batches) -> Batches:
+    """Samples as batches of one."""
     for inputs, labels in data:
         count = next((len(array) for array in inputs.values() if array.ndim), 1)
         for i in range(count):

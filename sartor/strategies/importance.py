@@ -1,12 +1,14 @@
-"""What importance is computed from, and what it is: protocols of the analyses, and the result."""
+"""What importance is computed from and what it is: protocols of analyses and criteria, and the result."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
+
+from sartor.ir.program import Program
 
 Batches = Iterable[tuple[Mapping[str, np.ndarray], "np.ndarray | None"]]
 
@@ -68,6 +70,38 @@ class Importance:
     blocks: Mapping[str, float]
 
 
+class Criterion(Protocol):
+    """A way to score units and blocks. Implementations hold no state."""
+
+    name: ClassVar[str]
+    needs_data: ClassVar[bool]
+
+    def unit_importance(
+        self,
+        program: Program,
+        analysis: AnalysisLike,
+        blocks: Sequence[BlockLike],
+        *,
+        data: Batches | None = None,
+        loss: Callable[..., Any] | None = None,
+        seed: int = 0,
+    ) -> Importance:
+        """Score every unit of every group and every removable block.
+
+        Args:
+            program: the program that `analysis` and `blocks` describe.
+            analysis: its channel groups.
+            blocks: its residual blocks.
+            data: re-iterable of `(inputs, labels)`; only criteria with `needs_data` read it.
+            loss: differentiable `(outputs by name, labels) -> scalar`, the mean over samples.
+            seed: of random criteria.
+
+        Raises:
+            UsageError: the criterion cannot score this program, or data are missing.
+        """
+        ...
+
+
 def per_unit(values: np.ndarray, member: MemberLike, size: int) -> np.ndarray:
     """Sum `values` over everything but the member's axis, and that axis by unit; `[size]`, float64."""
     axis = member.axis % values.ndim
@@ -84,3 +118,20 @@ def members_with(group: GroupLike, role: str) -> list[Any]:
 def removable(blocks: Sequence[BlockLike]) -> list[BlockLike]:
     """Blocks that may be removed."""
     return [block for block in blocks if block.removable]
+
+
+def block_weights(program: Program, block: BlockLike) -> list[str]:
+    """Initializers of two or more axes that nodes of the block read, each once."""
+    inside = set(block.nodes)
+    names = [
+        value.name or ""
+        for node in program.nodes()
+        if node.name in inside
+        for value in node.inputs
+        if value is not None
+        and value.is_initializer()
+        and value.const_value is not None
+        and len(value.const_value.shape) > 1
+        and value.const_value.dtype.is_floating_point()
+    ]
+    return list(dict.fromkeys(names))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from sartor.ir.torch_ops import (
     contraction,
+    dialect,
     elementwise,
     indexing,
     movement,
@@ -30,6 +31,7 @@ __all__ = [
     "BatchNorm",
     "Operator",
     "contraction",
+    "dialect",
     "dimension",
     "elementwise",
     "indexing",
