@@ -139,8 +139,9 @@ class _Copy:
         return self.rewriter.add_initializer(self._named(value.name or ""), array)
 
     def _named(self, name: str) -> str:
-        """`layer1.0.conv1.weight` of block `layer1.0` as `layer1.0+1.conv1.weight`."""
+        """`a.0.conv.weight` as `a.0+1.conv.weight` where the block is `a.0`, elsewhere as `a.0.conv+1.weight`."""
         stem = self.block.name
         if name == stem or name.startswith((f"{stem}.", f"{stem}/")):
             return stem + self.suffix + name[len(stem) :]
-        return name + self.suffix if name else ""
+        head, dot, leaf = name.rpartition(".")
+        return head + self.suffix + dot + leaf if dot else name and name + self.suffix
