@@ -17,7 +17,7 @@ from sartor.data_sources import sample_count
 from sartor.errors import UnsupportedOperatorError, UsageError
 from sartor.strategies.criteria import criterion
 from sartor.strategies.gates import gate_members
-from sartor.strategies.importance import Importance, removable
+from sartor.strategies.importance import Importance, Subject, removable
 
 if TYPE_CHECKING:
     from sartor.data import Data
@@ -41,20 +41,18 @@ def unit_scores(bench: Workbench, analysis: Any, blocks: Sequence[Any]) -> tuple
     if not reason:
         assert bench.data is not None
         try:
+            samples = _Limited(bench.data.calibration, _SAMPLES)
             scores = criterion("taylor").unit_importance(
-                bench.program,
-                analysis,
-                blocks,
-                data=_Limited(bench.data.calibration, _SAMPLES),
-                loss=bench.data.loss,
-                seed=bench.options.seed,
+                Subject(bench.program, analysis, blocks, samples, bench.data.loss, bench.options.seed)
             )
             reason = _defect(scores, bench.data)
         except UnsupportedOperatorError as error:  # the model has no twin to differentiate
             reason = str(error)
         if not reason:
             return scores, ["importance by criterion 'taylor'"]
-    scores = criterion("l2").unit_importance(bench.program, analysis, blocks, seed=bench.options.seed)
+    scores = criterion("l2").unit_importance(
+        Subject(bench.program, analysis, blocks, seed=bench.options.seed)
+    )
     return scores, [f"criterion 'taylor' does not apply: {reason}", "importance by criterion 'l2'"]
 
 

@@ -15,6 +15,7 @@ from sartor.ir.workload import build_workload
 from sartor.passes.prune import apply_plan
 from sartor.strategies.budgeted_greedy import EXCESS, BudgetedGreedy, floor, levels
 from sartor.strategies.criteria import criterion
+from sartor.strategies.importance import Subject
 
 PEAK = "peak_activation_bytes"
 
@@ -28,7 +29,7 @@ def search(name, limits, key, price_of, most=16):
     def price(fractions, removed, wanted):
         return {k: np.atleast_1d(v) for k, v in price_of(workload, fractions, removed, wanted).items()}
 
-    importance = criterion("l2").unit_importance(program, analysis, blocks)
+    importance = criterion("l2").unit_importance(Subject(program, analysis, blocks))
     full = getattr(static_cost(program), key)
     least = floor(analysis.groups, blocks, lambda g: 4, price)[key]
     strategy = BudgetedGreedy(analysis, blocks, importance, workload, price, lambda g: 4)
@@ -100,7 +101,7 @@ def test_what_time_does_not_fall_for_is_not_cut(share, dearer):
     def price(fractions, removed, wanted):
         return {k: np.atleast_1d(v) for k, v in staircase(fractions, removed, dearer).items()}
 
-    importance = criterion("l2").unit_importance(program, analysis, blocks)
+    importance = criterion("l2").unit_importance(Subject(program, analysis, blocks))
     strategy = BudgetedGreedy(analysis, blocks, importance, workload, price, lambda g: 1)
     strategy.levels = {g.name: levels(g, 1, most=4) for g in analysis.groups}
     decision = strategy.search({"latency": limit})
@@ -135,7 +136,7 @@ def test_no_group_can_be_widened_for_the_width_of_another_and_win_importance(nam
     program = captured(name)
     analysis = channel_groups(program)
     workload = build_workload(program, analysis.extents)
-    importance = criterion("l2").unit_importance(program, analysis, [])
+    importance = criterion("l2").unit_importance(Subject(program, analysis, []))
 
     def price(fractions, removed, wanted):
         return {"macs": np.atleast_1d(workload.evaluate(fractions, removed).macs)}
@@ -170,7 +171,7 @@ def test_what_is_not_limited_grows_no_slower_by_an_exchange(monkeypatch):
     program = captured("mobilenet")
     analysis = channel_groups(program)
     workload = build_workload(program, analysis.extents)
-    importance = criterion("l2").unit_importance(program, analysis, [])
+    importance = criterion("l2").unit_importance(Subject(program, analysis, []))
     taken = []
     original = BudgetedGreedy._exchange
 

@@ -20,6 +20,7 @@ from sartor.ir.program import Program
 from sartor.recovery import losses
 from sartor.strategies.criteria import CRITERIA, criterion
 from sartor.strategies.gates import gate_gradients, gate_members
+from sartor.strategies.importance import Subject
 
 
 @functools.cache
@@ -77,7 +78,7 @@ W2 = np.array([[1.0], [10.0], [-1.0]])
 
 
 def score(name: str, program: Program, analysis: object, blocks: tuple = (), **options: object):
-    return criterion(name).unit_importance(program, analysis, blocks, **options)
+    return criterion(name).unit_importance(Subject(program, analysis, blocks, **options))
 
 
 # ---- weights -----------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from sartor.ir.channels import channel_groups
 from sartor.passes.base import Context
 from sartor.passes.pipeline import Pipeline
 from sartor.strategies.criteria import criterion
+from sartor.strategies.importance import Subject
 
 MAP = np.array([[1.0, 2.0], [3.0, 4.0]])
 FIRST, SECOND = np.array([1.0, -1.0, 0.5]), np.array([2.0, 7.0, -3.0])
@@ -40,7 +41,7 @@ def batches(*maps):
 
 def scores(name, data):
     program = network()
-    found = criterion(name).unit_importance(program, channel_groups(program), (), data=data)
+    found = criterion(name).unit_importance(Subject(program, channel_groups(program), data=data))
     return found.groups["first"]
 
 
@@ -84,7 +85,7 @@ class TestReal:
         blocks = residual_blocks(program)
         x = np.random.default_rng(0).standard_normal((4, 3, 16, 16)).astype(np.float32)
         found = criterion(name).unit_importance(
-            program, channel_groups(program), blocks, data=[({"x": x}, None)]
+            Subject(program, channel_groups(program), blocks, [({"x": x}, None)])
         )
         assert set(found.blocks) == {b.name for b in blocks if b.removable}
         assert all(np.isfinite(score) and score > 0 for score in found.blocks.values())
@@ -104,6 +105,6 @@ def test_features_without_maps_have_no_rank():
     x = np.random.default_rng(0).standard_normal(next(iter(program.input_shapes.values()))).astype(np.float32)
     data = [({next(iter(program.input_shapes)): x}, None)]
     with pytest.raises(UsageError, match="needs maps of height and width"):
-        criterion("hrank").unit_importance(program, channel_groups(program), (), data=data)
-    found = criterion("activation").unit_importance(program, channel_groups(program), (), data=data)
+        criterion("hrank").unit_importance(Subject(program, channel_groups(program), data=data))
+    found = criterion("activation").unit_importance(Subject(program, channel_groups(program), data=data))
     assert all((values > 0).all() for values in found.groups.values())

@@ -214,7 +214,8 @@ def test_criterion_without_supplier_or_unknown():
     own = PruneChannels(ratio=0.5, criterion="l1").run(tiny())
     assert own.plan == PruneChannels(ratio=0.5, criterion="l1").run(tiny(), SUPPLIED).plan
     with pytest.raises(
-        UsageError, match="Unknown criterion 'best'; expected one of bn-gamma, fisher, fpgm, l1, l2"
+        UsageError,
+        match="Unknown criterion 'best'; expected one of activation, bn-gamma, fisher, fpgm, hrank, l1, l2",
     ):
         PruneChannels(ratio=0.5, criterion="best").run(tiny(), SUPPLIED)
 

@@ -9,20 +9,16 @@ Criteria that look at data are in `sartor.strategies.data_criteria`.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
 
 from sartor.errors import UsageError
-from sartor.ir.program import Program
 from sartor.strategies.data_criteria import Activation, Fisher, HRank, Taylor, TaylorMap, TaylorWeight
 from sartor.strategies.importance import (
-    AnalysisLike,
-    Batches,
-    BlockLike,
     Criterion,
     Importance,
+    Subject,
     block_weights,
     members_with,
     per_unit,
@@ -55,28 +51,21 @@ class _WeightNorm:
     needs_data: ClassVar[bool] = False
     order: ClassVar[int] = 1
 
-    def unit_importance(
-        self,
-        program: Program,
-        analysis: AnalysisLike,
-        blocks: Sequence[BlockLike],
-        *,
-        data: Batches | None = None,
-        loss: Callable[..., Any] | None = None,
-        seed: int = 0,
-    ) -> Importance:
+    def unit_importance(self, subject: Subject) -> Importance:
         """See `Criterion`. A block scores the same norm over every weight matrix or kernel inside it."""
         groups = {}
-        for group in analysis.groups:
+        for group in subject.analysis.groups:
             totals = np.zeros(group.size)
             for member in members_with(group, "producer"):
                 totals += per_unit(
-                    self._powers(program.initializer_array(member.initializer)), member, group.size
+                    self._powers(subject.program.initializer_array(member.initializer)), member, group.size
                 )
             groups[group.name] = self._root(totals)
         scores = {}
-        for block in removable(blocks):
-            weights = [program.initializer_array(name) for name in block_weights(program, block)]
+        for block in removable(subject.blocks):
+            weights = [
+                subject.program.initializer_array(name) for name in block_weights(subject.program, block)
+            ]
             scores[block.name] = float(self._root(np.asarray(sum(self._powers(w).sum() for w in weights))))
         return Importance(groups, scores)
 
@@ -107,23 +96,14 @@ class BatchNormGamma:
     name: ClassVar[str] = "bn-gamma"
     needs_data: ClassVar[bool] = False
 
-    def unit_importance(
-        self,
-        program: Program,
-        analysis: AnalysisLike,
-        blocks: Sequence[BlockLike],
-        *,
-        data: Batches | None = None,
-        loss: Callable[..., Any] | None = None,
-        seed: int = 0,
-    ) -> Importance:
+    def unit_importance(self, subject: Subject) -> Importance:
         """See `Criterion`. A block scores the sum of |γ| inside it."""
         scales: dict[str, list[str]] = {}
-        for node in program.graph.all_nodes():
+        for node in subject.program.graph.all_nodes():
             if node.op_type == "BatchNormalization" and node.inputs[1] is not None:
                 scales.setdefault(node.inputs[1].name or "", []).append(node.name or "")
         groups = {}
-        for group in analysis.groups:
+        for group in subject.analysis.groups:
             members = [m for m in group.members if m.initializer in scales]
             if not members:
                 raise UsageError(
@@ -132,11 +112,11 @@ class BatchNormGamma:
                 )
             totals = np.zeros(group.size)
             for member in members:
-                gamma = np.abs(program.initializer_array(member.initializer).astype(np.float64))
+                gamma = np.abs(subject.program.initializer_array(member.initializer).astype(np.float64))
                 totals += per_unit(gamma, member, group.size)
             groups[group.name] = totals
         scores = {}
-        for block in removable(blocks):
+        for block in removable(subject.blocks):
             inside = set(block.nodes)
             names = [name for name, nodes in scales.items() if inside & set(nodes)]
             if not names:
@@ -144,7 +124,7 @@ class BatchNormGamma:
                     f"Criterion 'bn-gamma' needs a BatchNormalization in every block; '{block.name}' has "
                     "none. Use criterion l1, l2 or taylor."
                 )
-            scores[block.name] = float(sum(np.abs(program.initializer_array(n)).sum() for n in names))
+            scores[block.name] = float(sum(np.abs(subject.program.initializer_array(n)).sum() for n in names))
         return Importance(groups, scores)
 
 
@@ -154,24 +134,15 @@ class Random:
     name: ClassVar[str] = "random"
     needs_data: ClassVar[bool] = False
 
-    def unit_importance(
-        self,
-        program: Program,
-        analysis: AnalysisLike,
-        blocks: Sequence[BlockLike],
-        *,
-        data: Batches | None = None,
-        loss: Callable[..., Any] | None = None,
-        seed: int = 0,
-    ) -> Importance:
+    def unit_importance(self, subject: Subject) -> Importance:
         """See `Criterion`."""
 
         def generator(name: str) -> np.random.Generator:
-            return np.random.default_rng([seed, zlib.crc32(name.encode())])
+            return np.random.default_rng([subject.seed, zlib.crc32(name.encode())])
 
         return Importance(
-            {group.name: generator(group.name).random(group.size) for group in analysis.groups},
-            {block.name: float(generator(block.name).random()) for block in removable(blocks)},
+            {group.name: generator(group.name).random(group.size) for group in subject.analysis.groups},
+            {block.name: float(generator(block.name).random()) for block in removable(subject.blocks)},
         )
 
 
@@ -185,32 +156,23 @@ class GeometricMedian:
     name: ClassVar[str] = "fpgm"
     needs_data: ClassVar[bool] = False
 
-    def unit_importance(
-        self,
-        program: Program,
-        analysis: AnalysisLike,
-        blocks: Sequence[BlockLike],
-        *,
-        data: Batches | None = None,
-        loss: Callable[..., Any] | None = None,
-        seed: int = 0,
-    ) -> Importance:
+    def unit_importance(self, subject: Subject) -> Importance:
         """See `Criterion`."""
         groups = {}
-        for group in analysis.groups:
+        for group in subject.analysis.groups:
             totals = np.zeros(group.size)
             for member in members_with(group, "producer"):
-                array = program.initializer_array(member.initializer)
+                array = subject.program.initializer_array(member.initializer)
                 totals += _distances(_rows_of_units(array, member, group.size))
             groups[group.name] = totals
         scores = {
             block.name: float(
                 sum(
                     _distances(array.reshape(array.shape[0], -1)).sum()
-                    for array in map(program.initializer_array, block_weights(program, block))
+                    for array in map(subject.program.initializer_array, block_weights(subject.program, block))
                 )
             )
-            for block in removable(blocks)
+            for block in removable(subject.blocks)
         }
         return Importance(groups, scores)
 

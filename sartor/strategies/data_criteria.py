@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar
+from collections.abc import Mapping
+from typing import ClassVar
 
 import numpy as np
 
@@ -12,10 +12,9 @@ from sartor.ir.program import Program
 from sartor.strategies.feature_maps import FeatureMap, feature_maps, map_of_block, map_of_group
 from sartor.strategies.gates import gate_gradients, weight_gradients
 from sartor.strategies.importance import (
-    AnalysisLike,
     Batches,
-    BlockLike,
     Importance,
+    Subject,
     block_weights,
     members_with,
     per_unit,
@@ -42,19 +41,16 @@ class _GateGradient:
     per_sample: ClassVar[str] = ""
     factor: ClassVar[float] = 1.0
 
-    def unit_importance(
-        self,
-        program: Program,
-        analysis: AnalysisLike,
-        blocks: Sequence[BlockLike],
-        *,
-        data: Batches | None = None,
-        loss: Callable[..., Any] | None = None,
-        seed: int = 0,
-    ) -> Importance:
+    def unit_importance(self, subject: Subject) -> Importance:
         """See `Criterion`."""
-        data = required(data, self.name)
-        found = gate_gradients(program, analysis, blocks, data, loss=loss, per_sample=self.per_sample)
+        found = gate_gradients(
+            subject.program,
+            subject.analysis,
+            subject.blocks,
+            required(subject.data, self.name),
+            loss=subject.loss,
+            per_sample=self.per_sample,
+        )
         power = 1 if self.per_sample else 2
         return Importance(
             {name: self.factor * gradient**power for name, gradient in found.groups.items()},
@@ -94,28 +90,20 @@ class TaylorMap(_GateGradient):
     name: ClassVar[str] = "taylor-map"
     per_sample: ClassVar[str] = "absolute"
 
-    def unit_importance(
-        self,
-        program: Program,
-        analysis: AnalysisLike,
-        blocks: Sequence[BlockLike],
-        *,
-        data: Batches | None = None,
-        loss: Callable[..., Any] | None = None,
-        seed: int = 0,
-    ) -> Importance:
+    def unit_importance(self, subject: Subject) -> Importance:
         """See `Criterion`."""
-        found = super().unit_importance(program, analysis, blocks, data=data, loss=loss, seed=seed)
-        shapes = program.shapes()
+        found = super().unit_importance(subject)
+        shapes = subject.program.shapes()
         return Importance(
             {
                 group.name: found.groups[group.name]
-                / map_of_group(program, analysis, group).positions(shapes, group.size)
-                for group in analysis.groups
+                / map_of_group(subject.program, subject.analysis, group).positions(shapes, group.size)
+                for group in subject.analysis.groups
             },
             {
-                block.name: found.blocks[block.name] / map_of_block(program, block).positions(shapes, 1)
-                for block in removable(blocks)
+                block.name: found.blocks[block.name]
+                / map_of_block(subject.program, block).positions(shapes, 1)
+                for block in removable(subject.blocks)
             },
         )
 
@@ -130,24 +118,17 @@ class TaylorWeight:
     name: ClassVar[str] = "taylor-weight"
     needs_data: ClassVar[bool] = True
 
-    def unit_importance(
-        self,
-        program: Program,
-        analysis: AnalysisLike,
-        blocks: Sequence[BlockLike],
-        *,
-        data: Batches | None = None,
-        loss: Callable[..., Any] | None = None,
-        seed: int = 0,
-    ) -> Importance:
+    def unit_importance(self, subject: Subject) -> Importance:
         """See `Criterion`."""
-        inside = {block.name: block_weights(program, block) for block in removable(blocks)}
-        producers = {group.name: members_with(group, "producer") for group in analysis.groups}
+        inside = {block.name: block_weights(subject.program, block) for block in removable(subject.blocks)}
+        producers = {group.name: members_with(group, "producer") for group in subject.analysis.groups}
         names = {m.initializer for members in producers.values() for m in members}
         names.update(name for weights in inside.values() for name in weights)
-        gradients = weight_gradients(program, sorted(names), required(data, self.name), loss=loss)
+        gradients = weight_gradients(
+            subject.program, sorted(names), required(subject.data, self.name), loss=subject.loss
+        )
         terms = {
-            name: (gradient * program.initializer_array(name).astype(np.float64)) ** 2
+            name: (gradient * subject.program.initializer_array(name).astype(np.float64)) ** 2
             for name, gradient in gradients.items()
         }
         return Importance(
@@ -155,7 +136,7 @@ class TaylorWeight:
                 group.name: np.sum(
                     [per_unit(terms[m.initializer], m, group.size) for m in producers[group.name]], axis=0
                 )
-                for group in analysis.groups
+                for group in subject.analysis.groups
             },
             {name: float(sum(terms[weight].sum() for weight in weights)) for name, weights in inside.items()},
         )
@@ -168,27 +149,18 @@ class _MapStatistic:
     spatial: ClassVar[bool] = False
     needs_data: ClassVar[bool] = True
 
-    def unit_importance(
-        self,
-        program: Program,
-        analysis: AnalysisLike,
-        blocks: Sequence[BlockLike],
-        *,
-        data: Batches | None = None,
-        loss: Callable[..., Any] | None = None,
-        seed: int = 0,
-    ) -> Importance:
+    def unit_importance(self, subject: Subject) -> Importance:
         """See `Criterion`. A block scores the mean over the maps of its branch, times their number."""
         maps = {
-            f"group {g.name}": map_of_group(program, analysis, g, spatial=self.spatial)
-            for g in analysis.groups
+            f"group {g.name}": map_of_group(subject.program, subject.analysis, g, spatial=self.spatial)
+            for g in subject.analysis.groups
         }
-        maps |= {f"block {b.name}": map_of_block(program, b) for b in removable(blocks)}
-        sizes = {f"group {g.name}": g.size for g in analysis.groups}
-        found = self._means(program, maps, sizes, required(data, self.name))
+        maps |= {f"block {b.name}": map_of_block(subject.program, b) for b in removable(subject.blocks)}
+        sizes = {f"group {g.name}": g.size for g in subject.analysis.groups}
+        found = self._means(subject.program, maps, sizes, required(subject.data, self.name))
         return Importance(
-            {group.name: found[f"group {group.name}"] for group in analysis.groups},
-            {block.name: float(found[f"block {block.name}"].sum()) for block in removable(blocks)},
+            {group.name: found[f"group {group.name}"] for group in subject.analysis.groups},
+            {block.name: float(found[f"block {block.name}"].sum()) for block in removable(subject.blocks)},
         )
 
     def _means(

@@ -70,31 +70,35 @@ class Importance:
     blocks: Mapping[str, float]
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Subject:
+    """What is to be scored, and on what.
+
+    Attributes:
+        program: the program that `analysis` and `blocks` describe.
+        analysis: its channel groups.
+        blocks: its residual blocks, or layers.
+        data: re-iterable of `(inputs, labels)`; only criteria with `needs_data` read it.
+        loss: differentiable `(outputs by name, labels) -> scalar`, the mean over samples.
+        seed: of random criteria.
+    """
+
+    program: Program
+    analysis: AnalysisLike
+    blocks: Sequence[BlockLike] = ()
+    data: Batches | None = None
+    loss: Callable[..., Any] | None = None
+    seed: int = 0
+
+
 class Criterion(Protocol):
     """A way to score units and blocks. Implementations hold no state."""
 
     name: ClassVar[str]
     needs_data: ClassVar[bool]
 
-    def unit_importance(
-        self,
-        program: Program,
-        analysis: AnalysisLike,
-        blocks: Sequence[BlockLike],
-        *,
-        data: Batches | None = None,
-        loss: Callable[..., Any] | None = None,
-        seed: int = 0,
-    ) -> Importance:
+    def unit_importance(self, subject: Subject) -> Importance:
         """Score every unit of every group and every removable block.
-
-        Args:
-            program: the program that `analysis` and `blocks` describe.
-            analysis: its channel groups.
-            blocks: its residual blocks.
-            data: re-iterable of `(inputs, labels)`; only criteria with `needs_data` read it.
-            loss: differentiable `(outputs by name, labels) -> scalar`, the mean over samples.
-            seed: of random criteria.
 
         Raises:
             UsageError: the criterion cannot score this program, or data are missing.

@@ -17,7 +17,7 @@ from sartor.strategies.criteria import CRITERIA, criterion
 from sartor.strategies.data_criteria import required
 from sartor.strategies.feature_maps import map_of_block
 from sartor.strategies.gates import weight_gradients
-from sartor.strategies.importance import Batches, BlockLike, removable
+from sartor.strategies.importance import Batches, BlockLike, Subject, removable
 from sartor.strategies.imprinting import imprint
 
 _BY_WEIGHT = {"l1": 1, "l2": 2, "taylor-weight": 2}
@@ -64,7 +64,7 @@ def layer_scores(
         return _mean_norms(name, program, blocks, data, loss)
     if name == "bn-gamma":
         return {block.name: _mean_gamma(program, block) for block in removable(blocks)}
-    found = whole.unit_importance(program, _NoGroups(), blocks, data=data, loss=loss, seed=seed).blocks
+    found = whole.unit_importance(Subject(program, _NoGroups(), blocks, data, loss, seed)).blocks
     if name == "fpgm":
         return {
             block.name: found[block.name] / sum(len(rows) for _, rows in filters(program, block))

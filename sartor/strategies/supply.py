@@ -7,7 +7,7 @@ from typing import Any
 
 from sartor.ir.program import Program
 from sartor.strategies.criteria import criterion
-from sartor.strategies.importance import AnalysisLike, BlockLike, Importance
+from sartor.strategies.importance import AnalysisLike, BlockLike, Importance, Subject
 
 
 class _NoGroups:
@@ -31,11 +31,5 @@ def importance(
         UsageError: there is no such criterion, it cannot score this program, or data are missing.
     """
     data = context.data.get("calibration", context.data.get("evaluate"))
-    return criterion(name).unit_importance(
-        program,
-        analysis if analysis is not None else _NoGroups(),
-        blocks,
-        data=data,
-        loss=context.loss,
-        seed=context.seed,
-    )
+    groups = analysis if analysis is not None else _NoGroups()
+    return criterion(name).unit_importance(Subject(program, groups, blocks, data, context.loss, context.seed))
