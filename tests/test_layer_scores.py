@@ -11,6 +11,9 @@ from builders import node, program_from_nodes
 
 from sartor.errors import UsageError
 from sartor.ir.blocks import residual_blocks
+from sartor.passes.base import Context
+from sartor.passes.remove_blocks import RemoveBlocks
+from sartor.passes.remove_layers import RemoveLayers
 from sartor.strategies.imprinting import accuracy, embedding, embedding_length, imprint
 from sartor.strategies.layer_scores import LAYER_CRITERIA, layer_scores
 
@@ -132,6 +135,18 @@ def test_every_criterion_ranks_blocks(name):
     found = layer_scores(name, program, blocks, data=[({"x": x}, None)])
     assert set(found) == {b.name for b in blocks if b.removable}
     assert all(np.isfinite(score) and score >= 0 for score in found.values())
+
+
+def test_passes_rank_blocks_and_layers_by_these():
+    program = models.captured("resnet")
+    x = np.random.default_rng(0).standard_normal((8, 3, 16, 16)).astype(np.float32)
+    data = {"calibration": [({"x": x}, np.array([0, 0, 1, 1, 2, 2, 0, 1]))]}
+    blocks = residual_blocks(program)
+    for name in ("l2", "imprint", "l1+taylor-weight"):
+        found = layer_scores(name, program, blocks, data=data["calibration"])
+        step = RemoveBlocks(count=1, criterion=name)
+        assert step.run(program, Context(data=data)).plan.blocks == (min(found, key=found.get),)
+    assert RemoveLayers(layers=("*",), count=1, connect=True, criterion="l1+l2").run(program).modified
 
 
 def test_imprint_needs_classes():

@@ -26,6 +26,8 @@ __all__ = ["Context", "Option", "Pass", "PassResult", "Planned", "Refusal", "Sem
 
 CRITERIA = "random, l1, l2, fpgm, bn-gamma, taylor, fisher, taylor-map, taylor-weight, activation, hrank"
 """Criteria that come with Sartor, for the help of passes, which do not know them."""
+LAYER_CRITERIA = f"{CRITERIA}, imprint; several joined by + are ranked by the sum of their ranks"
+"""Those of blocks and layers, averaged over their filters (LayerPrune)."""
 
 _IMPORTANCE = Registry("sartor.importance", "importance", {"criteria": "sartor.strategies.supply:importance"})
 _KEBAB = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")

@@ -16,7 +16,7 @@ from sartor.ir.blocks import Block, residual_blocks
 from sartor.ir.bodies import read_values
 from sartor.ir.plan import Plan
 from sartor.ir.program import Program
-from sartor.passes.base import CRITERIA, Context, Pass, Planned, Refusal, Semantics, option
+from sartor.passes.base import LAYER_CRITERIA, Context, Pass, Planned, Refusal, Semantics, option
 from sartor.passes.rewriter import Rewriter
 
 _MAKES_NONNEGATIVE = frozenset(
@@ -54,7 +54,7 @@ class RemoveBlocks(Pass):
 
     blocks: tuple[str, ...] = option((), help="globs of block names, see `sartor inspect`")
     count: int = option(0, help="how many blocks to remove; 0: every block that `blocks` names", minimum=0)
-    criterion: str = option("random", help=f"what ranks blocks: {CRITERIA}")
+    criterion: str = option("random", help=f"what ranks blocks: {LAYER_CRITERIA}")
     seed: int = option(0, help="of criterion random", minimum=0)
 
     def plan(self, program: Program, context: Context) -> Any:

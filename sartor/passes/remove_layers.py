@@ -14,7 +14,7 @@ from sartor.errors import PlanError, UsageError
 from sartor.ir.layers import Layer, chain_layers, connecting
 from sartor.ir.plan import Plan
 from sartor.ir.program import Program
-from sartor.passes.base import CRITERIA, Context, Pass, Planned, Refusal, Semantics, option
+from sartor.passes.base import LAYER_CRITERIA, Context, Pass, Planned, Refusal, Semantics, option
 from sartor.passes.rewriter import Rewriter
 
 
@@ -39,7 +39,7 @@ class RemoveLayers(Pass):
     layers: tuple[str, ...] = option((), help="globs of node names of Conv, Gemm or MatMul")
     count: int = option(0, help="how many layers to remove; 0: every layer that `layers` names", minimum=0)
     connect: bool = option(False, help="leave a 1 x 1 convolution where shapes differ")
-    criterion: str = option("random", help=f"what ranks layers: {CRITERIA}")
+    criterion: str = option("random", help=f"what ranks layers: {LAYER_CRITERIA}")
     seed: int = option(0, help="of criterion random", minimum=0)
 
     def plan(self, program: Program, context: Context) -> Any:

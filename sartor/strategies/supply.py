@@ -8,10 +8,7 @@ from typing import Any
 from sartor.ir.program import Program
 from sartor.strategies.criteria import criterion
 from sartor.strategies.importance import AnalysisLike, BlockLike, Importance, Subject
-
-
-class _NoGroups:
-    groups: Sequence[Any] = ()
+from sartor.strategies.layer_scores import layer_scores
 
 
 def importance(
@@ -20,7 +17,7 @@ def importance(
     """Score units and blocks by the criterion called `name`.
 
     Args:
-        name: see `sartor.strategies.criteria.CRITERIA`.
+        name: see `sartor.strategies.criteria.CRITERIA`; of blocks alone, `sartor.strategies.layer_scores`.
         program: the program that `analysis` and `blocks` describe.
         analysis: its channel groups; None when only blocks are to be scored.
         blocks: its residual blocks; empty when only units are to be scored.
@@ -31,5 +28,9 @@ def importance(
         UsageError: there is no such criterion, it cannot score this program, or data are missing.
     """
     data = context.data.get("calibration", context.data.get("evaluate"))
-    groups = analysis if analysis is not None else _NoGroups()
-    return criterion(name).unit_importance(Subject(program, groups, blocks, data, context.loss, context.seed))
+    if analysis is None:
+        scores = layer_scores(name, program, blocks, data=data, loss=context.loss, seed=context.seed)
+        return Importance({}, scores)
+    return criterion(name).unit_importance(
+        Subject(program, analysis, blocks, data, context.loss, context.seed)
+    )
