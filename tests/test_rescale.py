@@ -55,8 +55,8 @@ class Unet(nn.Module):
         super().__init__()
         self.by_size = by_size
         self.first, self.down = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 12, 3, stride=2, padding=1)
-        self.low, self.norm = nn.Conv2d(12, 8, 3, padding=1), nn.BatchNorm2d(8)
-        self.last = nn.Conv2d(16, 4, 1)
+        self.low, self.norm = nn.Conv2d(12, 6, 3, padding=1), nn.BatchNorm2d(6)
+        self.last = nn.Conv2d(14, 4, 1)
 
     def forward(self, x):
         high = torch.relu(self.first(x))

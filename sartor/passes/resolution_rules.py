@@ -200,10 +200,9 @@ def _concat(trace: Trace, node: ir.Node) -> None:
     operands = [trace.axes_of(value) for value in node.inputs]
     rank = len(operands[0])
     along = node.attributes.get_int("axis", 0) % rank
-    result = [broadcast([axes[i] for axes in operands]) for i in range(rank)]
-    parts = tuple(part for axes in operands for part in axes[along].parts)
-    result[along] = Axis(parts)
-    trace.mark(node, result)
+    whole = Axis(tuple(part for axes in operands for part in axes[along].parts))
+    others = (broadcast([axes[i] for axes in operands]) if i != along else whole for i in range(rank))
+    trace.mark(node, list(others))
 
 
 def _split(trace: Trace, node: ir.Node) -> None:
