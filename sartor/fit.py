@@ -34,7 +34,7 @@ from sartor.ir.plan import Plan
 from sartor.ir.program import Program
 from sartor.journal import Journal
 from sartor.passes.base import Context
-from sartor.passes.remove_blocks import kept_by
+from sartor.passes.candidates import kept_by
 from sartor.selection import Selection
 from sartor.strategies.budgeted_greedy import require_strategy
 from sartor.versions import versions

@@ -95,7 +95,7 @@ def check(
     Raises:
         PlanError: the plan is not legal.
     """
-    if plan.sizes or plan.factors or plan.layers:  # proven is what zeros can say, at the plan's size
+    if plan.sizes or plan.replaces_layers:  # proven is what zeros can say, at the plan's size
         program, plan = at_plan_size(program, dataclasses.replace(plan, factors={}, layers={}))
         analysis = None
     analysis = analysis or channel_groups(program)

@@ -17,6 +17,7 @@ from sartor.ir.capture import capture
 from sartor.ir.channels import channel_groups
 from sartor.ir.fx import run_twin
 from sartor.ir.program import Program
+from sartor.passes import base
 from sartor.recovery import losses
 from sartor.strategies.criteria import CRITERIA, criterion
 from sartor.strategies.gates import gate_gradients, gate_members
@@ -323,6 +324,11 @@ def test_refusals() -> None:
     with pytest.raises(UsageError, match="3 classes"):
         wide = mlp(W1, np.ones((3, 3)))
         score("taylor", wide, analysis, data=[({"x": np.ones((1, 2), np.float32)}, np.array([3]))])
+
+
+def test_passes_name_every_criterion() -> None:
+    """Passes do not know criteria: their help is a text, which must not be behind."""
+    assert set(base.CRITERIA.split(", ")) == set(CRITERIA)
 
 
 def test_every_criterion_scores_a_real_network() -> None:

@@ -245,7 +245,7 @@ def test_option_criterion_reads_importance_from_the_context():
     with pytest.raises(UsageError, match="'taylor' needs data"):
         RemoveBlocks(count=2, criterion="taylor").plan(program, Context())
     broken = Context(extras={"importance": lambda *_: Importance({}, {"layer1.0": float("nan")})})
-    with pytest.raises(UsageError, match=r"block 'layer1\.0' the score nan"):
+    with pytest.raises(UsageError, match=r"'layer1\.0' the score nan"):
         RemoveBlocks(count=1, criterion="l1").plan(program, broken)
 
 
@@ -301,7 +301,7 @@ def test_nonnegative_values(nodes, expected):
 
 
 def test_a_fit_keeps_what_keep_names_inside_blocks():
-    from sartor.passes.remove_blocks import kept_by
+    from sartor.passes.candidates import kept_by
 
     program = captured("resnet")
     block = next(b for b in residual_blocks(program) if b.removable)

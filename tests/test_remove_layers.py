@@ -119,7 +119,7 @@ def test_refusals(chain):
     assert len(result.plan.layers) == 2 and len(result.refusals) == 4
     result = RemoveLayers(layers=(names[5],), connect=True).run(program)
     assert not result.modified and "it is no convolution" in result.refusals[0].reason
-    with pytest.raises(UsageError, match="No layer matches 'nothing'"):
+    with pytest.raises(UsageError, match="matches 'nothing'"):
         RemoveLayers(layers=("nothing",)).run(program)
 
 

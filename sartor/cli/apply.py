@@ -38,7 +38,7 @@ def run(options: argparse.Namespace) -> Result:
     pruned = apply_plan(program, plan)
     verify_program(pruned)
     # masked() says why there is none, where one is asked for
-    exact = masked_output is not None or not (plan.approximate or plan.factors or plan.layers)
+    exact = masked_output is not None or not (plan.approximate or plan.replaces_layers)
     masked_program, zeroed = masked(program, plan) if exact else (None, ())
     files = pruned.files(output)
     if masked_output is not None and masked_program is not None:

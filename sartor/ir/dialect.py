@@ -29,22 +29,13 @@ def channel_gate() -> ir.Function:
     """`ChannelGate(x [N, C, ...], gate [C]) -> y [N, C, ...]` with `y[n, c] = x[n, c] * gate[c]`, any rank "
     ">= 2."""
     x, gate = ir.Value(name="x"), ir.Value(name="gate")
-
-    def node(op_type: str, name: str, inputs: list[ir.Value], **attributes: Any) -> ir.Value:
-        made = ir.node(op_type, inputs, attributes, num_outputs=1, name=name)
-        made.outputs[0].name = name
-        nodes.append(made)
-        return made.outputs[0]
-
-    nodes: list[ir.Node] = []
-    minus_one = node("Constant", "channels", [], value=ir.Tensor(np.asarray([-1], np.int64), name="channels"))
-    spatial = node("Shape", "spatial", [node("Shape", "pixels", [x], start=2)])
+    body = _Body()
+    spatial = body.node("Shape", "spatial", [body.node("Shape", "pixels", [x], start=2)])
     one = ir.Tensor(np.asarray([1], np.int64), name="one")
-    ones = node("ConstantOfShape", "ones", [spatial], value=one)
-    target = node("Concat", "target", [minus_one, ones], axis=0)
-    y = node("Mul", "y", [x, node("Reshape", "spread", [gate, target])])
-    body = ir.Graph([x, gate], [y], nodes=nodes, opset_imports={"": CANONICAL_OPSET}, name=CHANNEL_GATE)
-    return ir.Function(DIALECT_DOMAIN, CHANNEL_GATE, graph=body, attributes=[])
+    ones = body.node("ConstantOfShape", "ones", [spatial], value=one)
+    target = body.node("Concat", "target", [body.constant("channels", [-1]), ones], axis=0)
+    y = body.node("Mul", "y", [x, body.node("Reshape", "spread", [gate, target])])
+    return body.function(CHANNEL_GATE, [x, gate], y)
 
 
 def filter_mask() -> ir.Function:
@@ -54,37 +45,35 @@ def filter_mask() -> ir.Function:
     if nothing had been rounded (a straight-through estimator).
     """
     mask, index = ir.Value(name="mask"), ir.Value(name="index")
-    nodes: list[ir.Node] = []
+    body = _Body()
+    zero, one = body.constant("zero", 0), body.constant("one", 1)
+    values = body.node("Gather", "values", [mask, body.node("Max", "within", [index, zero])])
+    is_open = body.node("GreaterOrEqual", "open", [values, body.node("CastLike", "threshold", [zero, mask])])
+    hard = body.node("CastLike", "hard", [is_open, mask])
+    whole = body.node("CastLike", "whole", [one, mask])
+    y = body.node("Where", "y", [body.node("Less", "outside", [index, zero]), whole, hard])
+    return body.function(FILTER_MASK, [mask, index], y)
 
-    def node(op_type: str, name: str, inputs: list[ir.Value]) -> ir.Value:
-        made = ir.node(op_type, inputs, num_outputs=1, name=name)
+
+class _Body:
+    """Nodes of a function, in order; every value has the name of its node."""
+
+    def __init__(self) -> None:
+        self.nodes: list[ir.Node] = []
+
+    def node(self, op_type: str, name: str, inputs: list[ir.Value], **attributes: Any) -> ir.Value:
+        made = ir.node(op_type, inputs, attributes, num_outputs=1, name=name)
         made.outputs[0].name = name
-        nodes.append(made)
+        self.nodes.append(made)
         return made.outputs[0]
 
-    def number(name: str, value: int) -> ir.Value:
-        made = ir.node(
-            "Constant",
-            [],
-            {"value": ir.Tensor(np.asarray(value, np.int64), name=name)},
-            num_outputs=1,
-            name=name,
-        )
-        made.outputs[0].name = name
-        nodes.append(made)
-        return made.outputs[0]
+    def constant(self, name: str, value: Any) -> ir.Value:
+        return self.node("Constant", name, [], value=ir.Tensor(np.asarray(value, np.int64), name=name))
 
-    zero, one = number("zero", 0), number("one", 1)
-    values = node("Gather", "values", [mask, node("Max", "within", [index, zero])])
-    is_open = node("GreaterOrEqual", "open", [values, node("CastLike", "threshold", [zero, mask])])
-    outside = node("Less", "outside", [index, zero])
-    y = node(
-        "Where",
-        "y",
-        [outside, node("CastLike", "whole", [one, mask]), node("CastLike", "hard", [is_open, mask])],
-    )
-    body = ir.Graph([mask, index], [y], nodes=nodes, opset_imports={"": CANONICAL_OPSET}, name=FILTER_MASK)
-    return ir.Function(DIALECT_DOMAIN, FILTER_MASK, graph=body, attributes=[])
+    def function(self, name: str, inputs: list[ir.Value], output: ir.Value) -> ir.Function:
+        opsets = {"": CANONICAL_OPSET}
+        graph = ir.Graph(inputs, [output], nodes=self.nodes, opset_imports=opsets, name=name)
+        return ir.Function(DIALECT_DOMAIN, name, graph=graph, attributes=[])
 
 
 def is_filter_mask(node: ir.Node) -> bool:

@@ -19,6 +19,7 @@ _ACTIVATIONS = frozenset(
     """Relu Clip LeakyRelu PRelu Elu Celu Selu Gelu HardSwish Mish Tanh Sigmoid HardSigmoid Softplus
     ThresholdedRelu""".split()
 )
+_IDEMPOTENT = frozenset({"Relu", "Clip"})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,6 +90,16 @@ def _layer(program: Program, node: ir.Node) -> Layer:
         reason=reason,
         last_affine=tuple(v.name or "" for v in inputs if v is not None and v.is_initializer()),
     )
+
+
+def activated(value: ir.Value) -> ir.Value:
+    """The value behind its one activation, where applying that twice is as once; else itself."""
+    users = {user for user, _ in value.uses()}
+    if len(users) == 1 and not value.is_graph_output():
+        (user,) = users
+        if user.op_type in _IDEMPOTENT and user.inputs[0] is value and not user.domain:
+            return user.outputs[0]
+    return value
 
 
 def _only_reader(node: ir.Node) -> ir.Node | None:

@@ -122,9 +122,14 @@ class Plan:
             raise PlanError("A block that is repeated is repeated once or more; leave the others out.")
 
     @property
+    def replaces_layers(self) -> bool:
+        """Whether layers go or become others, which no zeros in the original can say."""
+        return bool(self.layers or self.factors)
+
+    @property
     def only_removes(self) -> bool:
         """Whether it names groups and blocks alone, which are variables of a workload."""
-        return not (self.layers or self.factors or self.sizes or self.widened or self.deepened)
+        return not (self.replaces_layers or self.sizes or self.widened or self.deepened)
 
     def to_json(self) -> str:
         """Deterministic JSON text."""

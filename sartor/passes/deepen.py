@@ -16,10 +16,9 @@ import onnx_ir as ir
 from sartor.errors import PlanError
 from sartor.ir.blocks import Block, residual_blocks
 from sartor.ir.bodies import body_graphs
+from sartor.ir.layers import activated
 from sartor.ir.program import Program
 from sartor.passes.rewriter import Rewriter
-
-_IDEMPOTENT = frozenset({"Relu", "Clip"})
 
 
 def obstacle(program: Program, block: Block) -> str:
@@ -31,7 +30,7 @@ def obstacle(program: Program, block: Block) -> str:
     bodies = [node.name for node in inside if body_graphs(node)]
     if bodies:
         return f"'{bodies[0]}' has a body of nodes"
-    if _end(nodes[block.add]).is_graph_output():
+    if activated(nodes[block.add].outputs[0]).is_graph_output():
         return "its result is a graph output"
     return ""
 
@@ -57,21 +56,11 @@ def repeat_blocks(program: Program, repeats: Mapping[str, int], rewriter: Rewrit
         if reason:
             raise PlanError(f"The plan repeats block '{name}', which cannot be: {reason}. Leave it out.")
     for name, block in blocks.items():
-        end = _end(rewriter.node(block.add))
+        end = activated(rewriter.node(block.add).outputs[0])
         for number in range(1, repeats.get(name, 0) + 1):
             end = _Copy(program, block, number, rewriter).behind(end)
             rewriter.count("blocks_added")
     program.invalidate()
-
-
-def _end(add: ir.Node) -> ir.Value:
-    """The result of a block: of its Add, or of the one activation that reads it and does nothing a second time."""
-    users = {user for user, _ in add.outputs[0].uses()}
-    if len(users) == 1 and not add.outputs[0].is_graph_output():
-        (user,) = users
-        if user.op_type in _IDEMPOTENT and user.inputs[0] is add.outputs[0] and not user.domain:
-            return user.outputs[0]
-    return add.outputs[0]
 
 
 class _Copy:
@@ -89,7 +78,7 @@ class _Copy:
         add = self.rewriter.node(self.block.add)
         shortcut = next(v for v in add.inputs if v is not None and v.name != self.block.branch)
         self.values[shortcut] = end
-        last = _end(add).producer()
+        last = activated(add.outputs[0]).producer()
         if last is not add and last is not None:
             nodes.append(last)
         anchor = end.producer()

@@ -48,7 +48,7 @@ def masked(
             "The plan may narrow approximate groups, whose features a norm mixes without weights; they have no "
             "MASKED form. Make a plan of exact groups, or leave the masked model away."
         )
-    if plan.factors or plan.layers:
+    if plan.replaces_layers:
         section, reason = (
             ("factors", "factorizes layers, whose weights are others then")
             if plan.factors

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import fnmatch
-import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar
 
-import numpy as np
 import onnx_ir as ir
 
-from sartor.errors import PlanError, UsageError
+from sartor.errors import PlanError
 from sartor.ir.blocks import Block, residual_blocks
 from sartor.ir.bodies import read_values
 from sartor.ir.plan import Plan
 from sartor.ir.program import Program
 from sartor.passes.base import LAYER_CRITERIA, Context, Pass, Planned, Refusal, Semantics, option
+from sartor.passes.candidates import kept_by, matching, scores_of
 from sartor.passes.rewriter import Rewriter
 
 _MAKES_NONNEGATIVE = frozenset(
@@ -66,7 +64,7 @@ class RemoveBlocks(Pass):
         if not self.blocks and not self.count:
             return None
         found = residual_blocks(program)
-        wanted = self._matching(found)
+        wanted = matching(found, self.blocks, "residual block")
         refusals: list[Refusal] = []
         candidates: list[Block] = []
         for block in wanted:
@@ -79,7 +77,7 @@ class RemoveBlocks(Pass):
             if len(candidates) < self.count:
                 asked = f"{self.count} blocks are to be removed, but only {len(candidates)} can be"
                 refusals.append(Refusal(", ".join(self.blocks) or "*", asked))
-            scores = self._scores(program, candidates, context)
+            scores = scores_of(program, candidates, self.criterion, self.seed, context)
             ranked = sorted(range(len(candidates)), key=lambda i: (scores[candidates[i].name], i))
             candidates = [candidates[i] for i in sorted(ranked[: self.count])]
         names = tuple(block.name for block in candidates)
@@ -88,32 +86,6 @@ class RemoveBlocks(Pass):
     def apply(self, program: Program, plan: Any, rewriter: Rewriter) -> None:
         """Remove the plan's blocks. See `Pass.apply`."""
         remove_blocks(program, plan.blocks, rewriter)
-
-    def _matching(self, found: Sequence[Block]) -> list[Block]:
-        """Blocks that a glob names, all without globs."""
-        for pattern in self.blocks:
-            if not any(fnmatch.fnmatchcase(block.name, pattern) for block in found):
-                names = ", ".join(f"'{block.name}'" for block in found[:20]) or "none"
-                raise UsageError(
-                    f"No residual block matches '{pattern}'; the blocks of this program are: {names}. "
-                    "Name one of these."
-                )
-        patterns = self.blocks or ("*",)
-        return [b for b in found if any(fnmatch.fnmatchcase(b.name, p) for p in patterns)]
-
-    def _scores(self, program: Program, candidates: Sequence[Block], context: Context) -> Mapping[str, float]:
-        if self.criterion == "random":
-            draws = np.random.default_rng(self.seed).random(len(candidates))
-            return {block.name: float(draw) for block, draw in zip(candidates, draws, strict=True)}
-        scores = context.importance(self.criterion, program, None, tuple(candidates), context).blocks
-        for block in candidates:
-            score = scores.get(block.name)
-            if score is None or not math.isfinite(score):
-                raise UsageError(
-                    f"Criterion '{self.criterion}' gives block '{block.name}' the score {score}, expected a "
-                    "finite number. Use another criterion."
-                )
-        return {block.name: float(scores[block.name]) for block in candidates}
 
 
 def remove_blocks(program: Program, names: Iterable[str], rewriter: Rewriter) -> None:
@@ -229,24 +201,3 @@ def _sane(clip: Sequence[ir.Value | None]) -> bool:
         return True
     bound = clip[2].const_value
     return bound is not None and bool((bound.numpy() >= 0).all())
-
-
-def kept_by(program: Program, block: Block, context: Context) -> str | None:
-    """What a `keep` glob protects of a block: its name, a node, a node's module or a parameter it reads."""
-    if not context.keep:
-        return None
-    inside = set(block.nodes)
-    for node in program.nodes():
-        if node.name not in inside:
-            continue
-        origin = program.provenance.get(node.name or "")
-        names = [
-            block.name,
-            node.name or "",
-            origin.module if origin is not None else "",
-            *(v.name or "" for v in node.inputs if v is not None and v.is_initializer()),
-        ]
-        for name in names:
-            if name and context.is_kept(name):
-                return name
-    return None

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import fnmatch
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
-import numpy as np
-
-from sartor.errors import PlanError, UsageError
+from sartor.errors import PlanError
 from sartor.ir.layers import Layer, chain_layers, connecting
 from sartor.ir.plan import Plan
 from sartor.ir.program import Program
 from sartor.passes.base import LAYER_CRITERIA, Context, Pass, Planned, Refusal, Semantics, option
+from sartor.passes.candidates import kept_by, matching, scores_of
 from sartor.passes.rewriter import Rewriter
 
 
@@ -52,7 +49,7 @@ class RemoveLayers(Pass):
             return None
         ways: dict[str, str] = {}
         candidates, refusals = [], []
-        for layer in self._matching(chain_layers(program)):
+        for layer in matching(chain_layers(program), self.layers, "layer outside residual blocks"):
             way, reason = self._way(program, layer, context)
             if reason:
                 refusals.append(Refusal(layer.name, reason))
@@ -63,7 +60,7 @@ class RemoveLayers(Pass):
             if len(candidates) < self.count:
                 asked = f"{self.count} layers are to be removed, but only {len(candidates)} can be"
                 refusals.append(Refusal(", ".join(self.layers) or "*", asked))
-            scores = self._scores(program, candidates, context)
+            scores = scores_of(program, candidates, self.criterion, self.seed, context)
             ranked = sorted(candidates, key=lambda layer: scores[layer.name])[: self.count]
             ways = {layer.name: ways[layer.name] for layer in ranked}
         if not ways:
@@ -74,43 +71,17 @@ class RemoveLayers(Pass):
         """Remove the plan's layers. See `Pass.apply`."""
         remove_layers(program, plan.layers, rewriter)
 
-    def _matching(self, found: Sequence[Layer]) -> list[Layer]:
-        for pattern in self.layers:
-            if not any(fnmatch.fnmatchcase(layer.name, pattern) for layer in found):
-                names = ", ".join(f"'{layer.name}'" for layer in found[:20]) or "none"
-                raise UsageError(
-                    f"No layer matches '{pattern}'; the layers outside residual blocks are: {names}. Name one of these."
-                )
-        patterns = self.layers or ("*",)
-        return [one for one in found if any(fnmatch.fnmatchcase(one.name, p) for p in patterns)]
-
     def _way(self, program: Program, layer: Layer, context: Context) -> tuple[str, str]:
         """How a layer goes (a word of the plan), or why it cannot."""
-        nodes = {node.name: node for node in program.nodes()}
-        for name in layer.nodes:
-            read = [v.name or "" for v in nodes[name].inputs if v is not None and v.is_initializer()]
-            for kept in (name, *read):
-                if kept and context.is_kept(kept):
-                    return "", f"'{kept}' is kept"
+        kept = kept_by(program, layer, context)
+        if kept is not None:
+            return "", f"'{kept}' is kept"
         if layer.removable:
             return "drop", ""
         if not self.connect:
             return "", layer.reason
-        _, reason = connecting(program, nodes[layer.name])
+        _, reason = connecting(program, next(node for node in program.nodes() if node.name == layer.name))
         return "connect", f"{layer.reason}, and {reason}" if reason else ""
-
-    def _scores(self, program: Program, layers: Sequence[Layer], context: Context) -> Mapping[str, float]:
-        if self.criterion == "random":
-            draws = np.random.default_rng(self.seed).random(len(layers))
-            return {layer.name: float(draw) for layer, draw in zip(layers, draws, strict=True)}
-        scores = context.importance(self.criterion, program, None, tuple(layers), context).blocks
-        for layer in layers:
-            if not math.isfinite(scores.get(layer.name, math.nan)):
-                raise UsageError(
-                    f"Criterion '{self.criterion}' gives layer '{layer.name}' the score {scores.get(layer.name)}, "
-                    "expected a finite number. Use another criterion."
-                )
-        return {layer.name: float(scores[layer.name]) for layer in layers}
 
 
 def remove_layers(program: Program, ways: Mapping[str, str], rewriter: Rewriter) -> None:

@@ -18,9 +18,10 @@ from sartor.ir.plan import Plan, Widening
 from sartor.ir.program import Program
 from sartor.passes import deepen, widen
 from sartor.passes.base import CRITERIA, Context, Pass, Planned, Refusal, Semantics, option
+from sartor.passes.candidates import kept_by
 from sartor.passes.prune import rewrite
 from sartor.passes.prune_channels import PruneChannels
-from sartor.passes.remove_blocks import RemoveBlocks, kept_by
+from sartor.passes.remove_blocks import RemoveBlocks
 from sartor.passes.resolution import resize_inputs
 from sartor.passes.rewriter import Rewriter
 

@@ -16,7 +16,7 @@ from sartor.ir.channels.masking import UnmaskableError, Zero
 from sartor.ir.program import Program
 from sartor.passes.rewriter import Rewriter
 from sartor.passes.scaled_reads import ScaledRead, scale_reads
-from sartor.passes.widths import Widths
+from sartor.passes.widths import Widened, Widths
 
 
 def obstacle(analysis: ChannelAnalysis, group: ChannelGroup) -> str:
@@ -50,19 +50,17 @@ def share_out(program: Program, analysis: ChannelAnalysis, widths: Widths, rewri
         reads += [
             read
             for zero in analysis.zeros_of(group, linear=True)
-            if (read := _share(analysis, widths, zero, one.name, one.unit_of, one.times)) is not None
+            if (read := _share(analysis, widths, zero, one)) is not None
         ]
     scale_reads(program, reads, rewriter)
 
 
-def _share(
-    analysis: ChannelAnalysis, widths: Widths, zero: Zero, name: str, unit_of: np.ndarray, times: np.ndarray
-) -> ScaledRead | None:
+def _share(analysis: ChannelAnalysis, widths: Widths, zero: Zero, one: Widened) -> ScaledRead | None:
     atoms = analysis.propagation.parameter_atoms[zero.initializer, zero.axis]
     order = widths.order(Factor((zero.axis,), atoms), 0)
-    if order is None or name not in order.copy:
+    if order is None or one.name not in order.copy:
         return None
-    often = times[unit_of[atoms[order.old]]]
-    shares = 2 * (order.copy[name] + 1) / (often * (often + 1))
+    often = one.times[one.unit_of[atoms[order.old]]]
+    shares = 2 * (order.copy[one.name] + 1) / (often * (often + 1))
     factors = np.where(zero.mask[order.old], shares, 1.0)
     return ScaledRead(zero.initializer, zero.axis, factors, zero.node, zero.input)

@@ -27,7 +27,9 @@ class Order:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class _Widened:
+class Widened:
+    """A group of which units are copied: how often each of them is there."""
+
     name: str
     unit_of: np.ndarray  # per atom, -1 for none
     times: np.ndarray  # per unit
@@ -54,7 +56,7 @@ class Widths:
         for name, widening in sorted(plan.widened.items()):
             group = analysis.sized(name, widening.size)
             times = 1 + np.bincount(np.asarray(widening.copies), minlength=group.size)
-            self.widened.append(_Widened(name, analysis.units_of_atoms(group), times))
+            self.widened.append(Widened(name, analysis.units_of_atoms(group), times))
         self._lines: dict[tuple[int, int], Order | None] = {}
 
     @property
@@ -108,7 +110,7 @@ class Widths:
         unchanged = len(old) == len(line) and bool((old == np.arange(len(line))).all())
         return None if unchanged else Order(old, copies)
 
-    def _units(self, one: _Widened, factor: Factor, position: int) -> np.ndarray | None:
+    def _units(self, one: Widened, factor: Factor, position: int) -> np.ndarray | None:
         """Units along one axis of a factor, or None where they lie along another one.
 
         Raises:

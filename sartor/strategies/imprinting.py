@@ -12,11 +12,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from sartor.errors import UsageError
+from sartor.ir.layers import activated
 from sartor.ir.program import Program
 from sartor.strategies.feature_maps import feature_maps
 from sartor.strategies.importance import Batches, BlockLike, removable
-
-_IDEMPOTENT = frozenset({"Relu", "Clip"})
 
 
 def imprint(program: Program, blocks: Sequence[BlockLike], data: Batches) -> dict[str, float]:
@@ -107,10 +106,8 @@ def embedding_length(program: Program) -> int:
 def _behind(program: Program, block: BlockLike) -> str:
     """The result of a block or layer, behind the activation that alone reads it."""
     name = str(getattr(block, "output", "") or getattr(block, "outputs", ("",))[0])
-    readers = [node for node in program.nodes() if any(v is not None and v.name == name for v in node.inputs)]
-    if len(readers) == 1 and readers[0].op_type in _IDEMPOTENT:
-        return readers[0].outputs[0].name or ""
-    return name
+    value = next(value for node in program.nodes() for value in node.outputs if value.name == name)
+    return activated(value).name or ""
 
 
 def _entry(block: BlockLike) -> str:

@@ -63,7 +63,7 @@ def apply_to_module(
     _require_plain(module)
     if not isinstance(plan, Plan):
         raise UsageError(f"Expected a sartor.Plan, got '{type(plan).__name__}'; read one with Plan.load.")
-    if plan.factors or plan.layers:
+    if plan.replaces_layers:
         section = "factors" if plan.factors else "layers"
         raise UsageError(
             f"The plan replaces layers of '{type(module).__name__}', for which the module has no places. Apply it to "

@@ -13,7 +13,7 @@ from sartor.errors import PlanError, UsageError
 from sartor.ir.channels import rules_movement as _rules  # noqa: F401  (registers both rule tables)
 from sartor.ir.channels.floors import floors
 from sartor.ir.channels.group import BlockedAxis, ChannelGroup, Member
-from sartor.ir.channels.groups import Classes, UnitSet
+from sartor.ir.channels.groups import Classes
 from sartor.ir.channels.labels import Factor
 from sartor.ir.channels.masking import UnmaskableError, Zero, zeros
 from sartor.ir.channels.propagate import Propagation, Sink
@@ -396,6 +396,3 @@ def channel_groups(program: Program, keep: Sequence[str] = (), approximate: bool
     """
     key = ("channel_groups", approximate, *keep)
     return program.analysis(key, lambda p: ChannelAnalysis(p, keep, approximate))
-
-
-__all__ = ["BlockedAxis", "ChannelAnalysis", "ChannelGroup", "Member", "UnitSet", "channel_groups"]
