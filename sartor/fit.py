@@ -36,7 +36,7 @@ from sartor.journal import Journal
 from sartor.passes.base import Context
 from sartor.passes.candidates import kept_by
 from sartor.selection import Selection
-from sartor.strategies.budgeted_greedy import require_strategy
+from sartor.strategies.protocol import strategy
 from sartor.versions import versions
 from sartor.workbench import FitOptions, Workbench, static_costs
 
@@ -112,7 +112,7 @@ def fit(
     """
     from sartor.report.bundle import check_destination
 
-    require_strategy(options.strategy)
+    strategy(options.strategy)
     folder = Path(out_dir)
     check_destination(folder)
     missing = [path for path in folder.parents if not path.exists()]
@@ -233,7 +233,7 @@ class _Fit:
         self.baseline_s = float(known["latency_s"])
         values["latency"] = self.baseline_s
         limits = {key: limit.absolute(values[key]) for key, limit in self.options.budget.items()}
-        if all(values[key] <= limit for key, limit in limits.items()):
+        if not selection.strategy.grows and all(values[key] <= limit for key, limit in limits.items()):
             self.untouched = True
             self.decisions.append("the original is within every limit; nothing is removed")
             return Plan(self.program.source.sha256), self.baseline_s

@@ -17,7 +17,7 @@ from sartor.cli import main
 from sartor.journal import Journal, read
 from sartor.recovery.training import Training
 from sartor.selection import Selection
-from sartor.strategies.budgeted_greedy import BudgetedGreedy
+from sartor.strategies.budgeted_greedy import Greedy
 
 Fit = importlib.import_module("sartor.fit")._Fit  # `sartor.fit` alone is the function
 
@@ -236,7 +236,7 @@ def test_an_original_within_its_limits_meets_them(fit, tmp_path):
 def test_a_search_that_comes_back_to_a_plan_is_over(fit, tmp_path, monkeypatch):
     monkeypatch.setattr("sartor.landing.NEAR", 2.0)  # never near enough
     found, calls = [], []
-    search = BudgetedGreedy.search
+    search = Greedy.search
 
     def two(self, limits):
         calls.append(limits)
@@ -244,7 +244,7 @@ def test_a_search_that_comes_back_to_a_plan_is_over(fit, tmp_path, monkeypatch):
             found.append(search(self, {"latency": limits["latency"] * (0.95, 0.8)[len(found)]}))
         return found[(len(calls) - 1) % 2]
 
-    monkeypatch.setattr(BudgetedGreedy, "search", two)
+    monkeypatch.setattr(Greedy, "search", two)
     tries = []
     attempt = Selection._try
     monkeypatch.setattr(Selection, "_try", lambda self, *those: tries.append(1) or attempt(self, *those))

@@ -27,7 +27,7 @@ from sartor.profiling import networks
 from sartor.profiling.build import fusion_rules
 from sartor.profiling.inside import Inside, InsideEffort
 from sartor.profiling.prunings import random_plans, sample_prunings
-from sartor.strategies.budgeted_greedy import levels
+from sartor.strategies.space import levels
 from sartor.tasks import LocalRunner, requests
 
 RULES = fusion_rules(backends.get("onnxruntime"))
