@@ -99,7 +99,12 @@ class PlanPrices:
     def input_sizes(self) -> list[InputSize]:
         """For a search space."""
         return [
-            InputSize(one.shapes, one.share, functools.partial(self.price, one.workload))
+            InputSize(
+                one.shapes,
+                one.share,
+                functools.partial(self.price, one.workload),
+                functools.partial(_static, one.workload),
+            )
             for one in self.sizes
         ]
 
@@ -156,6 +161,13 @@ class PlanPrices:
             return "the activations that are live together where the peak is"
         name, most = max(parts.items(), key=lambda part: part[1])
         return f"{name}, {most / whole:.0%} of it" if whole > 0 else "nothing"
+
+
+def _static(
+    workload: Workload, fractions: Mapping[str, np.ndarray], removed: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    cost = workload.evaluate(fractions, removed)
+    return {key: np.atleast_1d(getattr(cost, key)) for key in ("macs", "parameters", "bytes_written")}
 
 
 def channel_step(backend: Any, program: Program, precision: str, group: Any) -> int:

@@ -72,11 +72,13 @@ class InputSize:
         shapes: of the inputs that are another size than the original's, by name.
         share: elements of all inputs over those of the original.
         price: see `Price`.
+        static: what the graph alone says of plans, arrays `[plans]`: `macs`, `parameters`, `bytes_written`.
     """
 
     shapes: Mapping[str, tuple[int, ...]]
     share: float
     price: Price
+    static: Callable[[Mapping[str, np.ndarray], Mapping[str, np.ndarray]], Mapping[str, np.ndarray]]
 
 
 class Judge(Protocol):
@@ -254,7 +256,15 @@ class Space:
 
     # ---- what they cost --------------------------------------------------------------------
     def priced(self, states: Sequence[State], limits: Mapping[str, float]) -> list[dict[str, float]]:
-        """Predicted quantities of states, those of one input size at once."""
+        """Predicted quantities of states."""
+        return self._of_each(states, lambda size, f, r: self.sizes[size].price(f, r, limits))
+
+    def static(self, states: Sequence[State]) -> list[dict[str, float]]:
+        """What the graph alone says of states; see `InputSize.static`."""
+        return self._of_each(states, lambda size, f, r: self.sizes[size].static(f, r))
+
+    def _of_each(self, states: Sequence[State], value: Callable[..., Any]) -> list[dict[str, float]]:
+        """Quantities of states, those of one input size at once."""
         found: list[dict[str, float]] = [{}] * len(states)
         for size in sorted({state.size for state in states}):
             places = [i for i, state in enumerate(states) if state.size == size]
@@ -263,7 +273,7 @@ class Space:
                 for name, counts in self.levels.items()
             }
             removed = {b.name: np.array([b.name in states[i].removed for i in places]) for b in self.blocks}
-            values = self.sizes[size].price(fractions, removed, limits)
+            values = value(size, fractions, removed)
             for row, i in enumerate(places):
                 found[i] = {key: float(array[row]) for key, array in values.items()}
         return found

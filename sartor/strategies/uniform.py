@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 from sartor.errors import UsageError
+from sartor.strategies.dimensions import widest
 from sartor.strategies.protocol import Search, Strategy
-from sartor.strategies.space import Decision, Space, State, within
+from sartor.strategies.space import Decision, Space, State
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,23 +27,8 @@ class Uniform(Strategy):
         return lambda limits: self._search(space, limits)
 
     def _search(self, space: Space, limits: Mapping[str, float]) -> Decision:
-        return space.decision(widest(space, limits, State({})), limits, self.name)
+        return space.decision(widest(space, limits), limits, self.name)
 
     def smallest(self, space: Space) -> Sequence[State]:
         """See `Strategy.smallest`."""
         return [space.scaled(space.widths[0])]
-
-
-def widest(space: Space, limits: Mapping[str, float], beside: State, depth: float = 1.0) -> State:
-    """The state of the largest uniform width within the limits, or the narrowest where none is.
-
-    Args:
-        space: where to search.
-        limits: absolute limit by budget key.
-        beside: its input size is taken.
-        depth: share of blocks that stay.
-    """
-    states = [space.scaled(width, depth, beside.size) for width in space.widths]
-    priced = space.priced(states, limits)
-    fitting = [state for state, one in zip(states, priced, strict=True) if within(one, limits)]
-    return fitting[-1] if fitting else states[0]
