@@ -207,6 +207,7 @@ class Slow:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, seconds: float):
         self.seconds, self.threads = seconds, 1
         monkeypatch.setattr("sartor.recovery.training.to_fx", self.twin)
+        monkeypatch.setattr("sartor.recovery.student.to_fx", self.twin)
         monkeypatch.setattr(torch, "set_num_threads", lambda count: setattr(self, "threads", count))
         monkeypatch.setattr(torch, "get_num_threads", lambda: self.threads)
 

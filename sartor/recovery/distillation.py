@@ -20,7 +20,8 @@ import torch
 
 from sartor.errors import UsageError
 from sartor.ir.program import Program
-from sartor.recovery.training import RecoveryOptions, RecoveryResult, Training
+from sartor.recovery.options import RecoveryOptions, RecoveryResult
+from sartor.recovery.training import Training
 from sartor.recovery.twins import Predict
 
 __all__ = ["RecoveryOptions", "RecoveryResult", "distill"]
@@ -45,7 +46,8 @@ def distill(
 
     Args:
         program: the cut program; its graph stays as it is.
-        original: the program before the cut, with the same inputs and outputs.
+        original: the program before the cut, with the same inputs and outputs. Its inputs may have another size:
+            data come at the original's, and the program sees them resized (`sartor.images`).
         data: training split: re-iterable of `(inputs, labels or None)`. Labels are class ids `[N, ...]`, rows
             of probabilities, or regression targets; see `sartor.recovery.losses.label_loss`.
         minutes: wall time for everything, evaluation included.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +13,15 @@ import torch
 from torch import Tensor, fx, nn
 
 from sartor.errors import UsageError
-from sartor.ir.fx import pull_weights, to_fx, twin_info
+from sartor.ir.fx import pull_weights, to_fx
 from sartor.ir.program import Program
 from sartor.recovery import losses, pace
 from sartor.recovery.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from sartor.recovery.masks import kept_share, mask_parameters
+from sartor.recovery.options import RecoveryOptions, RecoveryResult
 from sartor.recovery.samples import BATCH_SIZES, Batch, Samples
-from sartor.recovery.twins import Predict, batch_norms, predictor, reestimate_statistics, restore, snapshot
+from sartor.recovery.student import Student
+from sartor.recovery.twins import Predict, batch_norms, reestimate_statistics, restore, snapshot
 
 Score = tuple[float, float]
 _CLIP_NORM = 5.0  # Adam's steps do not depend on the gradient's scale: this only catches outliers
@@ -30,57 +32,6 @@ _STATISTICS_BATCHES = 64
 _MASK_RATE = 10.0  # masks begin near 0.1, and Adam moves every number by about its rate in a step
 _MINIMUM_BATCH = 4  # with fewer samples per channel, batch statistics are noise: train with running ones
 _WARM_UP = 0.03
-
-
-@dataclasses.dataclass(frozen=True)
-class RecoveryOptions:
-    """How to train; the defaults suit fine-tuning after a cut.
-
-    Attributes:
-        learning_rate: Adam's peak rate.
-        temperature: of the softened class scores.
-        label_weight: weight of the loss against labels beside distillation.
-        mask_weight: weight of the share of units that masks keep (`insert-masks`), where there are masks.
-        max_steps: stop after this many steps; the schedule then depends on steps only.
-    """
-
-    learning_rate: float = 1e-3
-    temperature: float = 2.0
-    label_weight: float = 0.5
-    mask_weight: float = 1.0
-    max_steps: int | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("learning_rate", "temperature"):
-            if not getattr(self, name) > 0:
-                raise UsageError(f"Recovery option '{name}' is {getattr(self, name)}; it must be above 0.")
-        if min(self.label_weight, self.mask_weight) < 0 or (
-            self.max_steps is not None and self.max_steps < 1
-        ):
-            raise UsageError(
-                "Recovery needs a label_weight and a mask_weight of at least 0 and max_steps of at least 1."
-            )
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class RecoveryResult:
-    """What came out.
-
-    Attributes:
-        program: the program with the best weights seen.
-        steps: optimizer steps taken.
-        seconds: wall time, resumed parts included.
-        history: one entry per judgement: `step`, `seconds`, `phase` (start, statistics, training, final),
-            `distance` (to the original on a fixed sample, lower is better), `kept`; `score` with an
-            `evaluate`; `loss` and `learning_rate` while training.
-        notes: what was done otherwise than asked, and why.
-    """
-
-    program: Program
-    steps: int
-    seconds: float
-    history: tuple[Mapping[str, Any], ...]
-    notes: tuple[str, ...] = ()
 
 
 class Training:
@@ -104,9 +55,9 @@ class Training:
         self.program, self.options, self.folder = program, options, folder
         self.budget_s, self.loss, self.evaluate = budget_s, loss, evaluate
         self.report = progress or (lambda fraction, text: None)
-        self.gm = to_fx(program, dtype=torch.float32)
+        self.student = Student(program, original)
+        self.gm = self.student.gm
         teacher = to_fx(original, dtype=torch.float32).requires_grad_(False)
-        self.names = twin_info(self.gm).outputs
         self.probabilities = losses.probability_outputs(program)
         self.identity = {
             "program": program.sha256(),
@@ -177,7 +128,7 @@ class Training:
         entry = {"step": self.step, "phase": phase, "distance": distance, **entry}
         score: Score = (0.0, -distance)
         if self.evaluate is not None:
-            value = float(self.evaluate(predictor(self.gm)))
+            value = float(self.evaluate(self.student.predictor()))
             entry["score"] = value
             score = (value, -distance)
         usable = not any(math.isnan(part) for part in score)
@@ -191,11 +142,8 @@ class Training:
         self.history.append(entry)
         self._save(phase)
 
-    def _outputs(self, batch: Batch) -> dict[str, Tensor]:
-        return dict(zip(self.names, self.gm(*batch.inputs), strict=True))
-
     def _distance(self, batch: Batch) -> Tensor:
-        return self._loss(self._outputs(batch), batch)
+        return self._loss(self.student(batch.inputs), batch)
 
     def _loss(self, outputs: dict[str, Tensor], batch: Batch) -> Tensor:
         """Against the original, and what masks keep."""
@@ -211,7 +159,8 @@ class Training:
         in_time = fixed or self.elapsed_s + self.judgement_s + 0.05 * self.budget_s < limit_s
         if batch_norms(self.gm) and in_time and not self._tiny_batches:
             seconds = math.inf if fixed else 0.05 * self.budget_s
-            reestimate_statistics(self.gm, self.samples.inputs(_STATISTICS_BATCHES), seconds=seconds)
+            batches = map(self.student.given, self.samples.inputs(_STATISTICS_BATCHES))
+            reestimate_statistics(self.gm, batches, seconds=seconds)
             self._judge(phase)
             restore(self.gm, self.best)
         self._save(phase)
@@ -224,7 +173,7 @@ class Training:
         batch = self.judged[0]
         if self.loss is not None or batch.labels is None:
             return self.loss is not None
-        outputs = {name: batch.teacher[name] for name in self.names}
+        outputs = batch.teacher
         try:
             losses.label_loss(outputs, batch.labels, self.probabilities)
         except UsageError as error:
@@ -253,7 +202,8 @@ class Training:
     def _choose_threads(self, share: float) -> float:
         """Use one thread where several are slower, in `share` of the time; seconds per sample of a step."""
         probe, count = self.samples.probe(pace.PROBE_SAMPLES)
-        return pace.choose_threads(self.gm, probe, self.most_threads, share * self.budget_s / 2) / count
+        inputs = self.student.given(probe)
+        return pace.choose_threads(self.gm, inputs, self.most_threads, share * self.budget_s / 2) / count
 
     def _train(self) -> None:
         if self.phase != "training":  # else it is resumed, and its schedule goes on
@@ -300,7 +250,7 @@ class Training:
     def _update(self, batch: Batch, rate: float) -> float:
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["times"]
-        outputs = self._outputs(batch)
+        outputs = self.student(batch.inputs)
         value = self._loss(outputs, batch)
         if self.loss is not None:
             value = value + self.options.label_weight * losses.checked(self.loss(outputs, batch.labels))
