@@ -19,6 +19,7 @@ from sartor.ir.fx import pull_weights, to_fx
 from sartor.ir.program import Batch, Program
 from sartor.recovery import RecoveryOptions, RecoveryResult, distill, losses, predictor
 from sartor.recovery.samples import Samples
+from sartor.recovery.teacher import Teacher
 from sartor.recovery.training import Training
 from sartor.recovery.twins import reestimate_statistics
 
@@ -207,6 +208,7 @@ class Slow:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, seconds: float):
         self.seconds, self.threads = seconds, 1
         monkeypatch.setattr("sartor.recovery.training.to_fx", self.twin)
+        monkeypatch.setattr("sartor.recovery.student.to_fx", self.twin)
         monkeypatch.setattr(torch, "set_num_threads", lambda count: setattr(self, "threads", count))
         monkeypatch.setattr(torch, "get_num_threads", lambda: self.threads)
 
@@ -396,21 +398,22 @@ def test_tiny_batches_keep_running_statistics() -> None:
 # ---- samples -----------------------------------------------------------------------------------
 def test_cached_samples() -> None:
     teacher = to_fx(network())
-    data = Samples(samples(70, labels="ids"), teacher, AXIS, seed=0)
+    data = Samples(samples(70, labels="ids"), ["x"], AXIS, seed=0)
+    ask = Teacher(teacher, data)
     assert data.cached and data.count == 70
     first = list(data.epoch(0))
     assert [len(b.inputs[0]) for b in first] == [16] * 4
     for batch in [*first, *data.sample(40)]:
-        torch.testing.assert_close(batch.teacher["y"], teacher(*batch.inputs)[0])
+        torch.testing.assert_close(ask(batch)["y"], teacher(*batch.inputs)[0])
         assert batch.labels is not None
-        torch.testing.assert_close(batch.labels, batch.teacher["y"].argmax(1))
+        torch.testing.assert_close(batch.labels, ask(batch)["y"].argmax(1))
     again = list(data.epoch(0, start=2))
     torch.testing.assert_close(again[0].inputs[0], first[2].inputs[0], rtol=0, atol=0)
     assert not torch.equal(next(iter(data.epoch(1))).inputs[0], first[0].inputs[0])
 
 
 def test_batches_are_limited_from_below() -> None:
-    data = Samples(samples(64, batch=64), to_fx(network()), AXIS, seed=0)
+    data = Samples(samples(64, batch=64), ["x"], AXIS, seed=0)
     for most, expected in ((1000, 64), (40, 40), (3, 16), (50, 16)):
         data.limit_batch(most)
         assert data.batch_size == expected == len(next(data.epoch(0)).inputs[0])
@@ -418,11 +421,12 @@ def test_batches_are_limited_from_below() -> None:
 
 def test_streamed_samples_keep_their_order() -> None:
     source = samples(64)
-    data = Samples(source, to_fx(network()), AXIS, seed=0, cache_bytes=1000)
+    data = Samples(source, ["x"], AXIS, seed=0, cache_bytes=1000)
+    ask = Teacher(to_fx(network()), data)
     assert not data.cached and data.count is None
     for batch, (inputs, _) in zip(data.epoch(5), source, strict=True):
         np.testing.assert_array_equal(batch.inputs[0].numpy(), inputs["x"])
-        assert set(batch.teacher) == {"y"}
+        assert set(ask(batch)) == {"y"}
     assert sum(len(b.inputs[0]) for b in data.sample(20)) == 32
     assert len(list(data.inputs(3))) == 3
 
@@ -444,20 +448,21 @@ def test_an_input_without_samples_stays_whole(same: bool) -> None:
         ({"x": normal(16, 3, 6, 6, seed=i), "s": normal(1, 5, 1, 1, seed=0 if same else i)}, None)
         for i in range(4)
     ]
-    data = Samples(source, to_fx(program), program.batch, seed=0)
+    data = Samples(source, ["x", "s"], program.batch, seed=0)
+    ask = Teacher(to_fx(program), data)
     assert data.cached == same and data.count == (64 if same else None)
     assert [len(t) for t in data.probe(3)[0]] == [3, 1] and data.probe(3)[1] == 3
     for batch in [*data.epoch(0), *data.sample(20)]:
         assert batch.count == len(batch.inputs[0]) <= 16
         assert batch.inputs[1].shape == (1, 5, 1, 1)
-        torch.testing.assert_close(batch.teacher["y"], to_fx(program)(*batch.inputs)[0])
+        torch.testing.assert_close(ask(batch)["y"], to_fx(program)(*batch.inputs)[0])
     result = distill(program, program, source, minutes=1, seed=0, options=steps(2))
     assert result.steps == 2 and result.history[0]["distance"] == pytest.approx(0, abs=1e-6)
 
 
 def test_batches_of_a_fixed_size_are_not_cut() -> None:
     axis = Batch(False, (), "it is fixed")
-    data = Samples(samples(64), to_fx(network()), axis, seed=0)
+    data = Samples(samples(64), ["x"], axis, seed=0)
     assert not data.cached and len(data.probe(3)[0][0]) == 16
     assert [batch.count for batch in data.epoch(0)] == [16] * 4
 

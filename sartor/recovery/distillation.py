@@ -1,7 +1,7 @@
-"""Distillation: train the twin of a cut program until it computes what the original computes.
+"""Distillation and fine-tuning: train the twin of a cut program until it computes what the original computes.
 
-Sequence: judge the start; re-estimate BatchNormalization statistics; train on the original's outputs (and on
-labels where there are any) under a cosine schedule that fits the time; re-estimate statistics; keep the
+Sequence: judge the start; re-estimate BatchNormalization statistics; train on the original's outputs (and on labels
+where there are any; what is made smaller is in `sartor.recovery.objective`) under a cosine schedule that fits the time; re-estimate statistics; keep the
 best state seen. Under a time budget the schedule follows the clock, and the number of threads, the batch size and
 how many samples progress is judged on follow the speed of the machine, so two runs may differ; with `max_steps`
 and time enough for them, all of it depends only on the seed.
@@ -20,7 +20,8 @@ import torch
 
 from sartor.errors import UsageError
 from sartor.ir.program import Program
-from sartor.recovery.training import RecoveryOptions, RecoveryResult, Training
+from sartor.recovery.options import RecoveryOptions, RecoveryResult
+from sartor.recovery.training import Training
 from sartor.recovery.twins import Predict
 
 __all__ = ["RecoveryOptions", "RecoveryResult", "distill"]
@@ -41,11 +42,12 @@ def distill(
     checkpoint_dir: str | Path | None = None,
     options: RecoveryOptions | None = None,
 ) -> RecoveryResult:
-    """Fine-tune `program` by distilling from `original`; the result is never worse than the start.
+    """Train `program` with `original` as its teacher; the result is never worse than the start.
 
     Args:
         program: the cut program; its graph stays as it is.
-        original: the program before the cut, with the same inputs and outputs.
+        original: the program before the cut, with the same inputs and outputs. Its inputs may have another size:
+            data come at the original's, and the program sees them resized (`sartor.images`).
         data: training split: re-iterable of `(inputs, labels or None)`. Labels are class ids `[N, ...]`, rows
             of probabilities, or regression targets; see `sartor.recovery.losses.label_loss`.
         minutes: wall time for everything, evaluation included.
@@ -60,7 +62,8 @@ def distill(
         options: see `RecoveryOptions`.
 
     Raises:
-        UsageError: the batch axis is fixed, the signatures differ, or data or options cannot be used.
+        UsageError: the batch axis is fixed, the signatures differ, data or options cannot be used, or labels are
+            needed and there are none.
     """
     options = options or RecoveryOptions()
     if learning_rate is not None:

@@ -41,6 +41,11 @@ def is_classification(output: Tensor) -> bool:
     return output.dim() == 2 and output.shape[1] > 1
 
 
+def misclassified(outputs: Outputs, labels: Tensor) -> Tensor:
+    """Samples whose highest score in the first output `[N, C]` is not their class id, booleans `[N]`."""
+    return next(iter(outputs.values())).argmax(1) != labels.reshape(-1)
+
+
 def label_loss(outputs: Outputs, labels: Tensor, probabilities: frozenset[str] = frozenset()) -> Tensor:
     """Loss of the first output against labels.
 

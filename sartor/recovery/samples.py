@@ -7,11 +7,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from sartor.data_sources import sample_count
 from sartor.errors import UsageError
-from sartor.ir.fx import to_tensor, twin_info
+from sartor.ir.fx import to_tensor
 from sartor.ir.program import Batch as BatchAxis
 
 CACHE_BYTES = 512 << 20
@@ -20,34 +20,33 @@ BATCH_SIZES = (16, 128)
 """Bounds of the batch size: BatchNormalization needs some samples, and steps must not become too few."""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Batch:
     """One training step's worth of data.
 
     Attributes:
-        inputs: in the order of the twin's inputs.
+        inputs: in the order of the original's inputs, at the original's size.
         labels: or None.
-        teacher: outputs of the original by name.
         count: samples.
+        rows: which samples of those that are held in memory, `[N]`; None where none are.
     """
 
     inputs: list[Tensor]
     labels: Tensor | None
-    teacher: dict[str, Tensor]
     count: int
+    rows: Tensor | None = None
 
 
 class Samples:
-    """Batches of a training set with the original's outputs on them.
+    """Batches of a training set.
 
-    A set within `CACHE_BYTES` is shuffled anew each epoch, by seed and epoch only, and the original runs
-    once per sample. A larger one keeps its own batches and order, and the original runs every time. So does one
-    that cannot be shuffled: the model takes one batch size only, or has an input without samples, such as a scale,
-    that differs between batches.
+    A set within `CACHE_BYTES` is shuffled anew each epoch, by seed and epoch only. A larger one keeps its own batches
+    and order. So does one that cannot be shuffled: the model takes one batch size only, or has an input without
+    samples, such as a scale, that differs between batches.
 
     Args:
         data: re-iterable of `(inputs by name, labels or None)`.
-        teacher: twin of the original.
+        names: of the inputs, in order.
         axis: which inputs carry samples.
         seed: of the order.
         cache_bytes: in place of `CACHE_BYTES`.
@@ -59,23 +58,20 @@ class Samples:
     def __init__(
         self,
         data: Iterable[tuple[Mapping[str, np.ndarray], np.ndarray | None]],
-        teacher: fx.GraphModule,
+        names: Sequence[str],
         axis: BatchAxis,
         seed: int,
         *,
         cache_bytes: int | None = None,
     ):
         self._data = data
-        self._teacher = teacher
-        self._info = twin_info(teacher)
+        self._names = tuple(names)
         self._axis = axis
-        self._carries = [axis.symbolic and name in axis.inputs for name in self._info.inputs]
+        self._carries = [axis.symbolic and name in axis.inputs for name in names]
         self._seed = seed
         self._count = 0
         self._inputs: list[Tensor] = []
         self._labels: Tensor | None = None
-        self._known: Tensor | None = None
-        self._outputs: dict[str, Tensor] = {}
         self._batch_size = BATCH_SIZES[0]
         self._first: list[Tensor] = []
         self._first_count = 0
@@ -103,7 +99,7 @@ class Samples:
                 if position >= start:
                     tensors = self._tensors(inputs)
                     count = sample_count(inputs, self._axis.inputs)
-                    yield Batch(tensors, _labels(labels), self._run(tensors), count)
+                    yield Batch(tensors, _labels(labels), count)
             return
         order = torch.from_numpy(np.random.default_rng([self._seed, number]).permutation(self._count))
         parts = list(torch.split(order, self._batch_size))
@@ -132,7 +128,7 @@ class Samples:
         return batches
 
     def inputs(self, limit: int) -> Iterator[list[Tensor]]:
-        """Inputs of at most `limit` batches, without running the original."""
+        """Inputs of at most `limit` batches."""
         if not self.cached:
             for position, (inputs, _) in enumerate(self._data):
                 if position >= limit:
@@ -141,7 +137,14 @@ class Samples:
             return
         order = torch.from_numpy(np.random.default_rng(self._seed).permutation(self._count))
         for part in torch.split(order, self._batch_size)[:limit]:
-            yield self._part(part)
+            yield self.some(self._inputs, part)
+
+    def some(self, inputs: Sequence[Tensor], which: Tensor) -> list[Tensor]:
+        """Inputs of some samples: rows by number, or by a boolean for each."""
+        return [
+            tensor[which] if carries else tensor
+            for tensor, carries in zip(inputs, self._carries, strict=True)
+        ]
 
     def _load(self, limit: int) -> bool:
         inputs: list[list[Tensor]] = []
@@ -178,38 +181,17 @@ class Samples:
         self._count = sum(counts)
         low, high = BATCH_SIZES
         self._batch_size = min(max(counts[0], low), high, self._count)
-        self._known = torch.zeros(self._count, dtype=torch.bool)
         return True
 
     def _tensors(self, inputs: Mapping[str, np.ndarray]) -> list[Tensor]:
-        missing = [name for name in self._info.inputs if name not in inputs]
+        missing = [name for name in self._names if name not in inputs]
         if missing:
             raise UsageError(f"The training data lack input '{missing[0]}'; they have {sorted(inputs)}.")
-        return [to_tensor(inputs[name], self._info.dtype) for name in self._info.inputs]
-
-    def _run(self, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
-        with torch.no_grad():
-            return dict(zip(self._info.outputs, self._teacher(*tensors), strict=True))
+        return [to_tensor(inputs[name], torch.float32) for name in self._names]
 
     def _select(self, part: Tensor) -> Batch:
-        assert self._known is not None
-        fresh = part[~self._known[part]]
-        if len(fresh):
-            for name, output in self._run(self._part(fresh)).items():
-                if name not in self._outputs:
-                    shape = (len(self._known), *output.shape[1:])
-                    self._outputs[name] = torch.zeros(shape, dtype=output.dtype)
-                self._outputs[name][fresh] = output
-            self._known[fresh] = True
         labels = None if self._labels is None else self._labels[part]
-        teacher = {name: output[part] for name, output in self._outputs.items()}
-        return Batch(self._part(part), labels, teacher, len(part))
-
-    def _part(self, part: Tensor) -> list[Tensor]:
-        return [
-            tensor[part] if carries else tensor
-            for tensor, carries in zip(self._inputs, self._carries, strict=True)
-        ]
+        return Batch(self.some(self._inputs, part), labels, len(part), part)
 
 
 def _labels(labels: np.ndarray | None) -> Tensor | None:

@@ -5,21 +5,25 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from sartor.errors import UsageError
-from sartor.ir.fx import pull_weights, to_fx, twin_info
+from sartor.ir.fx import pull_weights, to_fx
 from sartor.ir.program import Program
-from sartor.recovery import losses, pace
+from sartor.recovery import pace
 from sartor.recovery.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from sartor.recovery.masks import kept_share, mask_parameters
+from sartor.recovery.masks import mask_parameters
+from sartor.recovery.objective import Objective
+from sartor.recovery.options import RecoveryOptions, RecoveryResult
 from sartor.recovery.samples import BATCH_SIZES, Batch, Samples
-from sartor.recovery.twins import Predict, batch_norms, predictor, reestimate_statistics, restore, snapshot
+from sartor.recovery.student import Student
+from sartor.recovery.teacher import Teacher
+from sartor.recovery.twins import Predict, batch_norms, reestimate_statistics, restore, snapshot
 
 Score = tuple[float, float]
 _CLIP_NORM = 5.0  # Adam's steps do not depend on the gradient's scale: this only catches outliers
@@ -30,57 +34,6 @@ _STATISTICS_BATCHES = 64
 _MASK_RATE = 10.0  # masks begin near 0.1, and Adam moves every number by about its rate in a step
 _MINIMUM_BATCH = 4  # with fewer samples per channel, batch statistics are noise: train with running ones
 _WARM_UP = 0.03
-
-
-@dataclasses.dataclass(frozen=True)
-class RecoveryOptions:
-    """How to train; the defaults suit fine-tuning after a cut.
-
-    Attributes:
-        learning_rate: Adam's peak rate.
-        temperature: of the softened class scores.
-        label_weight: weight of the loss against labels beside distillation.
-        mask_weight: weight of the share of units that masks keep (`insert-masks`), where there are masks.
-        max_steps: stop after this many steps; the schedule then depends on steps only.
-    """
-
-    learning_rate: float = 1e-3
-    temperature: float = 2.0
-    label_weight: float = 0.5
-    mask_weight: float = 1.0
-    max_steps: int | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("learning_rate", "temperature"):
-            if not getattr(self, name) > 0:
-                raise UsageError(f"Recovery option '{name}' is {getattr(self, name)}; it must be above 0.")
-        if min(self.label_weight, self.mask_weight) < 0 or (
-            self.max_steps is not None and self.max_steps < 1
-        ):
-            raise UsageError(
-                "Recovery needs a label_weight and a mask_weight of at least 0 and max_steps of at least 1."
-            )
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class RecoveryResult:
-    """What came out.
-
-    Attributes:
-        program: the program with the best weights seen.
-        steps: optimizer steps taken.
-        seconds: wall time, resumed parts included.
-        history: one entry per judgement: `step`, `seconds`, `phase` (start, statistics, training, final),
-            `distance` (to the original on a fixed sample, lower is better), `kept`; `score` with an
-            `evaluate`; `loss` and `learning_rate` while training.
-        notes: what was done otherwise than asked, and why.
-    """
-
-    program: Program
-    steps: int
-    seconds: float
-    history: tuple[Mapping[str, Any], ...]
-    notes: tuple[str, ...] = ()
 
 
 class Training:
@@ -102,12 +55,10 @@ class Training:
         pace.warm_up()
         self.started = time.perf_counter()
         self.program, self.options, self.folder = program, options, folder
-        self.budget_s, self.loss, self.evaluate = budget_s, loss, evaluate
+        self.budget_s, self.evaluate = budget_s, evaluate
         self.report = progress or (lambda fraction, text: None)
-        self.gm = to_fx(program, dtype=torch.float32)
-        teacher = to_fx(original, dtype=torch.float32).requires_grad_(False)
-        self.names = twin_info(self.gm).outputs
-        self.probabilities = losses.probability_outputs(program)
+        self.student = Student(program, original)
+        self.gm = self.student.gm
         self.identity = {
             "program": program.sha256(),
             "original": original.sha256(),
@@ -115,15 +66,20 @@ class Training:
             **dataclasses.asdict(options),
         }
         found = None if folder is None else load_checkpoint(folder, self.identity)
-        self.samples = Samples(data, teacher, original.batch, seed)
+        self.samples = Samples(data, self.student.names, original.batch, seed)
+        self.teacher: Teacher | None = None
+        if options.teacher != "never":
+            twin = to_fx(original, dtype=torch.float32).requires_grad_(False)
+            self.teacher = Teacher(twin, self.samples)
         self.most_threads = torch.get_num_threads()
-        self.judged = self.samples.sample(self._fit_into_time(teacher, found))
-        self.notes: list[str] = []
-        self.use_labels = self._labels_fit()
+        self.judged = self.samples.sample(self._fit_into_time(found))
+        self.masks = mask_parameters(self.gm)
+        self.objective = Objective(program, options, loss, self.teacher, self.masks)
+        self._check_labels()
+        self.notes = self.objective.notes
         self.parameters = [p for p in self.gm.parameters() if p.requires_grad]
         if not self.parameters:
             raise UsageError("The program has no trainable weights, so nothing can be recovered.")
-        self.masks = mask_parameters(self.gm)
         known = {id(mask) for mask in self.masks}
         rates = ((1.0, [p for p in self.parameters if id(p) not in known]), (_MASK_RATE, self.masks))
         self.optimizer = torch.optim.Adam(
@@ -162,9 +118,16 @@ class Training:
         restore(self.gm, self.best)
         if not self.step:
             self.notes.append(f"no training step fitted into {self.budget_s:.0f} s; give recovery more time")
+        asked = 0 if self.teacher is None else self.teacher.asked
+        if self.teacher is not None and self.options.teacher == "wrong":
+            met = self.teacher.met
+            self.notes.append(
+                f"the original was asked about {asked} of {met} samples: {1 - asked / max(met, 1):.0%} saved"
+            )
         self.report(1.0, "done")
         program = pull_weights(self.program, self.gm)
-        return RecoveryResult(program, self.step, self.elapsed_s, tuple(self.history), tuple(self.notes))
+        history, notes = tuple(self.history), tuple(self.notes)
+        return RecoveryResult(program, self.step, self.elapsed_s, history, notes, asked)
 
     # ---- judging ---------------------------------------------------------------------------
     def _judge(self, phase: str, **entry: Any) -> None:
@@ -177,7 +140,7 @@ class Training:
         entry = {"step": self.step, "phase": phase, "distance": distance, **entry}
         score: Score = (0.0, -distance)
         if self.evaluate is not None:
-            value = float(self.evaluate(predictor(self.gm)))
+            value = float(self.evaluate(self.student.predictor()))
             entry["score"] = value
             score = (value, -distance)
         usable = not any(math.isnan(part) for part in score)
@@ -191,16 +154,8 @@ class Training:
         self.history.append(entry)
         self._save(phase)
 
-    def _outputs(self, batch: Batch) -> dict[str, Tensor]:
-        return dict(zip(self.names, self.gm(*batch.inputs), strict=True))
-
     def _distance(self, batch: Batch) -> Tensor:
-        return self._loss(self._outputs(batch), batch)
-
-    def _loss(self, outputs: dict[str, Tensor], batch: Batch) -> Tensor:
-        """Against the original, and what masks keep."""
-        value = losses.distillation_loss(outputs, batch.teacher, self.options.temperature, self.probabilities)
-        return value + self.options.mask_weight * kept_share(self.masks) if self.masks else value
+        return self.objective.distance(self.student(batch.inputs), batch)
 
     def _statistics(self, phase: str) -> None:
         """Re-estimate BatchNormalization from the best weights on; kept only where that is better."""
@@ -211,7 +166,8 @@ class Training:
         in_time = fixed or self.elapsed_s + self.judgement_s + 0.05 * self.budget_s < limit_s
         if batch_norms(self.gm) and in_time and not self._tiny_batches:
             seconds = math.inf if fixed else 0.05 * self.budget_s
-            reestimate_statistics(self.gm, self.samples.inputs(_STATISTICS_BATCHES), seconds=seconds)
+            batches = map(self.student.given, self.samples.inputs(_STATISTICS_BATCHES))
+            reestimate_statistics(self.gm, batches, seconds=seconds)
             self._judge(phase)
             restore(self.gm, self.best)
         self._save(phase)
@@ -220,20 +176,17 @@ class Training:
     def _tiny_batches(self) -> bool:
         return self.judged[0].count < _MINIMUM_BATCH
 
-    def _labels_fit(self) -> bool:
-        batch = self.judged[0]
-        if self.loss is not None or batch.labels is None:
-            return self.loss is not None
-        outputs = {name: batch.teacher[name] for name in self.names}
-        try:
-            losses.label_loss(outputs, batch.labels, self.probabilities)
-        except UsageError as error:
-            self.notes.append(f"labels were not used: {error}")
-            return False
-        return True
+    def _check_labels(self) -> None:
+        first = self.judged[0]
+        if self.teacher is not None and self.options.teacher == "always":
+            self.teacher.remember(self.judged)
+            self.objective.check(self.teacher(first), first)
+        else:
+            with torch.no_grad():
+                self.objective.check(self.student(first.inputs), first)
 
     # ---- training --------------------------------------------------------------------------
-    def _fit_into_time(self, teacher: fx.GraphModule, found: Checkpoint | None) -> int:
+    def _fit_into_time(self, found: Checkpoint | None) -> int:
         """Choose threads and the batch size; the number of samples that progress is judged on.
 
         All of it before the first judgement: on a busy machine that one alone could take longer than the budget.
@@ -245,7 +198,9 @@ class Training:
             self.samples.limit_batch(found.state["batch_size"] or BATCH_SIZES[1])
             return int(found.state["judged_samples"])
         probe, count = self.samples.probe(pace.PROBE_SAMPLES)
-        forward_s = step_s / 3 + pace.forward_seconds(teacher, probe, 0.01 * self.budget_s) / count
+        forward_s = step_s / 3
+        if self.teacher is not None and self.options.teacher == "always":
+            forward_s += pace.forward_seconds(self.teacher.twin, probe, 0.01 * self.budget_s) / count
         self.samples.limit_batch(int(0.5 * self.budget_s / _FEWEST_STEPS / step_s))
         judged = int(_JUDGING_SHARE * self.budget_s / forward_s)
         return min(max(judged, pace.PROBE_SAMPLES), _JUDGED_SAMPLES)
@@ -253,7 +208,8 @@ class Training:
     def _choose_threads(self, share: float) -> float:
         """Use one thread where several are slower, in `share` of the time; seconds per sample of a step."""
         probe, count = self.samples.probe(pace.PROBE_SAMPLES)
-        return pace.choose_threads(self.gm, probe, self.most_threads, share * self.budget_s / 2) / count
+        inputs = self.student.given(probe)
+        return pace.choose_threads(self.gm, inputs, self.most_threads, share * self.budget_s / 2) / count
 
     def _train(self) -> None:
         if self.phase != "training":  # else it is resumed, and its schedule goes on
@@ -300,13 +256,7 @@ class Training:
     def _update(self, batch: Batch, rate: float) -> float:
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["times"]
-        outputs = self._outputs(batch)
-        value = self._loss(outputs, batch)
-        if self.loss is not None:
-            value = value + self.options.label_weight * losses.checked(self.loss(outputs, batch.labels))
-        elif self.use_labels and batch.labels is not None:
-            labelled = losses.label_loss(outputs, batch.labels, self.probabilities)
-            value = value + self.options.label_weight * labelled
+        value = self.objective(self.student(batch.inputs), batch)
         self.optimizer.zero_grad(set_to_none=True)
         value.backward()
         norm = nn.utils.clip_grad_norm_(self.parameters, _CLIP_NORM)
@@ -359,6 +309,8 @@ class Training:
         for index, parameter in enumerate(self.parameters):
             for key, value in self.optimizer.state.get(parameter, {}).items():
                 tensors[f"optimizer/{index}/{key}"] = torch.as_tensor(value)
+        if self.teacher is not None:
+            tensors |= {f"teacher/{key}": value for key, value in self.teacher.state().items()}
         state = {
             "phase": phase,
             "step": self.step,
@@ -388,6 +340,8 @@ class Training:
             values = part(f"optimizer/{index}/")
             if values:
                 self.optimizer.state[parameter] = values
+        if self.teacher is not None:
+            self.teacher.resume(part("teacher/"))
         self.phase, self.rate_scale = state["phase"], state["rate_scale"]
         self.step, self.epoch, self.position = state["step"], state["epoch"], state["position"]
         self.earlier_s = state["seconds"]

@@ -12,16 +12,19 @@ from torch import Tensor, fx
 from sartor.ir.fx import to_array, to_fx, to_tensor, twin_info
 from sartor.ir.program import Program
 from sartor.ir.torch_ops import BatchNorm
+from sartor.recovery.sizes import Sizes
 
 Predict = Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]]
 
 
-def predictor(twin: Program | fx.GraphModule) -> Predict:
+def predictor(twin: Program | fx.GraphModule, sizes: Sizes | None = None) -> Predict:
     """A function from input arrays to output arrays by name, on the FX twin in float32 and eval mode.
 
     Args:
         twin: a program, or a module made by `to_fx`, whose mode is put back after each call.
+        sizes: how arrays are resized on the way in and out, for a program at another size than its original's.
     """
+    sizes = sizes or Sizes()
     gm = to_fx(twin, dtype=torch.float32) if isinstance(twin, Program) else twin
     info = twin_info(gm)
 
@@ -30,10 +33,12 @@ def predictor(twin: Program | fx.GraphModule) -> Predict:
         gm.eval()
         try:
             with torch.no_grad():
-                results = gm(*(to_tensor(inputs[name], info.dtype) for name in info.inputs))
+                tensors = [to_tensor(inputs[name], info.dtype) for name in info.inputs]
+                results = gm(*sizes.given(info.inputs, tensors))
+                outputs = sizes.taken(dict(zip(info.outputs, results, strict=True)))
         finally:
             gm.train(training)
-        return {name: to_array(result) for name, result in zip(info.outputs, results, strict=True)}
+        return {name: to_array(output) for name, output in outputs.items()}
 
     return predict
 

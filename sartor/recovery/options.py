@@ -1,0 +1,80 @@
+"""What recovery is told, and what comes out of it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from sartor.errors import UsageError
+from sartor.ir.program import Program
+
+TEACHERS = ("always", "never", "wrong")
+"""When the original is asked."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RecoveryOptions:
+    """How to train; the defaults suit fine-tuning after a cut.
+
+    Attributes:
+        learning_rate: Adam's peak rate.
+        temperature: of the softened class scores.
+        teacher: when the original is asked: `always`; `never`, which trains on labels or a loss alone; or `wrong`,
+            about the samples of a step that the program misclassifies (needs class labels).
+        label_weight: weight of the loss against labels; None for 0.5 where the original is always asked, else 1.
+        mask_weight: weight of the share of units that masks keep (`insert-masks`), where there are masks.
+        max_steps: stop after this many steps; the schedule then depends on steps only.
+    """
+
+    learning_rate: float = 1e-3
+    temperature: float = 2.0
+    teacher: str = "always"
+    label_weight: float | None = None
+    mask_weight: float = 1.0
+    max_steps: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("learning_rate", "temperature"):
+            if not getattr(self, name) > 0:
+                raise UsageError(f"Recovery option '{name}' is {getattr(self, name)}; it must be above 0.")
+        if self.teacher not in TEACHERS:
+            raise UsageError(
+                f"Recovery option 'teacher' is '{self.teacher}'; it must be one of {', '.join(TEACHERS)}."
+            )
+        if min(self.weight_of_labels, self.mask_weight) < 0 or (
+            self.max_steps is not None and self.max_steps < 1
+        ):
+            raise UsageError(
+                "Recovery needs a label_weight and a mask_weight of at least 0 and max_steps of at least 1."
+            )
+
+    @property
+    def weight_of_labels(self) -> float:
+        """`label_weight`, or what stands for None."""
+        if self.label_weight is not None:
+            return self.label_weight
+        return 0.5 if self.teacher == "always" else 1.0
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class RecoveryResult:
+    """What came out.
+
+    Attributes:
+        program: the program with the best weights seen.
+        steps: optimizer steps taken.
+        seconds: wall time, resumed parts included.
+        history: one entry per judgement: `step`, `seconds`, `phase` (start, statistics, training, final),
+            `distance` (on a fixed sample, lower is better: to the original, or the loss against labels where
+            it is not always asked), `kept`; `score` with an `evaluate`; `loss` and `learning_rate` while training.
+        notes: what was done otherwise than asked, and why.
+        asked: samples that the original was run on.
+    """
+
+    program: Program
+    steps: int
+    seconds: float
+    history: tuple[Mapping[str, Any], ...]
+    notes: tuple[str, ...] = ()
+    asked: int = 0

@@ -1,0 +1,110 @@
+"""The original as a teacher: its outputs on samples, asked for as rarely as they can be."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, fx
+
+from sartor.ir.fx import twin_info
+from sartor.recovery import samples as training_set
+from sartor.recovery.samples import Batch, Samples
+
+Outputs = dict[str, Tensor]
+
+
+class Teacher:
+    """Outputs of the original by name.
+
+    It runs once per sample that is held in memory, where its answers fit into `CACHE_BYTES` too; else each time.
+
+    Args:
+        twin: of the original.
+        samples: of which the batches come.
+
+    Attributes:
+        twin: as given.
+        asked: samples that the twin was run on.
+    """
+
+    def __init__(self, twin: fx.GraphModule, samples: Samples):
+        self.twin, self._samples = twin, samples
+        self._names = twin_info(twin).outputs
+        self.asked = 0
+        self._met = 0  # where no answers are kept
+        self._met_rows = torch.zeros(samples.count or 0, dtype=torch.bool)
+        self._known = self._met_rows.clone()
+        self._caches = samples.cached
+        self._answers: Outputs = {}
+        self._kept: dict[int, Outputs] = {}
+
+    def __call__(self, batch: Batch, which: Tensor | None = None) -> Outputs:
+        """Its outputs.
+
+        Args:
+            batch: samples.
+            which: those to ask about, booleans `[N]`, of which one at least is true; None for all.
+        """
+        kept = self._kept.get(id(batch))
+        if kept is not None:
+            return kept if which is None else {name: output[which] for name, output in kept.items()}
+        inputs, rows, count = batch.inputs, batch.rows, batch.count
+        if which is not None:
+            inputs, count = self._samples.some(inputs, which), int(which.sum())
+            rows = None if rows is None else rows[which]
+        if rows is not None and self._caches:
+            fresh = ~self._known[rows]
+            if bool(fresh.any()):
+                answers = self._run(self._samples.some(inputs, fresh), int(fresh.sum()))
+                self._learn(rows[fresh], answers)
+            if self._caches:
+                return {name: output[rows] for name, output in self._answers.items()}
+        return self._run(inputs, count)
+
+    def remember(self, batches: Sequence[Batch]) -> None:
+        """Keep the answers to batches that it is asked about again and again."""
+        for batch in batches:
+            answers = self(batch)
+            if not self._caches:
+                self._kept[id(batch)] = answers
+
+    # ---- how much it was spared ------------------------------------------------------------
+    def meet(self, batch: Batch) -> None:
+        """Count a batch that it would have been asked about as a whole."""
+        if batch.rows is not None and self._caches:
+            self._met_rows[batch.rows] = True
+        else:
+            self._met += batch.count
+
+    @property
+    def met(self) -> int:
+        """Samples that it would have been run on, had it been asked about all that it met."""
+        return self._met + int(self._met_rows.sum())
+
+    def state(self) -> dict[str, Tensor]:
+        """Counts for a checkpoint; the answers are not in it."""
+        return {"counts": torch.tensor([self.asked, self._met]), "met": self._met_rows}
+
+    def resume(self, state: dict[str, Tensor]) -> None:
+        """Go on counting from a checkpoint."""
+        self.asked, self._met = (int(count) for count in state["counts"])
+        self._met_rows = state["met"]
+
+    # ---- asking ----------------------------------------------------------------------------
+    def _run(self, inputs: Sequence[Tensor], count: int) -> Outputs:
+        self.asked += count
+        with torch.no_grad():
+            return dict(zip(self._names, self.twin(*inputs), strict=True))
+
+    def _learn(self, rows: Tensor, answers: Outputs) -> None:
+        count = len(self._known)
+        sizes = (answer.numel() * answer.element_size() // len(rows) for answer in answers.values())
+        if not self._answers and count * sum(sizes) > training_set.CACHE_BYTES:
+            self._caches = False
+            return
+        for name, answer in answers.items():
+            if name not in self._answers:
+                self._answers[name] = torch.zeros((count, *answer.shape[1:]), dtype=answer.dtype)
+            self._answers[name][rows] = answer
+        self._known[rows] = True
