@@ -7,7 +7,7 @@ positions, and at least as wide as that between old ones. Equal to what Pillow a
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -41,22 +41,6 @@ def resized(images: _Array, shape: Sequence[int]) -> _Array:
 def at_shapes(inputs: Mapping[str, _Array], shapes: Mapping[str, Sequence[int]]) -> dict[str, _Array]:
     """A batch of inputs, those of `shapes` at another size; see `resized`."""
     return {name: resized(a, shapes[name]) if name in shapes else a for name, a in inputs.items()}
-
-
-class Resized:
-    """A re-iterable of `(inputs, labels)` whose inputs are at another size.
-
-    Args:
-        split: re-iterable of batches.
-        shapes: new shape by input; the others stay.
-    """
-
-    def __init__(self, split: Iterable[Any], shapes: Mapping[str, Sequence[int]]):
-        self._split, self._shapes = split, shapes
-
-    def __iter__(self) -> Iterator[Any]:
-        for inputs, labels in self._split:
-            yield at_shapes(inputs, self._shapes), labels
 
 
 def _of_array(array: np.ndarray, axes: Sequence[int], shape: Sequence[int]) -> Any:

@@ -17,16 +17,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sartor.errors import UsageError
-from sartor.images import Resized
+from sartor.images import at_shapes
 from sartor.ir.channels import ChannelAnalysis, channel_groups
 from sartor.ir.plan import Plan
 from sartor.ir.program import Program
 from sartor.journal import Journal
+from sartor.strategies import criteria
+from sartor.strategies.importance import Importance, Subject
 from sartor.study import plan_digest
 from sartor.unit_scores import Limited, unit_scores_of
 
 if TYPE_CHECKING:
-    from sartor.strategies.importance import Importance
     from sartor.workbench import Workbench
 
 SAMPLES = 512
@@ -88,8 +89,12 @@ class Judge:
             known = self._journal.append("training", plan=plan_digest(plan), seconds=seconds, bytes=int(size))
         return float(known["seconds"]), float(known["bytes"])
 
-    def importance(self, plan: Plan) -> tuple[ChannelAnalysis, Importance]:
-        """Groups of a plan's network, and what matters in it by gradients of gates on `calibration`.
+    def importance(self, plan: Plan, criterion: str = "") -> tuple[ChannelAnalysis, Importance]:
+        """Groups of a plan's network, and what matters in it on `calibration`.
+
+        Args:
+            plan: of the network.
+            criterion: of `sartor.strategies.criteria`; by default gradients of gates, as for the original.
 
         Raises:
             UsageError: there are no data, or gates say nothing about this network.
@@ -101,8 +106,11 @@ class Judge:
         shapes = {name: shape for name, shape in program.input_shapes.items() if name in plan.sizes}
         names = {block.name for block in self._blocks} - set(plan.blocks)
         blocks = [block for block in residual_blocks(program) if block.name in names]
-        scores, _ = unit_scores_of(self._bench, program, analysis, blocks, shapes)
-        return analysis, scores
+        if not criterion:
+            return analysis, unit_scores_of(self._bench, program, analysis, blocks, shapes)[0]
+        samples = Limited(self._data.at(shapes).calibration)
+        subject = Subject(program, analysis, blocks, samples, self._data.loss, self._bench.options.seed)
+        return analysis, criteria.criterion(criterion).unit_importance(subject)
 
     def layer_scores(self, criterion: str) -> Mapping[str, float]:
         """Importance of the original's blocks; see `sartor.strategies.layer_scores`.
@@ -150,7 +158,7 @@ class Judge:
         program = self._program(plan)
         twin = to_fx(program, dtype=torch.float32)
         info = twin_info(twin)
-        batches = itertools.islice(Resized(self._data.calibration, plan.sizes), _STATISTICS_BATCHES)
+        batches = itertools.islice(self._data.at(plan.sizes).calibration, _STATISTICS_BATCHES)
         reestimate_statistics(
             twin, ([to_tensor(inputs[name], info.dtype) for name in info.inputs] for inputs, _ in batches)
         )
@@ -167,7 +175,7 @@ class Judge:
         predict = predictor(twin)
         probabilities = losses.probability_outputs(self._bench.program)
         given = self._samples
-        answers = [predict(inputs) for inputs, _ in Resized(given, shapes)]
+        answers = [predict(at_shapes(inputs, shapes)) for inputs, _ in given]
         total = count = 0.0
         for answer, (inputs, labels), expected in zip(answers, given, self._expected, strict=True):
             outputs = {name: torch.from_numpy(np.array(array)) for name, array in answer.items()}
@@ -194,7 +202,7 @@ class Judge:
 
         twin, shapes = self._twin(plan)
         info = twin_info(twin)
-        inputs, _ = next(iter(Resized([self._samples[0]], shapes)))
+        inputs = at_shapes(self._samples[0][0], shapes)
         tensors = [to_tensor(inputs[name], info.dtype) for name in info.inputs]
         parameters = [p for p in twin.parameters() if p.requires_grad]
         held: dict[int, int] = {}

@@ -21,7 +21,7 @@ from sartor.ir.program import Program
 from sartor.ir.workload import Workload, build_workload
 from sartor.strategies.space import EXCESS, InputSize
 
-_RESOLUTIONS = (0.875, 0.75, 0.625, 0.5, 0.375)
+_SMALLER, _LARGER = (0.875, 0.75, 0.625, 0.5, 0.375), (1.25, 1.5)
 _PEAK = "peak_activation_bytes"
 
 
@@ -47,6 +47,7 @@ def sized_programs(
     rules: FusionRules,
     *,
     resizes: bool,
+    grows: bool = False,
     keep: Sequence[str] = (),
 ) -> tuple[list[Sized], str]:
     """The original, and where that is asked for what it becomes at smaller sizes, largest first.
@@ -56,7 +57,8 @@ def sized_programs(
         analysis: its channel groups.
         blocks: its blocks that may go.
         rules: what the target executes as one kernel.
-        resizes: whether there are to be other sizes.
+        resizes: whether there are to be smaller sizes.
+        grows: whether there are to be larger ones, too; these come last.
         keep: globs of parameters that stay, as `analysis` was made with.
 
     Returns:
@@ -67,7 +69,7 @@ def sized_programs(
 
     found = [Sized({}, 1.0, build_workload(program, analysis.extents, blocks, rules))]
     names, reason = {block.name for block in blocks}, ""
-    for resolution in _RESOLUTIONS if resizes else ():
+    for resolution in (*_SMALLER, *(_LARGER if grows else ())) if resizes else ():
         planned = Rescale(resolution=resolution).resolution_plan(program)
         reason = next((refusal.reason for refusal in planned.refusals), reason)
         if planned.data is None or any(planned.data.sizes == one.shapes for one in found):

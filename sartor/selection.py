@@ -65,6 +65,7 @@ class Selection:
             removable,
             fusion_rules(self.backend),
             resizes=self.strategy.resizes,
+            grows=self.strategy.grows,
             keep=self.options.keep,
         )
         self.workload = self.sizes[0].workload

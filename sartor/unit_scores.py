@@ -15,7 +15,6 @@ import numpy as np
 
 from sartor.data_sources import sample_count
 from sartor.errors import UnsupportedOperatorError, UsageError
-from sartor.images import Resized
 from sartor.strategies.criteria import criterion
 from sartor.strategies.gates import gate_members
 from sartor.strategies.importance import Importance, Subject, removable
@@ -56,7 +55,7 @@ def unit_scores_of(
     if not reason:
         assert bench.data is not None
         try:
-            samples = Limited(Resized(bench.data.calibration, shapes))
+            samples = Limited(bench.data.at(shapes).calibration)
             scores = criterion("taylor").unit_importance(
                 Subject(program, analysis, blocks, samples, bench.data.loss, bench.options.seed)
             )

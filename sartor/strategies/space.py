@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
@@ -92,8 +93,8 @@ class Judge(Protocol):
         """Score of a plan's network, not trained."""
         ...
 
-    def importance(self, plan: Plan) -> tuple[ChannelAnalysis, Importance]:
-        """Groups of a plan's network and the importance of what is left."""
+    def importance(self, plan: Plan, criterion: str = "") -> tuple[ChannelAnalysis, Importance]:
+        """Groups of a plan's network and the importance of what is left, by a criterion of this name."""
         ...
 
     def training(self, plan: Plan) -> tuple[float, float]:
@@ -222,18 +223,18 @@ class Space:
         """All groups at one share of their units, and one share of the removable blocks, the most important.
 
         Args:
-            width: units over those of the original; rounded up to the grid. Above 1, groups that can be widened are.
+            width: units over those of the original, the nearest on the grid; above 1, of groups that can be widened.
             depth: blocks that stay over all removable ones, rounded.
             size: of the inputs.
         """
         kept = dict(self.start().kept)
         for group in self.uniform_groups:
-            wanted = group.size * width - 1e-9
+            wanted = group.size * width
             if width <= 1.0:
-                kept[group.name] = min((c for c in self.fine[group.name] if c >= wanted), default=group.size)
+                kept[group.name] = min(self.fine[group.name], key=lambda c: (abs(c - wanted), -c))
             elif group.name in self.widenable:
                 units = self._step(group)
-                kept[group.name] = max(math.ceil(wanted / units) * units, group.size)
+                kept[group.name] = max(math.ceil(wanted / units - 1e-9) * units, group.size)
         count = round(len(self.blocks) * (1.0 - depth))
         return State(kept, frozenset(self.ranked_blocks[:count]), size)
 
@@ -247,12 +248,29 @@ class Space:
         grid = self._grid(group)
         return max(1, grid // math.gcd(grid, group.granularity))
 
+    def wider(self, name: str, count: int, channels: int, most: int) -> int | None:
+        """The next width of a group that has some channels more, or None above `most` units."""
+        group = self.analysis.group(name)
+        wanted = count + math.ceil(channels / group.granularity)
+        if count < group.size:
+            return min(
+                (c for c in self.fine[name] if wanted <= c <= most), default=self._full(group, count, most)
+            )
+        units = self._step(group)
+        found = math.ceil(wanted / units) * units
+        return found if name in self.widenable and found <= most else None
+
+    def _full(self, group: ChannelGroup, count: int, most: int) -> int | None:
+        return group.size if count < group.size <= most else None
+
     @functools.cached_property
     def widths(self) -> tuple[float, ...]:
-        """Every share at which `scaled` gives another width, ascending, 1 last."""
-        found = {c / g.size for g in self.uniform_groups for c in self.fine[g.name]}
-        fewest = [self.fine[g.name][-1] / g.size for g in self.uniform_groups]
-        return tuple(sorted(share for share in found if share >= min(fewest, default=1.0))) or (1.0,)
+        """A share for every different network that `scaled` gives, ascending, 1 last."""
+        turns = {1.0}
+        for group in self.uniform_groups:
+            for more, fewer in itertools.pairwise(self.fine[group.name]):
+                turns.add((more + fewer) / 2 / group.size - 1e-9)  # where the fewer are nearer
+        return tuple(sorted(turns))
 
     # ---- what they cost --------------------------------------------------------------------
     def priced(self, states: Sequence[State], limits: Mapping[str, float]) -> list[dict[str, float]]:

@@ -17,8 +17,10 @@ from typing import ClassVar
 
 import numpy as np
 
+from sartor.ir.channels import ChannelAnalysis
 from sartor.passes.options import option
 from sartor.strategies.dimensions import dimensions, state_of
+from sartor.strategies.importance import Importance
 from sartor.strategies.protocol import Search, Strategy
 from sartor.strategies.space import Decision, Space, State, Step, within
 
@@ -69,25 +71,49 @@ class _Descent:
         self.slopes = slopes(space)
         self.path: list[tuple[_Move, ...]] = []
         self.ended = False
+        self.known: dict[int, tuple[ChannelAnalysis, Importance]] = {}
         start = space.start()
         self.macs = space.static([start])[0]["macs"]
         self.latency = space.priced([start], {})[0].get("latency", 0.0)
 
     def search(self, limits: Mapping[str, float]) -> Decision:
-        """The first network on the path that is within the limits, with channels given back as far as they allow."""
+        """The first network on the path that is within the limits, with channels given back as far as they allow.
+
+        Where the step that reached them was another dimension's, which has few and large ones, channels in its place
+        are tried.
+        """
         taken = 0
-        while not within(self.space.priced([self._state(self._moves(taken))], limits)[0], limits):
+        while not self._fits(self._moves(taken), limits):
             if taken == len(self.path) and not self._walk():
                 break
             taken += 1
         moves = self._moves(taken)
-        fitting = within(self.space.priced([self._state(moves)], limits)[0], limits)
-        moves = self._given_back(moves, limits) if fitting else moves
+        if self._fits(moves, limits):
+            moves = self._given_back(moves, limits)
+            if taken and self.path[taken - 1][0].dimension != "width":
+                instead = self._with_channels(taken - 1, limits)
+                if instead and self._loss(instead) < self._loss(moves):
+                    moves = instead
         steps = [
             Step(", ".join(map(str, step)), self.space.priced([self._state(self._moves(i + 1))], limits)[0])
             for i, step in enumerate(self.path[:taken])
         ]
         return self.space.decision(self._state(moves), limits, self.options.name, steps, self._kept(moves))
+
+    def _fits(self, moves: Sequence[_Move], limits: Mapping[str, float]) -> bool:
+        return within(self.space.priced([self._state(moves)], limits)[0], limits)
+
+    def _loss(self, moves: Sequence[_Move]) -> float:
+        plan = self.space.plan(self._state(moves), self.options.name, self._kept(moves))
+        return self.space.judge.loss(plan)
+
+    def _with_channels(self, taken: int, limits: Mapping[str, float]) -> list[_Move]:
+        """A point of the path and so many channels less that the limits hold; empty where they cannot."""
+        moves, chunks = self._moves(taken), self._chunks(taken)
+        states = [self._state([*moves, *chunks[: i + 1]]) for i in range(len(chunks))]
+        priced = self.space.priced(states, limits) if states else []
+        count = next((i + 1 for i, one in enumerate(priced) if within(one, limits)), 0)
+        return [*moves, *chunks[:count]] if count else []
 
     def _moves(self, taken: int) -> list[_Move]:
         return [move for step in self.path[:taken] for move in step]
@@ -126,18 +152,17 @@ class _Descent:
     def _walk(self) -> bool:
         """Add the best step to the path; False where nothing can go any more."""
         moves = self._moves(len(self.path))
-        candidates = list(self._candidates(moves))
-        if self.ended or not candidates:
+        candidates = [] if self.ended else list(self._candidates())
+        if not candidates:
             self.ended = True
             return False
-        judge, name = self.space.judge, self.options.name
-        before = judge.loss(self.space.plan(self._state(moves), name, self._kept(moves)))
+        before = self._loss(moves)
         macs = self.space.static([self._state(moves)])[0]["macs"]
         scores = []
         for step in candidates:
             after = [*moves, *step]
             state = self._state(after)
-            lost = judge.loss(self.space.plan(state, name, self._kept(after))) - before
+            lost = self._loss(after) - before
             saved = macs - self.space.static([state])[0]["macs"]
             scores.append(self._importance(lost, saved, step[0].dimension))
         self.path.append(candidates[int(np.argmin(scores))])
@@ -149,9 +174,18 @@ class _Descent:
         time = self.slopes[dimension] * saved / self.latency if self.latency else share
         return task_importance(loss, share, time, self.options.alpha)
 
-    def _candidates(self, moves: Sequence[_Move]) -> Iterator[tuple[_Move, ...]]:
-        state, kept = self._state(moves), self._kept(moves)
-        analysis, importance = self.space.judge.importance(self.space.plan(state, self.options.name, kept))
+    def _matters(self, taken: int) -> tuple[ChannelAnalysis, Importance]:
+        """What matters in the network at a point of the path."""
+        if taken not in self.known:
+            moves = self._moves(taken)
+            plan = self.space.plan(self._state(moves), self.options.name, self._kept(moves))
+            self.known[taken] = self.space.judge.importance(plan)
+        return self.known[taken]
+
+    def _chunks(self, taken: int) -> list[_Move]:
+        """Units of all groups that may go, in runs between widths on the grid, the least important first."""
+        kept = self._kept(self._moves(taken))
+        analysis, importance = self._matters(taken)
         chunks = []
         for group in analysis.groups:
             known = self.space.fine.get(group.name)
@@ -165,17 +199,18 @@ class _Descent:
                 score = float(np.mean(importance.groups[group.name][chosen]))
                 chunks.append((score, _Move("width", group.name, tuple(units[i] for i in chosen))))
                 now = count
-        chunks.sort(key=lambda chunk: chunk[0])
-        if self.options.ines:
-            if step := self._channels(moves, [move for _, move in chunks]):
-                yield step
-        else:
-            first = {move.name: move for _, move in reversed(chunks)}
-            yield from ((move,) for move in first.values())
-        left = [
-            b.name for b in self.space.blocks if b.name not in state.removed and b.name in importance.blocks
-        ]
-        ranked = sorted(left, key=lambda name: importance.blocks[name])
+        return [move for _, move in sorted(chunks, key=lambda chunk: chunk[0])]
+
+    def _candidates(self) -> Iterator[tuple[_Move, ...]]:
+        taken = len(self.path)
+        moves, chunks = self._moves(taken), self._chunks(taken)
+        state, blocks = self._state(moves), self._matters(taken)[1].blocks
+        if not self.options.ines:
+            yield from ((move,) for move in {move.name: move for move in reversed(chunks)}.values())
+        elif step := self._channels(moves, chunks):
+            yield step
+        left = [b.name for b in self.space.blocks if b.name not in state.removed and b.name in blocks]
+        ranked = sorted(left, key=lambda name: blocks[name])
         for name in ranked[:1] if self.options.ines else ranked:
             yield (_Move("depth", name),)
         if state.size + 1 < len(self.space.sizes):
@@ -184,7 +219,6 @@ class _Descent:
     def _channels(self, moves: Sequence[_Move], ordered: Sequence[_Move]) -> tuple[_Move, ...]:
         """The least important units, until the MACs of a step are saved."""
         taken: list[_Move] = []
-        # a group's own units go in order, whatever those of others are worth
         before = self.space.static([self._state(moves)])[0]["macs"]
         for move in ordered:
             taken.append(move)
