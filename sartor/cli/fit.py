@@ -17,6 +17,7 @@ from sartor.cli import arguments
 from sartor.cli.output import Result
 from sartor.cli.progress import Progress
 from sartor.errors import UsageError
+from sartor.strategies.registry import REGISTRY
 
 if TYPE_CHECKING:
     from sartor.study import Storage
@@ -50,7 +51,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--recovery", metavar="none|minutes=M", help="distil from the original for M minutes (minutes=5)"
     )
-    parser.add_argument("--strategy", default="budgeted-greedy", help="what decides (budgeted-greedy)")
+    parser.add_argument(
+        "--strategy",
+        default="budgeted-greedy",
+        metavar="NAME{OPTION=VALUE,...}",
+        help=f"what decides: {', '.join(REGISTRY.names())} (budgeted-greedy); see docs/strategies.md",
+    )
     parser.add_argument(
         "--seed", type=arguments.seed, default=0, help="of data splits, importance and training (0)"
     )

@@ -14,29 +14,11 @@ from sartor.errors import UsageError
 from sartor.passes.item_values import made, values_of
 from sartor.passes.options import options_of, validate
 from sartor.passes.pipeline_text import parse
-from sartor.plugins import Registry
+from sartor.strategies.registry import REGISTRY
 from sartor.strategies.space import Decision, Space, State
 
 Search = Callable[[Mapping[str, float]], Decision]
 """The plan for absolute limits by budget key; asked again and again while a fit aims."""
-
-_HERE = "sartor.strategies"
-REGISTRY = Registry(
-    "sartor.strategies",
-    "strategy",
-    {
-        "adaptscale": f"{_HERE}.adaptscale:AdaptScale",
-        "auto": f"{_HERE}.auto:Auto",
-        "budgeted-greedy": f"{_HERE}.budgeted_greedy:BudgetedGreedy",
-        "compound-shrink": f"{_HERE}.compound_shrink:CompoundShrink",
-        "hacscale": f"{_HERE}.hacscale:HacScale",
-        "layerprune": f"{_HERE}.layerprune:LayerPrune",
-        "nsga2": f"{_HERE}.nsga2:Nsga2",
-        "teco": f"{_HERE}.teco:Teco",
-        "tico": f"{_HERE}.tico:Tico",
-        "uniform": f"{_HERE}.uniform:Uniform",
-    },
-)
 
 
 class Strategy(abc.ABC):

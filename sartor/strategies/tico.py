@@ -38,7 +38,7 @@ class Tico(Strategy):
     generations: int = option(35, help="of the search", minimum=1, maximum=1000)
     population: int = option(40, help="of the search", minimum=4, maximum=1000)
     weights: tuple[float, ...] = option(
-        (1.0, 1.0, 1.0, 1.0),
+        (0.1, 0.1, 0.1, 1.0),
         help="of training time, training memory, latency and accuracy drop in the choice from the front",
         minimum=0.0,
     )
