@@ -15,7 +15,8 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -163,6 +164,7 @@ class _Fit:
         self.decisions: list[str] = []
         self.history: list[dict[str, Any]] = []
         self.untouched = False
+        self.seconds: dict[str, float] = {}
         self.journal_path = folder.with_name(f".{folder.name}.journal.jsonl")
         self.checkpoints = folder.with_name(f".{folder.name}.recovery")
 
@@ -207,7 +209,15 @@ class _Fit:
                         f"latencies compare with the original in {self.options.precision}, scores with the original "
                         f"in {self.bench.exact.precision}"
                     )
-                return self._deliver(*self._select())
+                with self._timed("search"):
+                    chosen = self._select()
+                return self._deliver(*chosen)
+
+    @contextlib.contextmanager
+    def _timed(self, stage: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[stage] = time.perf_counter() - start
 
     def _study(self, key: dict[str, Any]) -> Study | None:
         if self.storage is None:
@@ -253,7 +263,8 @@ class _Fit:
         pruned = apply_plan(self.program, plan, self.analysis)
         mask, _ = masked(self.program, plan, self.analysis)
         verdict = self._prove(plan) if plan.groups or plan.blocks else None
-        recovered = self._recover(pruned)
+        with self._timed("recovery"):
+            recovered = self._recover(pruned)
         result = self.bench.written(recovered)
         with Bundle(self.folder) as bundle:
             pruned.save(bundle.folder / "pruned.onnx")

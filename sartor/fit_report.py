@@ -88,6 +88,9 @@ def fit_report(
             for name, size in sizes.items()
         ],
         "blocks_removed": list(plan.blocks),
+        "inputs": {name: list(shape) for name, shape in plan.sizes.items()},
+        "strategy": run.options.strategy,
+        "seconds": {stage: round(seconds, 3) for stage, seconds in run.seconds.items()},
         "decisions": run.decisions,
         "conditions": final.to_dict()["conditions"]
         | {"ended_by": final.ended_by, "rounds": len(final.rounds)},
