@@ -262,7 +262,12 @@ class _Fit:
         self.progress.stage("oracle")
         pruned = apply_plan(self.program, plan, self.analysis)
         mask, _ = masked(self.program, plan, self.analysis)
-        verdict = self._prove(plan) if plan.groups or plan.blocks else None
+        verdict = self._prove(plan) if plan.groups or plan.blocks or plan.widened else None
+        for name, shape in plan.sizes.items():
+            before, after = ("x".join(map(str, s)) for s in (self.program.input_shapes[name], shape))
+            self.decisions.append(
+                f"input '{name}' is {after} in place of {before}: callers resize, antialiased, as the score's data were"
+            )
         with self._timed("recovery"):
             recovered = self._recover(pruned)
         result = self.bench.written(recovered)

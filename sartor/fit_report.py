@@ -83,7 +83,7 @@ def fit_report(
             {
                 "name": name,
                 "before": size,
-                "after": len(plan.groups[name].keep) if name in plan.groups else size,
+                "after": _width(plan, name, size),
             }
             for name, size in sizes.items()
         ],
@@ -96,3 +96,9 @@ def fit_report(
         | {"ended_by": final.ended_by, "rounds": len(final.rounds)},
         "versions": versions(run.options.target),
     }
+
+
+def _width(plan: Plan, name: str, size: int) -> int:
+    if name in plan.widened:
+        return size + len(plan.widened[name].copies)
+    return len(plan.groups[name].keep) if name in plan.groups else size

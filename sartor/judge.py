@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -35,6 +36,8 @@ SAMPLES = 512
 _STATISTICS_BATCHES = 8
 _TIMED_STEPS = 3
 _WORST = 1e30
+_PROSPECT = 0.25
+"""Share of the time of recovery that each candidate of `prospect` is trained for."""
 
 
 class Judge:
@@ -59,6 +62,11 @@ class Judge:
         self._bench, self._analysis, self._blocks = bench, analysis, blocks
         self._journal, self._progress = journal, progress
 
+    @property
+    def has_data(self) -> bool:
+        """Whether there is anything to judge by."""
+        return self._bench.data is not None
+
     def loss(self, plan: Plan) -> float:
         """Mean loss against labels, by the data's own loss where there is one; without labels, against the original.
 
@@ -74,6 +82,22 @@ class Judge:
             UsageError: there are no data.
         """
         return float(self._judged(plan)["score"])
+
+    def prospect(self, plan: Plan) -> float:
+        """Score on `evaluate` after a part of the time that recovery has; without recovery, `score`.
+
+        Raises:
+            UsageError: there are no data.
+        """
+        seconds = _PROSPECT * self._bench.options.recovery_s
+        if seconds <= 0:
+            return self.score(plan)
+        digest = plan_digest(plan)
+        known = self._journal.find("prospect", plan=digest)
+        if known is None:
+            known = self._journal.append("prospect", plan=digest, score=self._recovered(plan, seconds))
+            self._progress(f"candidate: score {known['score']:.3f} after {seconds:.1f} s of recovery")
+        return float(known["score"])
 
     def training(self, plan: Plan) -> tuple[float, float]:
         """Seconds per sample of a training step, and bytes that one of a batch holds.
@@ -193,6 +217,27 @@ class Judge:
         expected_of = iter(self._expected)
         scored, _ = score(lambda _: next(found), given, self._data.metric, lambda _: next(expected_of))
         return total / count, scored
+
+    def _recovered(self, plan: Plan, seconds: float) -> float:
+        from sartor.recovery.distillation import distill
+        from sartor.scoring import score
+
+        data = self._data
+
+        def evaluate(predict: Callable[..., Any]) -> float:
+            return score(predict, self._samples, data.metric, self._bench.original)[0]
+
+        found = distill(
+            self._program(plan),
+            self._bench.program,
+            data.train or data.calibration,
+            minutes=seconds / 60.0,
+            seed=self._bench.options.seed,
+            loss=data.loss,
+            threads=len(os.sched_getaffinity(0)),
+            evaluate=evaluate,
+        )
+        return max((entry["score"] for entry in found.history if "score" in entry), default=0.0)
 
     def _trained(self, plan: Plan) -> tuple[float, float]:
         import torch

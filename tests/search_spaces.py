@@ -53,6 +53,11 @@ class FakeJudge:
         self.steepness = steepness or {"depth": 1.0, "width": 1.0, "resolution": 1.0}
         self.full = static_cost(program).macs
 
+    has_data = True
+
+    def prospect(self, plan):
+        return self.score(plan)
+
     def loss(self, plan):
         self.judged.append(plan)
         parts = {

@@ -310,6 +310,7 @@ def test_limits_above_the_original_grow_it_and_keep_its_function():
     [
         ("resnet", lambda macs, blocks: macs * 1e-9, {"latency": 0.5}, "budgeted-greedy"),
         ("resnet", lambda macs, blocks: macs * 1e-12 + 1.0 + blocks, {"latency": 0.75}, "layerprune"),
+        ("resnet", lambda macs, blocks: macs * 1e-12 + 1.0 + blocks, {"latency": 0.95}, "layerprune"),
         ("resnet", lambda macs, blocks: macs * 1e-9, {"macs": 0.5}, "budgeted-greedy"),
         ("vgg", lambda macs, blocks: macs * 1e-9, {"latency": 0.5}, "budgeted-greedy"),
         ("resnet", lambda macs, blocks: macs * 1e-9, {"latency": 1.5}, "hacscale"),
@@ -319,11 +320,24 @@ def test_auto_chooses_and_says_why(name, latency, limit, expected):
     space = priced_space(name, latency=latency)
     start = space.priced([space.start()], {})[0]
     limits = {key: share * start[key] for key, share in limit.items()}
-    chosen, why = auto.Auto().choice(space, limits)
-    assert chosen.name == expected and why
+    candidates, why = auto.Auto().candidates(space, limits)
+    assert candidates[0].name == expected and why
     if expected != "hacscale":
-        assert auto.Auto().prepare(space)(limits).feasible
-        assert space.notes[0] == f"strategy {expected}: {why}"
+        assert auto.Auto(trial=False).prepare(space)(limits).plan.notes["strategy"] == expected
+        assert space.notes == [f"strategy {expected}: {why}"] and not space.judge.judged
+
+
+@pytest.mark.parametrize(
+    ("cheap", "expected"),
+    [("depth", "layerprune"), ("resolution", "compound-shrink"), ("width", "budgeted-greedy")],
+)
+def test_auto_tries_what_comes_into_question(cheap, expected):
+    steepness = dict.fromkeys(("depth", "width", "resolution"), 5.0) | {cheap: 0.01}
+    space = priced_space("resnet", latency=lambda macs, _: macs * 1e-9, steepness=steepness)
+    limits = {"latency": 0.6e-9 * full(space)}
+    decision = auto.Auto().prepare(space)(limits)
+    assert decision.feasible and decision.plan.notes["strategy"] == expected
+    assert f"strategy {expected}: " in space.notes[-1] and "early in recovery they score" in space.notes[-1]
 
 
 def test_elasticity_by_hand():

@@ -85,12 +85,21 @@ class InputSize:
 class Judge(Protocol):
     """What says how good a network is; see `sartor.judge.Judge`."""
 
+    @property
+    def has_data(self) -> bool:
+        """Whether there is anything to judge by; without, only `layer_scores` by weights answers."""
+        ...
+
     def loss(self, plan: Plan) -> float:
         """Loss of a plan's network, not trained."""
         ...
 
     def score(self, plan: Plan) -> float:
         """Score of a plan's network, not trained."""
+        ...
+
+    def prospect(self, plan: Plan) -> float:
+        """Score that a plan's network reaches early in its recovery."""
         ...
 
     def importance(self, plan: Plan, criterion: str = "") -> tuple[ChannelAnalysis, Importance]:
@@ -115,7 +124,7 @@ class Space:
         importance: of units and blocks; asked for when it is needed.
         sizes: of the inputs, the original's first.
         grid: channel step of the target for a group.
-        judge: what says how good plans are, or None where there are no data.
+        judge: what says how good plans are, or None where nothing does.
         seed: of searches that draw.
 
     Attributes:
@@ -144,6 +153,11 @@ class Space:
         """What says how good plans are; a strategy that asks has said so (`Strategy.needs_data`)."""
         assert self._judge is not None
         return self._judge
+
+    @property
+    def judges(self) -> bool:
+        """Whether there are data to judge plans on."""
+        return self._judge is not None and self._judge.has_data
 
     @functools.cached_property
     def importance(self) -> Importance:
