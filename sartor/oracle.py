@@ -22,6 +22,7 @@ from sartor.backends.precision import precision_of
 from sartor.comparison import relative_error, seen
 from sartor.conditions import cases, decisive, force, gates, groups_in
 from sartor.errors import InternalError, ModelError, VerificationError
+from sartor.falsifiability import insensitive, with_gradients
 from sartor.ir.branches import BRANCHES, branch, is_choice
 from sartor.ir.channels import ChannelAnalysis, channel_groups
 from sartor.ir.cleanup import cast_to
@@ -31,7 +32,6 @@ from sartor.ir.program import Program
 from sartor.passes.masked import masked
 from sartor.passes.prune import apply_plan, at_plan_size
 from sartor.random_weights import randomise
-from sartor.sensitivity import insensitive, with_gradients
 
 TOLERANCE_F64 = 1e-9
 LOWERED_TOLERANCE = {"f32": 1e-4, "f16": 1e-2, "bf16": 5e-2, "int8": 5e-2}
