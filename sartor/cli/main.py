@@ -33,6 +33,7 @@ COMMANDS = {
     "doctor": "what is installed, missing or broken here, and why",
     "conformance": "put a backend through the conformance kit",
     "bench": "benchmark models on targets, and each target's practical roofline",
+    "compare": "reports of several fits side by side, and what must not be compared",
     "report": "write report.html again from report.json",
 }
 EXIT_INTERRUPTED = 128 + signal.SIGINT
