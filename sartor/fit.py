@@ -165,6 +165,7 @@ class _Fit:
         self.history: list[dict[str, Any]] = []
         self.untouched = False
         self.seconds: dict[str, float] = {}
+        self.recovery: dict[str, Any] = {"limit_s": options.recovery_s, "seconds": 0.0, "steps": 0}
         self.journal_path = folder.with_name(f".{folder.name}.journal.jsonl")
         self.checkpoints = folder.with_name(f".{folder.name}.recovery")
 
@@ -349,6 +350,7 @@ class _Fit:
             evaluate=evaluate,
             checkpoint_dir=self._checkpoint(pruned),
         )
+        self.recovery.update(seconds=round(recovered.seconds, 3), steps=recovered.steps)
         if recovered.steps:
             self.decisions.append(
                 f"recovered by distillation: {recovered.steps} steps in {recovered.seconds:.0f} s"

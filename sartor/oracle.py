@@ -22,6 +22,7 @@ from sartor.backends.precision import precision_of
 from sartor.comparison import relative_error, seen
 from sartor.conditions import cases, decisive, force, gates, groups_in
 from sartor.errors import InternalError, ModelError, VerificationError
+from sartor.falsifiability import insensitive, with_gradients
 from sartor.ir.branches import BRANCHES, branch, is_choice
 from sartor.ir.channels import ChannelAnalysis, channel_groups
 from sartor.ir.cleanup import cast_to
@@ -31,7 +32,6 @@ from sartor.ir.program import Program
 from sartor.passes.masked import masked
 from sartor.passes.prune import apply_plan, at_plan_size
 from sartor.random_weights import randomise
-from sartor.sensitivity import insensitive, with_gradients
 
 TOLERANCE_F64, TOLERANCE_GROWN = 1e-9, 1e-6
 """Relative error in float64; of a plan that widens groups more, because what reads copies is divided and rounded."""

@@ -214,7 +214,10 @@ def test_the_report_says_what_was_scored_and_trained_on(fit):
     }
     for load, (scored_on, lines) in cases.items():
         _, report, _, _ = fit(load, recovery="minutes=0.01")
-        assert report["score_split"] == scored_on
+        assert report["score_split"] == scored_on and report["data"]["source"] == "data.py:load"
+        assert report["strategy"] == "budgeted-greedy" and report["seed"] == 0
+        assert report["recovery"]["limit_s"] == 0.6 and report["recovery"]["seconds"] > 0
+        assert len(report["data"]["fingerprint"]) == 64
         said = [d for d in report["decisions"] if "the score is on" in d or "trained on" in d]
         assert len(said) == len(lines) and all(d.startswith(x) for d, x in zip(said, lines, strict=True)), (
             said
