@@ -264,6 +264,8 @@ class _Fit:
         pruned = apply_plan(self.program, plan, self.analysis)
         mask, _ = masked(self.program, plan, self.analysis)
         verdict = self._prove(plan) if plan.groups or plan.blocks or plan.widened else None
+        if plan.precision:
+            self.decisions.append(f"the network is delivered in {plan.precision}")
         for name, shape in plan.sizes.items():
             before, after = ("x".join(map(str, s)) for s in (self.program.input_shapes[name], shape))
             self.decisions.append(
@@ -271,13 +273,13 @@ class _Fit:
             )
         with self._timed("recovery"):
             recovered = self._recover(pruned)
-        result = self.bench.written(recovered)
+        result = self.bench.written(recovered, plan.precision)
         with Bundle(self.folder) as bundle:
             pruned.save(bundle.folder / "pruned.onnx")
             mask.save(bundle.folder / "masked.onnx")
             result.save(bundle.folder / "model.onnx")
             (bundle.folder / "plan.json").write_text(plan.to_json(), encoding="utf-8")
-            artifact = self.bench.lower(result, bundle.folder / "artifact")
+            artifact = self.bench.lower(result, bundle.folder / "artifact", plan.precision)
             agreement = self.bench.verify(result, artifact)
             self.progress.stage("final measurement")
             final = self.bench.measure([self.bench.baseline, artifact], _FINAL_S, seed=self.options.seed + 1)

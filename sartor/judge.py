@@ -176,7 +176,7 @@ class Judge:
         """The twin of a plan's network with statistics of its own, and the shapes it takes."""
         import torch
 
-        from sartor.ir.fx import to_fx, to_tensor, twin_info
+        from sartor.ir.fx import pull_weights, to_fx, to_tensor, twin_info
         from sartor.recovery.twins import reestimate_statistics
 
         program = self._program(plan)
@@ -186,6 +186,9 @@ class Judge:
         reestimate_statistics(
             twin, ([to_tensor(inputs[name], info.dtype) for name in info.inputs] for inputs, _ in batches)
         )
+        if plan.precision:
+            written = self._bench.written(pull_weights(program, twin), plan.precision)
+            twin = to_fx(written, dtype=torch.float32)
         return twin, plan.sizes
 
     def _answers(self, plan: Plan) -> tuple[float, float]:

@@ -86,6 +86,19 @@ def _elements(program: Program) -> int:
     return sum(math.prod(shape) for shape in program.input_shapes.values())
 
 
+@dataclasses.dataclass(frozen=True)
+class Scale:
+    """What another precision makes of the original, over what it is in the fit's own.
+
+    Attributes:
+        latency: measured.
+        weight_bytes: of what is written.
+    """
+
+    latency: float = 1.0
+    weight_bytes: float = 1.0
+
+
 class PlanPrices:
     """Predicts the quantities of budgets.
 
@@ -93,10 +106,19 @@ class PlanPrices:
         sizes: of the network.
         keys: quantities that budgets name.
         model: predicts latency, as `Ladder` does; None: only what the graph alone says is predicted.
+        precisions: that networks can be lowered in beside the fit's own, with what each makes of the original. Plans
+            are predicted to gain the same by it.
     """
 
-    def __init__(self, sizes: Sequence[Sized], keys: Iterable[str], model: Any = None):
+    def __init__(
+        self,
+        sizes: Sequence[Sized],
+        keys: Iterable[str],
+        model: Any = None,
+        precisions: Mapping[str, Scale] | None = None,
+    ):
         self.sizes, self.keys, self.model = sizes, tuple(keys), model
+        self.precisions = {"": Scale(), **(precisions or {})}
 
     def input_sizes(self) -> list[InputSize]:
         """For a search space."""
@@ -104,11 +126,17 @@ class PlanPrices:
             InputSize(
                 one.shapes,
                 one.share,
-                functools.partial(self.price, one.workload),
+                functools.partial(self.price, one.workload, scale),
                 functools.partial(_static, one.workload),
+                precision,
             )
+            for precision, scale in self.precisions.items()
             for one in self.sizes
         ]
+
+    def latency_scale(self, plan: Plan) -> float:
+        """What the latency of a plan is multiplied by for its precision."""
+        return self.precisions[plan.precision].latency
 
     def workload(self, plan: Plan) -> Workload:
         """Of the input size that a plan has."""
@@ -117,6 +145,7 @@ class PlanPrices:
     def price(
         self,
         workload: Workload,
+        scale: Scale,
         fractions: Mapping[str, np.ndarray],
         removed: Mapping[str, np.ndarray],
         limits: Mapping[str, float],
@@ -124,11 +153,13 @@ class PlanPrices:
         """See `sartor.strategies.space.Price`. Latency always, where it is predicted: no step may be slower."""
         priced: dict[str, np.ndarray] = {}
         if self.model is not None:
-            priced["latency"] = np.atleast_1d(self.model.estimate_batch(workload, fractions, removed))
+            seconds = self.model.estimate_batch(workload, fractions, removed)
+            priced["latency"] = scale.latency * np.atleast_1d(seconds)
         wanted = set(self.keys)
         if wanted & {"macs", "weight_bytes"}:
             cost = workload.evaluate(fractions, removed)
-            priced |= {k: np.atleast_1d(getattr(cost, k)) for k in ("macs", "weight_bytes") if k in wanted}
+            factors = {"macs": 1.0, "weight_bytes": scale.weight_bytes}
+            priced |= {k: f * np.atleast_1d(getattr(cost, k)) for k, f in factors.items() if k in wanted}
         if _PEAK in wanted:
             priced[_PEAK] = np.atleast_1d(workload.peak_activation_bytes(fractions, removed))
             if _PEAK in limits:
@@ -140,7 +171,7 @@ class PlanPrices:
         self, key: str, size: int, fractions: Mapping[str, float], removed: Mapping[str, bool]
     ) -> str:
         """What most of a plan's cost is, in words."""
-        workload = self.sizes[size].workload
+        workload = self.sizes[size % len(self.sizes)].workload
         if key == "latency":
             found = self.model.estimate(workload, fractions, removed)
             parts = {f"kernel '{kernel.name}'": float(kernel.latency_s) for kernel in found.kernels}

@@ -14,11 +14,12 @@ from sartor.fit_profile import outdated, sampled_precision
 from sartor.ir.channels import ChannelAnalysis
 from sartor.ir.fusion import CONTRACTIONS
 from sartor.ir.plan import Plan
+from sartor.ir.program import Program
 from sartor.ir.workload import Workload
 from sartor.journal import Journal
 from sartor.judge import Judge
 from sartor.landing import Landing, Seen
-from sartor.plan_prices import PlanPrices, channel_step, sized_programs, unreachable
+from sartor.plan_prices import PlanPrices, Scale, channel_step, sized_programs, unreachable
 from sartor.profiling.build import fusion_rules
 from sartor.strategies.importance import Importance
 from sartor.strategies.protocol import strategy
@@ -59,6 +60,12 @@ class Selection:
         self.progress, self.profile = progress, profile
         self.strategy = strategy(self.options.strategy)
         removable = [b for b in blocks if b.removable]
+        known = self.backend.capabilities().precisions
+        if missing := [precision for precision in self.strategy.precisions if precision not in known]:
+            raise UsageError(
+                f"Strategy '{self.strategy.name}' is to choose {', '.join(missing)}, but target "
+                f"'{self.options.target}' takes {', '.join(known)}."
+            )
         self.sizes, reason = sized_programs(
             self.program,
             analysis,
@@ -106,7 +113,7 @@ class Selection:
         self.progress.stage("cost model")
         self.model = self._cost_model()
         self.decisions.append(f"latency is predicted by the {self.model.method}")
-        self.prices = PlanPrices(self.sizes, limits, self.model)
+        self.prices = PlanPrices(self.sizes, limits, self.model, self._scales())
         self._check_floor(limits, baseline, self.prices)
         self.progress.stage("search", _MOST_ITERATIONS)
         space = self._space(self.prices)
@@ -137,7 +144,29 @@ class Selection:
 
     def _predict(self, decision: Decision) -> float:
         """Latency of a decision by the table as it is now, seconds."""
-        return float(self.model.estimate_batch(*self._variables(decision.plan)))
+        seconds = self.model.estimate_batch(*self._variables(decision.plan))
+        return float(seconds) * self.prices.latency_scale(decision.plan)
+
+    def _scales(self) -> dict[str, Scale]:
+        """What the original takes in the other precisions that the strategy may choose, each measured once."""
+        others = [p for p in self.strategy.precisions if p != self.options.precision]
+        new = [p for p in others if self.journal.find("precision", precision=p) is None]
+        if new:
+            before = static_costs(self.bench.written(self.program))["weight_bytes"]
+            artifacts = [self.bench.lower(self.program, self.bench.folder / f"in-{p}", p) for p in new]
+            measured = self.bench.measure([self.bench.baseline, *artifacts], _SELECT_S)
+            for precision, ratio in zip(new, measured.ratios, strict=True):
+                share = static_costs(self.bench.written(self.program, precision))["weight_bytes"] / before
+                self.journal.append(
+                    "precision", precision=precision, latency=ratio.latency, weight_bytes=share
+                )
+        found = {}
+        for precision in others:
+            record = self.journal.find("precision", precision=precision)
+            assert record is not None
+            found[precision] = Scale(record["latency"], record["weight_bytes"])
+            self.decisions.append(f"the original in {precision} takes {record['latency']:.3f}x")
+        return found
 
     def _variables(self, plan: Plan) -> tuple[Workload, dict[str, float], dict[str, bool]]:
         """What a plan is for a cost model."""
@@ -154,15 +183,18 @@ class Selection:
 
             pruned = [apply_plan(self.program, decisions[i].plan, self.analysis) for i in new]
             folders = [self.bench.folder / f"step{len(self.history) + i + 1}" for i in new]
-            artifacts = [self.bench.lower(p, f) for p, f in zip(pruned, folders, strict=True)]
+            precisions = [decisions[i].plan.precision for i in new]
+            artifacts = [self.bench.lower(*one) for one in zip(pruned, folders, precisions, strict=True)]
             measured = self.bench.measure([self.bench.baseline, *artifacts], _SELECT_S * (1 + len(new)) / 2)
-            for i, candidate, artifact, ratio in zip(new, pruned, artifacts, measured.ratios, strict=True):
+            for i, candidate, precision, artifact, ratio in zip(
+                new, pruned, precisions, artifacts, measured.ratios, strict=True
+            ):
                 fields: dict[str, Any] = {
                     "plan": plan_digest(decisions[i].plan),
                     "ratio": ratio.latency,
                     "ci95": list(ratio.latency_ci95),
                     "predicted_latency_s": float(decisions[i].predicted["latency"]),
-                    "static": static_costs(candidate),
+                    "static": self._static(candidate, precision),
                 }
                 if self.bench.data is not None:
                     fields["score"] = self.bench.score(artifact, "evaluate")[0]
@@ -174,6 +206,12 @@ class Selection:
         self.progress.advance()
         baseline_s = self.baseline.get("latency", 0.0)
         return [Seen(r["static"], r["ratio"] * baseline_s, r["ci95"][1] * baseline_s) for r in found]
+
+    def _static(self, candidate: Program, precision: str) -> dict[str, int]:
+        found = static_costs(candidate)
+        if precision:
+            found["weight_bytes"] = static_costs(self.bench.written(candidate, precision))["weight_bytes"]
+        return found
 
     def _known(self, decisions: Sequence[Decision]) -> list[Mapping[str, Any] | None]:
         """Records of decisions that this run, or another of its study, has measured."""
@@ -203,6 +241,7 @@ class Selection:
         if "latency" in self.limits:
             workload, fractions, removed = self._variables(decision.plan)
             latency_s = known["ratio"] * self.baseline["latency"]
+            latency_s /= self.prices.latency_scale(decision.plan)
             self.model.calibrate(workload, latency_s, fractions, removed)
             entry["scales"] = {family: round(scale, 4) for family, scale in self.model.scales.items()}
         self.progress(f"step {step}: {known['ratio']:.3f}x measured, {entry['change']}")
@@ -318,5 +357,6 @@ def describe(decision: Decision) -> str:
         parts.append(f"{len(plan.widened)} widened")
     if plan.blocks:
         parts.append(f"{len(plan.blocks)} blocks removed ({', '.join(itertools.islice(plan.blocks, 4))})")
+    parts += [plan.precision] if plan.precision else []
     parts += [f"input '{name}' {'x'.join(map(str, shape))}" for name, shape in plan.sizes.items()]
     return ", ".join(parts)

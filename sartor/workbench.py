@@ -95,13 +95,12 @@ class Workbench:
     def _run_as(self, artifact: Artifact) -> TargetOptions:
         return dataclasses.replace(self.target, precision=artifact.precision)
 
-    def written(self, program: Program) -> Program:
-        """A candidate in the precision of the target: what is lowered, verified and delivered."""
+    def written(self, program: Program, precision: str = "") -> Program:
+        """A candidate in its precision, by default the target's: what is lowered, verified and delivered."""
         from sartor.precision import in_precision
 
-        return in_precision(program, self.options.precision, self._data_for(program), seed=self.options.seed)[
-            0
-        ]
+        data, precision = self._data_for(program), precision or self.options.precision
+        return in_precision(program, precision, data, seed=self.options.seed)[0]
 
     def _data_for(self, program: Program) -> Data | None:
         """The data at the size that a candidate takes its inputs in."""
@@ -117,11 +116,12 @@ class Workbench:
             if shape[first:] != self.program.input_shapes.get(name, shape)[first:]
         }
 
-    def lower(self, program: Program, folder: Path) -> Artifact:
-        """The artifact of a candidate, in `folder`."""
+    def lower(self, program: Program, folder: Path, precision: str = "") -> Artifact:
+        """The artifact of a candidate, in `folder`; see `written`."""
         from sartor.backends import isolation
 
-        return isolation.lower(self.options.target, self.written(program), folder, self.target)
+        options = dataclasses.replace(self.target, precision=precision or self.options.precision)
+        return isolation.lower(self.options.target, self.written(program, precision), folder, options)
 
     def measure(self, artifacts: list[Artifact], seconds: float, seed: int | None = None) -> Measurement:
         """Interleaved measurement of `artifacts`, the baseline first."""
@@ -213,7 +213,7 @@ class Workbench:
         from sartor import lowered
 
         result = lowered.verify(
-            program, artifact, self.target, data=self._data_for(program), seed=self.options.seed
+            program, artifact, self._run_as(artifact), data=self._data_for(program), seed=self.options.seed
         )
         lowered.require(result)
         return result

@@ -73,6 +73,19 @@ def test_a_network_that_may_cost_more_grows(fit, tmp_path):
     assert json.loads((tmp_path / "out/plan.json").read_text())["scale"]["groups"]
 
 
+def test_the_precision_is_chosen_with_the_rest(fit, tmp_path):
+    nsga2 = "nsga2{generations=2,population=6,precision=[int8]}"
+    code, report, error = fit(nsga2, "weight_bytes=0.3x")
+    assert code in (0, 3), error
+    plan = json.loads((tmp_path / "out/plan.json").read_text())
+    assert plan["precision"] == {"network": "int8"}
+    assert report["result"]["weight_bytes"] <= 0.3 * report["baseline"]["weight_bytes"]
+    assert {node.op_type for node in onnx.load(tmp_path / "out/model.onnx").graph.node} & {"DequantizeLinear"}
+    assert any("the original in int8 takes" in line for line in report["decisions"])
+    code, document, _ = fit("nsga2{precision=[bf16]}", "macs=0.5x")
+    assert code == 2 and "is to choose bf16, but target 'onnxruntime' takes" in document["error"]
+
+
 def test_a_resumed_fit_judges_nothing_twice(fit, tmp_path, monkeypatch):
     judged = []
     answers = Judge._answers

@@ -187,6 +187,22 @@ def test_weights_decide_what_tico_takes_from_the_front():
         protocol.strategy("tico{weights=[1,2]}")
 
 
+def test_nsga2_chooses_the_precision_where_it_pays():
+    space = priced_space("resnet", latency=lambda macs, _: macs * 1e-9)
+    faster = [dataclasses.replace(one, precision="int8", price=_half(one.price)) for one in space.sizes]
+    space.sizes = [*space.sizes, *faster]
+    strategy = protocol.strategy("nsga2{generations=3,population=8,precision=[int8]}")
+    assert strategy.precisions == ("int8",)
+    start = space.priced([space.start()], {})[0]["latency"]
+    decision = strategy.prepare(space)({"latency": 0.55 * start})
+    assert decision.feasible and decision.plan.precision == "int8" and not decision.plan.sizes
+    assert min(one["latency"] for one in space.priced(strategy.smallest(space), {})) < 0.51 * start
+
+
+def _half(price):
+    return lambda *given: {k: v * (0.5 if k == "latency" else 1.0) for k, v in price(*given).items()}
+
+
 def test_the_front_and_the_weighted_choice():
     one = [
         evolution.Evolved({"x": float(i)}, values, 0.0)

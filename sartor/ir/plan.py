@@ -11,7 +11,7 @@ from typing import Any
 from sartor.errors import PlanError
 
 SCHEMA = "sartor.plan/1"
-RESERVED = ("exits", "gates", "tiles", "precision")
+RESERVED = ("exits", "gates", "tiles")
 """Sections that later passes fill; present and empty in every plan of this schema."""
 
 
@@ -19,6 +19,8 @@ KINDS = {"svd": 1, "spatial": 1, "tucker": 2}
 """Factorizations, and how many ranks each has."""
 WAYS = frozenset({"drop", "connect"})
 """How a layer goes."""
+PRECISIONS = frozenset({"f32", "f16", "bf16", "int8"})
+"""What a network can be lowered in."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,6 +100,7 @@ class Plan:
         layers: by name of a layer in no block, `drop` it or `connect` across it by a 1 x 1 convolution.
         widened: by group name; such a group is not also in `groups`.
         deepened: by name of a residual block, how many more of its kind follow it; such a block is not also removed.
+        precision: that the result is to be lowered in; empty where the plan does not say. No part of what is applied.
     """
 
     source_sha256: str
@@ -110,6 +113,7 @@ class Plan:
     layers: Mapping[str, str] = dataclasses.field(default_factory=dict)
     widened: Mapping[str, Widening] = dataclasses.field(default_factory=dict)
     deepened: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    precision: str = ""
 
     def __post_init__(self) -> None:
         both = sorted({*self.groups} & {*self.widened}) + sorted({*self.blocks} & {*self.deepened})
@@ -118,6 +122,10 @@ class Plan:
         unknown = sorted({*self.layers.values()} - WAYS)
         if unknown:
             raise PlanError(f"A layer goes by 'drop' or 'connect', not by {unknown}.")
+        if self.precision and self.precision not in PRECISIONS:
+            raise PlanError(
+                f"A network is lowered in one of {', '.join(sorted(PRECISIONS))}, not in '{self.precision}'."
+            )
         if any(count < 1 for count in self.deepened.values()):
             raise PlanError("A block that is repeated is repeated once or more; leave the others out.")
 
@@ -142,6 +150,7 @@ class Plan:
             "scale": self._scale(),
         }
         document.update({name: {} for name in RESERVED})
+        document["precision"] = {"network": self.precision} if self.precision else {}
         if self.factors:
             document["factors"] = {
                 name: {"kind": found.kind, "rank": list(found.rank)}
@@ -188,6 +197,7 @@ class Plan:
             "factors",
             "layers",
             "scale",
+            "precision",
             *RESERVED,
         }
         unknown = sorted(set(document) - known)
@@ -219,6 +229,7 @@ class Plan:
                     for name, entry in scale.get("groups", {}).items()
                 },
                 deepened={str(name): _integer(count) for name, count in scale.get("blocks", {}).items()},
+                precision=_precision(document.get("precision", {})),
             )
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise PlanError(f"The plan is malformed: {type(error).__name__}: {error}.") from error
@@ -269,3 +280,11 @@ def _integer(value: Any) -> int:
     if type(value) is not int:
         raise ValueError(f"expected an integer, found {value!r}")
     return value
+
+
+def _precision(section: Any) -> str:
+    if not isinstance(section, dict) or set(section) - {"network"}:
+        raise PlanError(
+            f"Section 'precision' is {section}; expected {{'network': one of {sorted(PRECISIONS)}}}."
+        )
+    return str(section.get("network", ""))

@@ -13,6 +13,7 @@ from typing import ClassVar
 import numpy as np
 
 from sartor.errors import UsageError
+from sartor.ir.plan import PRECISIONS
 from sartor.passes.options import option
 from sartor.strategies.budgeted_greedy import Greedy
 from sartor.strategies.evolution import evolve
@@ -34,6 +35,21 @@ class Nsga2(Strategy):
     generations: int = option(10, help="of the search", minimum=1, maximum=1000)
     population: int = option(20, help="of the search", minimum=4, maximum=1000)
     levels: int = option(8, help="widths of a group to choose from", minimum=2, maximum=64)
+    precision: tuple[str, ...] = option(
+        (), help="to choose from beside the fit's own; the target must have them", choices=sorted(PRECISIONS)
+    )
+
+    @property
+    def precisions(self) -> Sequence[str]:
+        """See `Strategy`."""
+        return self.precision
+
+    def smallest(self, space: Space) -> Sequence[State]:
+        """See `Strategy.smallest`; in every precision."""
+        least = min(one.share for one in space.sizes)
+        forms = [index for index, one in enumerate(space.sizes) if one.share == least]
+        found = super().smallest(space)
+        return [dataclasses.replace(state, size=form) for state in found for form in forms]
 
     def prepare(self, space: Space) -> Search:
         """See `Strategy.prepare`."""
@@ -54,8 +70,12 @@ class _Evolution:
             **{name: len(counts) for name, counts in self.counts.items() if len(counts) > 1},
             **{f"block {block.name}": 2 for block in space.blocks},
         }
-        if len(space.sizes) > 1:
-            self.genes["inputs"] = len(space.sizes)
+        self.precisions = [size.precision for size in space.sizes if not size.shapes]
+        self.resolutions = len(space.sizes) // len(self.precisions)
+        if self.resolutions > 1:
+            self.genes["inputs"] = self.resolutions
+        if len(self.precisions) > 1:
+            self.genes["precision"] = len(self.precisions)
         self.judged: dict[tuple[tuple[str, float], ...], tuple[State, float]] = {}
 
     def _counts(self, name: str) -> list[int]:
@@ -67,7 +87,8 @@ class _Evolution:
         """Genes count from 0, the original."""
         kept = {name: self.counts[name][int(genes[name])] for name in self.counts if name in genes}
         removed = frozenset(b.name for b in self.space.blocks if genes[f"block {b.name}"])
-        return State({**self.space.start().kept, **kept}, removed, int(genes.get("inputs", 0)))
+        form = int(genes.get("precision", 0)) * self.resolutions + int(genes.get("inputs", 0))
+        return State({**self.space.start().kept, **kept}, removed, form)
 
     def search(self, limits: Mapping[str, float]) -> Decision:
         found = self._best(limits)
@@ -127,8 +148,14 @@ class _Evolution:
         last = {name: space - 1 for name, space in self.genes.items() if isinstance(space, int)}
         found: list[tuple[float, int, dict[str, float]]] = []
         for share in np.linspace(0.0, 1.0, 4 * _FIRST):
-            genes = {name: round(share * most) if name in self.counts else 0 for name, most in last.items()}
-            missed = over(self.space.priced([self.state(genes)], limits)[0], limits)
-            found.append((missed, -len(found), genes))
+            genes = {
+                name: float(round(share * most)) if name in self.counts else 0.0
+                for name, most in last.items()
+            }
+            for precision in range(len(self.precisions)):
+                if len(self.precisions) > 1:
+                    genes = {**genes, "precision": float(precision)}
+                missed = over(self.space.priced([self.state(genes)], limits)[0], limits)
+                found.append((missed, len(found), genes))
         nearest = sorted(found, key=lambda one: one[:2])[:_FIRST]
         return [genes for _, _, genes in nearest]

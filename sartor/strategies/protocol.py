@@ -29,12 +29,18 @@ class Strategy(abc.ABC):
         needs_data: it asks how good candidates are, so there must be data.
         resizes: it chooses among sizes of the inputs.
         grows: within limits above the original's cost it makes the network larger.
+        precisions: it chooses among these beside the fit's own; an option of those that do.
     """
 
     name: ClassVar[str]
     needs_data: ClassVar[bool] = False
     resizes: ClassVar[bool] = False
     grows: ClassVar[bool] = False
+
+    @property
+    def precisions(self) -> Sequence[str]:
+        """See the class."""
+        return ()
 
     def __post_init__(self) -> None:
         """Check the options.

@@ -74,12 +74,14 @@ class InputSize:
         share: elements of all inputs over those of the original.
         price: see `Price`.
         static: what the graph alone says of plans, arrays `[plans]`: `macs`, `parameters`, `bytes_written`.
+        precision: that networks of this form are lowered in; empty: that of the fit.
     """
 
     shapes: Mapping[str, tuple[int, ...]]
     share: float
     price: Price
     static: Callable[[Mapping[str, np.ndarray], Mapping[str, np.ndarray]], Mapping[str, np.ndarray]]
+    precision: str = ""
 
 
 class Judge(Protocol):
@@ -122,7 +124,7 @@ class Space:
         analysis: channel groups of the original.
         blocks: its residual blocks.
         importance: of units and blocks; asked for when it is needed.
-        sizes: of the inputs, the original's first.
+        sizes: of the inputs, the original's first; behind them the same in other precisions.
         grid: channel step of the target for a group.
         judge: what says how good plans are, or None where nothing does.
         seed: of searches that draw.
@@ -342,6 +344,7 @@ class Space:
             {"strategy": strategy},
             sizes=self.sizes[state.size].shapes,
             widened=widened,
+            precision=self.sizes[state.size].precision,
         )
 
     def decision(
