@@ -4,7 +4,8 @@ Balance with the data is `T = log2(r / (t c))`, that of the structure `S = log2(
 channels and inputs of `r` pixels across. NSGA-II makes both as near to their targets as the limits allow. Formulas and
 symbols: METHODS.md, (4.10) to (4.15).
 
-A network that is small enough is in balance at any size, so every individual is as wide as the limits allow.
+A network that is small enough is in balance at any size, so every individual is as wide as the limits allow, and those
+that leave a tenth of them at full width count as if they missed them.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from sartor.strategies.dimensions import Dimension, dimensions, state_of, widest
 from sartor.strategies.evolution import evolve, front
 from sartor.strategies.protocol import Search, Strategy
 from sartor.strategies.space import Decision, Space, State, over
+
+_USED = 0.9  # of a limit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,12 +59,14 @@ class AdaptScale(Strategy):
         known: dict[tuple[float, int], tuple[State, float]] = {}
 
         def state(genes: Mapping[str, float]) -> tuple[State, float]:
-            """As wide as it may be, and by how much it is over the limits all the same."""
+            """As wide as it may be, and by how much it is over the limits all the same, or leaves of them."""
             values = {n: found[n].values[int(index)] for n, index in genes.items()}
             depth, size = values.get("depth", 1.0), int(values.get("resolution", 0))
             if (depth, size) not in known:
                 one = widest(space, limits, depth, size) if "width" in found else state_of(space, values)
-                known[depth, size] = one, over(space.priced([one], limits)[0], limits)
+                predicted = space.priced([one], limits)[0]
+                left = _USED - max(predicted[key] / limit for key, limit in limits.items())
+                known[depth, size] = one, over(predicted, limits) or max(left, 0.0)
             return known[depth, size]
 
         def rate(population: Sequence[Mapping[str, float]]) -> list[tuple[list[float], float]]:
