@@ -1,8 +1,9 @@
 """Which strategy is worth using when: all of them, Torch-Pruning and training from scratch, at equal measured latency.
 
-Every row is one network on one target: the original is measured, something makes it faster until its measured latency
-is within the budget, and what is left is trained for the same minutes by the same recovery. Rows are written as they
-are finished, and a run goes on where the last one stopped. Needs the trained examples (`make demo`).
+Something makes the network faster until its measured latency is within the budget, once per data set, budget and
+strategy; what is left is then trained by the same recovery for the same minutes, once per seed. Networks are kept in
+the folder `--work` and rows are written as they are finished, so a run goes on where the last one stopped. Needs the
+trained examples (`make demo`, and `python examples/cluttered_digits/train.py`) and a machine with nothing else to do.
 
 Rows: data set, budget (share of the measured latency), strategy, seed, score on the test split, measured ratio, MACs
 and the seconds of the search. Summary, of scores averaged over seeds: budgets at which the best of ours is at least as
@@ -15,7 +16,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import itertools
 import json
+import shutil
 import statistics
 import sys
 import tempfile
@@ -69,34 +72,39 @@ def quiet() -> Iterator[None]:
         yield
 
 
-def fitted(name: str, budget: float, strategy: str, seed: int, profile: Any) -> dict[str, Any]:
-    """One fit."""
+def opened(dataset: Dataset, seed: int) -> tuple[Any, Any]:
+    """The trained original and its data."""
+    import sartor
+    from sartor.data import load_data
+
+    program = sartor.load(dataset.folder / "model.onnx")
+    spec = f"{dataset.folder / 'data.py'}:{dataset.data}"
+    return program, load_data(spec, list(program.input_shapes), seed, program=program)
+
+
+def fitted(name: str, budget: float, strategy: str, folder: Path, profile: Any) -> dict[str, Any]:
+    """What a strategy leaves of a network, in `folder`, and what it took."""
     import sartor
     from sartor.budget import parse_budget
-    from sartor.data import load_data
     from sartor.errors import UsageError
 
     dataset = DATASETS[name]
-    program = sartor.load(dataset.folder / "model.onnx")
-    data = load_data(
-        f"{dataset.folder / 'data.py'}:{dataset.data}", list(program.input_shapes), seed, program=program
-    )
+    program, data = opened(dataset, 0)
     options = sartor.FitOptions(
         "onnxruntime",
         parse_budget(f"latency={budget}x"),
         max_drop=100.0,
-        recovery_s=60 * dataset.minutes,
+        recovery_s=60 * dataset.minutes if strategy == "auto" else 0.0,  # its trials are a part of that time
         strategy=strategy,
-        seed=seed,
     )
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as scratch:
+        bundle = Path(scratch) / "fit"
         try:
-            report = sartor.fit(program, options, data, Path(folder) / "fit", profile=profile).report
+            report = sartor.fit(program, options, data, bundle, profile=profile).report
         except UsageError as error:
             return {"refused": str(error)}
+        shutil.copy(bundle / "pruned.onnx", folder / "network.onnx")
     return {
-        "score": report["result"]["score"],
-        "score_before": report["baseline"]["score"],
         "latency_ratio": report["ratio"]["latency"],
         "met": report["status"] != "budget-missed",
         "macs": report["result"]["macs"],
@@ -105,11 +113,63 @@ def fitted(name: str, budget: float, strategy: str, seed: int, profile: Any) -> 
     }
 
 
+def prepared(
+    name: str, budget: float, strategy: str, work: Path, profile: Any
+) -> tuple[Path, dict[str, Any]]:
+    """The network of a data set, budget and strategy, made once, and its facts."""
+    folder = work / f"{name}-{budget}-{strategy}"
+    facts = folder / "facts.json"
+    if not facts.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        with quiet():
+            if strategy in STRATEGIES:
+                found = fitted(name, budget, strategy, folder, profile)
+            else:
+                found = methods_peers.made(
+                    DATASETS[name], *opened(DATASETS[name], 0), budget, strategy, folder
+                )
+        facts.write_text(json.dumps({**found, "commit": record.commit()}))
+    return folder / "network.onnx", json.loads(facts.read_text())
+
+
+def trained(dataset: Dataset, network: Path, strategy: str, seed: int) -> dict[str, float]:
+    """Score on the test split after recovery, as the target runs it."""
+    import sartor
+    from sartor.budget import parse_budget
+    from sartor.recovery.distillation import distill
+    from sartor.scoring import score
+    from sartor.workbench import Workbench
+
+    program, data = opened(dataset, seed)
+
+    def evaluate(predict: Any) -> float:
+        return score(predict, data.evaluate, data.metric)[0]
+
+    with quiet():
+        found = distill(
+            sartor.load(network),
+            program,
+            data.train,
+            minutes=dataset.minutes,
+            seed=seed,
+            threads=2,
+            learning_rate=methods_peers.LEARNING_RATES.get(strategy),
+            evaluate=evaluate,
+        )
+    with tempfile.TemporaryDirectory() as scratch:
+        options = sartor.FitOptions("onnxruntime", parse_budget("latency=1x"))
+        bench = Workbench(program, options, data, Path(scratch))
+        with contextlib.closing(bench):
+            artifact = bench.lower(found.program, Path(scratch) / "network")
+            after, before = (bench.score(one, "test")[0] for one in (artifact, bench.exact))
+    return {"score": after, "score_before": before, "steps": found.steps}
+
+
 def summary_of(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Wins and losses against peers, and what `auto` is short of the best."""
     means: dict[tuple[str, float], dict[str, float]] = {}
     for row in rows:
-        if row.get("met"):
+        if row.get("met") and "score" in row:
             same = [
                 other["score"]
                 for other in rows
@@ -126,6 +186,13 @@ def summary_of(rows: list[dict[str, Any]]) -> dict[str, Any]:
         if "auto" in scores:
             gaps.append(100 * (max(ours) - scores["auto"]))
     return {"wins": wins, "losses": losses, "auto_gap": max(gaps, default=None)}
+
+
+_KEY = ("dataset", "budget", "strategy", "seed")
+
+
+def key_of(row: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(row[part] for part in _KEY)
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -162,6 +229,7 @@ def main() -> int:
     )
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--profile", type=Path, help="of onnxruntime on this machine, from 'sartor profile'")
+    parser.add_argument("--work", type=Path, default=ROOT / "out/bench/methods")
     parser.add_argument("--again", action="store_true", help="also rows that are there already")
     options = parser.parse_args()
 
@@ -169,34 +237,31 @@ def main() -> int:
 
     profile = None if options.profile is None else DeviceProfile.load(options.profile)
     rows = json.loads(options.json.read_text())["rows"] if options.json.exists() else []
-    known = {(r["dataset"], r["budget"], r["strategy"], r["seed"]) for r in rows}
-    for seed in range(options.seeds):
-        for name in DATASETS:
-            for budget in BUDGETS:
-                for strategy in (*STRATEGIES, *methods_peers.PEERS):
-                    key = (name, budget, strategy, seed)
-                    words = {name, str(budget), strategy, f"seed={seed}"}
-                    if not set(options.rows.split()) <= words or (key in known and not options.again):
-                        continue
-                    start = time.perf_counter()
-                    with quiet():
-                        if strategy in STRATEGIES:
-                            found = fitted(name, budget, strategy, seed, profile)
-                        else:
-                            found = methods_peers.row(DATASETS[name], budget, strategy, seed)
-                    row = dict(zip(("dataset", "budget", "strategy", "seed"), key, strict=True)) | found
-                    row |= {"wall_s": round(time.perf_counter() - start, 1), "commit": record.commit()}
-                    rows = [r for r in rows if (r["dataset"], r["budget"], r["strategy"], r["seed"]) != key]
-                    rows.append(row)
-                    print(json.dumps(row), flush=True)
-                    record.write(
-                        str(options.json),
-                        "methods",
-                        rows,
-                        summary_of(rows),
-                        recovery_minutes={n: d.minutes for n, d in DATASETS.items()},
-                        profile=options.profile is not None,
-                    )
+    everything = itertools.product(
+        DATASETS, BUDGETS, (*STRATEGIES, *methods_peers.PEERS), range(options.seeds)
+    )
+    for key in everything:
+        name, budget, strategy, seed = key
+        known = [row for row in rows if key_of(row) == key]
+        words = {name, str(budget), strategy, f"seed={seed}"}
+        if not set(options.rows.split()) <= words or (known and not options.again):
+            continue
+        start = time.perf_counter()
+        network, facts = prepared(name, budget, strategy, options.work, profile)
+        row = dict(zip(_KEY, key, strict=True)) | facts
+        if "refused" not in facts:
+            row |= trained(DATASETS[name], network, strategy, seed)
+        row["wall_s"] = round(time.perf_counter() - start, 1)
+        rows = [*(other for other in rows if key_of(other) != key), row]
+        print(json.dumps(row), flush=True)
+        record.write(
+            str(options.json),
+            "methods",
+            rows,
+            summary_of(rows),
+            recovery_minutes={n: d.minutes for n, d in DATASETS.items()},
+            profile=options.profile is not None,
+        )
     print(table(rows))
     print(json.dumps(summary_of(rows), indent=1))
     return 0

@@ -6,6 +6,7 @@ recovery for the same minutes.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import importlib.util
 import sys
@@ -16,52 +17,44 @@ from pathlib import Path
 from typing import Any
 
 PEERS = ("torch-pruning-uniform", "torch-pruning-taylor", "from-scratch")
+LEARNING_RATES = {"from-scratch": 3e-3}
+"""Fresh weights take larger steps than weights that are repaired."""
 _BISECTIONS = 7
 _MEASURE_S = 6.0
 _INSIDE = 0.995
 
 
-def row(dataset: Any, budget: float, peer: str, seed: int) -> dict[str, Any]:
-    """One peer on one data set."""
+def made(dataset: Any, program: Any, data: Any, budget: float, peer: str, folder: Path) -> dict[str, Any]:
+    """What a peer leaves of a network, in `folder`, and what it took."""
     import torch
 
     import sartor
     from sartor.budget import parse_budget
-    from sartor.data import load_data
     from sartor.workbench import Workbench, static_costs
 
-    torch.manual_seed(seed)
-    program = sartor.load(dataset.folder / "model.onnx")
-    data = load_data(
-        f"{dataset.folder / 'data.py'}:{dataset.data}", list(program.input_shapes), seed, program=program
-    )
-    options = sartor.FitOptions("onnxruntime", parse_budget(f"latency={budget}x"), seed=seed)
-    network, examples = _network(dataset)
-    with tempfile.TemporaryDirectory() as folder:
-        bench = Workbench(program, options, data, Path(folder))
-        try:
+    torch.manual_seed(0)
+    options = sartor.FitOptions("onnxruntime", parse_budget(f"latency={budget}x"))
+    network, examples = getattr(_module(dataset), dataset.network)()
+    makers: dict[str, Callable[[float], Any]] = {
+        "torch-pruning-uniform": lambda ratio: _pruned(network, examples, data, ratio, taylor=False),
+        "torch-pruning-taylor": lambda ratio: _pruned(network, examples, data, ratio, taylor=True),
+        "from-scratch": lambda ratio: _module(dataset).scaled(1.0 - ratio).eval(),
+    }
+    with tempfile.TemporaryDirectory() as scratch:
+        bench = Workbench(program, options, data, Path(scratch))
+        with contextlib.closing(bench):
             start = time.perf_counter()
-            made: Callable[[float], Any] = {
-                "torch-pruning-uniform": lambda ratio: _pruned(network, examples, data, ratio, taylor=False),
-                "torch-pruning-taylor": lambda ratio: _pruned(network, examples, data, ratio, taylor=True),
-                "from-scratch": lambda ratio: _smaller(dataset, 1.0 - ratio),
-            }[peer]
-            best = _within(made, examples, bench, budget)
+            best = _within(makers[peer], examples, bench, budget)
             search_s = time.perf_counter() - start
             if best is None:
                 return {"refused": "no ratio is within the budget"}
-            recovered = _recovered(best, program, data, dataset.minutes, seed, scratch=peer == "from-scratch")
-            artifact = bench.lower(recovered, Path(folder) / "final")
-            measured = bench.measure([bench.baseline, artifact], 30.0, seed=seed + 1).ratios[0]
-            score, before = bench.score(artifact, "test")[0], bench.score(bench.exact, "test")[0]
-        finally:
-            bench.close()
+            artifact = bench.lower(best, Path(scratch) / "final")
+            measured = bench.measure([bench.baseline, artifact], 30.0, seed=1).ratios[0]
+    best.save(folder / "network.onnx")
     return {
-        "score": score,
-        "score_before": before,
         "latency_ratio": measured.latency,
         "met": measured.latency_ci95[1] <= budget,
-        "macs": static_costs(recovered)["macs"],
+        "macs": static_costs(best)["macs"],
         "search_s": search_s,
     }
 
@@ -83,10 +76,6 @@ def _within(made: Callable[[float], Any], examples: Any, bench: Any, budget: flo
     return best
 
 
-def _network(dataset: Any) -> tuple[Any, Any]:
-    return getattr(_module(dataset), dataset.network)()
-
-
 def _module(dataset: Any) -> Any:
     """The example's `model.py`, under a name of its own."""
     name = f"methods_{dataset.folder.name}_model"
@@ -98,11 +87,6 @@ def _module(dataset: Any) -> Any:
         spec.loader.exec_module(module)
         sys.path.remove(str(dataset.folder))
     return sys.modules[name]
-
-
-def _smaller(dataset: Any, width: float) -> Any:
-    """The same architecture with every width scaled, and fresh weights."""
-    return _module(dataset).scaled(width).eval()
 
 
 def _pruned(network: Any, examples: Any, data: Any, ratio: float, *, taylor: bool) -> Any:
@@ -134,22 +118,3 @@ def _pruned(network: Any, examples: Any, data: Any, ratio: float, *, taylor: boo
     pruner.step()
     module.zero_grad()
     return module.eval()
-
-
-def _recovered(program: Any, original: Any, data: Any, minutes: float, seed: int, *, scratch: bool) -> Any:
-    from sartor.recovery.distillation import distill
-    from sartor.scoring import score
-
-    return distill(
-        program,
-        original,
-        data.train,
-        minutes=minutes,
-        seed=seed,
-        learning_rate=_SCRATCH_RATE if scratch else None,
-        evaluate=lambda predict: score(predict, data.evaluate, data.metric)[0],
-    ).program
-
-
-_SCRATCH_RATE = 3e-3
-"""Fresh weights take larger steps than weights that are repaired."""
