@@ -4,7 +4,8 @@
     teacher wrong:   D(student, original) over misclassified samples + w · L(student, labels)
     teacher never:   w · L(student, labels)
 
-with w = `label_weight`, plus `mask_weight` times the share of units that masks keep, where there are masks. In the
+with w = `label_weight`, plus `features` times the distance of attention maps on the samples that the original is asked
+about, plus `mask_weight` times the share of units that masks keep, where there are masks. In the
 second line the original is asked about no other sample than those: the first term is equation (7.3), the sum (7.4)
 without its early exits. D differs from the source's cross-entropy by the original's own entropy, which has no gradient.
 
@@ -21,6 +22,7 @@ from torch import Tensor
 from sartor.errors import UsageError
 from sartor.ir.program import Program
 from sartor.recovery import losses
+from sartor.recovery.features import attention_loss
 from sartor.recovery.losses import Outputs
 from sartor.recovery.masks import kept_share
 from sartor.recovery.options import RecoveryOptions
@@ -52,6 +54,7 @@ class Objective:
     ):
         self.options, self.loss, self.teacher, self.masks = options, loss, teacher, masks
         self.probabilities = losses.probability_outputs(program)
+        self._names = [value.name or "" for value in program.graph.outputs]
         self.notes: list[str] = []
         self._use_labels = True
 
@@ -84,7 +87,12 @@ class Objective:
             )
 
     def __call__(self, outputs: Outputs, batch: Batch) -> Tensor:
-        """The loss of a step; may ask the original."""
+        """The loss of a step; may ask the original.
+
+        Args:
+            outputs: of the student, with its attention maps.
+            batch: that they belong to.
+        """
         parts = [self._taught(outputs, batch), self._closed(), self._labelled(outputs, batch)]
         if parts[2] is not None:
             parts[2] = self.options.weight_of_labels * parts[2]
@@ -107,11 +115,15 @@ class Objective:
                 return None
             outputs = {name: output[which] for name, output in outputs.items()}
         answers = self.teacher(batch, which)
-        return losses.distillation_loss(outputs, answers, self.options.temperature, self.probabilities)
+        final = {name: answers[name] for name in self._names}
+        value = losses.distillation_loss(outputs, final, self.options.temperature, self.probabilities)
+        maps = {name: answer for name, answer in answers.items() if name not in final and name in outputs}
+        return value + self.options.features * attention_loss(outputs, maps) if maps else value
 
     def _labelled(self, outputs: Outputs, batch: Batch) -> Tensor | None:
         if self.loss is not None:
-            return losses.checked(self.loss(outputs, batch.labels))
+            given = {name: outputs[name] for name in self._names}
+            return losses.checked(self.loss(given, batch.labels))
         if not self._use_labels or batch.labels is None:
             if self.options.teacher != "always":
                 raise UsageError(

@@ -23,6 +23,7 @@ class RecoveryOptions:
         teacher: when the original is asked: `always`; `never`, which trains on labels or a loss alone; or `wrong`,
             about the samples of a step that the program misclassifies (needs class labels).
         label_weight: weight of the loss against labels; None for 0.5 where the original is always asked, else 1.
+        features: weight of the distance between attention maps of blocks (`sartor.recovery.features`).
         mask_weight: weight of the share of units that masks keep (`insert-masks`), where there are masks.
         max_steps: stop after this many steps; the schedule then depends on steps only.
     """
@@ -31,6 +32,7 @@ class RecoveryOptions:
     temperature: float = 2.0
     teacher: str = "always"
     label_weight: float | None = None
+    features: float = 0.0
     mask_weight: float = 1.0
     max_steps: int | None = None
 
@@ -42,11 +44,16 @@ class RecoveryOptions:
             raise UsageError(
                 f"Recovery option 'teacher' is '{self.teacher}'; it must be one of {', '.join(TEACHERS)}."
             )
-        if min(self.weight_of_labels, self.mask_weight) < 0 or (
-            self.max_steps is not None and self.max_steps < 1
-        ):
+        for name in ("label_weight", "mask_weight", "features"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < float("inf"):
+                raise UsageError(f"Recovery option '{name}' is {value}; it must be at least 0.")
+        if self.max_steps is not None and self.max_steps < 1:
+            raise UsageError(f"Recovery option 'max_steps' is {self.max_steps}; it must be at least 1.")
+        if self.features and self.teacher == "never":
             raise UsageError(
-                "Recovery needs a label_weight and a mask_weight of at least 0 and max_steps of at least 1."
+                "Recovery option 'features' compares with the original, which teacher 'never' does not ask; leave one "
+                "of them away."
             )
 
     @property

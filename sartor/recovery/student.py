@@ -1,53 +1,130 @@
-"""The program in training: its twin, which takes and gives what the original does."""
+"""Twins that take samples as the original does, and give what is compared."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
+from sartor.errors import UsageError
 from sartor.ir.fx import to_fx, twin_info
 from sartor.ir.program import Program
+from sartor.recovery.features import attention_map
 from sartor.recovery.sizes import Sizes
 from sartor.recovery.twins import Predict, predictor
 
 
-class Student:
-    """A trainable twin for samples at the original's size.
+class View:
+    """A twin, for samples at the original's size.
 
     Args:
-        program: what is trained.
-        original: what the samples are for.
+        program: of the twin.
+        original: whose samples they are.
+        points: channel axis by value whose attention map is given, too.
 
     Attributes:
-        gm: the twin in float32, for samples at the program's own size.
-        sizes: how samples are made those.
+        gm: in float32.
         names: of its inputs, in order.
+        sizes: how samples and outputs are resized.
+        points: as given.
 
     Raises:
         UsageError: samples for the original cannot be resized for the program.
     """
 
-    def __init__(self, program: Program, original: Program):
+    def __init__(self, program: Program, original: Program, points: Mapping[str, int] | None = None):
         self.sizes = Sizes.between(program, original)
-        self.gm = to_fx(program, dtype=torch.float32)
+        self.points = dict(points or {})
+        self.gm = to_fx(program, dtype=torch.float32, taps=tuple(self.points))
         info = twin_info(self.gm)
-        self.names, self._outputs = info.inputs, info.outputs
+        self.names, self._results = info.inputs, info.outputs
 
     def given(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         """Inputs for `gm` of inputs for the original."""
         return self.sizes.given(self.names, inputs)
 
     def __call__(self, inputs: Sequence[Tensor]) -> dict[str, Tensor]:
-        """Outputs by name, maps at the original's size.
+        """Outputs by name, maps at the original's size; then the attention map of each point.
 
         Args:
             inputs: as the original takes them.
         """
-        results = self.gm(*self.given(inputs))
-        return self.sizes.taken(dict(zip(self._outputs, results, strict=True)))
+        results = self.sizes.taken(dict(zip(self._results, self.gm(*self.given(inputs)), strict=True)))
+        for name, axis in self.points.items():
+            results[name] = attention_map(results[name], axis)
+        return results
+
+
+class Student:
+    """The program in training.
+
+    Args:
+        program: what is trained.
+        original: what the samples are for.
+        points: channel axis by value whose attention map is learned.
+
+    Attributes:
+        view: what is judged and delivered: the twin as it is.
+        gm: that twin; its parameters are those of all views.
+
+    Raises:
+        UsageError: samples for the original cannot be resized for the program.
+    """
+
+    def __init__(self, program: Program, original: Program, points: Mapping[str, int] | None = None):
+        self.view = View(program, original)
+        self.gm = self.view.gm
+        self._learning = self.view
+        if points:
+            self._learning = View(program, original, points)
+            share_weights(self.gm, self._learning.gm)
+
+    def learn(self, inputs: Sequence[Tensor], *, frozen: bool) -> dict[str, Tensor]:
+        """What a training step compares; see `View`.
+
+        Args:
+            inputs: as the original takes them.
+            frozen: normalise by running statistics.
+        """
+        self._learning.gm.train(not frozen)
+        return self._learning(inputs)
 
     def predictor(self) -> Predict:
         """From arrays at the original's size to arrays at the original's size, in eval mode."""
-        return predictor(self.gm, self.sizes)
+        return predictor(self.gm, self.view.sizes)
+
+
+def share_weights(source: fx.GraphModule, twin: fx.GraphModule) -> None:
+    """Make `twin` compute with the very parameters and running statistics of `source`.
+
+    Args:
+        source: whose tensors they are.
+        twin: of the same program, or of it at another input size. Constants of its own size, unequal, stay its own.
+
+    Raises:
+        UsageError: a parameter has another shape.
+    """
+    keys = {name: key for key, name in twin_info(source).names.items()}
+    for key, name in twin_info(twin).names.items():
+        path, _, leaf = key.rpartition(".")
+        owner = twin.get_submodule(path)
+        store: dict[str, Any] = owner._parameters if leaf in owner._parameters else owner._buffers  # type: ignore[assignment]
+        here = keys.get(name)
+        theirs = None if here is None else _tensor(source, here)
+        own: Tensor = store[leaf]
+        learned = leaf in owner._parameters
+        if theirs is not None and theirs.shape == own.shape and (learned or torch.equal(theirs, own)):
+            store[leaf] = theirs
+        elif learned:
+            raise UsageError(
+                f"Parameter '{name}' has shape {list(own.shape)} at one input size and "
+                f"{'none' if theirs is None else list(theirs.shape)} at another; they cannot be trained as one."
+            )
+
+
+def _tensor(gm: fx.GraphModule, key: str) -> Tensor:
+    path, _, leaf = key.rpartition(".")
+    found: Tensor = getattr(gm.get_submodule(path), leaf)
+    return found

@@ -5,32 +5,32 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
-from sartor.ir.fx import twin_info
 from sartor.recovery import samples as training_set
 from sartor.recovery.samples import Batch, Samples
+from sartor.recovery.student import View
 
 Outputs = dict[str, Tensor]
 
 
 class Teacher:
-    """Outputs of the original by name.
+    """Outputs of the original by name, and the attention maps of its view.
 
     It runs once per sample that is held in memory, where its answers fit into `CACHE_BYTES` too; else each time.
 
     Args:
-        twin: of the original.
+        view: of the original.
         samples: of which the batches come.
 
     Attributes:
-        twin: as given.
-        asked: samples that the twin was run on.
+        view: as given.
+        asked: samples that it was run on.
     """
 
-    def __init__(self, twin: fx.GraphModule, samples: Samples):
-        self.twin, self._samples = twin, samples
-        self._names = twin_info(twin).outputs
+    def __init__(self, view: View, samples: Samples):
+        self.view, self._samples = view, samples
+        view.gm.requires_grad_(False)
         self.asked = 0
         self._met = 0  # where no answers are kept
         self._met_rows = torch.zeros(samples.count or 0, dtype=torch.bool)
@@ -95,7 +95,7 @@ class Teacher:
     def _run(self, inputs: Sequence[Tensor], count: int) -> Outputs:
         self.asked += count
         with torch.no_grad():
-            return dict(zip(self._names, self.twin(*inputs), strict=True))
+            return self.view(inputs)
 
     def _learn(self, rows: Tensor, answers: Outputs) -> None:
         count = len(self._known)

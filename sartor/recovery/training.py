@@ -13,15 +13,17 @@ import torch
 from torch import Tensor, nn
 
 from sartor.errors import UsageError
-from sartor.ir.fx import pull_weights, to_fx
+from sartor.ir.fx import pull_weights
 from sartor.ir.program import Program
 from sartor.recovery import pace
 from sartor.recovery.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from sartor.recovery.features import attention_points
 from sartor.recovery.masks import mask_parameters
 from sartor.recovery.objective import Objective
 from sartor.recovery.options import RecoveryOptions, RecoveryResult
 from sartor.recovery.samples import BATCH_SIZES, Batch, Samples
-from sartor.recovery.student import Student
+from sartor.recovery.schedule import Clock, Moment
+from sartor.recovery.student import Student, View
 from sartor.recovery.teacher import Teacher
 from sartor.recovery.twins import Predict, batch_norms, reestimate_statistics, restore, snapshot
 
@@ -33,7 +35,6 @@ _FEWEST_STEPS = 32  # smaller batches rather than fewer steps than these in half
 _STATISTICS_BATCHES = 64
 _MASK_RATE = 10.0  # masks begin near 0.1, and Adam moves every number by about its rate in a step
 _MINIMUM_BATCH = 4  # with fewer samples per channel, batch statistics are noise: train with running ones
-_WARM_UP = 0.03
 
 
 class Training:
@@ -53,11 +54,12 @@ class Training:
         options: RecoveryOptions,
     ):
         pace.warm_up()
-        self.started = time.perf_counter()
+        self.clock = Clock(budget_s, options.max_steps)
         self.program, self.options, self.folder = program, options, folder
         self.budget_s, self.evaluate = budget_s, evaluate
         self.report = progress or (lambda fraction, text: None)
-        self.student = Student(program, original)
+        points = attention_points(program, original) if options.features else {}
+        self.student = Student(program, original, points)
         self.gm = self.student.gm
         self.identity = {
             "program": program.sha256(),
@@ -66,17 +68,18 @@ class Training:
             **dataclasses.asdict(options),
         }
         found = None if folder is None else load_checkpoint(folder, self.identity)
-        self.samples = Samples(data, self.student.names, original.batch, seed)
+        self.samples = Samples(data, self.student.view.names, original.batch, seed)
         self.teacher: Teacher | None = None
         if options.teacher != "never":
-            twin = to_fx(original, dtype=torch.float32).requires_grad_(False)
-            self.teacher = Teacher(twin, self.samples)
+            self.teacher = Teacher(View(original, original, points), self.samples)
         self.most_threads = torch.get_num_threads()
         self.judged = self.samples.sample(self._fit_into_time(found))
         self.masks = mask_parameters(self.gm)
         self.objective = Objective(program, options, loss, self.teacher, self.masks)
         self._check_labels()
         self.notes = self.objective.notes
+        if options.features and not points:
+            self.notes.append("features were not compared: the programs have no maps in common")
         self.parameters = [p for p in self.gm.parameters() if p.requires_grad]
         if not self.parameters:
             raise UsageError("The program has no trainable weights, so nothing can be recovered.")
@@ -92,19 +95,11 @@ class Training:
         self.phase = ""
         self.step = self.epoch = self.position = 0
         self.rate_scale = 1.0
-        self.earlier_s = 0.0  # of the runs before a resume
-        self.training_from_s = 0.0
-        self.judgement_s = 0.0
         self.history: list[dict[str, Any]] = []
         self.best: dict[str, Tensor] = {}
         self.best_score: Score = (-math.inf, -math.inf)
         if found is not None:
             self._resume(found)
-
-    @property
-    def elapsed_s(self) -> float:
-        """Wall time so far, resumed parts included."""
-        return self.earlier_s + time.perf_counter() - self.started
 
     def execute(self) -> RecoveryResult:
         """Run, or resume, to the end."""
@@ -127,7 +122,7 @@ class Training:
         self.report(1.0, "done")
         program = pull_weights(self.program, self.gm)
         history, notes = tuple(self.history), tuple(self.notes)
-        return RecoveryResult(program, self.step, self.elapsed_s, history, notes, asked)
+        return RecoveryResult(program, self.step, self.clock.elapsed_s, history, notes, asked)
 
     # ---- judging ---------------------------------------------------------------------------
     def _judge(self, phase: str, **entry: Any) -> None:
@@ -149,13 +144,13 @@ class Training:
         if entry["kept"]:
             self.best = snapshot(self.gm)
             self.best_score = score if usable else (-math.inf, -math.inf)
-        self.judgement_s = time.perf_counter() - start
-        entry["seconds"] = round(self.elapsed_s, 3)
+        self.clock.judgement_s = time.perf_counter() - start
+        entry["seconds"] = round(self.clock.elapsed_s, 3)
         self.history.append(entry)
         self._save(phase)
 
     def _distance(self, batch: Batch) -> Tensor:
-        return self.objective.distance(self.student(batch.inputs), batch)
+        return self.objective.distance(self.student.view(batch.inputs), batch)
 
     def _statistics(self, phase: str) -> None:
         """Re-estimate BatchNormalization from the best weights on; kept only where that is better."""
@@ -163,10 +158,10 @@ class Training:
         fixed = self.options.max_steps is not None
         # A tenth more for the final ones, without which what training changed is judged by old statistics.
         limit_s = (1.1 if phase == "final" else 1.0) * self.budget_s
-        in_time = fixed or self.elapsed_s + self.judgement_s + 0.05 * self.budget_s < limit_s
+        in_time = fixed or self.clock.elapsed_s + self.clock.judgement_s + 0.05 * self.budget_s < limit_s
         if batch_norms(self.gm) and in_time and not self._tiny_batches:
             seconds = math.inf if fixed else 0.05 * self.budget_s
-            batches = map(self.student.given, self.samples.inputs(_STATISTICS_BATCHES))
+            batches = map(self.student.view.given, self.samples.inputs(_STATISTICS_BATCHES))
             reestimate_statistics(self.gm, batches, seconds=seconds)
             self._judge(phase)
             restore(self.gm, self.best)
@@ -183,7 +178,7 @@ class Training:
             self.objective.check(self.teacher(first), first)
         else:
             with torch.no_grad():
-                self.objective.check(self.student(first.inputs), first)
+                self.objective.check(self.student.view(first.inputs), first)
 
     # ---- training --------------------------------------------------------------------------
     def _fit_into_time(self, found: Checkpoint | None) -> int:
@@ -200,7 +195,7 @@ class Training:
         probe, count = self.samples.probe(pace.PROBE_SAMPLES)
         forward_s = step_s / 3
         if self.teacher is not None and self.options.teacher == "always":
-            forward_s += pace.forward_seconds(self.teacher.twin, probe, 0.01 * self.budget_s) / count
+            forward_s += pace.forward_seconds(self.teacher.view.gm, probe, 0.01 * self.budget_s) / count
         self.samples.limit_batch(int(0.5 * self.budget_s / _FEWEST_STEPS / step_s))
         judged = int(_JUDGING_SHARE * self.budget_s / forward_s)
         return min(max(judged, pace.PROBE_SAMPLES), _JUDGED_SAMPLES)
@@ -208,41 +203,41 @@ class Training:
     def _choose_threads(self, share: float) -> float:
         """Use one thread where several are slower, in `share` of the time; seconds per sample of a step."""
         probe, count = self.samples.probe(pace.PROBE_SAMPLES)
-        inputs = self.student.given(probe)
+        inputs = self.student.view.given(probe)
         return pace.choose_threads(self.gm, inputs, self.most_threads, share * self.budget_s / 2) / count
 
     def _train(self) -> None:
         if self.phase != "training":  # else it is resumed, and its schedule goes on
-            self.training_from_s = self.elapsed_s
+            self.clock.training_from_s = self.clock.elapsed_s
         frozen = self._tiny_batches
         if frozen and batch_norms(self.gm):
             self.notes.append(
                 f"BatchNormalization kept its running statistics: batches have under {_MINIMUM_BATCH} samples"
             )
-        judged_s, judged_step = self.elapsed_s, self.step
+        self.clock.judged(self.step)
         recent = [0.0, 0]  # sum and count of losses since the last judgement
         reported_s = 0.0
-        while not self._finished():
+        now = self.clock.moment(self.step)
+        while not now.finished:
             before = self.step
             for batch in self.samples.epoch(self.epoch, self.position):
-                rate = self._learning_rate()
-                self.gm.train(not frozen)
-                value = self._update(batch, rate)
+                rate = self._rate(now)
+                value = self._update(batch, now, frozen)
                 self.step += 1
                 self.position += 1
                 recent = [recent[0] + value, recent[1] + 1]
-                if self._finished():
-                    break
-                if self._judgement_is_due(judged_s, judged_step):
+                now = self.clock.moment(self.step)
+                if now.due and not now.finished:
                     self._judge("training", loss=recent[0] / recent[1], learning_rate=rate)
                     if self.options.max_steps is None:
                         self._choose_threads(0.005)  # other work on the machine comes and goes
-                    judged_s, judged_step, recent = self.elapsed_s, self.step, [0.0, 0]
-                    if self._finished():
-                        break
-                if self.elapsed_s - reported_s > 1.0:
-                    reported_s = self.elapsed_s
-                    self.report(self._fraction(), f"step {self.step}, loss {value:.4g}")
+                    self.clock.judged(self.step)
+                    recent, now = [0.0, 0], self.clock.moment(self.step)
+                if now.finished:
+                    break
+                if self.clock.elapsed_s - reported_s > 1.0:
+                    reported_s = self.clock.elapsed_s
+                    self.report(now.fraction, f"step {self.step}, loss {value:.4g}")
             else:
                 if self.step == before and self.position == 0:
                     raise UsageError(
@@ -251,12 +246,15 @@ class Training:
                     )
                 self.epoch, self.position = self.epoch + 1, 0
         if recent[1]:
-            self._judge("training", loss=recent[0] / recent[1], learning_rate=self._learning_rate())
+            self._judge("training", loss=recent[0] / recent[1], learning_rate=self._rate(now))
 
-    def _update(self, batch: Batch, rate: float) -> float:
+    def _rate(self, now: Moment) -> float:
+        return self.rate_scale * self.options.learning_rate * now.rate
+
+    def _update(self, batch: Batch, now: Moment, frozen: bool) -> float:
         for group in self.optimizer.param_groups:
-            group["lr"] = rate * group["times"]
-        value = self.objective(self.student(batch.inputs), batch)
+            group["lr"] = self._rate(now) * group["times"]
+        value = self.objective(self.student.learn(batch.inputs, frozen=frozen), batch)
         self.optimizer.zero_grad(set_to_none=True)
         value.backward()
         norm = nn.utils.clip_grad_norm_(self.parameters, _CLIP_NORM)
@@ -269,35 +267,6 @@ class Training:
             if len(self.notes) < 8:
                 self.notes.append(f"step {self.step}: the gradient was not finite; weights were put back")
         return float(value.detach())
-
-    def _learning_rate(self) -> float:
-        fraction = self._fraction()
-        warm = min(1.0, (fraction + 1e-3) / _WARM_UP)
-        cosine = 0.5 * (1.0 + math.cos(math.pi * fraction))
-        return self.rate_scale * self.options.learning_rate * warm * cosine
-
-    def _fraction(self) -> float:
-        """How far training is, in [0, 1]: by time, or by steps where those were asked for."""
-        if self.options.max_steps is not None:
-            return min(self.step / self.options.max_steps, 1.0)
-        training_s = self.budget_s - self._reserve_s() - self.training_from_s
-        return min((self.elapsed_s - self.training_from_s) / max(training_s, 1e-6), 1.0)
-
-    def _reserve_s(self) -> float:
-        """Time kept for what follows training: statistics and two judgements."""
-        return min(0.05 * self.budget_s + 2.0 * self.judgement_s, 0.5 * self.budget_s)
-
-    def _finished(self) -> bool:
-        if self.options.max_steps is not None and self.step >= self.options.max_steps:
-            return True
-        return self.elapsed_s >= self.budget_s - self._reserve_s()
-
-    def _judgement_is_due(self, judged_s: float, judged_step: int) -> bool:
-        if self.options.max_steps is not None:
-            return self.step - judged_step >= max(self.options.max_steps // 10, 1)
-        if self.elapsed_s + self.judgement_s >= self.budget_s - self._reserve_s():
-            return False  # the one after training is near
-        return self.elapsed_s - judged_s >= max(self.budget_s / 12, 10.0 * self.judgement_s)
 
     # ---- checkpoints -----------------------------------------------------------------------
     def _save(self, phase: str) -> None:
@@ -317,9 +286,9 @@ class Training:
             "epoch": self.epoch,
             "position": self.position,
             "rate_scale": self.rate_scale,
-            "seconds": self.elapsed_s,
-            "training_from_s": self.training_from_s,
-            "judgement_s": self.judgement_s,
+            "seconds": self.clock.elapsed_s,
+            "training_from_s": self.clock.training_from_s,
+            "judgement_s": self.clock.judgement_s,
             "judged_samples": sum(batch.count for batch in self.judged),
             "batch_size": self.samples.batch_size,
             "best_score": [x if math.isfinite(x) else None for x in self.best_score],
@@ -344,9 +313,9 @@ class Training:
             self.teacher.resume(part("teacher/"))
         self.phase, self.rate_scale = state["phase"], state["rate_scale"]
         self.step, self.epoch, self.position = state["step"], state["epoch"], state["position"]
-        self.earlier_s = state["seconds"]
-        self.training_from_s = state["training_from_s"]
-        self.judgement_s = state["judgement_s"]
+        self.clock.earlier_s = state["seconds"]
+        self.clock.training_from_s = state["training_from_s"]
+        self.clock.judgement_s = state["judgement_s"]
         score = [-math.inf if x is None else x for x in state["best_score"]]
         self.best_score = (score[0], score[1])
         self.history = list(state["history"])
