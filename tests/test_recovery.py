@@ -19,10 +19,10 @@ from sartor.ir.fx import pull_weights, to_fx
 from sartor.ir.program import Batch, Program
 from sartor.recovery import RecoveryOptions, RecoveryResult, distill, losses, predictor
 from sartor.recovery.samples import Samples
-from sartor.recovery.student import View
 from sartor.recovery.teacher import Teacher
 from sartor.recovery.training import Training
 from sartor.recovery.twins import reestimate_statistics
+from sartor.recovery.view import View
 
 CLASSES = 5
 AXIS = Batch(True, ("x",))
@@ -208,7 +208,7 @@ class Slow:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, seconds: float):
         self.seconds, self.threads = seconds, 1
-        monkeypatch.setattr("sartor.recovery.student.to_fx", self.twin)
+        monkeypatch.setattr("sartor.recovery.view.to_fx", self.twin)
         monkeypatch.setattr(torch, "set_num_threads", lambda count: setattr(self, "threads", count))
         monkeypatch.setattr(torch, "get_num_threads", lambda: self.threads)
 

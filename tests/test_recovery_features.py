@@ -18,7 +18,8 @@ from sartor.ir.fx import to_fx
 from sartor.passes.pipeline import Pipeline
 from sartor.recovery import RecoveryOptions, distill
 from sartor.recovery.features import attention_loss, attention_map, attention_points
-from sartor.recovery.student import Student, View, share_weights
+from sartor.recovery.student import Student
+from sartor.recovery.view import View, share_weights
 
 
 def cut(program, text):
@@ -224,15 +225,15 @@ def test_resuming_with_features_equals_an_uninterrupted_run(tmp_path):
 
 
 def test_views_share_weights_and_statistics():
-    student = Student(network(), network(), {"r": 1})
+    student = Student(network(), network(), RecoveryOptions(), {"r": 1})
     x = torch.from_numpy(normal(8, 3, 6, 6))
     before = student.gm.get_buffer("bn.running_mean").clone()
-    assert set(student.learn([x], frozen=False)) == {"y", "r"}
+    assert set(student.learn([x], 0.0, frozen=False)) == {"y", "r"}
     assert not torch.equal(student.gm.get_buffer("bn.running_mean"), before)
     with torch.no_grad():
         student.gm.get_parameter("head.weight").mul_(2.0)
     student.gm.eval()
-    torch.testing.assert_close(student.learn([x], frozen=True)["y"], student.view([x])["y"])
+    torch.testing.assert_close(student.learn([x], 0.0, frozen=True)["y"], student.view([x])["y"])
 
 
 def test_weights_of_another_shape_are_not_shared():

@@ -16,8 +16,8 @@ from sartor.images import resized
 from sartor.recovery import RecoveryOptions, distill, losses, predictor
 from sartor.recovery.objective import Objective
 from sartor.recovery.samples import Batch, Samples
-from sartor.recovery.student import View
 from sartor.recovery.teacher import Teacher
+from sartor.recovery.view import View
 
 
 def plain(seed=0):

@@ -11,6 +11,8 @@ from sartor.ir.program import Program
 
 TEACHERS = ("always", "never", "wrong")
 """When the original is asked."""
+GAMMA = 0.5
+"""First size of resolution-adaptive training, as a share of the last (5.16); inferred from the source's tables."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +27,8 @@ class RecoveryOptions:
         label_weight: weight of the loss against labels; None for 0.5 where the original is always asked, else 1.
         features: weight of the distance between attention maps of blocks (`sartor.recovery.features`).
         mask_weight: weight of the share of units that masks keep (`insert-masks`), where there are masks.
+        rat: begin with images of this share of their size, and let it grow (resolution-adaptive training); `GAMMA` is
+            the source's. None for the full size throughout.
         max_steps: stop after this many steps; the schedule then depends on steps only.
     """
 
@@ -34,6 +38,7 @@ class RecoveryOptions:
     label_weight: float | None = None
     features: float = 0.0
     mask_weight: float = 1.0
+    rat: float | None = None
     max_steps: int | None = None
 
     def __post_init__(self) -> None:
@@ -50,6 +55,8 @@ class RecoveryOptions:
                 raise UsageError(f"Recovery option '{name}' is {value}; it must be at least 0.")
         if self.max_steps is not None and self.max_steps < 1:
             raise UsageError(f"Recovery option 'max_steps' is {self.max_steps}; it must be at least 1.")
+        if self.rat is not None and not 0 < self.rat <= 1:
+            raise UsageError(f"Recovery option 'rat' is {self.rat}; it must be above 0 and at most 1.")
         if self.features and self.teacher == "never":
             raise UsageError(
                 "Recovery option 'features' compares with the original, which teacher 'never' does not ask; leave one "
@@ -77,6 +84,8 @@ class RecoveryResult:
             it is not always asked), `kept`; `score` with an `evaluate`; `loss` and `learning_rate` while training.
         notes: what was done otherwise than asked, and why.
         asked: samples that the original was run on.
+        sizes: steps by height of the images, where it changed.
+        training_macs: of a sample in a step, forward and backward, the mean over all steps; where sizes changed.
     """
 
     program: Program
@@ -85,3 +94,5 @@ class RecoveryResult:
     history: tuple[Mapping[str, Any], ...]
     notes: tuple[str, ...] = ()
     asked: int = 0
+    sizes: Mapping[int, int] = dataclasses.field(default_factory=dict)
+    training_macs: int | None = None

@@ -1,60 +1,16 @@
-"""Twins that take samples as the original does, and give what is compared."""
+"""The program in training."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
-import torch
-from torch import Tensor, fx
+from torch import Tensor
 
-from sartor.errors import UsageError
-from sartor.ir.fx import to_fx, twin_info
 from sartor.ir.program import Program
-from sartor.recovery.features import attention_map
-from sartor.recovery.sizes import Sizes
+from sartor.recovery.options import RecoveryOptions
+from sartor.recovery.resolutions import Resolutions
 from sartor.recovery.twins import Predict, predictor
-
-
-class View:
-    """A twin, for samples at the original's size.
-
-    Args:
-        program: of the twin.
-        original: whose samples they are.
-        points: channel axis by value whose attention map is given, too.
-
-    Attributes:
-        gm: in float32.
-        names: of its inputs, in order.
-        sizes: how samples and outputs are resized.
-        points: as given.
-
-    Raises:
-        UsageError: samples for the original cannot be resized for the program.
-    """
-
-    def __init__(self, program: Program, original: Program, points: Mapping[str, int] | None = None):
-        self.sizes = Sizes.between(program, original)
-        self.points = dict(points or {})
-        self.gm = to_fx(program, dtype=torch.float32, taps=tuple(self.points))
-        info = twin_info(self.gm)
-        self.names, self._results = info.inputs, info.outputs
-
-    def given(self, inputs: Sequence[Tensor]) -> list[Tensor]:
-        """Inputs for `gm` of inputs for the original."""
-        return self.sizes.given(self.names, inputs)
-
-    def __call__(self, inputs: Sequence[Tensor]) -> dict[str, Tensor]:
-        """Outputs by name, maps at the original's size; then the attention map of each point.
-
-        Args:
-            inputs: as the original takes them.
-        """
-        results = self.sizes.taken(dict(zip(self._results, self.gm(*self.given(inputs)), strict=True)))
-        for name, axis in self.points.items():
-            results[name] = attention_map(results[name], axis)
-        return results
+from sartor.recovery.view import View, share_weights
 
 
 class Student:
@@ -63,68 +19,54 @@ class Student:
     Args:
         program: what is trained.
         original: what the samples are for.
+        options: at which sizes it learns.
         points: channel axis by value whose attention map is learned.
 
     Attributes:
         view: what is judged and delivered: the twin as it is.
         gm: that twin; its parameters are those of all views.
+        resolutions: at which it learns, where these change.
+        notes: what was done otherwise than asked, and why.
 
     Raises:
         UsageError: samples for the original cannot be resized for the program.
     """
 
-    def __init__(self, program: Program, original: Program, points: Mapping[str, int] | None = None):
+    def __init__(
+        self,
+        program: Program,
+        original: Program,
+        options: RecoveryOptions,
+        points: Mapping[str, int] | None = None,
+    ):
         self.view = View(program, original)
         self.gm = self.view.gm
-        self._learning = self.view
+        self._full = self.view
+        self.notes: list[str] = []
         if points:
-            self._learning = View(program, original, points)
-            share_weights(self.gm, self._learning.gm)
+            self._full = View(program, original, points)
+            share_weights(self.gm, self._full.gm)
+        self.resolutions: Resolutions | None = None
+        if options.rat is not None and options.rat < 1:
+            found = Resolutions(program, original, self.gm, self._full, options.rat)
+            if found.reason:
+                reason = found.reason.rstrip(".")
+                self.notes.append(f"resolution-adaptive training does not apply: {reason}")
+            else:
+                self.resolutions = found
 
-    def learn(self, inputs: Sequence[Tensor], *, frozen: bool) -> dict[str, Tensor]:
+    def learn(self, inputs: Sequence[Tensor], fraction: float, *, frozen: bool) -> dict[str, Tensor]:
         """What a training step compares; see `View`.
 
         Args:
             inputs: as the original takes them.
+            fraction: of training that is done.
             frozen: normalise by running statistics.
         """
-        self._learning.gm.train(not frozen)
-        return self._learning(inputs)
+        view = self._full if self.resolutions is None else self.resolutions.view(fraction)
+        view.gm.train(not frozen)
+        return view(inputs)
 
     def predictor(self) -> Predict:
         """From arrays at the original's size to arrays at the original's size, in eval mode."""
         return predictor(self.gm, self.view.sizes)
-
-
-def share_weights(source: fx.GraphModule, twin: fx.GraphModule) -> None:
-    """Make `twin` compute with the very parameters and running statistics of `source`.
-
-    Args:
-        source: whose tensors they are.
-        twin: of the same program, or of it at another input size. Constants of its own size, unequal, stay its own.
-
-    Raises:
-        UsageError: a parameter has another shape.
-    """
-    keys = {name: key for key, name in twin_info(source).names.items()}
-    for key, name in twin_info(twin).names.items():
-        path, _, leaf = key.rpartition(".")
-        owner = twin.get_submodule(path)
-        store: dict[str, Any] = owner._parameters if leaf in owner._parameters else owner._buffers  # type: ignore[assignment]
-        here = keys.get(name)
-        theirs = None if here is None else _tensor(source, here)
-        own: Tensor = store[leaf]
-        learned = leaf in owner._parameters
-        if theirs is not None and theirs.shape == own.shape and (learned or torch.equal(theirs, own)):
-            store[leaf] = theirs
-        elif learned:
-            raise UsageError(
-                f"Parameter '{name}' has shape {list(own.shape)} at one input size and "
-                f"{'none' if theirs is None else list(theirs.shape)} at another; they cannot be trained as one."
-            )
-
-
-def _tensor(gm: fx.GraphModule, key: str) -> Tensor:
-    path, _, leaf = key.rpartition(".")
-    found: Tensor = getattr(gm.get_submodule(path), leaf)
-    return found

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sartor.recovery import samples as training_set
 from sartor.recovery.samples import Batch, Samples
-from sartor.recovery.student import View
+from sartor.recovery.view import View
 
 Outputs = dict[str, Tensor]
 

@@ -23,9 +23,10 @@ from sartor.recovery.objective import Objective
 from sartor.recovery.options import RecoveryOptions, RecoveryResult
 from sartor.recovery.samples import BATCH_SIZES, Batch, Samples
 from sartor.recovery.schedule import Clock, Moment
-from sartor.recovery.student import Student, View
+from sartor.recovery.student import Student
 from sartor.recovery.teacher import Teacher
 from sartor.recovery.twins import Predict, batch_norms, reestimate_statistics, restore, snapshot
+from sartor.recovery.view import View
 
 Score = tuple[float, float]
 _CLIP_NORM = 5.0  # Adam's steps do not depend on the gradient's scale: this only catches outliers
@@ -59,7 +60,7 @@ class Training:
         self.budget_s, self.evaluate = budget_s, evaluate
         self.report = progress or (lambda fraction, text: None)
         points = attention_points(program, original) if options.features else {}
-        self.student = Student(program, original, points)
+        self.student = Student(program, original, options, points)
         self.gm = self.student.gm
         self.identity = {
             "program": program.sha256(),
@@ -77,7 +78,7 @@ class Training:
         self.masks = mask_parameters(self.gm)
         self.objective = Objective(program, options, loss, self.teacher, self.masks)
         self._check_labels()
-        self.notes = self.objective.notes
+        self.notes = [*self.student.notes, *self.objective.notes]
         if options.features and not points:
             self.notes.append("features were not compared: the programs have no maps in common")
         self.parameters = [p for p in self.gm.parameters() if p.requires_grad]
@@ -103,6 +104,8 @@ class Training:
 
     def execute(self) -> RecoveryResult:
         """Run, or resume, to the end."""
+        for note in self.notes:
+            self.report(0.0, note)
         if self.phase == "":
             self._judge("start")
         if self.phase == "start":
@@ -111,18 +114,31 @@ class Training:
             self._train()
             self._statistics("final")
         restore(self.gm, self.best)
+        self.report(1.0, "done")
+        return self._result()
+
+    def _result(self) -> RecoveryResult:
+        notes, asked = list(self.notes), 0 if self.teacher is None else self.teacher.asked
         if not self.step:
-            self.notes.append(f"no training step fitted into {self.budget_s:.0f} s; give recovery more time")
-        asked = 0 if self.teacher is None else self.teacher.asked
+            notes.append(f"no training step fitted into {self.budget_s:.0f} s; give recovery more time")
         if self.teacher is not None and self.options.teacher == "wrong":
             met = self.teacher.met
-            self.notes.append(
+            notes.append(
                 f"the original was asked about {asked} of {met} samples: {1 - asked / max(met, 1):.0%} saved"
             )
-        self.report(1.0, "done")
-        program = pull_weights(self.program, self.gm)
-        history, notes = tuple(self.history), tuple(self.notes)
-        return RecoveryResult(program, self.step, self.clock.elapsed_s, history, notes, asked)
+        sizes = self.student.resolutions
+        if sizes is not None and self.step:
+            notes.append(sizes.describe())
+        return RecoveryResult(
+            pull_weights(self.program, self.gm),
+            self.step,
+            self.clock.elapsed_s,
+            tuple(self.history),
+            tuple(notes),
+            asked,
+            {} if sizes is None else dict(sorted(sizes.steps.items())),
+            None if sizes is None else sizes.training_macs(),
+        )
 
     # ---- judging ---------------------------------------------------------------------------
     def _judge(self, phase: str, **entry: Any) -> None:
@@ -254,7 +270,7 @@ class Training:
     def _update(self, batch: Batch, now: Moment, frozen: bool) -> float:
         for group in self.optimizer.param_groups:
             group["lr"] = self._rate(now) * group["times"]
-        value = self.objective(self.student.learn(batch.inputs, frozen=frozen), batch)
+        value = self.objective(self.student.learn(batch.inputs, now.fraction, frozen=frozen), batch)
         self.optimizer.zero_grad(set_to_none=True)
         value.backward()
         norm = nn.utils.clip_grad_norm_(self.parameters, _CLIP_NORM)
@@ -292,6 +308,7 @@ class Training:
             "judged_samples": sum(batch.count for batch in self.judged),
             "batch_size": self.samples.batch_size,
             "best_score": [x if math.isfinite(x) else None for x in self.best_score],
+            "sizes": {} if self.student.resolutions is None else dict(self.student.resolutions.steps),
             "history": self.history,
             "notes": self.notes,
         }
@@ -316,6 +333,8 @@ class Training:
         self.clock.earlier_s = state["seconds"]
         self.clock.training_from_s = state["training_from_s"]
         self.clock.judgement_s = state["judgement_s"]
+        if self.student.resolutions is not None:
+            self.student.resolutions.steps.update({int(k): n for k, n in state["sizes"].items()})
         score = [-math.inf if x is None else x for x in state["best_score"]]
         self.best_score = (score[0], score[1])
         self.history = list(state["history"])
