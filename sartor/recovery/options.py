@@ -11,6 +11,8 @@ from sartor.ir.program import Program
 
 TEACHERS = ("always", "never", "wrong")
 """When the original is asked."""
+PRECISIONS = ("f32", "bf16")
+"""In which layers compute while training."""
 GAMMA = 0.5
 """First size of resolution-adaptive training, as a share of the last (5.16); inferred from the source's tables."""
 
@@ -29,6 +31,8 @@ class RecoveryOptions:
         mask_weight: weight of the share of units that masks keep (`insert-masks`), where there are masks.
         rat: begin with images of this share of their size, and let it grow (resolution-adaptive training); `GAMMA` is
             the source's. None for the full size throughout.
+        precision: of the program's layers in training: `f32`, or `bf16` where torch deems that safe. Weights,
+            losses and judgements stay float32.
         max_steps: stop after this many steps; the schedule then depends on steps only.
     """
 
@@ -39,16 +43,18 @@ class RecoveryOptions:
     features: float = 0.0
     mask_weight: float = 1.0
     rat: float | None = None
+    precision: str = "f32"
     max_steps: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("learning_rate", "temperature"):
             if not getattr(self, name) > 0:
                 raise UsageError(f"Recovery option '{name}' is {getattr(self, name)}; it must be above 0.")
-        if self.teacher not in TEACHERS:
-            raise UsageError(
-                f"Recovery option 'teacher' is '{self.teacher}'; it must be one of {', '.join(TEACHERS)}."
-            )
+        for name, known in (("teacher", TEACHERS), ("precision", PRECISIONS)):
+            if getattr(self, name) not in known:
+                raise UsageError(
+                    f"Recovery option '{name}' is '{getattr(self, name)}'; it must be one of {', '.join(known)}."
+                )
         for name in ("label_weight", "mask_weight", "features"):
             value = getattr(self, name)
             if value is not None and not 0 <= value < float("inf"):

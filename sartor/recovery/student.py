@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from sartor.ir.program import Program
+from sartor.recovery import losses
 from sartor.recovery.options import RecoveryOptions
 from sartor.recovery.resolutions import Resolutions
 from sartor.recovery.twins import Predict, predictor
@@ -19,13 +20,14 @@ class Student:
     Args:
         program: what is trained.
         original: what the samples are for.
-        options: at which sizes it learns.
+        options: at which sizes and in which precision it learns.
         points: channel axis by value whose attention map is learned.
 
     Attributes:
         view: what is judged and delivered: the twin as it is.
         gm: that twin; its parameters are those of all views.
         resolutions: at which it learns, where these change.
+        mixed: whether it learns in bfloat16, where torch deems that safe; its weights stay float32.
         notes: what was done otherwise than asked, and why.
 
     Raises:
@@ -43,6 +45,7 @@ class Student:
         self.gm = self.view.gm
         self._full = self.view
         self.notes: list[str] = []
+        self.mixed = options.precision == "bf16"
         if points:
             self._full = View(program, original, points)
             share_weights(self.gm, self._full.gm)
@@ -65,7 +68,24 @@ class Student:
         """
         view = self._full if self.resolutions is None else self.resolutions.view(fraction)
         view.gm.train(not frozen)
-        return view(inputs)
+        return view(inputs, mixed=self.mixed)
+
+    def try_precision(self, inputs: Sequence[Tensor]) -> None:
+        """Learn in float32, with a note, where a layer cannot compute in bfloat16.
+
+        Args:
+            inputs: a few samples, as the original takes them.
+        """
+        if not self.mixed:
+            return
+        self.gm.eval()
+        try:
+            losses.output_energy(self.view(inputs, mixed=True)).backward()
+        except RuntimeError as error:
+            self.mixed = False
+            reason = str(error).strip().partition("\n")[0]
+            self.notes.append(f"bfloat16 was not used, the network does not compute in it: {reason}")
+        self.gm.zero_grad(set_to_none=True)
 
     def predictor(self) -> Predict:
         """From arrays at the original's size to arrays at the original's size, in eval mode."""

@@ -70,6 +70,7 @@ class Training:
         }
         found = None if folder is None else load_checkpoint(folder, self.identity)
         self.samples = Samples(data, self.student.view.names, original.batch, seed)
+        self.student.try_precision(self.samples.probe(pace.PROBE_SAMPLES)[0])
         self.teacher: Teacher | None = None
         if options.teacher != "never":
             self.teacher = Teacher(View(original, original, points), self.samples)

@@ -44,16 +44,27 @@ class View:
         """Inputs for `gm` of inputs for the original."""
         return self.sizes.given(self.names, inputs)
 
-    def __call__(self, inputs: Sequence[Tensor]) -> dict[str, Tensor]:
+    def __call__(self, inputs: Sequence[Tensor], *, mixed: bool = False) -> dict[str, Tensor]:
         """Outputs by name, maps at the original's size; then the attention map of each point.
 
         Args:
             inputs: as the original takes them.
+            mixed: compute in bfloat16 what torch deems safe in it; weights, sizes and results stay float32.
         """
-        results = self.sizes.taken(dict(zip(self._results, self.gm(*self.given(inputs)), strict=True)))
+        given = self.given(inputs)
+        device = given[0].device.type if given else "cpu"
+        with torch.autocast(device, dtype=torch.bfloat16, enabled=mixed):
+            results = dict(zip(self._results, self.gm(*given), strict=True))
+        if mixed:
+            results = {name: _as_float32(value) for name, value in results.items()}
+        results = self.sizes.taken(results)
         for name, axis in self.points.items():
             results[name] = attention_map(results[name], axis)
         return results
+
+
+def _as_float32(value: Tensor) -> Tensor:
+    return value.float() if value.dtype is torch.bfloat16 else value
 
 
 def share_weights(source: fx.GraphModule, twin: fx.GraphModule) -> None:
