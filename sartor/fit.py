@@ -342,7 +342,7 @@ class _Fit:
                 f"recovery was judged on the first {judged.samples} samples of 'evaluate': more did not fit its time"
             )
         if data.train is None:
-            self.decisions.append(_what_was_trained_on(data))
+            self.decisions.append(what_was_trained_on(data))
         self.decisions.extend(recovered.notes)
         return recovered.program
 
@@ -356,7 +356,7 @@ class _Fit:
         return folder
 
 
-def _what_was_trained_on(data: Data) -> str:
+def what_was_trained_on(data: Data) -> str:
     """The decision that a source without `train` leads to."""
     if data.calibration is not data.evaluate:
         return "recovery trained on 'calibration': there is no 'train'"

@@ -41,6 +41,7 @@ class Objective:
         masks: in the program.
 
     Attributes:
+        use_labels: whether the data have labels that fit.
         notes: what was done otherwise than asked, and why.
     """
 
@@ -56,7 +57,7 @@ class Objective:
         self.probabilities = losses.probability_outputs(program)
         self._names = [value.name or "" for value in program.graph.outputs]
         self.notes: list[str] = []
-        self._use_labels = True
+        self.use_labels = True
 
     def check(self, outputs: Outputs, batch: Batch) -> None:
         """See on a first batch whether its labels can be used.
@@ -73,14 +74,14 @@ class Objective:
         if self.loss is not None:
             return
         reason = "there are none"
-        self._use_labels = batch.labels is not None
+        self.use_labels = batch.labels is not None
         if batch.labels is not None:
             try:
                 losses.label_loss(outputs, batch.labels, self.probabilities)
             except UsageError as error:
-                reason, self._use_labels = str(error), False
+                reason, self.use_labels = str(error), False
                 self.notes.append(f"labels were not used: {error}")
-        if self.options.teacher == "never" and not self._use_labels:
+        if self.options.teacher == "never" and not self.use_labels:
             raise UsageError(
                 f"Recovery with teacher 'never' needs labels on all training data, or a loss, but {reason}. Give "
                 "them with the data, or use teacher 'always'."
@@ -124,7 +125,7 @@ class Objective:
         if self.loss is not None:
             given = {name: outputs[name] for name in self._names}
             return losses.checked(self.loss(given, batch.labels))
-        if not self._use_labels or batch.labels is None:
+        if not self.use_labels or batch.labels is None:
             if self.options.teacher != "always":
                 raise UsageError(
                     "A batch of the training data has no labels, unlike the first; give labels with all of them."

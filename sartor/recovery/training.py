@@ -21,6 +21,7 @@ from sartor.recovery.features import attention_points
 from sartor.recovery.masks import mask_parameters
 from sartor.recovery.objective import Objective
 from sartor.recovery.options import RecoveryOptions, RecoveryResult
+from sartor.recovery.processes import Processes
 from sartor.recovery.samples import BATCH_SIZES, Batch, Samples
 from sartor.recovery.schedule import Clock, Moment
 from sartor.recovery.student import Student
@@ -56,9 +57,11 @@ class Training:
     ):
         pace.warm_up()
         self.clock = Clock(budget_s, options.max_steps)
+        self.processes = Processes.current()
         self.program, self.options, self.folder = program, options, folder
         self.budget_s, self.evaluate = budget_s, evaluate
-        self.report = progress or (lambda fraction, text: None)
+        shown = progress if self.processes.first else None
+        self.report = shown or (lambda fraction, text: None)
         points = attention_points(program, original) if options.features else {}
         self.student = Student(program, original, options, points)
         self.gm = self.student.gm
@@ -69,11 +72,12 @@ class Training:
             **dataclasses.asdict(options),
         }
         found = None if folder is None else load_checkpoint(folder, self.identity)
-        self.samples = Samples(data, self.student.view.names, original.batch, seed)
+        names = self.student.view.names
+        self.samples = Samples(data, names, original.batch, seed, processes=self.processes)
         self.student.try_precision(self.samples.probe(pace.PROBE_SAMPLES)[0])
         self.teacher: Teacher | None = None
         if options.teacher != "never":
-            self.teacher = Teacher(View(original, original, points), self.samples)
+            self.teacher = Teacher(View(original, original, points), self.samples, self.processes)
         self.most_threads = torch.get_num_threads()
         self.judged = self.samples.sample(self._fit_into_time(found))
         self.masks = mask_parameters(self.gm)
@@ -102,6 +106,7 @@ class Training:
         self.best_score: Score = (-math.inf, -math.inf)
         if found is not None:
             self._resume(found)
+        self.processes.wait()  # all have read the checkpoint before the first one writes another
 
     def execute(self) -> RecoveryResult:
         """Run, or resume, to the end."""
@@ -119,14 +124,13 @@ class Training:
         return self._result()
 
     def _result(self) -> RecoveryResult:
-        notes, asked = list(self.notes), 0 if self.teacher is None else self.teacher.asked
+        notes = list(self.notes)
+        asked, met = (0, 0) if self.teacher is None else self.teacher.counts()
         if not self.step:
             notes.append(f"no training step fitted into {self.budget_s:.0f} s; give recovery more time")
-        if self.teacher is not None and self.options.teacher == "wrong":
-            met = self.teacher.met
-            notes.append(
-                f"the original was asked about {asked} of {met} samples: {1 - asked / max(met, 1):.0%} saved"
-            )
+        if self.options.teacher == "wrong":
+            saved = 1 - asked / max(met, 1)
+            notes.append(f"the original was asked about {asked} of {met} samples: {saved:.0%} saved")
         sizes = self.student.resolutions
         if sizes is not None and self.step:
             notes.append(sizes.describe())
@@ -145,26 +149,32 @@ class Training:
     def _judge(self, phase: str, **entry: Any) -> None:
         """Score the current weights and keep them if they are the best so far."""
         start = time.perf_counter()
+        self.processes.average([b for b in self.gm.buffers() if b.is_floating_point()])
+        scored = self._scored() if self.processes.first else None
+        found, score = self.processes.decided(scored)  # type: ignore[misc]
+        usable = not any(math.isnan(part) for part in score)
+        # Equal scores are decided by the distance: a small evaluation split is full of ties.
+        kept = not self.best or (usable and score > self.best_score)
+        if kept:
+            self.best = snapshot(self.gm)
+            self.best_score = score if usable else (-math.inf, -math.inf)
+        self.clock.judgement_s = time.perf_counter() - start
+        seconds = round(self.clock.elapsed_s, 3)
+        self.history.append(
+            {"step": self.step, "phase": phase, **found, **entry, "kept": kept, "seconds": seconds}
+        )
+        self._save(phase)
+
+    def _scored(self) -> tuple[dict[str, float], Score]:
+        """What is known of the current weights, and what they are compared by."""
         self.gm.eval()
         with torch.no_grad():
             pairs = [(self._distance(batch), batch.count) for batch in self.judged]
         distance = sum(float(d) * n for d, n in pairs) / sum(n for _, n in pairs)
-        entry = {"step": self.step, "phase": phase, "distance": distance, **entry}
-        score: Score = (0.0, -distance)
-        if self.evaluate is not None:
-            value = float(self.evaluate(self.student.predictor()))
-            entry["score"] = value
-            score = (value, -distance)
-        usable = not any(math.isnan(part) for part in score)
-        # Equal scores are decided by the distance: a small evaluation split is full of ties.
-        entry["kept"] = not self.best or (usable and score > self.best_score)
-        if entry["kept"]:
-            self.best = snapshot(self.gm)
-            self.best_score = score if usable else (-math.inf, -math.inf)
-        self.clock.judgement_s = time.perf_counter() - start
-        entry["seconds"] = round(self.clock.elapsed_s, 3)
-        self.history.append(entry)
-        self._save(phase)
+        if self.evaluate is None:
+            return {"distance": distance}, (0.0, -distance)
+        value = float(self.evaluate(self.student.predictor()))
+        return {"distance": distance, "score": value}, (value, -distance)
 
     def _distance(self, batch: Batch) -> Tensor:
         return self.objective.distance(self.student.view(batch.inputs), batch)
@@ -175,7 +185,8 @@ class Training:
         fixed = self.options.max_steps is not None
         # A tenth more for the final ones, without which what training changed is judged by old statistics.
         limit_s = (1.1 if phase == "final" else 1.0) * self.budget_s
-        in_time = fixed or self.clock.elapsed_s + self.clock.judgement_s + 0.05 * self.budget_s < limit_s
+        needed_s = self.clock.judgement_s + 0.05 * self.budget_s
+        in_time = fixed or self.processes.decided(self.clock.elapsed_s + needed_s < limit_s)
         if batch_norms(self.gm) and in_time and not self._tiny_batches:
             seconds = math.inf if fixed else 0.05 * self.budget_s
             batches = map(self.student.view.given, self.samples.inputs(_STATISTICS_BATCHES))
@@ -186,16 +197,30 @@ class Training:
 
     @property
     def _tiny_batches(self) -> bool:
-        return self.judged[0].count < _MINIMUM_BATCH
+        return self.judged[0].count < _MINIMUM_BATCH * self.processes.count
 
     def _check_labels(self) -> None:
-        first = self.judged[0]
+        """The first process sees whether they fit, so that the original is asked once; all go by what it found."""
+        problem: UsageError | None = None
+        if self.processes.first:
+            try:
+                self._check(self.judged[0])
+            except UsageError as error:
+                problem = error
+        problem, use_labels = self.processes.decided((problem, self.objective.use_labels))
+        if problem is not None:
+            raise problem
+        self.objective.use_labels = use_labels
+        if self.teacher is not None:
+            self.teacher.share()
+
+    def _check(self, first: Batch) -> None:
         if self.teacher is not None and self.options.teacher == "always":
             self.teacher.remember(self.judged)
             self.objective.check(self.teacher(first), first)
-        else:
-            with torch.no_grad():
-                self.objective.check(self.student.view(first.inputs), first)
+            return
+        with torch.no_grad():
+            self.objective.check(self.student.view(first.inputs), first)
 
     # ---- training --------------------------------------------------------------------------
     def _fit_into_time(self, found: Checkpoint | None) -> int:
@@ -213,9 +238,10 @@ class Training:
         forward_s = step_s / 3
         if self.teacher is not None and self.options.teacher == "always":
             forward_s += pace.forward_seconds(self.teacher.view.gm, probe, 0.01 * self.budget_s) / count
-        self.samples.limit_batch(int(0.5 * self.budget_s / _FEWEST_STEPS / step_s))
-        judged = int(_JUDGING_SHARE * self.budget_s / forward_s)
-        return min(max(judged, pace.PROBE_SAMPLES), _JUDGED_SAMPLES)
+        most = 0.5 * self.budget_s / _FEWEST_STEPS / step_s * self.processes.count
+        most, judged = self.processes.numbers([most, _JUDGING_SHARE * self.budget_s / forward_s])
+        self.samples.limit_batch(int(most))
+        return min(max(int(judged), pace.PROBE_SAMPLES), _JUDGED_SAMPLES)
 
     def _choose_threads(self, share: float) -> float:
         """Use one thread where several are slower, in `share` of the time; seconds per sample of a step."""
@@ -227,14 +253,13 @@ class Training:
         if self.phase != "training":  # else it is resumed, and its schedule goes on
             self.clock.training_from_s = self.clock.elapsed_s
         frozen = self._tiny_batches
-        if frozen and batch_norms(self.gm):
-            self.notes.append(
-                f"BatchNormalization kept its running statistics: batches have under {_MINIMUM_BATCH} samples"
-            )
+        note = f"BatchNormalization kept its running statistics: batches have under {_MINIMUM_BATCH} samples"
+        if frozen and batch_norms(self.gm) and note not in self.notes:
+            self.notes.append(note)
         self.clock.judged(self.step)
         recent = [0.0, 0]  # sum and count of losses since the last judgement
         reported_s = 0.0
-        now = self.clock.moment(self.step)
+        now = self._now()
         while not now.finished:
             before = self.step
             for batch in self.samples.epoch(self.epoch, self.position):
@@ -243,13 +268,13 @@ class Training:
                 self.step += 1
                 self.position += 1
                 recent = [recent[0] + value, recent[1] + 1]
-                now = self.clock.moment(self.step)
+                now = self._now()
                 if now.due and not now.finished:
                     self._judge("training", loss=recent[0] / recent[1], learning_rate=rate)
                     if self.options.max_steps is None:
                         self._choose_threads(0.005)  # other work on the machine comes and goes
                     self.clock.judged(self.step)
-                    recent, now = [0.0, 0], self.clock.moment(self.step)
+                    recent, now = [0.0, 0], self._now()
                 if now.finished:
                     break
                 if self.clock.elapsed_s - reported_s > 1.0:
@@ -265,6 +290,12 @@ class Training:
         if recent[1]:
             self._judge("training", loss=recent[0] / recent[1], learning_rate=self._rate(now))
 
+    def _now(self) -> Moment:
+        """What holds for the next step, by the clock of the first process."""
+        now = self.clock.moment(self.step)
+        fraction, finished, due = self.processes.numbers([now.fraction, now.finished, now.due])
+        return Moment(fraction, bool(finished), bool(due))
+
     def _rate(self, now: Moment) -> float:
         return self.rate_scale * self.options.learning_rate * now.rate
 
@@ -272,8 +303,11 @@ class Training:
         for group in self.optimizer.param_groups:
             group["lr"] = self._rate(now) * group["times"]
         value = self.objective(self.student.learn(batch.inputs, now.fraction, frozen=frozen), batch)
+        if self.teacher is not None:
+            self.teacher.share()
         self.optimizer.zero_grad(set_to_none=True)
-        value.backward()
+        (value if self.processes.alone else batch.weight * value).backward()
+        self.processes.sum_gradients(self.parameters)
         norm = nn.utils.clip_grad_norm_(self.parameters, _CLIP_NORM)
         if bool(torch.isfinite(norm)):
             self.optimizer.step()
@@ -296,7 +330,8 @@ class Training:
             for key, value in self.optimizer.state.get(parameter, {}).items():
                 tensors[f"optimizer/{index}/{key}"] = torch.as_tensor(value)
         if self.teacher is not None:
-            tensors |= {f"teacher/{key}": value for key, value in self.teacher.state().items()}
+            counts = self.teacher.state()
+            tensors |= {f"teacher/{key}": value for key, value in counts.items()}
         state = {
             "phase": phase,
             "step": self.step,
@@ -313,7 +348,8 @@ class Training:
             "history": self.history,
             "notes": self.notes,
         }
-        save_checkpoint(self.folder, self.identity, Checkpoint(tensors, state))
+        if self.processes.first:
+            save_checkpoint(self.folder, self.identity, Checkpoint(tensors, state))
 
     def _resume(self, found: Checkpoint) -> None:
         state = found.state
@@ -327,7 +363,7 @@ class Training:
             values = part(f"optimizer/{index}/")
             if values:
                 self.optimizer.state[parameter] = values
-        if self.teacher is not None:
+        if self.teacher is not None and self.processes.first:
             self.teacher.resume(part("teacher/"))
         self.phase, self.rate_scale = state["phase"], state["rate_scale"]
         self.step, self.epoch, self.position = state["step"], state["epoch"], state["position"]
