@@ -183,6 +183,59 @@ def test_refusals_leave_nothing_behind(folder, tmp_path, sartor, change, says):
     assert list(tmp_path.iterdir()) == []
 
 
+SOURCE = """
+import numpy as np
+from pathlib import Path
+
+calls = []
+
+def metric(outputs, labels):
+    calls.append(1)
+    if len(calls) > 3:
+        raise ValueError("lost")
+    return 0.5
+
+def splits(metric=None):
+    arrays = np.load(Path(__file__).with_name("data.npz"))
+    x = {k: v for k, v in arrays.items() if k != "labels"}
+    def part(low, high):
+        return [({k: v[low:high] for k, v in x.items()}, arrays["labels"][low:high])]
+    found = {"calibration": part(0, 64), "evaluate": part(64, 96), "test": part(96, 160)}
+    return found if metric is None else {**found, "metric": metric}
+
+def failing():
+    return splits(metric)
+"""
+
+
+def test_it_trains_on_what_is_for_training(folder, tmp_path, sartor, monkeypatch):
+    (folder / "data.py").write_text(SOURCE)
+    given = []
+    from sartor import recovery
+
+    distill = recovery.distill
+    monkeypatch.setattr(
+        recovery, "distill", lambda p, o, data, **more: given.append(data.name) or distill(p, o, data, **more)
+    )
+    for data in ("data.npz", "data.py:splits"):
+        arguments = command(folder, tmp_path / "out.onnx", "--steps", "2", "--json")
+        arguments[arguments.index("--data") + 1] = folder / data
+        code, text, err = sartor(*arguments)
+        assert code == 0, err
+        assert ("recovery trained on 'calibration': there is no 'train'" in json.loads(text)["notes"]) == (
+            data != "data.npz"
+        )
+    assert given == ["train", "calibration"]
+
+
+def test_a_refusal_on_the_way_leaves_nothing_behind(folder, tmp_path, sartor):
+    (folder / "data.py").write_text(SOURCE)
+    arguments = command(folder, tmp_path / "out.onnx", "--steps", "30")
+    arguments[arguments.index("--data") + 1] = f"{folder / 'data.py'}:failing"
+    code, _, err = sartor(*arguments)
+    assert code == 2 and "lost" in err and list(tmp_path.iterdir()) == []
+
+
 def test_two_processes_write_one_model(folder, tmp_path, sartor):
     """Without the norm, whose batch statistics are those of a share, it is the model of one process."""
     program = package.load(folder / "model.onnx")
