@@ -12,11 +12,12 @@ SLOW_CHECKS ?= contract errors determinism leaks batch precision numerics.conv n
   numerics.attention-block legality.computed-operands legality.unknown-operator isolation.lower measurement profile
 PLUGIN := out/backend_plugin
 
-.PHONY: help demo test check lint format conformance bench zoo clean
+.PHONY: help demo test slow check lint format conformance bench zoo clean
 
 help:
 	@echo "make demo    install, train a small network on real digits, fit it to half its latency, write out/digits"
 	@echo "make test    install, run the tests"
+	@echo "make slow    the tests that make test leaves out because they take ten seconds each"
 	@echo "make check   ruff, mypy and the tests"
 	@echo "make conformance  install, put every backend and the sample plugin through the conformance kit: the fast ones"
 	@echo "             through all of it (BACKENDS='...'), the others through a part (SLOW_BACKENDS, SLOW_CHECKS)"
@@ -42,7 +43,11 @@ demo: $(VENV)/.installed-demo
 
 # As many processes as processors, so one thread in each.
 test: $(VENV)/.installed-test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS) -m 'not slow'
+
+# A dozen tests that take ten seconds each, on whole machines, fits and clusters.
+slow: $(VENV)/.installed-test
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS) -m slow
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -18,6 +18,7 @@ How the score is computed is in `sartor.scoring`.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import hashlib
 import itertools
@@ -30,6 +31,7 @@ import numpy as np
 
 from sartor.data_sources import BATCH_SIZE, ArraySplit, authors_code, from_function, from_npz, sample_count
 from sartor.errors import UsageError
+from sartor.images import at_shapes
 from sartor.scoring import Metric, score
 
 if TYPE_CHECKING:
@@ -104,6 +106,7 @@ class Split:
         self._title = f"split '{name}' of '{source}'" if source else f"split '{name}'"
         self._file = source.partition(":")[0]
         self._finite_labels = finite_labels
+        self._shapes: Mapping[str, tuple[int, ...]] = {}
         self._check_source()
 
     def __iter__(self) -> Iterator[Batch]:
@@ -117,7 +120,17 @@ class Split:
                     f"Batch {index} of {self._title} has {'no ' if labelled else ''}labels, unlike batch 0; "
                     "give labels with every batch or with none."
                 )
-            yield batch
+            yield at_shapes(batch[0], self._shapes), batch[1]
+
+    def at(self, shapes: Mapping[str, tuple[int, ...]]) -> Split:
+        """The same batches with inputs of another size, antialiased; see `sartor.images`.
+
+        Args:
+            shapes: by input; inputs that are not named stay, and so does the batch.
+        """
+        found = copy.copy(self)
+        found._shapes = dict(shapes)
+        return found
 
     @property
     def has_labels(self) -> bool:
@@ -289,6 +302,12 @@ class Data:
     metric: Metric | None = None
     test_is_evaluate: bool = False
     source: str = ""
+
+    def at(self, shapes: Mapping[str, tuple[int, ...]]) -> Data:
+        """The same data with inputs of another size; see `Split.at`."""
+        splits = {name: getattr(self, name).at(shapes) for name in ("evaluate", "calibration", "test")}
+        train = None if self.train is None else self.train.at(shapes)
+        return dataclasses.replace(self, train=train, **splits)
 
     def fingerprint(self) -> str:
         """SHA-256 of the source's name and the first batches of what is scored; training data may be shuffled."""

@@ -15,7 +15,8 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,7 +37,7 @@ from sartor.journal import Journal
 from sartor.passes.base import Context
 from sartor.passes.candidates import kept_by
 from sartor.selection import Selection
-from sartor.strategies.budgeted_greedy import require_strategy
+from sartor.strategies.protocol import strategy
 from sartor.versions import versions
 from sartor.workbench import FitOptions, Workbench, static_costs
 
@@ -112,7 +113,7 @@ def fit(
     """
     from sartor.report.bundle import check_destination
 
-    require_strategy(options.strategy)
+    strategy(options.strategy)
     folder = Path(out_dir)
     check_destination(folder)
     missing = [path for path in folder.parents if not path.exists()]
@@ -163,6 +164,8 @@ class _Fit:
         self.decisions: list[str] = []
         self.history: list[dict[str, Any]] = []
         self.untouched = False
+        self.seconds: dict[str, float] = {}
+        self.recovery: dict[str, Any] = {"limit_s": options.recovery_s, "seconds": 0.0, "steps": 0}
         self.journal_path = folder.with_name(f".{folder.name}.journal.jsonl")
         self.checkpoints = folder.with_name(f".{folder.name}.recovery")
 
@@ -207,7 +210,15 @@ class _Fit:
                         f"latencies compare with the original in {self.options.precision}, scores with the original "
                         f"in {self.bench.exact.precision}"
                     )
-                return self._deliver(*self._select())
+                with self._timed("search"):
+                    chosen = self._select()
+                return self._deliver(*chosen)
+
+    @contextlib.contextmanager
+    def _timed(self, stage: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[stage] = time.perf_counter() - start
 
     def _study(self, key: dict[str, Any]) -> Study | None:
         if self.storage is None:
@@ -233,7 +244,7 @@ class _Fit:
         self.baseline_s = float(known["latency_s"])
         values["latency"] = self.baseline_s
         limits = {key: limit.absolute(values[key]) for key, limit in self.options.budget.items()}
-        if all(values[key] <= limit for key, limit in limits.items()):
+        if not selection.strategy.grows and all(values[key] <= limit for key, limit in limits.items()):
             self.untouched = True
             self.decisions.append("the original is within every limit; nothing is removed")
             return Plan(self.program.source.sha256), self.baseline_s
@@ -252,8 +263,14 @@ class _Fit:
         self.progress.stage("oracle")
         pruned = apply_plan(self.program, plan, self.analysis)
         mask, _ = masked(self.program, plan, self.analysis)
-        verdict = self._prove(plan) if plan.groups or plan.blocks else None
-        recovered = self._recover(pruned)
+        verdict = self._prove(plan) if plan.groups or plan.blocks or plan.widened else None
+        for name, shape in plan.sizes.items():
+            before, after = ("x".join(map(str, s)) for s in (self.program.input_shapes[name], shape))
+            self.decisions.append(
+                f"input '{name}' is {after} in place of {before}: callers resize, antialiased, as the score's data were"
+            )
+        with self._timed("recovery"):
+            recovered = self._recover(pruned)
         result = self.bench.written(recovered)
         with Bundle(self.folder) as bundle:
             pruned.save(bundle.folder / "pruned.onnx")
@@ -333,6 +350,7 @@ class _Fit:
             evaluate=evaluate,
             checkpoint_dir=self._checkpoint(pruned),
         )
+        self.recovery.update(seconds=round(recovered.seconds, 3), steps=recovered.steps)
         if recovered.steps:
             self.decisions.append(
                 f"recovered by distillation: {recovered.steps} steps in {recovered.seconds:.0f} s"

@@ -39,9 +39,12 @@ def fit_report(
     """
     baseline: dict[str, Any] = {"latency_s": dataclasses.asdict(final.latencies[0]), **run.before}
     after: dict[str, Any] = {"latency_s": dataclasses.asdict(final.latencies[1]), **costs}
-    quality, score_split = "unmeasured", {}
+    quality, score_split = "unmeasured", dict[str, Any]()
     if run.data is not None:
-        score_split = {"score_split": "evaluate" if run.data.test_is_evaluate else "test"}
+        score_split = {
+            "score_split": "evaluate" if run.data.test_is_evaluate else "test",
+            "data": {"source": run.data.source, "fingerprint": run.data.fingerprint()},
+        }
         baseline["score"], baseline["score_n"] = run.bench.score(run.bench.exact, "test")
         after["score"], after["score_n"] = run.bench.score(artifact, "test")
         lost = baseline["score"] - after["score"]
@@ -71,6 +74,9 @@ def fit_report(
             for key, limit in run.options.budget.items()
         },
         "max_drop": run.options.max_drop,
+        "strategy": run.options.strategy,
+        "seed": run.options.seed,
+        "recovery": dict(run.recovery),
         **score_split,
         "baseline": baseline,
         "result": after,
@@ -83,13 +89,21 @@ def fit_report(
             {
                 "name": name,
                 "before": size,
-                "after": len(plan.groups[name].keep) if name in plan.groups else size,
+                "after": _width(plan, name, size),
             }
             for name, size in sizes.items()
         ],
         "blocks_removed": list(plan.blocks),
+        "inputs": {name: list(shape) for name, shape in plan.sizes.items()},
+        "seconds": {stage: round(seconds, 3) for stage, seconds in run.seconds.items()},
         "decisions": run.decisions,
         "conditions": final.to_dict()["conditions"]
         | {"ended_by": final.ended_by, "rounds": len(final.rounds)},
         "versions": versions(run.options.target),
     }
+
+
+def _width(plan: Plan, name: str, size: int) -> int:
+    if name in plan.widened:
+        return size + len(plan.widened[name].copies)
+    return len(plan.groups[name].keep) if name in plan.groups else size

@@ -7,7 +7,7 @@ positions, and at least as wide as that between old ones. Equal to what Pillow a
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -36,6 +36,11 @@ def resized(images: _Array, shape: Sequence[int]) -> _Array:
     return (
         _of_array(array, moving, shape) if isinstance(array, np.ndarray) else _of_tensor(array, moving, shape)
     )
+
+
+def at_shapes(inputs: Mapping[str, _Array], shapes: Mapping[str, Sequence[int]]) -> dict[str, _Array]:
+    """A batch of inputs, those of `shapes` at another size; see `resized`."""
+    return {name: resized(a, shapes[name]) if name in shapes else a for name, a in inputs.items()}
 
 
 def _of_array(array: np.ndarray, axes: Sequence[int], shape: Sequence[int]) -> Any:

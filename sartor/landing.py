@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from sartor.ir.plan import Plan
-from sartor.strategies.budgeted_greedy import Decision
+from sartor.strategies.space import Decision
 
 AIM = 0.983
 """Share of a latency limit that is aimed at: between `NEAR` and what the interval of a measurement leaves."""

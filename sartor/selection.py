@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import itertools
-import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
-
-import numpy as np
 
 from sartor.cost_models.ladder import Ladder
 from sartor.cost_models.profile import DeviceProfile
 from sartor.errors import BackendError, MetricUnavailableError, UsageError
 from sartor.fit_profile import outdated, sampled_precision
 from sartor.ir.channels import ChannelAnalysis
-from sartor.ir.fusion import CONTRACTIONS, json_attributes
+from sartor.ir.fusion import CONTRACTIONS
 from sartor.ir.plan import Plan
-from sartor.ir.workload import build_workload
+from sartor.ir.workload import Workload
 from sartor.journal import Journal
+from sartor.judge import Judge
 from sartor.landing import Landing, Seen
+from sartor.plan_prices import PlanPrices, channel_step, sized_programs, unreachable
 from sartor.profiling.build import fusion_rules
-from sartor.strategies.budgeted_greedy import EXCESS, BudgetedGreedy, Decision, Price, floor, levels
+from sartor.strategies.importance import Importance
+from sartor.strategies.protocol import strategy
+from sartor.strategies.space import Decision, Space, levels
+from sartor.study import plan_digest
 from sartor.unit_scores import unit_scores
 from sartor.workbench import Workbench, static_costs
 
@@ -56,24 +57,40 @@ class Selection:
         self.bench, self.analysis, self.blocks, self.journal = bench, analysis, blocks, journal
         self.program, self.options, self.backend = bench.program, bench.options, bench.backend
         self.progress, self.profile = progress, profile
-        rules = fusion_rules(self.backend)
+        self.strategy = strategy(self.options.strategy)
         removable = [b for b in blocks if b.removable]
-        self.workload = build_workload(self.program, analysis.extents, removable, rules)
+        self.sizes, reason = sized_programs(
+            self.program,
+            analysis,
+            removable,
+            fusion_rules(self.backend),
+            resizes=self.strategy.resizes,
+            grows=self.strategy.grows,
+            keep=self.options.keep,
+        )
+        self.workload = self.sizes[0].workload
         self.history: list[dict[str, Any]] = []
         self.decisions: list[str] = []
+        if reason:
+            self.decisions.append(f"the inputs stay as large as they are: {reason}")
 
     def require_reachable(self, limits: Mapping[str, float], baseline: Mapping[str, float]) -> None:
-        """Refuse limits that no plan can reach, before anything is measured.
+        """Refuse limits that no plan of the strategy can reach, before anything is measured.
 
         Args:
             limits: absolute limit by budget key; a latency is not looked at.
             baseline: the original's value by budget key.
 
         Raises:
-            UsageError: a limit is below the floor.
+            UsageError: a limit is below the floor; the strategy needs data that there are not.
         """
+        if self.strategy.needs_data and self.bench.data is None:
+            raise UsageError(
+                f"Strategy '{self.strategy.name}' judges candidates on data, and there are none; give data, or use "
+                "strategy budgeted-greedy."
+            )
         static = {key: limit for key, limit in limits.items() if key != "latency"}
-        self._check_floor(static, baseline, lambda f, r, none: self._static(static, f, r, none))
+        self._check_floor(static, baseline, PlanPrices(self.sizes, static))
 
     def run(self, limits: Mapping[str, float], baseline: Mapping[str, float]) -> tuple[Plan, float]:
         """The chosen plan and its predicted latency, seconds.
@@ -86,28 +103,47 @@ class Selection:
             UsageError: a limit is below what any plan can reach.
         """
         self.limits, self.baseline = dict(limits), baseline
-        self.progress.stage("importance")
-        importance, lines = unit_scores(self.bench, self.analysis, self.blocks)
-        self.decisions.extend(lines)
         self.progress.stage("cost model")
         self.model = self._cost_model()
         self.decisions.append(f"latency is predicted by the {self.model.method}")
-        self._check_floor(limits, baseline, self._price)
-        strategy = BudgetedGreedy(
-            self.analysis, self.blocks, importance, self.workload, self._price, self._grid
-        )
+        self.prices = PlanPrices(self.sizes, limits, self.model)
+        self._check_floor(limits, baseline, self.prices)
         self.progress.stage("search", _MOST_ITERATIONS)
+        space = self._space(self.prices)
         landing = Landing(self.limits, self._predict)
-        best = landing.run(strategy.search, self._try, _MOST_ITERATIONS)
-        self.decisions += landing.decisions
+        best = landing.run(self.strategy.prepare(space), self._try, _MOST_ITERATIONS)
+        self.decisions += [*space.notes, *landing.decisions]
         return best.plan, float(best.predicted["latency"])
+
+    def _step(self, group: Any) -> int:
+        return channel_step(self.backend, self.program, self.options.precision, group)
+
+    def _space(self, prices: PlanPrices) -> Space:
+        judge = Judge(self.bench, self.analysis, self.blocks, self.journal, self.progress)
+        return Space(
+            self.analysis,
+            self.blocks,
+            self._importance,
+            prices.input_sizes(),
+            self._step,
+            judge,
+            self.options.seed,
+        )
+
+    def _importance(self) -> Importance:
+        scores, lines = unit_scores(self.bench, self.analysis, self.blocks)
+        self.decisions.extend(lines)
+        return scores
 
     def _predict(self, decision: Decision) -> float:
         """Latency of a decision by the table as it is now, seconds."""
-        removed = {name: True for name in decision.plan.blocks}
-        return float(
-            self.model.estimate_batch(self.workload, self.analysis.fractions(decision.plan), removed)
-        )
+        return float(self.model.estimate_batch(*self._variables(decision.plan)))
+
+    def _variables(self, plan: Plan) -> tuple[Workload, dict[str, float], dict[str, bool]]:
+        """What a plan is for a cost model."""
+        grown = {name: 1.0 + len(one.copies) / one.size for name, one in plan.widened.items()}
+        fractions = {**self.analysis.fractions(plan), **grown}
+        return self.prices.workload(plan), fractions, {name: True for name in plan.blocks}
 
     def _try(self, decisions: Sequence[Decision], iteration: int) -> list[Seen]:
         """Apply, lower and measure decisions, interleaved, or take them from the journal."""
@@ -122,7 +158,7 @@ class Selection:
             measured = self.bench.measure([self.bench.baseline, *artifacts], _SELECT_S * (1 + len(new)) / 2)
             for i, candidate, artifact, ratio in zip(new, pruned, artifacts, measured.ratios, strict=True):
                 fields: dict[str, Any] = {
-                    "plan": _digest(decisions[i].plan),
+                    "plan": plan_digest(decisions[i].plan),
                     "ratio": ratio.latency,
                     "ci95": list(ratio.latency_ci95),
                     "predicted_latency_s": float(decisions[i].predicted["latency"]),
@@ -143,7 +179,7 @@ class Selection:
         """Records of decisions that this run, or another of its study, has measured."""
         records: list[Mapping[str, Any] | None] = []
         for decision in decisions:
-            digest = _digest(decision.plan)
+            digest = plan_digest(decision.plan)
             known = self.journal.find("measured", plan=digest)
             if known is None and (shared := self.bench.shared(digest)) is not None:
                 known = self.journal.append("measured", **shared)
@@ -165,9 +201,9 @@ class Selection:
             entry["score"] = known["score"]
         self.history.append(entry)
         if "latency" in self.limits:
-            removed = {name: True for name in decision.plan.blocks}
+            workload, fractions, removed = self._variables(decision.plan)
             latency_s = known["ratio"] * self.baseline["latency"]
-            self.model.calibrate(self.workload, latency_s, self.analysis.fractions(decision.plan), removed)
+            self.model.calibrate(workload, latency_s, fractions, removed)
             entry["scales"] = {family: round(scale, 4) for family, scale in self.model.scales.items()}
         self.progress(f"step {step}: {known['ratio']:.3f}x measured, {entry['change']}")
 
@@ -235,7 +271,7 @@ class Selection:
                     [block.name for block in self.blocks if block.removable],
                     lambda models, effort: self.bench.time_inside(models, options, effort),
                     journal,
-                    levels=lambda group: levels(group, self._grid(group)),
+                    levels=lambda group: levels(group, self._step(group)),
                     rules=fusion_rules(self.backend),
                     target={**target, "channel_grid": {op: grid(op) for op in sorted(CONTRACTIONS)}},
                     device=device,
@@ -256,69 +292,31 @@ class Selection:
         )
         return profile, (), notes
 
-    def _price(
-        self,
-        fractions: Mapping[str, np.ndarray],
-        removed: Mapping[str, np.ndarray],
-        limits: Mapping[str, float],
-    ) -> Mapping[str, np.ndarray]:
-        """Latency always (no step may be slower), the budget's other quantities where it names them."""
-        latency = np.atleast_1d(self.model.estimate_batch(self.workload, fractions, removed))
-        return {"latency": latency, **self._static(self.limits, fractions, removed, limits)}
-
-    def _static(
-        self,
-        keys: Iterable[str],
-        fractions: Mapping[str, np.ndarray],
-        removed: Mapping[str, np.ndarray],
-        limits: Mapping[str, float],
-    ) -> dict[str, np.ndarray]:
-        """What the graph alone says, for those of `keys` that it says."""
-        wanted = set(keys)
-        priced: dict[str, np.ndarray] = {}
-        if wanted & {"macs", "weight_bytes"}:
-            cost = self.workload.evaluate(fractions, removed)
-            priced |= {k: np.atleast_1d(getattr(cost, k)) for k in ("macs", "weight_bytes") if k in wanted}
-        if (peak := "peak_activation_bytes") in wanted:
-            priced[peak] = np.atleast_1d(self.workload.peak_activation_bytes(fractions, removed))
-            if peak in limits:
-                above = self.workload.peak_activation_bytes(fractions, removed, above=limits[peak])
-                priced[f"{peak} {EXCESS}"] = np.atleast_1d(above)
-        return priced
-
-    def _grid(self, group: Any) -> int:
-        """The channel step that suits every operator which makes or reads the group's channels."""
-        readers = {
-            node
-            for member in group.members
-            for node, _ in self.program.initializers[member.initializer].uses()
-            if node.op_type in CONTRACTIONS
-        }
-        precision = self.options.precision
-        return math.lcm(
-            *(self.backend.channel_grid(n.op_type, precision, json_attributes(n)) for n in readers)
-        )
-
-    def _check_floor(self, limits: Mapping[str, float], baseline: Mapping[str, float], price: Price) -> None:
-        least = floor(self.analysis.groups, self.blocks, self._grid, price)
+    def _check_floor(
+        self, limits: Mapping[str, float], baseline: Mapping[str, float], prices: PlanPrices
+    ) -> None:
+        space = self._space(prices)
+        states = self.strategy.smallest(space)
+        priced = space.priced(states, {})
         for key, limit in limits.items():
+            at = min(range(len(states)), key=lambda i: priced[i][key])
+            least = priced[at][key]
             slack = 0.9 if key == "latency" else 1.0  # the latency floor is a prediction
-            if least[key] * slack > limit:
-                full = baseline[key]
-                raise UsageError(
-                    f"The budget {key}={limit:.6g} is below the feasible floor: the smallest plan is predicted at "
-                    f"{least[key]:.6g} ({least[key] / full:.3f}x of {full:.6g}). Raise the limit, or protect less."
-                )
-
-
-def _digest(plan: Plan) -> str:
-    return hashlib.sha256(plan.to_json().encode()).hexdigest()
+            if least * slack > limit:
+                state = states[at]
+                fractions = {name: state.kept[name] / counts[0] for name, counts in space.levels.items()}
+                removed = {name: True for name in state.removed}
+                term = prices.largest_term(key, state.size, fractions, removed)
+                raise unreachable(key, limit, least, baseline[key], term)
 
 
 def describe(decision: Decision) -> str:
-    """One line: how many groups were narrowed and which blocks removed."""
+    """One line: how many groups have other widths, which blocks are removed, and the size of the inputs."""
     plan = decision.plan
     parts = [f"{len(plan.groups)} groups narrowed"]
+    if plan.widened:
+        parts.append(f"{len(plan.widened)} widened")
     if plan.blocks:
         parts.append(f"{len(plan.blocks)} blocks removed ({', '.join(itertools.islice(plan.blocks, 4))})")
+    parts += [f"input '{name}' {'x'.join(map(str, shape))}" for name, shape in plan.sizes.items()]
     return ", ".join(parts)

@@ -8,7 +8,7 @@ was told to keep would end well and mean little.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,18 +21,32 @@ from sartor.strategies.importance import Importance, Subject, removable
 
 if TYPE_CHECKING:
     from sartor.data import Data
+    from sartor.ir.program import Program
     from sartor.workbench import Workbench
 
 _SAMPLES = 1024
 
 
 def unit_scores(bench: Workbench, analysis: Any, blocks: Sequence[Any]) -> tuple[Importance, list[str]]:
+    """Scores of the original for a search; see `unit_scores_of`."""
+    return unit_scores_of(bench, bench.program, analysis, blocks, {})
+
+
+def unit_scores_of(
+    bench: Workbench,
+    program: Program,
+    analysis: Any,
+    blocks: Sequence[Any],
+    shapes: Mapping[str, tuple[int, ...]],
+) -> tuple[Importance, list[str]]:
     """Scores for a search, and lines that say which criterion they are of and why.
 
     Args:
-        bench: model, data and seed.
-        analysis: the model's channel groups.
+        bench: data and seed.
+        program: the original, or what a plan makes of it.
+        analysis: its channel groups.
         blocks: its residual blocks.
+        shapes: of its inputs where they are of another size than the data.
 
     Raises:
         UsageError: the data or its loss fail, or the loss has no usable gradient.
@@ -41,18 +55,16 @@ def unit_scores(bench: Workbench, analysis: Any, blocks: Sequence[Any]) -> tuple
     if not reason:
         assert bench.data is not None
         try:
-            samples = _Limited(bench.data.calibration, _SAMPLES)
+            samples = Limited(bench.data.at(shapes).calibration)
             scores = criterion("taylor").unit_importance(
-                Subject(bench.program, analysis, blocks, samples, bench.data.loss, bench.options.seed)
+                Subject(program, analysis, blocks, samples, bench.data.loss, bench.options.seed)
             )
             reason = _defect(scores, bench.data)
         except UnsupportedOperatorError as error:  # the model has no twin to differentiate
             reason = str(error)
         if not reason:
             return scores, ["importance by criterion 'taylor'"]
-    scores = criterion("l2").unit_importance(
-        Subject(bench.program, analysis, blocks, seed=bench.options.seed)
-    )
+    scores = criterion("l2").unit_importance(Subject(program, analysis, blocks, seed=bench.options.seed))
     return scores, [f"criterion 'taylor' does not apply: {reason}", "importance by criterion 'l2'"]
 
 
@@ -114,10 +126,10 @@ def _defect(scores: Importance, data: Data) -> str:
     return f"it gives {found} on the calibration samples"
 
 
-class _Limited:
-    """The first `count` samples of a split, re-iterable."""
+class Limited:
+    """The first `count` samples of a split, in whole batches, re-iterable."""
 
-    def __init__(self, split: Any, count: int):
+    def __init__(self, split: Any, count: int = _SAMPLES):
         self.split, self.count = split, count
 
     def __iter__(self) -> Iterator[Any]:

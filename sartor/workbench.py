@@ -99,7 +99,23 @@ class Workbench:
         """A candidate in the precision of the target: what is lowered, verified and delivered."""
         from sartor.precision import in_precision
 
-        return in_precision(program, self.options.precision, self.data, seed=self.options.seed)[0]
+        return in_precision(program, self.options.precision, self._data_for(program), seed=self.options.seed)[
+            0
+        ]
+
+    def _data_for(self, program: Program) -> Data | None:
+        """The data at the size that a candidate takes its inputs in."""
+        shapes = self._resized(program.input_shapes)
+        return self.data.at(shapes) if self.data is not None and shapes else self.data
+
+    def _resized(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+        """Inputs of another size than the original's, whatever the batch."""
+        first = 1 if self.program.batch.symbolic else 0
+        return {
+            name: tuple(shape)
+            for name, shape in shapes.items()
+            if shape[first:] != self.program.input_shapes.get(name, shape)[first:]
+        }
 
     def lower(self, program: Program, folder: Path) -> Artifact:
         """The artifact of a candidate, in `folder`."""
@@ -157,7 +173,8 @@ class Workbench:
 
         assert self.data is not None
         batches = getattr(self.data, split)
-        answers = Predictions(self.runner, artifact, self._run_as(artifact), batches)
+        shapes = self._resized(artifact.shapes)
+        answers = Predictions(self.runner, artifact, self._run_as(artifact), batches, shapes)
         return score(answers.predict, answers, self.data.metric, self.original)
 
     def shared(self, digest: str) -> dict[str, Any] | None:
@@ -195,7 +212,9 @@ class Workbench:
         """
         from sartor import lowered
 
-        result = lowered.verify(program, artifact, self.target, data=self.data, seed=self.options.seed)
+        result = lowered.verify(
+            program, artifact, self.target, data=self._data_for(program), seed=self.options.seed
+        )
         lowered.require(result)
         return result
 

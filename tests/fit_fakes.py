@@ -9,6 +9,7 @@ import numpy as np
 
 from sartor.backends import isolation, worker
 from sartor.backends.measure import LatencyStats, Measurement, Ratio
+from sartor.cost_models.protocol import CostEstimate
 from sartor.selection import Selection
 from sartor.workbench import Workbench
 
@@ -24,6 +25,10 @@ class Table:
 
     def estimate_batch(self, workload, fractions, removed):
         return workload.evaluate(fractions, removed).macs * self.seconds_per_mac
+
+    def estimate(self, workload, fractions, removed):
+        seconds = float(self.estimate_batch(workload, fractions, removed))
+        return CostEstimate("MACs", {"latency_s": seconds})
 
     scales: ClassVar = {"conv": 1.0}
 

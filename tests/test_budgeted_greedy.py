@@ -7,15 +7,15 @@ import itertools
 import numpy as np
 import pytest
 from models import captured
+from search_spaces import floor, greedy
 
 from sartor.cost_models.static import static_cost
 from sartor.ir.blocks import residual_blocks
 from sartor.ir.channels import channel_groups
 from sartor.ir.workload import build_workload
 from sartor.passes.prune import apply_plan
-from sartor.strategies.budgeted_greedy import EXCESS, BudgetedGreedy, floor, levels
-from sartor.strategies.criteria import criterion
-from sartor.strategies.importance import Subject
+from sartor.strategies.budgeted_greedy import Greedy
+from sartor.strategies.space import EXCESS, levels
 
 PEAK = "peak_activation_bytes"
 
@@ -29,11 +29,10 @@ def search(name, limits, key, price_of, most=16):
     def price(fractions, removed, wanted):
         return {k: np.atleast_1d(v) for k, v in price_of(workload, fractions, removed, wanted).items()}
 
-    importance = criterion("l2").unit_importance(Subject(program, analysis, blocks))
     full = getattr(static_cost(program), key)
-    least = floor(analysis.groups, blocks, lambda g: 4, price)[key]
-    strategy = BudgetedGreedy(analysis, blocks, importance, workload, price, lambda g: 4)
-    strategy.levels = {g.name: levels(g, 4, most) for g in analysis.groups}
+    strategy = greedy(analysis, blocks, price, 4)
+    least = floor(strategy.space)[key]
+    strategy.space.levels = {g.name: levels(g, 4, most) for g in analysis.groups}
     decision = strategy.search({key: limits * full + (1 - limits) * least})
     return program, decision, full, least
 
@@ -96,14 +95,12 @@ def test_what_time_does_not_fall_for_is_not_cut(share, dearer):
     full = float(staircase(dict.fromkeys(SIZES, 1.0), {}, dearer)["latency"])
     limit = share * full
     analysis, blocks = channel_groups(program), residual_blocks(program)
-    workload = build_workload(program, analysis.extents, [b for b in blocks if b.removable])
 
     def price(fractions, removed, wanted):
         return {k: np.atleast_1d(v) for k, v in staircase(fractions, removed, dearer).items()}
 
-    importance = criterion("l2").unit_importance(Subject(program, analysis, blocks))
-    strategy = BudgetedGreedy(analysis, blocks, importance, workload, price, lambda g: 1)
-    strategy.levels = {g.name: levels(g, 1, most=4) for g in analysis.groups}
+    strategy = greedy(analysis, blocks, price, 1)
+    strategy.space.levels = {g.name: levels(g, 1, most=4) for g in analysis.groups}
     decision = strategy.search({"latency": limit})
     assert decision.feasible and decision.plan.groups
     kept = {name: len(group.keep) for name, group in decision.plan.groups.items()}
@@ -136,12 +133,11 @@ def test_no_group_can_be_widened_for_the_width_of_another_and_win_importance(nam
     program = captured(name)
     analysis = channel_groups(program)
     workload = build_workload(program, analysis.extents)
-    importance = criterion("l2").unit_importance(Subject(program, analysis, []))
 
     def price(fractions, removed, wanted):
         return {"macs": np.atleast_1d(workload.evaluate(fractions, removed).macs)}
 
-    strategy = BudgetedGreedy(analysis, [], importance, workload, price, lambda g: 4)
+    strategy = greedy(analysis, [], price, 4)
     limit = share * float(price({}, {}, None)["macs"][0])
     decision = strategy.search({"macs": limit})
     kept = {g.name: g.size for g in analysis.groups}
@@ -149,11 +145,11 @@ def test_no_group_can_be_widened_for_the_width_of_another_and_win_importance(nam
     sizes = {g.name: g.size for g in analysis.groups}
 
     def next_to(name, up):
-        counts = [c for c in strategy.fine[name] if (c > kept[name] if up else c < kept[name])]
+        counts = [c for c in strategy.space.fine[name] if (c > kept[name] if up else c < kept[name])]
         return sorted(counts, reverse=not up)[:3]
 
     def worth(name, count):
-        return float(strategy.cost[name][-1] - strategy.cost[name][sizes[name] - count])
+        return float(strategy.space.cost[name][-1] - strategy.space.cost[name][sizes[name] - count])
 
     pairs = 0
     for fewer, more in itertools.permutations(sizes, 2):
@@ -171,9 +167,8 @@ def test_what_is_not_limited_grows_no_slower_by_an_exchange(monkeypatch):
     program = captured("mobilenet")
     analysis = channel_groups(program)
     workload = build_workload(program, analysis.extents)
-    importance = criterion("l2").unit_importance(Subject(program, analysis, []))
     taken = []
-    original = BudgetedGreedy._exchange
+    original = Greedy._exchange
 
     def exchange(self, state, current, limits):
         found = original(self, state, current, limits)
@@ -181,7 +176,7 @@ def test_what_is_not_limited_grows_no_slower_by_an_exchange(monkeypatch):
             taken.append(found[0].predicted["latency"] / current["latency"])
         return found
 
-    monkeypatch.setattr(BudgetedGreedy, "_exchange", exchange)
+    monkeypatch.setattr(Greedy, "_exchange", exchange)
     slower = []
     for seed, share in itertools.product(range(4), (0.3, 0.5, 0.7)):
         rng = np.random.default_rng(seed)
@@ -194,7 +189,7 @@ def test_what_is_not_limited_grows_no_slower_by_an_exchange(monkeypatch):
             return {"macs": np.atleast_1d(workload.evaluate(fractions, removed).macs), "latency": latency}
 
         limits = {"macs": share * float(workload.evaluate().macs)}
-        strategy = BudgetedGreedy(analysis, [], importance, workload, price, lambda g: 4)
+        strategy = greedy(analysis, [], price, 4)
         taken.clear()
         assert strategy.search(limits).feasible
         assert max(taken, default=0.0) < 1.001

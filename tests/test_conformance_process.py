@@ -50,6 +50,7 @@ def test_the_example_conforms(site):
     assert report["counts"]["passed"] >= 50
 
 
+@pytest.mark.slow
 def test_a_crash_and_a_hang_fail_their_check_and_the_suite_goes_on(site):
     only = ("contract.capabilities", "contract.settings", "errors.foreign-folder")
     for name, limit_s, says in (("crashes", 60.0, "SIGSEGV"), ("hangs", 6.0, "did not finish within 6 s")):

@@ -17,7 +17,7 @@ from sartor.cli import main
 from sartor.journal import Journal, read
 from sartor.recovery.training import Training
 from sartor.selection import Selection
-from sartor.strategies.budgeted_greedy import BudgetedGreedy
+from sartor.strategies.budgeted_greedy import Greedy
 
 Fit = importlib.import_module("sartor.fit")._Fit  # `sartor.fit` alone is the function
 
@@ -214,7 +214,10 @@ def test_the_report_says_what_was_scored_and_trained_on(fit):
     }
     for load, (scored_on, lines) in cases.items():
         _, report, _, _ = fit(load, recovery="minutes=0.01")
-        assert report["score_split"] == scored_on
+        assert report["score_split"] == scored_on and report["data"]["source"] == "data.py:load"
+        assert report["strategy"] == "budgeted-greedy" and report["seed"] == 0
+        assert report["recovery"]["limit_s"] == 0.6 and report["recovery"]["seconds"] > 0
+        assert len(report["data"]["fingerprint"]) == 64
         said = [d for d in report["decisions"] if "the score is on" in d or "trained on" in d]
         assert len(said) == len(lines) and all(d.startswith(x) for d, x in zip(said, lines, strict=True)), (
             said
@@ -236,7 +239,7 @@ def test_an_original_within_its_limits_meets_them(fit, tmp_path):
 def test_a_search_that_comes_back_to_a_plan_is_over(fit, tmp_path, monkeypatch):
     monkeypatch.setattr("sartor.landing.NEAR", 2.0)  # never near enough
     found, calls = [], []
-    search = BudgetedGreedy.search
+    search = Greedy.search
 
     def two(self, limits):
         calls.append(limits)
@@ -244,7 +247,7 @@ def test_a_search_that_comes_back_to_a_plan_is_over(fit, tmp_path, monkeypatch):
             found.append(search(self, {"latency": limits["latency"] * (0.95, 0.8)[len(found)]}))
         return found[(len(calls) - 1) % 2]
 
-    monkeypatch.setattr(BudgetedGreedy, "search", two)
+    monkeypatch.setattr(Greedy, "search", two)
     tries = []
     attempt = Selection._try
     monkeypatch.setattr(Selection, "_try", lambda self, *those: tries.append(1) or attempt(self, *those))

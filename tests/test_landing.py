@@ -7,7 +7,7 @@ import pytest
 
 from sartor.ir.plan import Plan
 from sartor.landing import INSIDE, NEAR, Landing, Seen
-from sartor.strategies.budgeted_greedy import Decision
+from sartor.strategies.space import Decision
 
 BASELINE_S = 0.02
 HALF_WIDTH = 0.003

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import types
 
 import numpy as np
 import pytest
@@ -14,8 +13,8 @@ from sartor import backends
 from sartor.backends.protocol import TargetOptions
 from sartor.ir.channels import channel_groups
 from sartor.passes.prune_channels import PruneChannels
-from sartor.selection import Selection
-from sartor.strategies.budgeted_greedy import levels
+from sartor.plan_prices import channel_step
+from sartor.strategies.space import levels
 
 
 class Grids:
@@ -30,10 +29,7 @@ class Grids:
 
 
 def grid_of(program, group, backend, precision="f32"):
-    selection = object.__new__(Selection)
-    selection.program, selection.backend = program, backend
-    selection.options = types.SimpleNamespace(precision=precision)
-    return selection._grid(group)
+    return channel_step(backend, program, precision, group)
 
 
 def wide():

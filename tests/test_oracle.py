@@ -15,7 +15,7 @@ import pytest
 from builders import node, program_from_nodes
 from models import captured
 
-from sartor import comparison, oracle, sensitivity
+from sartor import comparison, falsifiability, oracle
 from sartor.backends import isolation
 from sartor.errors import EXIT_VERIFICATION_FAILED, VerificationError
 from sartor.ir.channels import channel_groups
@@ -279,18 +279,20 @@ def test_gradients_agree_with_a_real_perturbation():
     original = oracle.randomise(program, analysis, 0)
     mask, _ = masked(original, plan, analysis)
     inputs = oracle_inputs(original)
-    outputs, gradients = sensitivity.with_gradients(mask, plan, analysis, inputs)
-    weights = sensitivity.probe(np.random.default_rng(1), outputs["y"].size)
+    outputs, gradients = falsifiability.with_gradients(mask, plan, analysis, inputs)
+    weights = falsifiability.probe(np.random.default_rng(1), outputs["y"].size)
     for unit in range(6):
         moved = mask.clone()
         array = moved.initializer_array("v2").astype(np.float64).copy()
-        array[unit] *= 1 + sensitivity.PERTURBATION
+        array[unit] *= 1 + falsifiability.PERTURBATION
         moved.initializers["v2"].const_value = oracle_tensor(array.astype(np.float32), "v2")
         change = ((run_twin(moved, inputs)["y"] - outputs["y"]).ravel() * weights).sum()
-        assert change == pytest.approx(sensitivity.PERTURBATION * gradients["v1"][unit], rel=1e-5, abs=1e-7)
+        assert change == pytest.approx(
+            falsifiability.PERTURBATION * gradients["v1"][unit], rel=1e-5, abs=1e-7
+        )
     assert np.abs(gradients["v1"]).max() > 0.01 and (gradients["w1"] == 0).all()
     seen = [
-        sensitivity.moves(mask, analysis, analysis.group(name), 2, inputs, outputs, 1e-7)
+        falsifiability.moves(mask, analysis, analysis.group(name), 2, inputs, outputs, 1e-7)
         for name in ("v1", "w1")
     ]
     assert seen == [True, False]

@@ -8,6 +8,7 @@ from test_pipeline import Everything, Needy
 
 from sartor.passes import docs
 from sartor.passes.registry import pass_class
+from sartor.strategies import docs as strategy_docs
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "passes.md"
 
@@ -15,6 +16,12 @@ DOCUMENT = Path(__file__).parents[1] / "docs" / "passes.md"
 def test_no_drift():
     assert DOCUMENT.read_text(encoding="utf-8") == docs.markdown(docs.builtin_classes()), (
         "docs/passes.md differs from the passes; run: python -m sartor.passes.docs docs/passes.md"
+    )
+
+
+def test_no_drift_of_strategies():
+    assert DOCUMENT.with_name("strategies.md").read_text(encoding="utf-8") == strategy_docs.markdown(), (
+        "docs/strategies.md differs from the strategies; run: python -m sartor.strategies.docs docs/strategies.md"
     )
 
 

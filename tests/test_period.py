@@ -232,6 +232,7 @@ def test_the_period_of_a_network_is_what_it_takes():
     np.testing.assert_allclose(settled_shares(batch, STATES)[0], settled_shares(times, STATES))
 
 
+@pytest.mark.slow
 def test_networks_are_predicted_with_the_waiting_that_they_cause():
     """Held-out networks; and worse, if nobody had noted how long ago kernels ran."""
     pytest.importorskip("lightgbm")

@@ -243,6 +243,7 @@ def test_anchors_are_timed_again_and_known_better(profile, machine):
     assert statistics.fmean(anchors) < 0.006
 
 
+@pytest.mark.slow
 def test_a_network_that_was_disturbed_all_the_time_that_it_was_looked_at_is_looked_at_again(tmp_path):
     """The reference saw nothing of it. All networks are looked at twice, minutes apart, and more often where the looks
     contradict each other; kernels follow.

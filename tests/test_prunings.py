@@ -27,7 +27,7 @@ from sartor.profiling import networks
 from sartor.profiling.build import fusion_rules
 from sartor.profiling.inside import Inside, InsideEffort
 from sartor.profiling.prunings import random_plans, sample_prunings
-from sartor.strategies.budgeted_greedy import levels
+from sartor.strategies.space import levels
 from sartor.tasks import LocalRunner, requests
 
 RULES = fusion_rules(backends.get("onnxruntime"))
@@ -65,6 +65,7 @@ def sampled(network, machine, tmp_path, seconds=20.0):
 
 
 # ---- what is learned -------------------------------------------------------------------------------
+@pytest.mark.slow
 @pytest.mark.parametrize("network", ["residual-0-0", "inverted-0-1"], indirect=True)
 def test_any_other_pruning_is_priced_within_a_few_percent(network, tmp_path):
     program, analysis, blocks = network
@@ -134,6 +135,7 @@ def test_what_is_timed_are_the_kernels_that_a_search_prices(network, tmp_path, m
 
 
 # ---- limits ----------------------------------------------------------------------------------------
+@pytest.mark.slow
 def test_the_time_decides_how_many_prunings_there_are(network, tmp_path):
     counts = []
     for number, seconds in enumerate((0.5, 4.0, 8.0, 1e6)):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 import scale
 
 
+@pytest.mark.slow
 def test_a_model_on_disk_is_cut_in_less_memory_than_it_has() -> None:
     row = scale.measure(blocks=24, channels=1024, external=True, limit_s=120)
     assert row.get("verdict") == "passed", row

@@ -67,6 +67,7 @@ def test_a_budget_is_met_within_three_percent_in_three_iterations(fit, name, bud
         assert predicted == pytest.approx(entry["measured_ratio"], rel=0.08)
 
 
+@pytest.mark.slow
 def test_every_measured_candidate_is_an_observation_of_the_model(fit, monkeypatch):
     """With its own plan, and at the latency that it was measured at."""
     monkeypatch.setattr("sartor.landing.NEAR", 2.0)  # never near enough: as many candidates as there may be

@@ -129,6 +129,7 @@ def test_indices_of_the_moment_become_those_of_the_original():
     assert (masked[0].weight == 0).all(0).flatten().tolist() == [True, True, False, True, False, False]
 
 
+@pytest.mark.slow
 def test_both_tools_of_the_benchmark(tmp_path, monkeypatch, capsys):
     file = tmp_path / "zoo.json"
     arguments = ["--compare", "torch-pruning", "--models", "test_efficientnet", "--threads", "1"]

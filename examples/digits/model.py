@@ -51,6 +51,11 @@ class DigitsNet(nn.Module):
         return self.classifier(self.blocks(self.stem(image)).mean(dim=(2, 3)))
 
 
+def scaled(width: float) -> nn.Module:
+    """The architecture with so many channels over those of the original, and fresh weights."""
+    return DigitsNet(tuple(max(round(channels * width), 1) for channels in (32, 64, 128)))
+
+
 def digits_net() -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
     """The network, trained if `train.py` has run, and example inputs: `model.py:digits_net`."""
     model = DigitsNet()

@@ -14,13 +14,18 @@ from typing import TYPE_CHECKING
 
 from sartor.budget import Limit, parse_budget
 from sartor.cli import arguments
-from sartor.cli.output import Result
+from sartor.cli.output import Result, count, table
 from sartor.cli.progress import Progress
 from sartor.errors import UsageError
+from sartor.strategies.registry import REGISTRY
 
 if TYPE_CHECKING:
+    from sartor.cost_models.profile import DeviceProfile
+    from sartor.data import Data
+    from sartor.ir.program import Program
     from sartor.study import Storage
     from sartor.tasks import Runner
+    from sartor.workbench import FitOptions
 
 EXAMPLE = (
     "sartor fit model.onnx --target onnxruntime --budget latency=0.5x --data data.py:digits "
@@ -50,11 +55,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--recovery", metavar="none|minutes=M", help="distil from the original for M minutes (minutes=5)"
     )
-    parser.add_argument("--strategy", default="budgeted-greedy", help="what decides (budgeted-greedy)")
+    parser.add_argument(
+        "--strategy",
+        default="budgeted-greedy",
+        metavar="NAME{OPTION=VALUE,...}",
+        help=f"what decides: {', '.join(REGISTRY.names())} (budgeted-greedy); see docs/strategies.md",
+    )
     parser.add_argument(
         "--seed", type=arguments.seed, default=0, help="of data splits, importance and training (0)"
     )
     parser.add_argument("--out", required=True, metavar="DIR", help="folder of the bundle")
+    parser.add_argument(
+        "--pareto",
+        type=arguments.positive,
+        metavar="N",
+        help="N fits between the budget and the original instead of one: DIR gets a bundle per point, pareto.json and "
+        "pareto.html",
+    )
     parser.add_argument(
         "--profile",
         type=Path,
@@ -154,6 +171,8 @@ def _fit(
         keep=tuple(options.keep),
     )
     profile = None if options.profile is None else DeviceProfile.load(options.profile)
+    if options.pareto is not None:
+        return _front(options, fit_options, program, data, folder, runner, storage, profile)
     with Progress.on_stderr() as progress:
         result = fit(
             program, fit_options, data, folder, progress, runner=runner, storage=storage, profile=profile
@@ -162,3 +181,48 @@ def _fit(
         arguments.write_provenance(program, folder / "model.onnx")
         refresh_manifest(folder)
     return Result(result.report, f"{summary(result.report)}\nwrote {folder}", result.exit_code)
+
+
+def _front(
+    options: argparse.Namespace,
+    fit_options: FitOptions,
+    program: Program,
+    data: Data | None,
+    folder: Path,
+    runner: Runner,
+    storage: Storage | None,
+    profile: DeviceProfile | None,
+) -> Result:
+    from sartor.pareto import pareto
+    from sartor.report.bundle import refresh_manifest
+
+    with Progress.on_stderr() as progress:
+        front = pareto(
+            program,
+            fit_options,
+            data,
+            folder,
+            options.pareto,
+            progress,
+            runner=runner,
+            storage=storage,
+            profile=profile,
+        )
+    rows = []
+    for point in front.document["points"]:
+        low, high = point["latency_ci95"]
+        score = "" if point["score"] is None else f"{point['score']:.2%}"
+        rows.append(
+            (
+                point["folder"],
+                f"{point['latency_ratio']:.3f}x [{low:.3f}, {high:.3f}]",
+                score,
+                f"{count(point['macs'])}",
+                point["status"] + (", dominated" if point["dominated"] else ""),
+            )
+        )
+        if options.keep_source:
+            arguments.write_provenance(program, folder / point["folder"] / "model.onnx")
+            refresh_manifest(folder / point["folder"])
+    text = table(rows, ("point", "latency", "score", "MACs", "status"))
+    return Result(front.document, f"{text}\nwrote {folder}", front.exit_code)

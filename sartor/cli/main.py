@@ -18,6 +18,7 @@ from sartor.errors import EXIT_INTERNAL, EXIT_USAGE, InternalError, SartorError,
 
 COMMANDS = {
     "fit": "fit a model to a budget: the main job",
+    "sensitivity": "the score that is left when one group or block goes: profile before you cut",
     "inspect": "operators, cost, channel groups and blocks of a model",
     "capture": "write the canonical ONNX model of a module or an ONNX file",
     "run": "run a pipeline of passes",
@@ -33,6 +34,7 @@ COMMANDS = {
     "doctor": "what is installed, missing or broken here, and why",
     "conformance": "put a backend through the conformance kit",
     "bench": "benchmark models on targets, and each target's practical roofline",
+    "compare": "reports of several fits side by side, and what must not be compared",
     "report": "write report.html again from report.json",
 }
 EXIT_INTERRUPTED = 128 + signal.SIGINT

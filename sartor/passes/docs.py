@@ -42,15 +42,15 @@ def markdown(classes: Iterable[type[Pass]]) -> str:
     listed = list(classes)
     lines = [_HEAD, "| pass | semantics | what it does |", "|---|---|---|"]
     for cls in listed:
-        summary = _paragraphs(cls)[0].replace("|", "\\|")
+        summary = paragraphs(inspect.getdoc(cls) or "")[0].replace("|", "\\|")
         lines.append(f"| [`{cls.name}`](#{cls.name}) | {cls.semantics.value} | {summary} |")
     for cls in listed:
         lines += ["", f"## {cls.name}", "", f"Semantics: {cls.semantics.value}."]
-        for paragraph in _paragraphs(cls):
+        for paragraph in paragraphs(inspect.getdoc(cls) or ""):
             lines += ["", paragraph]
-        lines += ["", *_options(options_of(cls))]
+        lines += ["", *options_table(options_of(cls))]
     repeat = "Runs the passes in parentheses in order, again and again, until a whole round changes nothing."
-    lines += ["", f"## {REPEAT}", "", repeat, "", *_options(options_of(RepeatOptions))]
+    lines += ["", f"## {REPEAT}", "", repeat, "", *options_table(options_of(RepeatOptions))]
     return "\n".join(lines) + "\n"
 
 
@@ -59,10 +59,10 @@ def builtin_classes() -> list[type[Pass]]:
     return [pass_class(p.name) for p in REGISTRY.plugins() if p.owner == "sartor"]
 
 
-def _paragraphs(cls: type[Pass]) -> list[str]:
-    """The docstring of a class: text reflowed, indented parts as code blocks."""
-    paragraphs: list[str] = []
-    for block in re.split(r"\n\s*\n", inspect.getdoc(cls) or ""):
+def paragraphs(docstring: str) -> list[str]:
+    """A docstring as Markdown: text reflowed, indented parts as code blocks."""
+    found: list[str] = []
+    for block in re.split(r"\n\s*\n", docstring):
         text: list[str] = []
         code: list[str] = []
         for line in block.splitlines():
@@ -73,11 +73,12 @@ def _paragraphs(cls: type[Pass]) -> list[str]:
         paragraph = _LABEL.sub(r"**\1:**", " ".join(text))
         if code:
             paragraph = "\n".join([paragraph, "", "```", *code, "```"]).lstrip()
-        paragraphs.append(paragraph)
-    return paragraphs
+        found.append(paragraph)
+    return found
 
 
-def _options(options: tuple[Option, ...]) -> Iterator[str]:
+def options_table(options: tuple[Option, ...]) -> Iterator[str]:
+    """Lines of a table of options."""
     if not options:
         yield "No options."
         return

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Sequence
-from typing import Any
 
-from sartor.errors import InternalError, UsageError
+from sartor.errors import UsageError
 from sartor.ir.program import Program
 from sartor.passes.base import Context, Pass, PassResult
 from sartor.passes.instruments import Instrument, Step, VerifyAfterEach
-from sartor.passes.options import Option, bare_words, option, options_of, suggestion, validate
-from sartor.passes.pipeline_text import ItemText, OptionText, parse, text_error
+from sartor.passes.item_values import made, values_of
+from sartor.passes.options import option, options_of, validate
+from sartor.passes.pipeline_text import ItemText, parse, text_error
 from sartor.passes.registry import REGISTRY, pass_class
 
 REPEAT = "repeat"
@@ -192,9 +192,9 @@ def _build(text: str, item: ItemText) -> Item:
     if item.name == REPEAT:
         if item.body is None:
             raise text_error(text, item.column, "'repeat' needs passes in parentheses.")
-        values = _values(text, item, options_of(RepeatOptions))
+        values = values_of(text, item, options_of(RepeatOptions))
         body = tuple(_build(text, inner) for inner in item.body)
-        return _made(text, item, lambda: Repeat(body, **values))
+        return made(text, item, lambda: Repeat(body, **values))
     if item.body is not None:
         raise text_error(
             text, item.column, f"'{item.name}' takes no passes in parentheses; only 'repeat' does."
@@ -206,77 +206,8 @@ def _build(text: str, item: ItemText) -> Item:
         for note in getattr(error, "__notes__", ()):
             located.add_note(note)
         raise located from error
-    values = _values(text, item, options_of(cls))
-    return _made(text, item, lambda: cls(**values))
-
-
-def _made(text: str, item: ItemText, make: Any) -> Any:
-    try:
-        return make()
-    except InternalError:
-        raise
-    except UsageError as error:  # a rule over several options
-        raise text_error(text, item.column, str(error).rstrip(".")) from error
-
-
-def _values(text: str, item: ItemText, options: tuple[Option, ...]) -> dict[str, Any]:
-    known = {entry.name: entry for entry in options}
-    values: dict[str, Any] = {}
-    for written in item.options:
-        name = written.name.replace("_", "-")
-        if written.is_bare:
-            entry, value = _bare(text, item, options, written)
-        elif name in known:
-            entry, value = known[name], _value(text, item, known[name], written)
-        else:
-            names = ", ".join(f"'{n}'" for n in known) or "none"
-            raise text_error(
-                text,
-                written.column,
-                f"Unknown option '{written.name}' of '{item.name}'; known: {names}.{suggestion(name, known)}",
-            )
-        if entry.field in values:
-            raise text_error(text, written.column, f"Option '{entry.name}' of '{item.name}' is given twice")
-        values[entry.field] = value
-    missing = [entry.name for entry in options if entry.required and entry.field not in values]
-    if missing:
-        raise text_error(text, item.column, f"'{item.name}' needs option '{missing[0]}'")
-    return values
-
-
-def _bare(text: str, item: ItemText, options: tuple[Option, ...], written: OptionText) -> tuple[Option, Any]:
-    known = bare_words(options)
-    name = written.name.replace("_", "-")
-    if name in known or written.name in known:
-        return known[name if name in known else written.name]
-    if any(entry.name == name for entry in options):
-        raise text_error(text, written.column, f"Expected '=' after option '{written.name}'")
-    words = ", ".join(f"'{word}'" for word in known) or "none"
-    raise text_error(
-        text,
-        written.column,
-        f"'{written.name}' may not stand alone in '{item.name}'; words that may: {words}.{suggestion(name, known)}",
-    )
-
-
-def _value(text: str, item: ItemText, entry: Option, written: OptionText) -> Any:
-    words = written.words
-    column = words[0].column if words else written.column
-    try:
-        if not written.is_list and entry.optional and words[0].text == "none" and not words[0].quoted:
-            return None
-        if written.is_list != entry.is_tuple:
-            raise ValueError("a list where one value is expected, or the reverse")
-        read = [entry.from_word(word.text, quoted=word.quoted) for word in words]
-        return entry.coerce(tuple(read) if entry.is_tuple else read[0])
-    except ValueError as error:
-        shown = ", ".join(word.text for word in words)
-        observed = f"[{shown}]" if written.is_list else shown
-        raise text_error(
-            text,
-            column,
-            f"Option '{entry.name}' of '{item.name}' must be {entry.allowed_text}, got '{observed}'",
-        ) from error
+    values = values_of(text, item, options_of(cls))
+    return made(text, item, lambda: cls(**values))
 
 
 __all__ = ["REGISTRY", "Pipeline", "PipelineResult", "Repeat", "RepeatOptions", "StepResult"]

@@ -13,7 +13,7 @@ import onnx_ir as ir
 
 from sartor.errors import PlanError
 from sartor.ir.blocks import residual_blocks
-from sartor.ir.channels import ChannelGroup, channel_groups
+from sartor.ir.channels import ChannelGroup, channel_groups, coarsest
 from sartor.ir.plan import Plan, Widening
 from sartor.ir.program import Program
 from sartor.passes import deepen, widen
@@ -68,7 +68,7 @@ class Rescale(Pass):
 
     def plan(self, program: Program, context: Context) -> Any:
         """All three dimensions; the input size tried out. See `Pass.plan`."""
-        parts = [self._width(program, context), self._depth(program, context), self._resolution(program)]
+        parts = [self._width(program, context), self._depth(program, context), self.resolution_plan(program)]
         refusals = tuple(refusal for part in parts for refusal in part.refusals)
         width, depth, resolution = (part.data or Plan(program.source.sha256) for part in parts)
         plan = Plan(
@@ -86,7 +86,7 @@ class Rescale(Pass):
         if self.width == 1.0:
             return Planned(None)
         analysis = channel_groups(program, context.keep)
-        chosen = {group.name for group in _coarsest(analysis.groups)}
+        chosen = {group.name for group in coarsest(analysis.groups)}
         if self.width < 1.0:
             ratio = 1.0 - self.width
             step = PruneChannels(
@@ -139,7 +139,8 @@ class Rescale(Pass):
         refusals = tuple(Refusal(name, reason) for name, reason in refused.items())
         return Planned(Plan(program.source.sha256, deepened=repeats) if repeats else None, refusals)
 
-    def _resolution(self, program: Program) -> Planned:
+    def resolution_plan(self, program: Program) -> Planned:
+        """The plan of the input size alone, tried out."""
         sizes = {
             value.name or "": shape
             for value in program.graph.inputs
@@ -172,16 +173,6 @@ class Rescale(Pass):
             if self.grid or abs(found / wanted - 1) <= _OFF:
                 return found
         return max(round(wanted), 1)
-
-
-def _coarsest(groups: Sequence[ChannelGroup]) -> list[ChannelGroup]:
-    """All groups, but of the directions of joint features only the one of largest units: heads, not their features."""
-    found: dict[tuple[str, str], ChannelGroup] = {}
-    for group in groups:
-        key = (group.kind, group.members[0].initializer if group.kind == "slices" else group.name)
-        if key not in found or group.granularity > found[key].granularity:
-            found[key] = group
-    return list(found.values())
 
 
 def spatial_axes(program: Program, value: ir.Value) -> Sequence[int]:

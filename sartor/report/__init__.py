@@ -26,7 +26,8 @@ def write_report(report: Mapping[str, Any], folder: str | os.PathLike[str]) -> t
 
     Beside the sections of schema `sartor.report/1` the page shows, when present, `budget`, `max_drop`,
     `widths` (`[{name, before, after}]`), `blocks_removed`, `decisions` (strings or objects), `conditions`
-    and `score_split` (`test`, or `evaluate` where the data have no split that selection did not see).
+    and `score_split` (`test`, or `evaluate` where the data have no split that selection did not see). `strategy`,
+    `seed`, `recovery` (`{limit_s, seconds, steps}`) and `data` (`{source, fingerprint}`) are for comparing fits.
 
     Returns:
         The paths of both files.

@@ -163,6 +163,51 @@ def bars(rows: Sequence[tuple[str, int, int]], *, label_width: int = 230, width:
     return _svg(width, height, "Width per layer before and after", parts)
 
 
+def curve(
+    points: Sequence[Point],
+    *,
+    y_range: tuple[float, float],
+    reference: float,
+    title: str,
+    x_format: Format,
+    y_format: Format,
+    size: tuple[int, int] = (290, 120),
+) -> str:
+    """A small chart of one line from x = 0, one of many that are compared: their axes are the same.
+
+    Args:
+        points: markers, by ascending x in (0, 1).
+        y_range: lowest and highest value of the axis.
+        reference: where the line begins; drawn across the chart, too.
+        title: for readers that do not see.
+        x_format: text of a tick.
+        y_format: text of a tick.
+        size: width and height, user units.
+    """
+    width, height = size
+    left, right, top, bottom = 46, 12, 8, 20
+    low, high = y_range
+
+    def at_x(value: float) -> float:
+        return left + value * (width - left - right)
+
+    def at_y(value: float) -> float:
+        return height - bottom - (value - low) / ((high - low) or 1.0) * (height - top - bottom)
+
+    parts = []
+    for tick in (low, high):
+        parts.append(_line(left, at_y(tick), width - right, at_y(tick), "grid"))
+        parts.append(_text(left - 6, at_y(tick) + 4, y_format(tick), "tick end"))
+    for point in points:
+        parts.append(_text(at_x(point.x), height - 5, x_format(point.x), "tick middle"))
+    parts.append(_line(left, at_y(reference), width - right, at_y(reference), "reference"))
+    vertices = [(0.0, reference), *((point.x, point.y) for point in points)]
+    path = " ".join(f"{at_x(x):.1f},{at_y(y):.1f}" for x, y in vertices)
+    parts.append(f'<polyline class="line" points="{path}"/>')
+    parts += [_marker(point, at_x, at_y, width) for point in points]
+    return _svg(width, height, title, parts)
+
+
 def _padded(values: Sequence[float], bounds: tuple[float, float]) -> tuple[float, float]:
     low, high = min(values), max(values)
     pad = 0.07 * (high - low) or max(0.05 * abs(high), 1e-3)

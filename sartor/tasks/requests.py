@@ -125,10 +125,19 @@ class Predictions:
         artifact: lowered for the target that it names.
         options: how it runs.
         split: re-iterable of `(inputs, labels)`.
+        shapes: of inputs that the artifact takes at another size than the split has them.
     """
 
-    def __init__(self, runner: Runner, artifact: Artifact, options: TargetOptions, split: Iterable[Batch]):
+    def __init__(
+        self,
+        runner: Runner,
+        artifact: Artifact,
+        options: TargetOptions,
+        split: Iterable[Batch],
+        shapes: Mapping[str, tuple[int, ...]] | None = None,
+    ):
         self._runner, self._artifact, self._options, self._split = runner, artifact, options, split
+        self._shapes = dict(shapes or {})
         self._outputs: dict[str, np.ndarray] = {}
 
     def __iter__(self) -> Iterator[Batch]:
@@ -148,12 +157,13 @@ class Predictions:
 
     def _tasks(self, scratch: Path, waiting: collections.deque[tuple[Path, list[Batch]]]) -> Iterator[Task]:
         from sartor.backends.arrays import save_arrays
+        from sartor.images import at_shapes
 
         for number, batches in enumerate(_chunks(self._split, self._runner.chunk_bytes)):
             folder = scratch / str(number)
             folder.mkdir()
             for index, (inputs, _) in enumerate(batches):
-                save_arrays(folder / _name(index), inputs)
+                save_arrays(folder / _name(index), at_shapes(inputs, self._shapes))
             waiting.append((folder, batches))
             yield self._task(folder, len(batches))
 

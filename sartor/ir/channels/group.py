@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -70,6 +71,16 @@ class ChannelGroup:
             if kept[unit]:
                 kept[unit] = any(unit in f and np.count_nonzero(kept[f]) == 1 for f in self.floors)
         return tuple(int(i) for i in np.flatnonzero(kept))
+
+
+def coarsest(groups: Iterable[ChannelGroup]) -> list[ChannelGroup]:
+    """All groups, but of the directions of joint features only the one of largest units: heads, not their features."""
+    found: dict[tuple[str, str], ChannelGroup] = {}
+    for group in groups:
+        key = (group.kind, group.members[0].initializer if group.kind == "slices" else group.name)
+        if key not in found or group.granularity > found[key].granularity:
+            found[key] = group
+    return list(found.values())
 
 
 @dataclasses.dataclass(frozen=True)
