@@ -101,7 +101,7 @@ def run(options: argparse.Namespace) -> Result:
 
 def _recover(options: argparse.Namespace, output: Path, processes: Processes) -> Result:
     from sartor.data import load_data
-    from sartor.fit import what_was_trained_on
+    from sartor.fit_recovery import what_was_trained_on
     from sartor.ir.capture import open_model
     from sartor.recovery import RecoveryOptions, distill
 

@@ -17,6 +17,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from sartor.errors import UsageError
@@ -26,7 +28,7 @@ from sartor.recovery.features import attention_loss
 from sartor.recovery.losses import Outputs
 from sartor.recovery.masks import kept_share
 from sartor.recovery.options import RecoveryOptions
-from sartor.recovery.samples import Batch
+from sartor.recovery.samples import Batch, labels_of
 from sartor.recovery.teacher import Teacher
 
 
@@ -135,6 +137,26 @@ class Objective:
 
     def _closed(self) -> Tensor | None:
         return self.options.mask_weight * kept_share(self.masks) if self.masks else None
+
+
+def require_labels(
+    program: Program, options: RecoveryOptions, labels: np.ndarray | None, loss: Callable[..., Any] | None
+) -> None:
+    """Refuse options whose labels are missing or do not fit, without running anything.
+
+    Args:
+        program: whose first output labels belong to.
+        options: of the recovery.
+        labels: of a first batch of training data, or None.
+        loss: of the data, or None.
+
+    Raises:
+        UsageError: as `Objective.check`.
+    """
+    shapes = program.shapes()
+    outputs = {v.name or "": torch.zeros(1, *shapes[v.name or ""][1:]) for v in program.graph.outputs}
+    first = None if labels is None else labels_of(labels[:1])
+    Objective(program, options, loss, None, []).check(outputs, Batch([], first, 1))
 
 
 def _sum(parts: Sequence[Tensor | None]) -> Tensor:

@@ -89,6 +89,7 @@ class RecoveryResult:
             `distance` (on a fixed sample, lower is better: to the original, or the loss against labels where
             it is not always asked), `kept`; `score` with an `evaluate`; `loss` and `learning_rate` while training.
         notes: what was done otherwise than asked, and why.
+        method: what was done, in a word or two: distillation or fine-tuning.
         asked: samples that the original was run on.
         sizes: steps by height of the images, where it changed.
         training_macs: of a sample in a step, forward and backward, the mean over all steps; where sizes changed.
@@ -99,6 +100,7 @@ class RecoveryResult:
     seconds: float
     history: tuple[Mapping[str, Any], ...]
     notes: tuple[str, ...] = ()
+    method: str = "distillation"
     asked: int = 0
     sizes: Mapping[int, int] = dataclasses.field(default_factory=dict)
     training_macs: int | None = None

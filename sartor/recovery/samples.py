@@ -158,7 +158,7 @@ class Samples:
         counts: list[int] = []
         for batch_inputs, batch_labels in self._data:
             tensors = self._tensors(batch_inputs)
-            target = _labels(batch_labels)
+            target = labels_of(batch_labels)
             if not self._first:
                 self._first, self._first_count = tensors, sample_count(batch_inputs, self._axis.inputs)
             if not self._axis.symbolic or any(
@@ -199,7 +199,7 @@ class Samples:
         return Batch(self.some(self._inputs, part), labels, len(part), rows=part)
 
     def _streamed(self, inputs: Mapping[str, np.ndarray], labels: np.ndarray | None) -> Batch:
-        return Batch(self._tensors(inputs), _labels(labels), sample_count(inputs, self._axis.inputs))
+        return Batch(self._tensors(inputs), labels_of(labels), sample_count(inputs, self._axis.inputs))
 
     def _shared(self, batch: Batch) -> Batch:
         """This process's share of a batch."""
@@ -215,7 +215,8 @@ class Samples:
         )
 
 
-def _labels(labels: np.ndarray | None) -> Tensor | None:
+def labels_of(labels: np.ndarray | None) -> Tensor | None:
+    """Labels as they are trained on: whole numbers as int64, others as float32."""
     if labels is None:
         return None
     array = np.asarray(labels)

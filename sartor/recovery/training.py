@@ -140,6 +140,7 @@ class Training:
             self.clock.elapsed_s,
             tuple(self.history),
             tuple(notes),
+            "fine-tuning" if self.options.teacher == "never" else "distillation",
             asked,
             {} if sizes is None else dict(sorted(sizes.steps.items())),
             None if sizes is None else sizes.training_macs(),
