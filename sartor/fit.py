@@ -28,6 +28,7 @@ from sartor.errors import (
     UsageError,
 )
 from sartor.fit_profile import require_of_this
+from sartor.fit_recovery import require_recovery, what_was_trained_on
 from sartor.fit_report import fit_report
 from sartor.ir.blocks import residual_blocks
 from sartor.ir.channels import channel_groups
@@ -158,6 +159,8 @@ class _Fit:
                 f"Recovery needs a free batch axis, but the model's is fixed: {program.batch.reason}. Use "
                 "--recovery none, or export the model with a dynamic batch axis."
             )
+        if data is not None and options.recovery_s > 0 and options.recovery:
+            require_recovery(program, options, data)
         self.program, self.options, self.data = program, options, data
         self.folder, self.progress = folder, progress
         self.runner, self.storage, self.profile = runner, storage, profile
@@ -166,6 +169,8 @@ class _Fit:
         self.untouched = False
         self.seconds: dict[str, float] = {}
         self.recovery: dict[str, Any] = {"limit_s": options.recovery_s, "seconds": 0.0, "steps": 0}
+        if options.recovery:
+            self.recovery["options"] = dict(options.recovery)
         self.journal_path = folder.with_name(f".{folder.name}.journal.jsonl")
         self.checkpoints = folder.with_name(f".{folder.name}.recovery")
 
@@ -321,7 +326,7 @@ class _Fit:
         if self.data is None or self.options.recovery_s <= 0 or self.untouched:
             return pruned
         from sartor.data import InTime
-        from sartor.recovery.distillation import distill
+        from sartor.recovery.distillation import RecoveryOptions, distill
         from sartor.scoring import score
 
         self.progress.stage("recovery")
@@ -351,18 +356,19 @@ class _Fit:
             progress=lambda fraction, text: self.progress(f"recovery {fraction:.0%}: {text}"),
             evaluate=evaluate,
             checkpoint_dir=self._checkpoint(pruned),
+            options=RecoveryOptions(**self.options.recovery),
         )
         self.recovery.update(seconds=round(recovered.seconds, 3), steps=recovered.steps)
         if recovered.steps:
             self.decisions.append(
-                f"recovered by distillation: {recovered.steps} steps in {recovered.seconds:.0f} s"
+                f"recovered by {recovered.method}: {recovered.steps} steps in {recovered.seconds:.0f} s"
             )
         if judged.cut:
             self.decisions.append(
                 f"recovery was judged on the first {judged.samples} samples of 'evaluate': more did not fit its time"
             )
         if data.train is None:
-            self.decisions.append(_what_was_trained_on(data))
+            self.decisions.append(what_was_trained_on(data))
         self.decisions.extend(recovered.notes)
         return recovered.program
 
@@ -374,15 +380,3 @@ class _Fit:
             if other != folder:
                 shutil.rmtree(other) if other.is_dir() else other.unlink()
         return folder
-
-
-def _what_was_trained_on(data: Data) -> str:
-    """The decision that a source without `train` leads to."""
-    if data.calibration is not data.evaluate:
-        return "recovery trained on 'calibration': there is no 'train'"
-    if not data.test_is_evaluate:
-        return "recovery trained on 'evaluate', on which selection judges: there is no 'train'"
-    return (
-        "WARNING: recovery trained on the samples that are scored, so the score says little about any others: the "
-        "data have only 'evaluate'; give 'train' and 'test'"
-    )

@@ -33,7 +33,8 @@ class FitOptions:
         threads: of the target.
         precision: of the target.
         max_drop: largest loss of score, points (1 point = 0.01).
-        recovery_s: seconds of distillation; 0 for none.
+        recovery_s: seconds of recovery; 0 for none.
+        recovery: fields of `sartor.recovery.RecoveryOptions` by name, where they are not its defaults.
         strategy: what decides.
         seed: of importance, training and measuring order.
         keep: globs of parameters, nodes and modules that stay.
@@ -45,6 +46,7 @@ class FitOptions:
     precision: str = "f32"
     max_drop: float = 1.0
     recovery_s: float = 0.0
+    recovery: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     strategy: str = "budgeted-greedy"
     seed: int = 0
     keep: tuple[str, ...] = ()

@@ -328,10 +328,42 @@ def test_budget_limit_scales_the_baseline():
 
 
 def test_recovery():
-    assert parse_recovery("minutes=1.5", True) == 90.0 and parse_recovery("none", False) == 0.0
-    for text, has_data in ((None, False), ("minutes=1", False), ("minutes=0", True), ("later", True)):
-        with pytest.raises(UsageError):
+    assert parse_recovery("minutes=1.5", True) == (90.0, {}) and parse_recovery("none", False) == (0.0, {})
+    assert parse_recovery(None, True) == (300.0, {})
+    text = "minutes=2,teacher=wrong,temperature=4,features=0.5,rat=0.75,precision=bf16"
+    found = {"teacher": "wrong", "temperature": 4.0, "features": 0.5, "rat": 0.75, "precision": "bf16"}
+    assert parse_recovery(text, True) == (120.0, found)
+    assert parse_recovery("teacher=never,minutes=1", True) == (60.0, {"teacher": "never"})
+    for text, has_data in ((None, False), ("minutes=1", False)):
+        with pytest.raises(UsageError, match="--data"):
             parse_recovery(text, has_data)
+    with pytest.raises(UsageError, match="does not say how long; add minutes=M"):
+        parse_recovery("teacher=never", True)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "minutes=0",
+        "later",
+        "minutes=1,",
+        "minutes=1,minutes=2",
+        "minutes=nan",
+        "minutes=1;teacher=never",
+        "none,minutes=1",
+    ]
+    + [
+        f"minutes=1,{part}"
+        for part in ("teacher=maybe", "temperature=0", "features=-1", "rat=0", "rat=1.5", "rat")
+    ]
+    + [
+        f"minutes=1,{part}"
+        for part in ("precision=f16", "steps=3", "learning_rate=1", "Teacher=never", " rat=0.5")
+    ],
+)
+def test_malformed_recovery(text):
+    with pytest.raises(UsageError, match=r"is malformed at .*; expected none, or minutes=M"):
+        parse_recovery(text, True)
 
 
 def test_progress_draws_bars_lines_or_nothing(monkeypatch):

@@ -15,6 +15,7 @@ from test_cli import tiny
 from sartor import runtime
 from sartor.cli import main
 from sartor.journal import Journal, read
+from sartor.recovery import RecoveryOptions
 from sartor.recovery.training import Training
 from sartor.selection import Selection
 from sartor.strategies.budgeted_greedy import Greedy
@@ -195,6 +196,39 @@ def test_an_interrupted_recovery_stands_in_nobodys_way(fit, tmp_path, monkeypatc
         patched.setattr(Training, "_train", interrupt)
         fit(recovery="minutes=0.02")
     assert fit(recovery="minutes=0.02")[0] == 0 and resumed and written(tmp_path) == ["o"]
+
+
+# ---- how it is recovered ---------------------------------------------------------------------------
+def test_options_of_recovery_arrive(fit, monkeypatch):
+    given = []
+    execute = Training.execute
+    monkeypatch.setattr(Training, "execute", lambda self: given.append(self.options) or execute(self))
+    text = "minutes=0.02,teacher=wrong,temperature=4,features=0.5,rat=0.75,precision=bf16"
+    code, report, err, _ = fit("made(train=split(Y))", recovery=text)
+    assert code == 0, err
+    options = {"teacher": "wrong", "temperature": 4.0, "features": 0.5, "rat": 0.75, "precision": "bf16"}
+    assert given == [RecoveryOptions(**options)] and report["recovery"]["options"] == options
+    assert any("samples:" in line and "saved" in line for line in report["decisions"])
+    assert any("resolution-adaptive training does not apply" in line for line in report["decisions"])
+    code, report, _, _ = fit("made(train=split(Y))", recovery="minutes=0.02,teacher=never")
+    assert given[-1] == RecoveryOptions(teacher="never")
+    assert any(line.startswith("recovered by fine-tuning") for line in report["decisions"])
+
+
+@pytest.mark.parametrize(
+    ("load", "options", "says"),
+    [
+        ("made()", "teacher=wrong", "have no labels. Use teacher 'always'"),
+        ("made(train=split(np.zeros((40, 7), int)))", "teacher=wrong", "labels of shape [1, 7]"),
+        ("made()", "teacher=never", "needs labels on all training data, or a loss"),
+        ("made(train=split(Y))", "teacher=never,features=1", "which teacher 'never' does not ask"),
+    ],
+)
+def test_labels_that_recovery_needs_are_missed_before_anything_is_measured(
+    fit, tmp_path, load, options, says
+):
+    code, document, _, measured = fit(load, recovery=f"minutes=1,{options}")
+    assert code == 2 and says in document["error"] and measured == 0 and written(tmp_path) == []
 
 
 # ---- what is said of scores, limits and steps ------------------------------------------------------

@@ -22,6 +22,7 @@ from sartor.recovery.samples import Samples
 from sartor.recovery.teacher import Teacher
 from sartor.recovery.training import Training
 from sartor.recovery.twins import reestimate_statistics
+from sartor.recovery.view import View
 
 CLASSES = 5
 AXIS = Batch(True, ("x",))
@@ -207,8 +208,7 @@ class Slow:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, seconds: float):
         self.seconds, self.threads = seconds, 1
-        monkeypatch.setattr("sartor.recovery.training.to_fx", self.twin)
-        monkeypatch.setattr("sartor.recovery.student.to_fx", self.twin)
+        monkeypatch.setattr("sartor.recovery.view.to_fx", self.twin)
         monkeypatch.setattr(torch, "set_num_threads", lambda count: setattr(self, "threads", count))
         monkeypatch.setattr(torch, "get_num_threads", lambda: self.threads)
 
@@ -399,7 +399,7 @@ def test_tiny_batches_keep_running_statistics() -> None:
 def test_cached_samples() -> None:
     teacher = to_fx(network())
     data = Samples(samples(70, labels="ids"), ["x"], AXIS, seed=0)
-    ask = Teacher(teacher, data)
+    ask = Teacher(View(network(), network()), data)
     assert data.cached and data.count == 70
     first = list(data.epoch(0))
     assert [len(b.inputs[0]) for b in first] == [16] * 4
@@ -422,7 +422,7 @@ def test_batches_are_limited_from_below() -> None:
 def test_streamed_samples_keep_their_order() -> None:
     source = samples(64)
     data = Samples(source, ["x"], AXIS, seed=0, cache_bytes=1000)
-    ask = Teacher(to_fx(network()), data)
+    ask = Teacher(View(network(), network()), data)
     assert not data.cached and data.count is None
     for batch, (inputs, _) in zip(data.epoch(5), source, strict=True):
         np.testing.assert_array_equal(batch.inputs[0].numpy(), inputs["x"])
@@ -449,7 +449,7 @@ def test_an_input_without_samples_stays_whole(same: bool) -> None:
         for i in range(4)
     ]
     data = Samples(source, ["x", "s"], program.batch, seed=0)
-    ask = Teacher(to_fx(program), data)
+    ask = Teacher(View(program, program), data)
     assert data.cached == same and data.count == (64 if same else None)
     assert [len(t) for t in data.probe(3)[0]] == [3, 1] and data.probe(3)[1] == 3
     for batch in [*data.epoch(0), *data.sample(20)]:

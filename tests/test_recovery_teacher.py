@@ -13,11 +13,11 @@ from test_recovery_sizes import SMALL, at
 
 from sartor.errors import UsageError
 from sartor.images import resized
-from sartor.ir.fx import to_fx
 from sartor.recovery import RecoveryOptions, distill, losses, predictor
 from sartor.recovery.objective import Objective
 from sartor.recovery.samples import Batch, Samples
 from sartor.recovery.teacher import Teacher
+from sartor.recovery.view import View
 
 
 def plain(seed=0):
@@ -32,14 +32,14 @@ def asked(monkeypatch):
     """Samples that the original was run on, by their bytes."""
     found = []
 
-    def twin(program, **options):
-        gm = to_fx(program, **options)
-        gm.register_forward_pre_hook(
+    def view(*programs):
+        original = View(*programs)
+        original.gm.register_forward_pre_hook(
             lambda module, inputs: found.extend(x.numpy().tobytes() for x in inputs[0])
         )
-        return gm
+        return original
 
-    monkeypatch.setattr("sartor.recovery.training.to_fx", twin)
+    monkeypatch.setattr("sartor.recovery.training.View", view)
     return found
 
 
@@ -129,17 +129,17 @@ def test_streamed_samples_are_asked_about_when_they_are_wrong(asked, monkeypatch
 def test_answers_that_do_not_fit_into_memory_are_asked_for_again(monkeypatch):
     data = Samples(samples(32), ["x"], network().batch, seed=0)
     monkeypatch.setattr("sartor.recovery.samples.CACHE_BYTES", 32 * CLASSES * 4)
-    teacher = Teacher(to_fx(network()), data)
+    teacher = Teacher(View(network(), network()), data)
     for batch in [*data.epoch(0), *data.epoch(0)]:
         teacher(batch)
     assert teacher.asked == 32
     monkeypatch.setattr("sartor.recovery.samples.CACHE_BYTES", 32 * CLASSES * 4 - 1)
-    teacher = Teacher(to_fx(network()), data)
+    teacher = Teacher(View(network(), network()), data)
     batches = [*data.epoch(0), *data.epoch(1)]
     answers = [teacher(batch) for batch in batches]
     assert teacher.asked >= 64
     for batch, answer in zip(batches, answers, strict=True):
-        torch.testing.assert_close(answer["y"], to_fx(network())(*batch.inputs)[0])
+        torch.testing.assert_close(answer["y"], View(network(), network())(batch.inputs)["y"])
     before = teacher.asked
     teacher.remember(batches[:1])
     half = torch.arange(16) < 8

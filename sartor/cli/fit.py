@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import re
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sartor.budget import Limit, parse_budget
 from sartor.cli import arguments
@@ -53,7 +53,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="largest loss of score in points, 1 point = 0.01 (1)",
     )
     parser.add_argument(
-        "--recovery", metavar="none|minutes=M", help="distil from the original for M minutes (minutes=5)"
+        "--recovery",
+        metavar="none|minutes=M[,OPTION=VALUE...]",
+        help="train with the original as the teacher for M minutes (minutes=5); options: teacher=always|never|wrong, "
+        "temperature=T, features=W, rat=GAMMA, precision=f32|bf16, as of 'sartor recover'",
     )
     parser.add_argument(
         "--strategy",
@@ -100,27 +103,65 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     arguments.add_keep(parser)
 
 
-def parse_recovery(text: str | None, has_data: bool) -> float:
-    """Seconds of recovery; 0 for none.
+def parse_recovery(text: str | None, has_data: bool) -> tuple[float, dict[str, Any]]:
+    """Seconds of recovery, 0 for none, and the options of `sartor.recovery.RecoveryOptions` that were given.
 
     Raises:
         UsageError: malformed, or data is missing and `none` was not said.
     """
     if text is None and has_data:
-        return 300.0
+        return 300.0, {}
     if text is None:
         raise UsageError(
             "There is no --data, so nothing can be recovered and the quality stays unmeasured; give data, or "
             "say so with --recovery none."
         )
     if text == "none":
-        return 0.0
-    match = re.fullmatch(r"minutes=([0-9]*\.?[0-9]+)", text)
-    if match is None or float(match[1]) <= 0.0:
-        raise UsageError(f"'--recovery {text}' is malformed; expected none, or minutes=M with M above 0.")
+        return 0.0, {}
+    found: dict[str, Any] = {}
+    for part in text.split(","):
+        key, _, value = part.partition("=")
+        try:
+            if key in found:
+                raise ValueError("given twice")
+            found[key] = _RECOVERY[key](value)
+        except (KeyError, ValueError, argparse.ArgumentTypeError):
+            raise UsageError(
+                f"'--recovery {text}' is malformed at '{part}'; expected none, or minutes=M with M above 0, and any of "
+                "teacher=always|never|wrong, temperature=T (above 0), features=W (at least 0), rat=GAMMA (above 0, at "
+                "most 1), precision=f32|bf16, each once, separated by commas."
+            ) from None
+    if "minutes" not in found:
+        raise UsageError(f"'--recovery {text}' does not say how long; add minutes=M with M above 0.")
     if not has_data:
         raise UsageError(f"'--recovery {text}' needs --data to train on; give data, or say --recovery none.")
-    return 60.0 * float(match[1])
+    return 60.0 * found.pop("minutes"), found
+
+
+def _one_of(*known: str) -> Callable[[str], str]:
+    def read(text: str) -> str:
+        if text not in known:
+            raise ValueError(text)
+        return text
+
+    return read
+
+
+def _share(text: str) -> float:
+    value = arguments.positive_number(text)
+    if value > 1:
+        raise ValueError(text)
+    return value
+
+
+_RECOVERY: dict[str, Callable[[str], Any]] = {
+    "minutes": arguments.positive_number,
+    "teacher": _one_of("always", "never", "wrong"),
+    "temperature": arguments.positive_number,
+    "features": arguments.not_negative,
+    "rat": _share,
+    "precision": _one_of("f32", "bf16"),
+}
 
 
 def run(options: argparse.Namespace) -> Result:
@@ -130,19 +171,19 @@ def run(options: argparse.Namespace) -> Result:
     from sartor.tasks import open_runner
 
     budget = parse_budget(options.budget)
-    recovery_s = parse_recovery(options.recovery, options.data is not None)
+    recovery = parse_recovery(options.recovery, options.data is not None)
     backends.get(options.target)
     folder = arguments.output_folder(options.out)
     storage = None if options.study is None else Storage(options.study)
     runner = open_runner(options.workers, options.target, options.threads)
     with contextlib.closing(runner):
-        return _fit(options, budget, recovery_s, folder, runner, storage)
+        return _fit(options, budget, recovery, folder, runner, storage)
 
 
 def _fit(
     options: argparse.Namespace,
     budget: dict[str, Limit],
-    recovery_s: float,
+    recovery: tuple[float, dict[str, Any]],
     folder: Path,
     runner: Runner,
     storage: Storage | None,
@@ -165,7 +206,8 @@ def _fit(
         threads=options.threads,
         precision=options.precision,
         max_drop=options.max_drop,
-        recovery_s=recovery_s,
+        recovery_s=recovery[0],
+        recovery=recovery[1],
         strategy=options.strategy,
         seed=options.seed,
         keep=tuple(options.keep),

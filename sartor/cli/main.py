@@ -23,6 +23,7 @@ COMMANDS = {
     "capture": "write the canonical ONNX model of a module or an ONNX file",
     "run": "run a pipeline of passes",
     "apply": "replay a plan, byte-identically",
+    "recover": "train a pruned model with the original as its teacher",
     "lower": "write the artifact of a target",
     "layers": "what quantizing each layer costs, and which to keep in float",
     "profile": "build the profile of this machine for a target, or check one",
@@ -144,6 +145,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return EXIT_INTERNAL
         except Exception as error:
             return _fail(stdout, as_json, debug, error, EXIT_INTERNAL)
+        if result.silent:
+            return result.exit_code
         try:
             stdout.write(to_json(result.document) if as_json else result.text.rstrip("\n") + "\n")
         except BrokenPipeError:  # the reader closed the pipe: it has seen enough

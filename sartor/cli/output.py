@@ -29,11 +29,13 @@ class Result:
         document: the JSON document of `--json`.
         text: what a person reads instead.
         exit_code: of the process.
+        silent: another process writes what came out.
     """
 
     document: dict[str, Any]
     text: str = ""
     exit_code: int = 0
+    silent: bool = False
 
 
 class Stdout:

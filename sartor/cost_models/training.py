@@ -29,7 +29,8 @@ from sartor.ir.workload import Workload, presence
 
 OPTIMISER_STATES = {"sgd": 0, "momentum": 1, "adam": 2}
 """Numbers that an optimiser keeps for every weight."""
-_PASSES = 3  # forward, gradient of the inputs, gradient of the weights
+PASSES = 3
+"""Of a step, each as dear as inference: forward, gradient of the inputs, gradient of the weights."""
 _DOUBLE_NODES = frozenset({"Silu"})
 
 
@@ -101,8 +102,8 @@ class TrainingModel:
         traffic = priced.weight_bytes * (3 + 2 * states)
         forward_s = self.forward.estimate_batch(workload, fractions, removed, batches=batches)
         return TrainingCost(
-            step_s=_PASSES * forward_s + traffic / self.forward.constants.bytes_per_s,
-            macs=_PASSES * batches * priced.macs,
+            step_s=PASSES * forward_s + traffic / self.forward.constants.bytes_per_s,
+            macs=PASSES * batches * priced.macs,
             state_bytes=priced.weight_bytes * (2 + states),
             activation_bytes=batches * kept,
         )
@@ -142,11 +143,25 @@ def _gated(op_type: str, attributes: Any) -> bool:
     return op_type in _DOUBLE_NODES or (op_type == "HardSwish" and bool(attributes))
 
 
+def resolution_at(done: float | np.ndarray, resolution: float, start: float = 0.5) -> np.ndarray:
+    """Resolution of adaptive training when a share `done` of it is over, not rounded (5.15, 5.16).
+
+    `r = ½ (cos((done + 1) π) + 1) (r_n - r_0) + r_0` with `r_0 = start · r_n`.
+
+    Args:
+        done: `i / n` of epochs, or of time, in [0, 1].
+        resolution: r_n, at the end.
+        start: share of it at the beginning.
+    """
+    first = start * resolution
+    return np.asarray(0.5 * (np.cos((np.asarray(done) + 1.0) * math.pi) + 1.0) * (resolution - first) + first)
+
+
 def epoch_resolutions(resolution: int, epochs: int, start: float = 0.5) -> np.ndarray:
     """Resolution of each epoch of resolution-adaptive training, an int array `[epochs]`.
 
-    `r_i = ½ (cos((i / n + 1) π) + 1) (r_n - r_0) + r_0` with `r_0 = start · r` (5.15, 5.16), to the nearest
-    integer, which reproduces the source's tables where rounding down does not.
+    To the nearest integer of `resolution_at(i / n)`, which reproduces the source's tables where rounding down does
+    not.
 
     Args:
         resolution: of the last epochs.
@@ -161,9 +176,7 @@ def epoch_resolutions(resolution: int, epochs: int, start: float = 0.5) -> np.nd
             f"A schedule of {epochs} epochs from {start} of the resolution does not exist; use at least one "
             "epoch and a start above 0 and up to 1."
         )
-    first = start * resolution
-    done = np.arange(epochs) / epochs
-    return np.rint(0.5 * (np.cos((done + 1.0) * math.pi) + 1.0) * (resolution - first) + first).astype(int)
+    return np.rint(resolution_at(np.arange(epochs) / epochs, resolution, start)).astype(int)
 
 
 def adaptive_share(resolution: int, epochs: int, start: float = 0.5) -> float:

@@ -15,7 +15,7 @@ from torch import Tensor
 from sartor.errors import UsageError
 from sartor.ir.files import write_atomic
 
-SCHEMA = "sartor.recovery/2"
+SCHEMA = "sartor.recovery/3"
 _STATE = "recovery.json"
 
 

@@ -1,10 +1,10 @@
 """Distillation and fine-tuning: train the twin of a cut program until it computes what the original computes.
 
 Sequence: judge the start; re-estimate BatchNormalization statistics; train on the original's outputs (and on labels
-where there are any; what is made smaller is in `sartor.recovery.objective`) under a cosine schedule that fits the time; re-estimate statistics; keep the
-best state seen. Under a time budget the schedule follows the clock, and the number of threads, the batch size and
-how many samples progress is judged on follow the speed of the machine, so two runs may differ; with `max_steps`
-and time enough for them, all of it depends only on the seed.
+where there are any; what is made smaller is in `sartor.recovery.objective`) under a cosine schedule that fits the
+time; re-estimate statistics; keep the best state seen. Under a time budget the schedule follows the clock, and the
+number of threads, the batch size and how many samples progress is judged on follow the speed of the machine, so two
+runs may differ; with `max_steps` and time enough for them, all of it depends only on the seed.
 """
 
 from __future__ import annotations

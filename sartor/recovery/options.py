@@ -11,6 +11,10 @@ from sartor.ir.program import Program
 
 TEACHERS = ("always", "never", "wrong")
 """When the original is asked."""
+PRECISIONS = ("f32", "bf16")
+"""In which layers compute while training."""
+GAMMA = 0.5
+"""First size of resolution-adaptive training, as a share of the last (5.16); inferred from the source's tables."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +27,12 @@ class RecoveryOptions:
         teacher: when the original is asked: `always`; `never`, which trains on labels or a loss alone; or `wrong`,
             about the samples of a step that the program misclassifies (needs class labels).
         label_weight: weight of the loss against labels; None for 0.5 where the original is always asked, else 1.
+        features: weight of the distance between attention maps of blocks (`sartor.recovery.features`).
         mask_weight: weight of the share of units that masks keep (`insert-masks`), where there are masks.
+        rat: begin with images of this share of their size, and let it grow (resolution-adaptive training); `GAMMA` is
+            the source's. None for the full size throughout.
+        precision: of the program's layers in training: `f32`, or `bf16` where torch deems that safe. Weights,
+            losses and judgements stay float32.
         max_steps: stop after this many steps; the schedule then depends on steps only.
     """
 
@@ -31,22 +40,33 @@ class RecoveryOptions:
     temperature: float = 2.0
     teacher: str = "always"
     label_weight: float | None = None
+    features: float = 0.0
     mask_weight: float = 1.0
+    rat: float | None = None
+    precision: str = "f32"
     max_steps: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("learning_rate", "temperature"):
             if not getattr(self, name) > 0:
                 raise UsageError(f"Recovery option '{name}' is {getattr(self, name)}; it must be above 0.")
-        if self.teacher not in TEACHERS:
+        for name, known in (("teacher", TEACHERS), ("precision", PRECISIONS)):
+            if getattr(self, name) not in known:
+                raise UsageError(
+                    f"Recovery option '{name}' is '{getattr(self, name)}'; it must be one of {', '.join(known)}."
+                )
+        for name in ("label_weight", "mask_weight", "features"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < float("inf"):
+                raise UsageError(f"Recovery option '{name}' is {value}; it must be at least 0.")
+        if self.max_steps is not None and self.max_steps < 1:
+            raise UsageError(f"Recovery option 'max_steps' is {self.max_steps}; it must be at least 1.")
+        if self.rat is not None and not 0 < self.rat <= 1:
+            raise UsageError(f"Recovery option 'rat' is {self.rat}; it must be above 0 and at most 1.")
+        if self.features and self.teacher == "never":
             raise UsageError(
-                f"Recovery option 'teacher' is '{self.teacher}'; it must be one of {', '.join(TEACHERS)}."
-            )
-        if min(self.weight_of_labels, self.mask_weight) < 0 or (
-            self.max_steps is not None and self.max_steps < 1
-        ):
-            raise UsageError(
-                "Recovery needs a label_weight and a mask_weight of at least 0 and max_steps of at least 1."
+                "Recovery option 'features' compares with the original, which teacher 'never' does not ask; leave one "
+                "of them away."
             )
 
     @property
@@ -69,7 +89,10 @@ class RecoveryResult:
             `distance` (on a fixed sample, lower is better: to the original, or the loss against labels where
             it is not always asked), `kept`; `score` with an `evaluate`; `loss` and `learning_rate` while training.
         notes: what was done otherwise than asked, and why.
+        method: what was done, in a word or two: distillation or fine-tuning.
         asked: samples that the original was run on.
+        sizes: steps by height of the images, where it changed.
+        training_macs: of a sample in a step, forward and backward, the mean over all steps; where sizes changed.
     """
 
     program: Program
@@ -77,4 +100,7 @@ class RecoveryResult:
     seconds: float
     history: tuple[Mapping[str, Any], ...]
     notes: tuple[str, ...] = ()
+    method: str = "distillation"
     asked: int = 0
+    sizes: Mapping[int, int] = dataclasses.field(default_factory=dict)
+    training_macs: int | None = None

@@ -13,6 +13,7 @@ from sartor.data_sources import sample_count
 from sartor.errors import UsageError
 from sartor.ir.fx import to_tensor
 from sartor.ir.program import Batch as BatchAxis
+from sartor.recovery.processes import Processes
 
 CACHE_BYTES = 512 << 20
 """Largest training set that is held in memory, inputs and labels together."""
@@ -28,12 +29,14 @@ class Batch:
         inputs: in the order of the original's inputs, at the original's size.
         labels: or None.
         count: samples.
+        weight: share of the samples of all processes.
         rows: which samples of those that are held in memory, `[N]`; None where none are.
     """
 
     inputs: list[Tensor]
     labels: Tensor | None
     count: int
+    weight: float = 1.0
     rows: Tensor | None = None
 
 
@@ -49,6 +52,7 @@ class Samples:
         names: of the inputs, in order.
         axis: which inputs carry samples.
         seed: of the order.
+        processes: that share the batches; alone by default.
         cache_bytes: in place of `CACHE_BYTES`.
 
     Raises:
@@ -62,6 +66,7 @@ class Samples:
         axis: BatchAxis,
         seed: int,
         *,
+        processes: Processes | None = None,
         cache_bytes: int | None = None,
     ):
         self._data = data
@@ -69,6 +74,7 @@ class Samples:
         self._axis = axis
         self._carries = [axis.symbolic and name in axis.inputs for name in names]
         self._seed = seed
+        self._processes = processes or Processes()
         self._count = 0
         self._inputs: list[Tensor] = []
         self._labels: Tensor | None = None
@@ -93,20 +99,18 @@ class Samples:
             self._batch_size = min(self._batch_size, max(most, BATCH_SIZES[0]))
 
     def epoch(self, number: int, start: int = 0) -> Iterator[Batch]:
-        """Batches of one epoch, from batch `start` on."""
+        """This process's share of the batches of one epoch, from batch `start` on."""
         if not self.cached:
             for position, (inputs, labels) in enumerate(self._data):
                 if position >= start:
-                    tensors = self._tensors(inputs)
-                    count = sample_count(inputs, self._axis.inputs)
-                    yield Batch(tensors, _labels(labels), count)
+                    yield self._shared(self._streamed(inputs, labels))
             return
         order = torch.from_numpy(np.random.default_rng([self._seed, number]).permutation(self._count))
         parts = list(torch.split(order, self._batch_size))
         if len(parts) > 1 and len(parts[-1]) < self._batch_size:
             parts.pop()  # a handful of samples would upset BatchNormalization
         for part in parts[start:]:
-            yield self._select(part)
+            yield self._shared(self._select(part))
 
     def probe(self, limit: int) -> tuple[list[Tensor], int]:
         """Inputs of the first batch and its samples: at most `limit`, or all where the model takes no fewer."""
@@ -121,23 +125,24 @@ class Samples:
             order = torch.from_numpy(np.random.default_rng(self._seed).permutation(self._count))
             return [self._select(part) for part in torch.split(order[:limit], self._batch_size)]
         batches: list[Batch] = []
-        for batch in self.epoch(0):
-            batches.append(batch)
+        for inputs, labels in self._data:
+            batches.append(self._streamed(inputs, labels))
             if sum(b.count for b in batches) >= limit:
                 break
         return batches
 
     def inputs(self, limit: int) -> Iterator[list[Tensor]]:
-        """Inputs of at most `limit` batches."""
+        """Inputs of this process's share of at most `limit` batches."""
         if not self.cached:
             for position, (inputs, _) in enumerate(self._data):
                 if position >= limit:
                     return
-                yield self._tensors(inputs)
+                yield self._shared(self._streamed(inputs, None)).inputs
             return
         order = torch.from_numpy(np.random.default_rng(self._seed).permutation(self._count))
         for part in torch.split(order, self._batch_size)[:limit]:
-            yield self.some(self._inputs, part)
+            if len(part) >= self._processes.count:
+                yield self._shared(self._select(part)).inputs
 
     def some(self, inputs: Sequence[Tensor], which: Tensor) -> list[Tensor]:
         """Inputs of some samples: rows by number, or by a boolean for each."""
@@ -153,7 +158,7 @@ class Samples:
         counts: list[int] = []
         for batch_inputs, batch_labels in self._data:
             tensors = self._tensors(batch_inputs)
-            target = _labels(batch_labels)
+            target = labels_of(batch_labels)
             if not self._first:
                 self._first, self._first_count = tensors, sample_count(batch_inputs, self._axis.inputs)
             if not self._axis.symbolic or any(
@@ -191,10 +196,27 @@ class Samples:
 
     def _select(self, part: Tensor) -> Batch:
         labels = None if self._labels is None else self._labels[part]
-        return Batch(self.some(self._inputs, part), labels, len(part), part)
+        return Batch(self.some(self._inputs, part), labels, len(part), rows=part)
+
+    def _streamed(self, inputs: Mapping[str, np.ndarray], labels: np.ndarray | None) -> Batch:
+        return Batch(self._tensors(inputs), labels_of(labels), sample_count(inputs, self._axis.inputs))
+
+    def _shared(self, batch: Batch) -> Batch:
+        """This process's share of a batch."""
+        if self._processes.alone:
+            return batch
+        which = torch.arange(batch.count)[self._processes.share(batch.count)]
+        return Batch(
+            self.some(batch.inputs, which),
+            None if batch.labels is None else batch.labels[which],
+            len(which),
+            len(which) / batch.count,
+            None if batch.rows is None else batch.rows[which],
+        )
 
 
-def _labels(labels: np.ndarray | None) -> Tensor | None:
+def labels_of(labels: np.ndarray | None) -> Tensor | None:
+    """Labels as they are trained on: whole numbers as int64, others as float32."""
     if labels is None:
         return None
     array = np.asarray(labels)

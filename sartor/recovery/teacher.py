@@ -5,37 +5,43 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
-from sartor.ir.fx import twin_info
 from sartor.recovery import samples as training_set
+from sartor.recovery.processes import Processes
 from sartor.recovery.samples import Batch, Samples
+from sartor.recovery.view import View
 
 Outputs = dict[str, Tensor]
 
 
 class Teacher:
-    """Outputs of the original by name.
+    """Outputs of the original by name, and the attention maps of its view.
 
-    It runs once per sample that is held in memory, where its answers fit into `CACHE_BYTES` too; else each time.
+    It runs once per sample that is held in memory, in whichever process, where its answers fit into `CACHE_BYTES` too;
+    else each time.
 
     Args:
-        twin: of the original.
+        view: of the original.
         samples: of which the batches come.
+        processes: among which answers are shared; alone by default.
 
     Attributes:
-        twin: as given.
-        asked: samples that the twin was run on.
+        view: as given.
+        asked: samples that it was run on.
     """
 
-    def __init__(self, twin: fx.GraphModule, samples: Samples):
-        self.twin, self._samples = twin, samples
-        self._names = twin_info(twin).outputs
+    def __init__(self, view: View, samples: Samples, processes: Processes | None = None):
+        self.view, self._samples = view, samples
+        self._processes = processes or Processes()
+        view.gm.requires_grad_(False)
         self.asked = 0
         self._met = 0  # where no answers are kept
         self._met_rows = torch.zeros(samples.count or 0, dtype=torch.bool)
         self._known = self._met_rows.clone()
         self._caches = samples.cached
+        self._shares = samples.cached and not self._processes.alone
+        self._news: list[tuple[Tensor, Outputs]] = []
         self._answers: Outputs = {}
         self._kept: dict[int, Outputs] = {}
 
@@ -69,6 +75,18 @@ class Teacher:
             if not self._caches:
                 self._kept[id(batch)] = answers
 
+    def share(self) -> None:
+        """Tell the other processes what was learned since; all of them call this at the same time."""
+        if not self._shares:
+            return
+        said = self._processes.gathered((self._caches, self._news))
+        self._news = []
+        self._caches = all(caches for caches, _ in said)
+        for rank, (_, news) in enumerate(said):
+            for rows, answers in news if self._caches and rank != self._processes.rank else ():
+                self._store(rows, answers)
+        self._shares = self._caches and not bool(self._known.all())
+
     # ---- how much it was spared ------------------------------------------------------------
     def meet(self, batch: Batch) -> None:
         """Count a batch that it would have been asked about as a whole."""
@@ -77,14 +95,16 @@ class Teacher:
         else:
             self._met += batch.count
 
-    @property
-    def met(self) -> int:
-        """Samples that it would have been run on, had it been asked about all that it met."""
-        return self._met + int(self._met_rows.sum())
+    def counts(self) -> tuple[int, int]:
+        """Of all processes: samples that it was run on, and that it would have been, asked about all that it met."""
+        state = self.state()
+        asked, met = (int(count) for count in state["counts"])
+        return asked, met + int(state["met"].sum())
 
     def state(self) -> dict[str, Tensor]:
-        """Counts for a checkpoint; the answers are not in it."""
-        return {"counts": torch.tensor([self.asked, self._met]), "met": self._met_rows}
+        """Counts of all processes for a checkpoint; the answers are not in it."""
+        counts = self._processes.total(torch.tensor([self.asked, self._met]))
+        return {"counts": counts, "met": self._processes.total(self._met_rows.to(torch.int32)) > 0}
 
     def resume(self, state: dict[str, Tensor]) -> None:
         """Go on counting from a checkpoint."""
@@ -95,7 +115,7 @@ class Teacher:
     def _run(self, inputs: Sequence[Tensor], count: int) -> Outputs:
         self.asked += count
         with torch.no_grad():
-            return dict(zip(self._names, self.twin(*inputs), strict=True))
+            return self.view(inputs)
 
     def _learn(self, rows: Tensor, answers: Outputs) -> None:
         count = len(self._known)
@@ -103,6 +123,12 @@ class Teacher:
         if not self._answers and count * sum(sizes) > training_set.CACHE_BYTES:
             self._caches = False
             return
+        if self._shares:
+            self._news.append((rows, answers))
+        self._store(rows, answers)
+
+    def _store(self, rows: Tensor, answers: Outputs) -> None:
+        count = len(self._known)
         for name, answer in answers.items():
             if name not in self._answers:
                 self._answers[name] = torch.zeros((count, *answer.shape[1:]), dtype=answer.dtype)

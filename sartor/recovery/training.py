@@ -13,17 +13,21 @@ import torch
 from torch import Tensor, nn
 
 from sartor.errors import UsageError
-from sartor.ir.fx import pull_weights, to_fx
+from sartor.ir.fx import pull_weights
 from sartor.ir.program import Program
 from sartor.recovery import pace
 from sartor.recovery.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from sartor.recovery.features import attention_points
 from sartor.recovery.masks import mask_parameters
 from sartor.recovery.objective import Objective
 from sartor.recovery.options import RecoveryOptions, RecoveryResult
+from sartor.recovery.processes import Processes
 from sartor.recovery.samples import BATCH_SIZES, Batch, Samples
+from sartor.recovery.schedule import Clock, Moment
 from sartor.recovery.student import Student
 from sartor.recovery.teacher import Teacher
 from sartor.recovery.twins import Predict, batch_norms, reestimate_statistics, restore, snapshot
+from sartor.recovery.view import View
 
 Score = tuple[float, float]
 _CLIP_NORM = 5.0  # Adam's steps do not depend on the gradient's scale: this only catches outliers
@@ -33,7 +37,6 @@ _FEWEST_STEPS = 32  # smaller batches rather than fewer steps than these in half
 _STATISTICS_BATCHES = 64
 _MASK_RATE = 10.0  # masks begin near 0.1, and Adam moves every number by about its rate in a step
 _MINIMUM_BATCH = 4  # with fewer samples per channel, batch statistics are noise: train with running ones
-_WARM_UP = 0.03
 
 
 class Training:
@@ -53,11 +56,14 @@ class Training:
         options: RecoveryOptions,
     ):
         pace.warm_up()
-        self.started = time.perf_counter()
+        self.clock = Clock(budget_s, options.max_steps)
+        self.processes = Processes.current()
         self.program, self.options, self.folder = program, options, folder
         self.budget_s, self.evaluate = budget_s, evaluate
-        self.report = progress or (lambda fraction, text: None)
-        self.student = Student(program, original)
+        shown = progress if self.processes.first else None
+        self.report = shown or (lambda fraction, text: None)
+        points = attention_points(program, original) if options.features else {}
+        self.student = Student(program, original, options, points)
         self.gm = self.student.gm
         self.identity = {
             "program": program.sha256(),
@@ -66,17 +72,20 @@ class Training:
             **dataclasses.asdict(options),
         }
         found = None if folder is None else load_checkpoint(folder, self.identity)
-        self.samples = Samples(data, self.student.names, original.batch, seed)
+        names = self.student.view.names
+        self.samples = Samples(data, names, original.batch, seed, processes=self.processes)
+        self.student.try_precision(self.samples.probe(pace.PROBE_SAMPLES)[0])
         self.teacher: Teacher | None = None
         if options.teacher != "never":
-            twin = to_fx(original, dtype=torch.float32).requires_grad_(False)
-            self.teacher = Teacher(twin, self.samples)
+            self.teacher = Teacher(View(original, original, points), self.samples, self.processes)
         self.most_threads = torch.get_num_threads()
         self.judged = self.samples.sample(self._fit_into_time(found))
         self.masks = mask_parameters(self.gm)
         self.objective = Objective(program, options, loss, self.teacher, self.masks)
         self._check_labels()
-        self.notes = self.objective.notes
+        self.notes = [*self.student.notes, *self.objective.notes]
+        if options.features and not points:
+            self.notes.append("features were not compared: the programs have no maps in common")
         self.parameters = [p for p in self.gm.parameters() if p.requires_grad]
         if not self.parameters:
             raise UsageError("The program has no trainable weights, so nothing can be recovered.")
@@ -92,22 +101,17 @@ class Training:
         self.phase = ""
         self.step = self.epoch = self.position = 0
         self.rate_scale = 1.0
-        self.earlier_s = 0.0  # of the runs before a resume
-        self.training_from_s = 0.0
-        self.judgement_s = 0.0
         self.history: list[dict[str, Any]] = []
         self.best: dict[str, Tensor] = {}
         self.best_score: Score = (-math.inf, -math.inf)
         if found is not None:
             self._resume(found)
-
-    @property
-    def elapsed_s(self) -> float:
-        """Wall time so far, resumed parts included."""
-        return self.earlier_s + time.perf_counter() - self.started
+        self.processes.wait()  # all have read the checkpoint before the first one writes another
 
     def execute(self) -> RecoveryResult:
         """Run, or resume, to the end."""
+        for note in self.notes:
+            self.report(0.0, note)
         if self.phase == "":
             self._judge("start")
         if self.phase == "start":
@@ -116,46 +120,65 @@ class Training:
             self._train()
             self._statistics("final")
         restore(self.gm, self.best)
-        if not self.step:
-            self.notes.append(f"no training step fitted into {self.budget_s:.0f} s; give recovery more time")
-        asked = 0 if self.teacher is None else self.teacher.asked
-        if self.teacher is not None and self.options.teacher == "wrong":
-            met = self.teacher.met
-            self.notes.append(
-                f"the original was asked about {asked} of {met} samples: {1 - asked / max(met, 1):.0%} saved"
-            )
         self.report(1.0, "done")
-        program = pull_weights(self.program, self.gm)
-        history, notes = tuple(self.history), tuple(self.notes)
-        return RecoveryResult(program, self.step, self.elapsed_s, history, notes, asked)
+        return self._result()
+
+    def _result(self) -> RecoveryResult:
+        notes = list(self.notes)
+        asked, met = (0, 0) if self.teacher is None else self.teacher.counts()
+        if not self.step:
+            notes.append(f"no training step fitted into {self.budget_s:.0f} s; give recovery more time")
+        if self.options.teacher == "wrong":
+            saved = 1 - asked / max(met, 1)
+            notes.append(f"the original was asked about {asked} of {met} samples: {saved:.0%} saved")
+        sizes = self.student.resolutions
+        if sizes is not None and self.step:
+            notes.append(sizes.describe())
+        return RecoveryResult(
+            pull_weights(self.program, self.gm),
+            self.step,
+            self.clock.elapsed_s,
+            tuple(self.history),
+            tuple(notes),
+            "fine-tuning" if self.options.teacher == "never" else "distillation",
+            asked,
+            {} if sizes is None else dict(sorted(sizes.steps.items())),
+            None if sizes is None else sizes.training_macs(),
+        )
 
     # ---- judging ---------------------------------------------------------------------------
     def _judge(self, phase: str, **entry: Any) -> None:
         """Score the current weights and keep them if they are the best so far."""
         start = time.perf_counter()
+        self.processes.average([b for b in self.gm.buffers() if b.is_floating_point()])
+        scored = self._scored() if self.processes.first else None
+        found, score = self.processes.decided(scored)  # type: ignore[misc]
+        usable = not any(math.isnan(part) for part in score)
+        # Equal scores are decided by the distance: a small evaluation split is full of ties.
+        kept = not self.best or (usable and score > self.best_score)
+        if kept:
+            self.best = snapshot(self.gm)
+            self.best_score = score if usable else (-math.inf, -math.inf)
+        self.clock.judgement_s = time.perf_counter() - start
+        seconds = round(self.clock.elapsed_s, 3)
+        self.history.append(
+            {"step": self.step, "phase": phase, **found, **entry, "kept": kept, "seconds": seconds}
+        )
+        self._save(phase)
+
+    def _scored(self) -> tuple[dict[str, float], Score]:
+        """What is known of the current weights, and what they are compared by."""
         self.gm.eval()
         with torch.no_grad():
             pairs = [(self._distance(batch), batch.count) for batch in self.judged]
         distance = sum(float(d) * n for d, n in pairs) / sum(n for _, n in pairs)
-        entry = {"step": self.step, "phase": phase, "distance": distance, **entry}
-        score: Score = (0.0, -distance)
-        if self.evaluate is not None:
-            value = float(self.evaluate(self.student.predictor()))
-            entry["score"] = value
-            score = (value, -distance)
-        usable = not any(math.isnan(part) for part in score)
-        # Equal scores are decided by the distance: a small evaluation split is full of ties.
-        entry["kept"] = not self.best or (usable and score > self.best_score)
-        if entry["kept"]:
-            self.best = snapshot(self.gm)
-            self.best_score = score if usable else (-math.inf, -math.inf)
-        self.judgement_s = time.perf_counter() - start
-        entry["seconds"] = round(self.elapsed_s, 3)
-        self.history.append(entry)
-        self._save(phase)
+        if self.evaluate is None:
+            return {"distance": distance}, (0.0, -distance)
+        value = float(self.evaluate(self.student.predictor()))
+        return {"distance": distance, "score": value}, (value, -distance)
 
     def _distance(self, batch: Batch) -> Tensor:
-        return self.objective.distance(self.student(batch.inputs), batch)
+        return self.objective.distance(self.student.view(batch.inputs), batch)
 
     def _statistics(self, phase: str) -> None:
         """Re-estimate BatchNormalization from the best weights on; kept only where that is better."""
@@ -163,10 +186,11 @@ class Training:
         fixed = self.options.max_steps is not None
         # A tenth more for the final ones, without which what training changed is judged by old statistics.
         limit_s = (1.1 if phase == "final" else 1.0) * self.budget_s
-        in_time = fixed or self.elapsed_s + self.judgement_s + 0.05 * self.budget_s < limit_s
+        needed_s = self.clock.judgement_s + 0.05 * self.budget_s
+        in_time = fixed or self.processes.decided(self.clock.elapsed_s + needed_s < limit_s)
         if batch_norms(self.gm) and in_time and not self._tiny_batches:
             seconds = math.inf if fixed else 0.05 * self.budget_s
-            batches = map(self.student.given, self.samples.inputs(_STATISTICS_BATCHES))
+            batches = map(self.student.view.given, self.samples.inputs(_STATISTICS_BATCHES))
             reestimate_statistics(self.gm, batches, seconds=seconds)
             self._judge(phase)
             restore(self.gm, self.best)
@@ -174,16 +198,30 @@ class Training:
 
     @property
     def _tiny_batches(self) -> bool:
-        return self.judged[0].count < _MINIMUM_BATCH
+        return self.judged[0].count < _MINIMUM_BATCH * self.processes.count
 
     def _check_labels(self) -> None:
-        first = self.judged[0]
+        """The first process sees whether they fit, so that the original is asked once; all go by what it found."""
+        problem: UsageError | None = None
+        if self.processes.first:
+            try:
+                self._check(self.judged[0])
+            except UsageError as error:
+                problem = error
+        problem, use_labels = self.processes.decided((problem, self.objective.use_labels))
+        if problem is not None:
+            raise problem
+        self.objective.use_labels = use_labels
+        if self.teacher is not None:
+            self.teacher.share()
+
+    def _check(self, first: Batch) -> None:
         if self.teacher is not None and self.options.teacher == "always":
             self.teacher.remember(self.judged)
             self.objective.check(self.teacher(first), first)
-        else:
-            with torch.no_grad():
-                self.objective.check(self.student(first.inputs), first)
+            return
+        with torch.no_grad():
+            self.objective.check(self.student.view(first.inputs), first)
 
     # ---- training --------------------------------------------------------------------------
     def _fit_into_time(self, found: Checkpoint | None) -> int:
@@ -200,49 +238,49 @@ class Training:
         probe, count = self.samples.probe(pace.PROBE_SAMPLES)
         forward_s = step_s / 3
         if self.teacher is not None and self.options.teacher == "always":
-            forward_s += pace.forward_seconds(self.teacher.twin, probe, 0.01 * self.budget_s) / count
-        self.samples.limit_batch(int(0.5 * self.budget_s / _FEWEST_STEPS / step_s))
-        judged = int(_JUDGING_SHARE * self.budget_s / forward_s)
-        return min(max(judged, pace.PROBE_SAMPLES), _JUDGED_SAMPLES)
+            forward_s += pace.forward_seconds(self.teacher.view.gm, probe, 0.01 * self.budget_s) / count
+        most = 0.5 * self.budget_s / _FEWEST_STEPS / step_s * self.processes.count
+        most, judged = self.processes.numbers([most, _JUDGING_SHARE * self.budget_s / forward_s])
+        self.samples.limit_batch(int(most))
+        return min(max(int(judged), pace.PROBE_SAMPLES), _JUDGED_SAMPLES)
 
     def _choose_threads(self, share: float) -> float:
         """Use one thread where several are slower, in `share` of the time; seconds per sample of a step."""
         probe, count = self.samples.probe(pace.PROBE_SAMPLES)
-        inputs = self.student.given(probe)
+        inputs = self.student.view.given(probe)
         return pace.choose_threads(self.gm, inputs, self.most_threads, share * self.budget_s / 2) / count
 
     def _train(self) -> None:
         if self.phase != "training":  # else it is resumed, and its schedule goes on
-            self.training_from_s = self.elapsed_s
+            self.clock.training_from_s = self.clock.elapsed_s
         frozen = self._tiny_batches
-        if frozen and batch_norms(self.gm):
-            self.notes.append(
-                f"BatchNormalization kept its running statistics: batches have under {_MINIMUM_BATCH} samples"
-            )
-        judged_s, judged_step = self.elapsed_s, self.step
+        note = f"BatchNormalization kept its running statistics: batches have under {_MINIMUM_BATCH} samples"
+        if frozen and batch_norms(self.gm) and note not in self.notes:
+            self.notes.append(note)
+        self.clock.judged(self.step)
         recent = [0.0, 0]  # sum and count of losses since the last judgement
         reported_s = 0.0
-        while not self._finished():
+        now = self._now()
+        while not now.finished:
             before = self.step
             for batch in self.samples.epoch(self.epoch, self.position):
-                rate = self._learning_rate()
-                self.gm.train(not frozen)
-                value = self._update(batch, rate)
+                rate = self._rate(now)
+                value = self._update(batch, now, frozen)
                 self.step += 1
                 self.position += 1
                 recent = [recent[0] + value, recent[1] + 1]
-                if self._finished():
-                    break
-                if self._judgement_is_due(judged_s, judged_step):
+                now = self._now()
+                if now.due and not now.finished:
                     self._judge("training", loss=recent[0] / recent[1], learning_rate=rate)
                     if self.options.max_steps is None:
                         self._choose_threads(0.005)  # other work on the machine comes and goes
-                    judged_s, judged_step, recent = self.elapsed_s, self.step, [0.0, 0]
-                    if self._finished():
-                        break
-                if self.elapsed_s - reported_s > 1.0:
-                    reported_s = self.elapsed_s
-                    self.report(self._fraction(), f"step {self.step}, loss {value:.4g}")
+                    self.clock.judged(self.step)
+                    recent, now = [0.0, 0], self._now()
+                if now.finished:
+                    break
+                if self.clock.elapsed_s - reported_s > 1.0:
+                    reported_s = self.clock.elapsed_s
+                    self.report(now.fraction, f"step {self.step}, loss {value:.4g}")
             else:
                 if self.step == before and self.position == 0:
                     raise UsageError(
@@ -251,14 +289,26 @@ class Training:
                     )
                 self.epoch, self.position = self.epoch + 1, 0
         if recent[1]:
-            self._judge("training", loss=recent[0] / recent[1], learning_rate=self._learning_rate())
+            self._judge("training", loss=recent[0] / recent[1], learning_rate=self._rate(now))
 
-    def _update(self, batch: Batch, rate: float) -> float:
+    def _now(self) -> Moment:
+        """What holds for the next step, by the clock of the first process."""
+        now = self.clock.moment(self.step)
+        fraction, finished, due = self.processes.numbers([now.fraction, now.finished, now.due])
+        return Moment(fraction, bool(finished), bool(due))
+
+    def _rate(self, now: Moment) -> float:
+        return self.rate_scale * self.options.learning_rate * now.rate
+
+    def _update(self, batch: Batch, now: Moment, frozen: bool) -> float:
         for group in self.optimizer.param_groups:
-            group["lr"] = rate * group["times"]
-        value = self.objective(self.student(batch.inputs), batch)
+            group["lr"] = self._rate(now) * group["times"]
+        value = self.objective(self.student.learn(batch.inputs, now.fraction, frozen=frozen), batch)
+        if self.teacher is not None:
+            self.teacher.share()
         self.optimizer.zero_grad(set_to_none=True)
-        value.backward()
+        (value if self.processes.alone else batch.weight * value).backward()
+        self.processes.sum_gradients(self.parameters)
         norm = nn.utils.clip_grad_norm_(self.parameters, _CLIP_NORM)
         if bool(torch.isfinite(norm)):
             self.optimizer.step()
@@ -269,35 +319,6 @@ class Training:
             if len(self.notes) < 8:
                 self.notes.append(f"step {self.step}: the gradient was not finite; weights were put back")
         return float(value.detach())
-
-    def _learning_rate(self) -> float:
-        fraction = self._fraction()
-        warm = min(1.0, (fraction + 1e-3) / _WARM_UP)
-        cosine = 0.5 * (1.0 + math.cos(math.pi * fraction))
-        return self.rate_scale * self.options.learning_rate * warm * cosine
-
-    def _fraction(self) -> float:
-        """How far training is, in [0, 1]: by time, or by steps where those were asked for."""
-        if self.options.max_steps is not None:
-            return min(self.step / self.options.max_steps, 1.0)
-        training_s = self.budget_s - self._reserve_s() - self.training_from_s
-        return min((self.elapsed_s - self.training_from_s) / max(training_s, 1e-6), 1.0)
-
-    def _reserve_s(self) -> float:
-        """Time kept for what follows training: statistics and two judgements."""
-        return min(0.05 * self.budget_s + 2.0 * self.judgement_s, 0.5 * self.budget_s)
-
-    def _finished(self) -> bool:
-        if self.options.max_steps is not None and self.step >= self.options.max_steps:
-            return True
-        return self.elapsed_s >= self.budget_s - self._reserve_s()
-
-    def _judgement_is_due(self, judged_s: float, judged_step: int) -> bool:
-        if self.options.max_steps is not None:
-            return self.step - judged_step >= max(self.options.max_steps // 10, 1)
-        if self.elapsed_s + self.judgement_s >= self.budget_s - self._reserve_s():
-            return False  # the one after training is near
-        return self.elapsed_s - judged_s >= max(self.budget_s / 12, 10.0 * self.judgement_s)
 
     # ---- checkpoints -----------------------------------------------------------------------
     def _save(self, phase: str) -> None:
@@ -310,23 +331,26 @@ class Training:
             for key, value in self.optimizer.state.get(parameter, {}).items():
                 tensors[f"optimizer/{index}/{key}"] = torch.as_tensor(value)
         if self.teacher is not None:
-            tensors |= {f"teacher/{key}": value for key, value in self.teacher.state().items()}
+            counts = self.teacher.state()
+            tensors |= {f"teacher/{key}": value for key, value in counts.items()}
         state = {
             "phase": phase,
             "step": self.step,
             "epoch": self.epoch,
             "position": self.position,
             "rate_scale": self.rate_scale,
-            "seconds": self.elapsed_s,
-            "training_from_s": self.training_from_s,
-            "judgement_s": self.judgement_s,
+            "seconds": self.clock.elapsed_s,
+            "training_from_s": self.clock.training_from_s,
+            "judgement_s": self.clock.judgement_s,
             "judged_samples": sum(batch.count for batch in self.judged),
             "batch_size": self.samples.batch_size,
             "best_score": [x if math.isfinite(x) else None for x in self.best_score],
+            "sizes": {} if self.student.resolutions is None else dict(self.student.resolutions.steps),
             "history": self.history,
             "notes": self.notes,
         }
-        save_checkpoint(self.folder, self.identity, Checkpoint(tensors, state))
+        if self.processes.first:
+            save_checkpoint(self.folder, self.identity, Checkpoint(tensors, state))
 
     def _resume(self, found: Checkpoint) -> None:
         state = found.state
@@ -340,13 +364,15 @@ class Training:
             values = part(f"optimizer/{index}/")
             if values:
                 self.optimizer.state[parameter] = values
-        if self.teacher is not None:
+        if self.teacher is not None and self.processes.first:
             self.teacher.resume(part("teacher/"))
         self.phase, self.rate_scale = state["phase"], state["rate_scale"]
         self.step, self.epoch, self.position = state["step"], state["epoch"], state["position"]
-        self.earlier_s = state["seconds"]
-        self.training_from_s = state["training_from_s"]
-        self.judgement_s = state["judgement_s"]
+        self.clock.earlier_s = state["seconds"]
+        self.clock.training_from_s = state["training_from_s"]
+        self.clock.judgement_s = state["judgement_s"]
+        if self.student.resolutions is not None:
+            self.student.resolutions.steps.update({int(k): n for k, n in state["sizes"].items()})
         score = [-math.inf if x is None else x for x in state["best_score"]]
         self.best_score = (score[0], score[1])
         self.history = list(state["history"])
