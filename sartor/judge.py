@@ -222,7 +222,7 @@ class Judge:
         return total / count, scored
 
     def _recovered(self, plan: Plan, seconds: float) -> float:
-        from sartor.recovery.distillation import distill
+        from sartor.recovery.distillation import RecoveryOptions, distill
         from sartor.scoring import score
 
         data = self._data
@@ -239,6 +239,7 @@ class Judge:
             loss=data.loss,
             threads=len(os.sched_getaffinity(0)),
             evaluate=evaluate,
+            options=RecoveryOptions(**self._bench.options.recovery),
         )
         return max((entry["score"] for entry in found.history if "score" in entry), default=0.0)
 
