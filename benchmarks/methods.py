@@ -195,26 +195,32 @@ def key_of(row: dict[str, Any]) -> tuple[Any, ...]:
     return tuple(row[part] for part in _KEY)
 
 
+def averaged(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Rows of several seeds as one: means, and the standard deviation of the score as `spread`."""
+    done = [row for row in rows if "score" in row]
+    if not done:
+        return dict(rows[0])
+    means = {k: statistics.fmean(r[k] for r in done) for k in ("score", "latency_ratio", "macs", "search_s")}
+    scores = [row["score"] for row in done]
+    spread = statistics.stdev(scores) if len(scores) > 1 else 0.0
+    return {**done[0], **means, "spread": spread, "met": all(row["met"] for row in done)}
+
+
 def table(rows: list[dict[str, Any]]) -> str:
     """Mean and standard deviation over seeds, per data set, budget and strategy."""
     lines = [
-        f"{'data':18} {'budget':>6} {'strategy':18} {'score %':>14} {'latency':>8} {'MACs':>10} {'search s':>9}"
+        f"{'data':18} {'budget':>6} {'strategy':22} {'score %':>14} {'latency':>8} {'MACs':>10} {'search s':>9}"
     ]
-    keys = list(dict.fromkeys((r["dataset"], r["budget"], r["strategy"]) for r in rows))
+    keys = dict.fromkeys(key_of(row)[:3] for row in rows)
     for key in sorted(keys, key=lambda k: (k[0], -k[1])):
-        same = [r for r in rows if (r["dataset"], r["budget"], r["strategy"]) == key]
-        done = [r for r in same if "score" in r]
-        if not done:
-            lines.append(f"{key[0]:18} {key[1]:6} {key[2]:18} refused: {same[0]['refused'][:90]}")
+        one = averaged([row for row in rows if key_of(row)[:3] == key])
+        head = f"{key[0]:18} {key[1]:6} {key[2]:22}"
+        if "score" not in one:
+            lines.append(f"{head} refused: {one['refused'][:90]}")
             continue
-        scores = [100 * r["score"] for r in done]
-        spread = statistics.stdev(scores) if len(scores) > 1 else 0.0
-        mean = {k: statistics.fmean(r[k] for r in done) for k in ("latency_ratio", "macs", "search_s")}
-        missed = sum(not r["met"] for r in done)
         lines.append(
-            f"{key[0]:18} {key[1]:6} {key[2]:18} {statistics.fmean(scores):7.2f} ± {spread:4.2f} "
-            f"{mean['latency_ratio']:7.3f}x {mean['macs'] / 1e6:8.2f} M {mean['search_s']:9.1f}"
-            + (f"  {missed} of {len(done)} missed the budget" if missed else "")
+            f"{head} {100 * one['score']:7.2f} ± {100 * one['spread']:4.2f} {one['latency_ratio']:7.3f}x "
+            f"{one['macs'] / 1e6:8.2f} M {one['search_s']:9.1f}" + ("" if one["met"] else "  over the budget")
         )
     return "\n".join(lines)
 
