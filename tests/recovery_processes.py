@@ -5,6 +5,7 @@ torchrun --nproc-per-node 2 recovery_processes.py OUT
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from collections.abc import Iterator
@@ -46,7 +47,19 @@ def runs(folder: Path, processes: Processes) -> Iterator[tuple[str, RecoveryResu
         ),
     )
     assert bool(judged) == bool(lines) == processes.first, "the first process judges and reports"
-    yield "norms", distill(network(noise=0.3), network(), data, minutes=1, seed=0, options=STEPS)
+    better = itertools.count()  # the last state is kept: that of re-estimated statistics
+    yield (
+        "norms",
+        distill(
+            network(noise=0.3),
+            network(),
+            data,
+            minutes=1,
+            seed=0,
+            options=STEPS,
+            evaluate=lambda predict: float(next(better)),
+        ),
+    )
     wrong = RecoveryOptions(teacher="wrong", max_steps=12, learning_rate=1e-9, rat=0.5)
     yield "wrong", distill(plain(1), plain(), data, minutes=1, seed=0, options=wrong)
     yield "resumed", resumed(folder / "checkpoint")

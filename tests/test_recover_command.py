@@ -236,6 +236,7 @@ def test_a_refusal_on_the_way_leaves_nothing_behind(folder, tmp_path, sartor):
     assert code == 2 and "lost" in err and list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_two_processes_write_one_model(folder, tmp_path, sartor):
     """Without the norm, whose batch statistics are those of a share, it is the model of one process."""
     program = package.load(folder / "model.onnx")

@@ -75,7 +75,7 @@ def test_images_are_resized_in_float32():
     torch.testing.assert_close(given[0], student.view.given([x])[0], rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("name", models.ALL)
+@pytest.mark.parametrize("name", ["mobilenet", "se", "vit"])
 def test_networks_train_in_bfloat16(name):
     program = models.captured(name)
     result = distill(

@@ -64,52 +64,50 @@ def said(folder: Path, name: str, rank: int = 0) -> dict:
     return json.loads((folder / f"{name}.{rank}.json").read_text())
 
 
-@pytest.mark.parametrize("name", ["plain", "norms", "wrong", "resumed", "timed", "streamed"])
-def test_all_processes_have_the_same_weights_and_histories(folders, name):
-    _, two = folders
+RUNS = ("plain", "norms", "wrong", "resumed", "timed", "streamed")
+
+
+def test_two_processes_are_one(folders):
+    """One test, because the processes are started once per worker of the tests."""
+    for name in RUNS:
+        the_processes_agree(name, folders[1])
+    for name in ("plain", "wrong", "resumed", "streamed"):
+        two_find_what_one_finds(name, *folders)
+    assert said(folders[1], "plain")["asked"] == 64, "no sample is asked about twice"
+    assert 0 < said(folders[1], "wrong")["asked"] < 64
+    assert "of 64 samples" in said(folders[1], "wrong")["notes"][0]
+    statistics_are_averaged(*folders)
+
+
+def the_processes_agree(name: str, two: Path) -> None:
     first, second = (weights(two, name, rank) for rank in (0, 1))
-    assert all(np.array_equal(first[key], second[key]) for key in first)
-    assert [said(two, name, rank) for rank in (0,)] == [said(two, name, rank) for rank in (1,)]
+    assert all(np.array_equal(first[key], second[key]) for key in first), name
+    assert said(two, name, 0) == said(two, name, 1)
 
 
-@pytest.mark.parametrize("name", ["plain", "wrong", "resumed", "streamed"])
-def test_two_processes_are_one(folders, name):
-    one, two = (weights(folder, name) for folder in folders)
-    for key, array in one.items():
-        np.testing.assert_allclose(two[key], array, rtol=1e-4, atol=1e-6)
-    alone, together = (said(folder, name) for folder in folders)
-    assert (alone["steps"], alone["asked"], alone["notes"]) == (
-        together["steps"],
-        together["asked"],
-        together["notes"],
-    )
-    np.testing.assert_allclose(
-        [d for _, d, _ in alone["history"]], [d for _, d, _ in together["history"]], rtol=1e-3
-    )
+def two_find_what_one_finds(name: str, one: Path, two: Path) -> None:
+    for key, array in weights(one, name).items():
+        np.testing.assert_allclose(weights(two, name)[key], array, rtol=1e-4, atol=1e-6, err_msg=name)
+    alone, shared = said(one, name), said(two, name)
+    assert [alone[k] for k in ("steps", "asked", "notes")] == [shared[k] for k in ("steps", "asked", "notes")]
+    distances = [[distance for _, distance, _ in each["history"]] for each in (alone, shared)]
+    np.testing.assert_allclose(*distances, rtol=1e-3, err_msg=name)
     if name != "wrong":
         start = recovery_processes.plain(1).initializer_array("w")
-        assert np.abs(one["w"] - start).max() > 0.01, "it learned"
+        assert np.abs(weights(one, name)["w"] - start).max() > 0.01, "it learned"
 
 
-def test_no_sample_is_asked_about_twice(folders):
-    _, two = folders
-    assert said(two, "plain")["asked"] == 64
-    assert 0 < said(two, "wrong")["asked"] < 64
-    assert "of 64 samples" in said(two, "wrong")["notes"][0]
-
-
-def test_statistics_are_averaged(folders):
+def statistics_are_averaged(one: Path, two: Path) -> None:
     """Weights have learned from other batch statistics, and the running ones are those of all samples."""
-    one, two = (weights(folder, "norms") for folder in folders)
-    assert not np.allclose(one["conv.weight"], two["conv.weight"], atol=1e-5)
-    np.testing.assert_allclose(two["conv.weight"], one["conv.weight"], atol=0.05)
+    alone, shared = weights(one, "norms"), weights(two, "norms")
+    assert not np.allclose(alone["conv.weight"], shared["conv.weight"], atol=1e-5)
+    np.testing.assert_allclose(shared["conv.weight"], alone["conv.weight"], atol=0.05)
     data = np.concatenate([inputs["x"] for inputs, _ in samples(64, batch=32)])
-    convolved = torch.nn.functional.conv2d(
-        torch.from_numpy(data), torch.from_numpy(two["conv.weight"]), padding=1
-    )
-    kept = [phase for phase, _, kept in said(folders[1], "norms")["history"] if kept]
-    if kept[-1] == "final":
-        np.testing.assert_allclose(two["bn.running_mean"], convolved.mean((0, 2, 3)).numpy(), atol=1e-4)
+    weight = torch.from_numpy(shared["conv.weight"])
+    convolved = torch.nn.functional.conv2d(torch.from_numpy(data), weight, padding=1)
+    kept = [phase for phase, _, kept in said(two, "norms")["history"] if kept]
+    assert kept[-1] == "final", "the statistics below are re-estimated ones"
+    np.testing.assert_allclose(shared["bn.running_mean"], convolved.mean((0, 2, 3)).numpy(), atol=1e-4)
 
 
 # ---- shares ------------------------------------------------------------------------------------

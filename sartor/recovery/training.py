@@ -128,8 +128,8 @@ class Training:
         asked, met = (0, 0) if self.teacher is None else self.teacher.counts()
         if not self.step:
             notes.append(f"no training step fitted into {self.budget_s:.0f} s; give recovery more time")
-        if self.options.teacher == "wrong":
-            saved = 1 - asked / max(met, 1)
+        if self.options.teacher == "wrong" and met:
+            saved = max(1 - asked / met, 0.0)
             notes.append(f"the original was asked about {asked} of {met} samples: {saved:.0%} saved")
         sizes = self.student.resolutions
         if sizes is not None and self.step:
