@@ -18,6 +18,7 @@ REGISTRY = Registry(
         "insert-masks": "sartor.passes.insert_masks:InsertMasks",
         "prune-channels": "sartor.passes.prune_channels:PruneChannels",
         "quantize": "sartor.passes.quantize:Quantize",
+        "reestimate-batch-norm": "sartor.passes.reestimate_batch_norm:ReestimateBatchNorm",
         "remove-blocks": "sartor.passes.remove_blocks:RemoveBlocks",
         "remove-dead": "sartor.passes.remove_dead:RemoveDead",
         "remove-layers": "sartor.passes.remove_layers:RemoveLayers",
