@@ -22,6 +22,7 @@ REGISTRY = Registry(
         "remove-blocks": "sartor.passes.remove_blocks:RemoveBlocks",
         "remove-dead": "sartor.passes.remove_dead:RemoveDead",
         "remove-layers": "sartor.passes.remove_layers:RemoveLayers",
+        "repair": "sartor.passes.repair:Repair",
         "rescale": "sartor.passes.rescale:Rescale",
     },
 )
