@@ -15,7 +15,7 @@ RESERVED = ("exits", "gates", "tiles", "precision")
 """Sections that later passes fill; present and empty in every plan of this schema."""
 
 
-KINDS = {"svd": 1, "spatial": 1, "tucker": 2}
+KINDS = {"svd": 1, "spatial": 1, "tucker": 2, "cp": 1}
 """Factorizations, and how many ranks each has."""
 WAYS = frozenset({"drop", "connect"})
 """How a layer goes."""
@@ -67,7 +67,7 @@ class Factorization:
     """How one layer becomes several.
 
     Attributes:
-        kind: `svd`, `spatial` or `tucker`; see `sartor.passes.factorize`.
+        kind: `svd`, `spatial`, `tucker` or `cp`; see `sartor.passes.factorize`.
         rank: of the product; two for `tucker`, of input and output channels.
     """
 

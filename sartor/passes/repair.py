@@ -67,10 +67,7 @@ class Repair(Pass):
     """Give layers whose inputs were narrowed the weights that make what the original's layer made.
 
     Becomes:
-
-    ```
-    y = W[kept] x[kept] + b   →   y = W′ x[kept] + b′      with W′, b′ = argmin Σ |(W x + b) − (W′ x[kept] + b′)|²
-    ```
+        y = W[kept] x[kept] + b   →   y = W′ x[kept] + b′      with W′, b′ = argmin Σ |(W x + b) − (W′ x[kept] + b′)|²
 
     The sum is over samples and positions of the calibration data, and x is what the repaired layers before make. The
     bias that is there takes the constant part: the layer's own, that of an Add behind it, or the running mean of a
