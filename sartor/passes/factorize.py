@@ -16,6 +16,7 @@ from sartor.ir.program import Program
 from sartor.passes import factors, polyadic
 from sartor.passes.base import Context, Pass, Planned, Refusal, Semantics, option
 from sartor.passes.factored import factorize, multiplications, stored, unsuitable, weight_of
+from sartor.passes.pays import Pays
 from sartor.passes.prune import rewrite
 from sartor.passes.rewriter import Rewriter
 
@@ -56,8 +57,7 @@ class Factorize(Pass):
 
     def plan(self, program: Program, context: Context) -> Any:
         """Ranks of the layers for which it pays. See `Pass.plan`."""
-        latency: Callable[[Program], float] | None = context.extras.get("latency")
-        before = latency(program) if latency is not None else 0.0
+        pays = Pays(program, context)
         chosen: dict[str, Factorization] = {}
         refusals = []
         for node, weight in self._layers(program):
@@ -69,12 +69,11 @@ class Factorize(Pass):
             if not reason:
                 found = Factorization(self.kind, self._rank(program, node, weight))
                 old, new = multiplications(program, node, found)
+                what = f"rank {' x '.join(map(str, found.rank))}"
                 if new >= old:
-                    reason = f"rank {' x '.join(map(str, found.rank))} needs {new} multiplications instead of {old}"
-                elif latency is not None:
-                    after = latency(_alone(program, node.name or "", found))
-                    if after >= before:
-                        reason = f"rank {' x '.join(map(str, found.rank))} would take {after / before:.3f}x the time"
+                    reason = f"{what} needs {new} multiplications instead of {old}"
+                else:
+                    reason = pays.objection(what, _only(node.name or "", found))
             if reason:
                 refusals.append(Refusal(node.name or "", reason))
             else:
@@ -111,7 +110,5 @@ class Factorize(Pass):
         )
 
 
-def _alone(program: Program, name: str, found: Factorization) -> Program:
-    clone = program.clone()
-    factorize(clone, {name: found}, Rewriter(clone, Factorize.name))
-    return clone
+def _only(name: str, found: Factorization) -> Callable[[Program, Rewriter], None]:
+    return lambda program, rewriter: factorize(program, {name: found}, rewriter)

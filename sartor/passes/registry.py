@@ -14,6 +14,8 @@ REGISTRY = Registry(
         "factorize": "sartor.passes.factorize:Factorize",
         "fold-batch-norm": "sartor.passes.fold_batch_norm:FoldBatchNorm",
         "fold-constants": "sartor.passes.fold_constants:FoldConstants",
+        "fuse-mbconv": "sartor.passes.fuse_mbconv:FuseMbconv",
+        "group-conv": "sartor.passes.group_conv:GroupConv",
         "harden-masks": "sartor.passes.insert_masks:HardenMasks",
         "insert-masks": "sartor.passes.insert_masks:InsertMasks",
         "prune-channels": "sartor.passes.prune_channels:PruneChannels",
