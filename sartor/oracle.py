@@ -99,7 +99,7 @@ def check(
     if tolerance is None:
         tolerance = TOLERANCE_GROWN if plan.widened else TOLERANCE_F64
     if plan.sizes or plan.replaces_layers:  # proven is what zeros can say, at the plan's size
-        program, plan = at_plan_size(program, dataclasses.replace(plan, factors={}, layers={}))
+        program, plan = at_plan_size(program, plan.without_replacements())
         analysis = None
     analysis = analysis or channel_groups(program)
     worst: OracleResult | None = None

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 
+import models
 import numpy as np
 import pytest
 import torch
@@ -13,9 +15,11 @@ from torch import nn
 import sartor
 from sartor import oracle
 from sartor.cost_models.static import static_cost
-from sartor.errors import PlanError
+from sartor.errors import PlanError, UsageError
 from sartor.ir.fx import run_twin
 from sartor.ir.plan import Factorization, Plan
+from sartor.ir.verify import verify_program
+from sartor.passes import polyadic
 from sartor.passes.base import Context
 from sartor.passes.factored import multiplications
 from sartor.passes.factorize import Factorize
@@ -134,9 +138,118 @@ def test_narrowed_layers_are_factorized_and_the_cut_is_proven(program):
     assert shapes == [(4, 8, 3, 3), (12, 4, 1, 1)]
 
 
+class Products(nn.Module):
+    """Kernels that are sums of 3 and 4 products of vectors; windows differ along every axis."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv2d(6, 16, (3, 5), stride=(2, 3), padding=(1, 2))
+        self.deep = nn.Conv2d(16, 12, 3, padding=2, dilation=2, bias=False)
+        self.flat = nn.Conv2d(12, 8, (1, 3))
+        generator = torch.Generator().manual_seed(0)
+        for layer, rank in ((self.first, 3), (self.deep, 4)):
+            parts = [torch.randn(n, rank, generator=generator) for n in layer.weight.shape]
+            layer.weight.data = torch.einsum("or,ir,yr,xr->oiyx", *parts) / 4
+
+    def forward(self, x):
+        return self.flat(torch.relu(self.deep(torch.relu(self.first(x)))))
+
+
+@pytest.fixture(scope="module")
+def products():
+    pytest.importorskip("tensorly", reason="tensorly (the extra 'factorize') decomposes kernels")
+    torch.manual_seed(0)
+    return sartor.capture(Products().eval(), (torch.zeros(1, 6, 16, 15),))
+
+
+def run(program, seed=0):
+    (name,) = program.input_shapes
+    x = np.random.default_rng(seed).standard_normal((2, *program.input_shapes[name][1:]))
+    return next(iter(run_twin(program, {name: x}).values()))
+
+
+@pytest.mark.parametrize(("layer", "rank"), [("first.weight", 3), ("deep.weight", 4)])
+def test_as_many_products_as_there_are_give_the_same_function(products, layer, rank):
+    """And one less another. MACs by hand, of maps of 16 x 15 that become 8 x 15 by columns and 8 x 5 by rows."""
+    name = named(products, layer)
+    node = next(node for node in products.nodes() if node.name == name)
+    for less in (0, 1):
+        r = rank - less
+        plan = Plan(products.source.sha256, factors={name: Factorization("cp", (r,))})
+        assert Plan.from_json(plan.to_json()) == plan
+        result = apply_plan(products, plan)
+        polyadic._decomposed.cache_clear()
+        assert apply_plan(products, plan).to_bytes() == result.to_bytes()
+        verify_program(result)
+        error = np.abs(run(result) - run(products)).max()
+        assert (error < 1e-5) == (less == 0), error
+        by_hand = {
+            "first.weight": (16 * 6 * 15 * 8 * 5, r * (6 * 16 * 15 + 3 * 8 * 15 + (5 + 16) * 8 * 5)),
+            "deep.weight": (12 * 16 * 9 * 8 * 5, r * (16 * 8 * 5 + 3 * 8 * 5 + (3 + 12) * 8 * 5)),
+        }[layer]
+        assert multiplications(products, node, plan.factors[name]) == by_hand
+        assert static_cost(result).macs - static_cost(products).macs == by_hand[1] - by_hand[0]
+    made = [n for n in result.nodes() if (n.name + ".").startswith(name + ".")]
+    assert [n.attributes.get_int("group", 1) for n in made] == [1, r, r, 1]
+    assert [len(n.inputs) for n in made][:3] == [2, 2, 2]  # the last one has the bias
+
+
+def test_ranks_of_products_come_from_energy(products):
+    done = Factorize(kind="cp", energy=1.0).run(products)
+    ranks = {name: found.rank for name, found in done.plan.factors.items()}
+    assert ranks == {named(products, "first.weight"): (3,), named(products, "deep.weight"): (4,)}
+    assert {r.node: r.reason for r in done.refusals} == {
+        named(products, "flat.weight"): "its kernel is 1 x 3"
+    }
+    assert np.abs(run(done.program) - run(products)).max() < 1e-5
+    fewer = Factorize(kind="cp", energy=0.5).run(products)
+    assert all(fewer.plan.factors[name].rank < rank for name, rank in ranks.items())
+
+
+def test_products_that_do_not_pay_and_what_the_cost_model_says(program, products):
+    pytest.importorskip("tensorly", reason="tensorly (the extra 'factorize') decomposes kernels")
+    reasons = {r.node: r.reason for r in Factorize(kind="cp", energy=1.0).run(program).refusals}
+    assert "multiplications instead of" in reasons[named(program, "deep.weight")]  # noise has no products
+    assert reasons[named(program, "head.weight")] == "it has no kernel"
+    assert reasons[named(program, "grouped.weight")] == "it is grouped"
+    slow = Context(extras={"latency": lambda one: float(len(list(one.nodes())))})
+    done = Factorize(kind="cp", energy=1.0).run(products, slow)
+    assert not done.modified and sum("rank 3 would take" in r.reason for r in done.refusals) == 1
+    fast = Context(extras={"latency": lambda one: float(static_cost(one).macs)})
+    assert len(Factorize(kind="cp", energy=1.0).run(products, fast).plan.factors) == 2
+
+
+@pytest.mark.parametrize("name", sorted(models.ALL))
+def test_products_in_networks_of_every_family(name):
+    pytest.importorskip("tensorly", reason="tensorly (the extra 'factorize') decomposes kernels")
+    before = models.captured(name)
+    done = Factorize(kind="cp", energy=0.6).run(before)
+    verify_program(done.program)
+    assert (
+        done.program.shapes()[before.graph.outputs[0].name] == before.shapes()[before.graph.outputs[0].name]
+    )
+    assert done.modified == (name not in ("vit", "vit_manual"))
+    if done.modified:
+        assert static_cost(done.program).macs < static_cost(before).macs
+
+
+def test_without_tensorly_the_extra_is_named(program, monkeypatch):
+    polyadic._decomposed.cache_clear()
+    monkeypatch.setitem(sys.modules, "tensorly", None)
+    plan = Plan(program.source.sha256, factors={named(program, "deep.weight"): Factorization("cp", (4,))})
+    for act in (lambda: apply_plan(program, plan), lambda: Factorize(kind="cp", energy=0.1).run(program)):
+        with pytest.raises(
+            UsageError, match=r"'cp' of 'factorize' needs .*pip install 'sartor\[factorize\]'"
+        ):
+            act()
+
+
 @pytest.mark.parametrize(
     ("name", "found", "says"),
     [
+        ("deep.weight", Factorization("cp", (145,)), "144 at most"),
+        ("head.weight", Factorization("cp", (2,)), "it has no kernel"),
+        ("point.weight", Factorization("cp", (2,)), "kernel is 1 x 1"),
         ("nothing", Factorization("svd", (2,)), "does not have"),
         ("grouped.weight", Factorization("svd", (2,)), "it is grouped"),
         ("head.weight", Factorization("tucker", (2, 2)), "it has no kernel"),
@@ -156,6 +269,7 @@ def test_malformed_factors_are_refused():
         {"kind": "tucker", "rank": [1]},
         {"kind": "svd", "rank": [0]},
         {"kind": "svd"},
+        {"kind": "cp", "rank": [2, 2]},
     ):
         with pytest.raises(PlanError):
             Plan.from_json(json.dumps({**plan, "factors": {"layer": entry}}))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from sartor.passes import factors
+from sartor.passes import factors, polyadic
 
 
 def convolve(x, weights, padding, stride=1):
@@ -75,3 +75,69 @@ def test_iteration_is_at_least_as_close_as_truncation(weight):
     found = error(first[:, :, 0, 0].T, core, last[:, :, 0, 0])
     assert found < truncated
     assert found == pytest.approx((weight**2).sum() - (core**2).sum())  # what orthogonal factors leave out
+
+
+class TestProducts:
+    @pytest.fixture(autouse=True)
+    def needs_tensorly(self):
+        pytest.importorskip("tensorly", reason="tensorly (the extra 'factorize') decomposes kernels")
+
+    def test_one_product_by_hand(self):
+        vectors = [
+            np.array([1.0, -2.0]),
+            np.array([3.0, 0.0, 4.0]),
+            np.array([2.0, 1.0]),
+            np.array([1.0, 1.0, 1.0]),
+        ]
+        weight = np.einsum("o,i,y,x->oiyx", *vectors)
+        into, column, row, outer = polyadic.cp(weight, 1)
+        assert [part.shape for part in (into, column, row, outer)] == [
+            (1, 3, 1, 1),
+            (1, 1, 2, 1),
+            (1, 1, 1, 3),
+            (2, 1, 1, 1),
+        ]
+        np.testing.assert_allclose(outer[1] / outer[0], -2.0)
+        norms = [np.linalg.norm(part) for part in (into, column, row, outer)]
+        np.testing.assert_allclose(norms, (5.0 * 5**0.5 * 5**0.5 * 3**0.5) ** 0.25)
+        product = np.einsum(
+            "ri,ry,rx,or->oiyx", into[:, :, 0, 0], column[:, 0, :, 0], row[:, 0, 0], outer[:, :, 0, 0]
+        )
+        np.testing.assert_allclose(product, weight, atol=1e-12)
+
+    def test_layers_are_the_product(self, weight, x):
+        layers = polyadic.cp(weight, 7)
+        product = np.einsum(
+            "ri,ry,rx,or->oiyx", *(p.squeeze(a) for p, a in zip(layers, polyadic._ONES, strict=True))
+        )
+        assert 1 - ((product - weight) ** 2).sum() / (weight**2).sum() == pytest.approx(
+            polyadic.kept(weight, 7)
+        )
+        into, column, row, outer = (torch.from_numpy(np.ascontiguousarray(part)) for part in layers)
+        made = torch.nn.functional.conv2d(x, into)
+        made = torch.nn.functional.conv2d(made, column, groups=7, padding=(1, 0))
+        made = torch.nn.functional.conv2d(made, row, groups=7, padding=(0, 2))
+        np.testing.assert_allclose(
+            torch.nn.functional.conv2d(made, outer).numpy(), convolve(x, [product], (1, 2)), atol=1e-10
+        )
+
+    def test_the_rank_that_is_found_keeps_the_energy_and_one_much_smaller_does_not(self, weight):
+        rank = polyadic.cp_rank(weight, 0.8, 60)
+        assert polyadic.kept(weight, rank) >= 0.8 > polyadic.kept(weight, rank - 2)
+        assert polyadic.cp_rank(weight, 0.8, rank - 3) == rank - 2
+        assert (
+            polyadic.cp_rank(weight, 1.0, 3) == 6
+        )  # its matrix of output channels has rank 6: nothing is tried
+
+    def test_more_products_than_there_are_and_none(self):
+        flat = np.ones((4, 3, 3, 3))
+        assert polyadic.kept(flat, 5) == pytest.approx(1.0)
+        zero = np.zeros((4, 3, 3, 3))
+        assert all((part == 0).all() for part in polyadic.cp(zero, 2)) and polyadic.kept(zero, 2) == 1.0
+        assert polyadic.cp_rank(zero, 0.9, 5) == 1
+
+    def test_it_repeats(self, weight):
+        first = polyadic.cp(weight, 9)
+        polyadic._decomposed.cache_clear()
+        np.random.default_rng(3).random(10)
+        assert all((a == b).all() for a, b in zip(first, polyadic.cp(weight, 9), strict=True))

@@ -40,6 +40,7 @@ HEAVY = (
     "ai_edge_litert",
     "nncf",
     "lightgbm",
+    "tensorly",
 )
 # Modules that exist to hold torch code, and are themselves imported inside functions only.
 HEAVY_AT_TOP = (

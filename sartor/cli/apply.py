@@ -52,6 +52,8 @@ def run(options: argparse.Namespace) -> Result:
         "blocks": list(plan.blocks),
         "layers": dict(plan.layers),
         "factors": len(plan.factors),
+        "fused": list(plan.fused),
+        "grouped": dict(plan.grouped),
         "widened": len(plan.widened),
         "deepened": dict(plan.deepened),
         "inputs": {name: list(shape) for name, shape in pruned.input_shapes.items()},
@@ -68,6 +70,8 @@ def run(options: argparse.Namespace) -> Result:
             (sum(plan.deepened.values()), "blocks added"),
             (len(plan.layers), "layers removed"),
             (len(plan.factors), "layers factorized"),
+            (len(plan.fused), "pairs of layers fused"),
+            (len(plan.grouped), "layers cut into groups"),
         )
         if number
     ]

@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-o", "--output", required=True, metavar="OUT.onnx", help="file to write")
     parser.add_argument("--plan-out", metavar="PLAN.json", help="write the plan that 'sartor apply' replays")
     parser.add_argument(
-        "--data", metavar="DATA", help="FILE.npz or FILE.py:function, for criteria that need data"
+        "--data", metavar="DATA", help="FILE.npz or FILE.py:function, for passes and criteria that need data"
     )
     parser.add_argument(
         "--seed", type=arguments.seed, default=0, help="seed of passes without one, and of data splits (0)"
@@ -40,11 +40,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> Result:
-    """Parse the pipeline first: a typing error must not cost a capture."""
+    """Parse the pipeline first: a typing error, or data that are missing, must not cost a capture."""
     from sartor.ir.files import write_all
+    from sartor.passes.base import Context
     from sartor.passes.pipeline import Pipeline
 
     pipeline = Pipeline.parse(options.passes)
+    if options.data is None:
+        pipeline.check(Context())
     output = arguments.output_file(options.output)
     plan_output = arguments.output_file(options.plan_out) if options.plan_out else None
     arguments.require_distinct(output, plan_output)

@@ -144,7 +144,7 @@ class Runner(fx.Interpreter):
         except SartorError:
             raise
         except Exception as error:
-            raise self._located(error) from error
+            raise self.located(error) from error
         finally:
             self.env = {}
         return dict(zip(self.info.outputs, results, strict=True))
@@ -249,7 +249,8 @@ class Runner(fx.Interpreter):
             live = {n: v for n, v in live.items() if last[n] > i}
         return result
 
-    def _located(self, error: Exception) -> ModelError:
+    def located(self, error: Exception) -> ModelError:
+        """What failed at the node that runs, as an error that names it."""
         name = self.current.meta.get("onnx_node", "") if self.current is not None else ""
         node = next((n for n in self.program.nodes() if n.name == name), None)
         where = self.program.where(node) if node is not None else f"'{name}'"

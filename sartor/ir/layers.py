@@ -7,6 +7,7 @@ whole. What a layer is followed by may be absent.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection
 
 import numpy as np
 import onnx_ir as ir
@@ -15,10 +16,12 @@ from sartor.ir.blocks import residual_blocks
 from sartor.ir.cleanup import array_of
 from sartor.ir.program import Program
 
-_ACTIVATIONS = frozenset(
+ACTIVATIONS = frozenset(
     """Relu Clip LeakyRelu PRelu Elu Celu Selu Gelu HardSwish Mish Tanh Sigmoid HardSigmoid Softplus
     ThresholdedRelu""".split()
 )
+"""Operators that act on every number by itself; a slope of PRelu may differ between channels."""
+_GATES = frozenset({"Sigmoid", "HardSigmoid"})
 _IDEMPOTENT = frozenset({"Relu", "Clip"})
 
 
@@ -69,7 +72,7 @@ def _layer(program: Program, node: ir.Node) -> Layer:
     if (norm := _only_reader(nodes[-1])) is not None and norm.op_type == "BatchNormalization":
         nodes.append(norm)
     affine = nodes[-1]
-    if (act := _only_reader(nodes[-1])) is not None and act.op_type in _ACTIVATIONS and act.domain == "":
+    if (act := _only_reader(nodes[-1])) is not None and act.op_type in ACTIVATIONS and act.domain == "":
         nodes.append(act)
     shapes = program.shapes()
     entry, end = node.inputs[0], nodes[-1].outputs[0]
@@ -100,6 +103,41 @@ def activated(value: ir.Value) -> ir.Value:
         if user.op_type in _IDEMPOTENT and user.inputs[0] is value and not user.domain:
             return user.outputs[0]
     return value
+
+
+def activation_before(value: ir.Value) -> tuple[ir.Value, tuple[ir.Node, ...]] | None:
+    """What an activation function made a value of, and its nodes, last first; None where none made it.
+
+    x · Sigmoid(x) is one, too.
+    """
+    node = value.producer()
+    if node is None or node.domain:
+        return None
+    if node.op_type in ACTIVATIONS and node.inputs[0] is not None:
+        return node.inputs[0], (node,)
+    if node.op_type == "Mul":
+        for x, gate in ((node.inputs[0], node.inputs[1]), (node.inputs[1], node.inputs[0])):
+            maker = gate.producer() if gate is not None else None
+            if maker is None or x is None or maker.op_type not in _GATES or maker.inputs[0] is not x:
+                continue
+            if read_by(maker.outputs[0], (node,)):
+                return x, (node, maker)
+    return None
+
+
+def activation_behind(value: ir.Value) -> tuple[ir.Value, tuple[ir.Node, ...]] | None:
+    """What the activation function makes that alone reads a value, and its nodes, last first; None without."""
+    for node in dict.fromkeys(user for user, _ in value.uses()):
+        found = activation_before(node.outputs[0]) if len(node.outputs) == 1 else None
+        if found is not None and found[0] is value and read_by(value, found[1]):
+            return node.outputs[0], found[1]
+    return None
+
+
+def read_by(value: ir.Value, nodes: Collection[ir.Node]) -> bool:
+    """Whether nothing but some nodes of its own graph reads a value."""
+    users = {user for user, _ in value.uses()}
+    return not value.is_graph_output() and users <= set(nodes) and all(n.graph is value.graph for n in users)
 
 
 def _only_reader(node: ir.Node) -> ir.Node | None:

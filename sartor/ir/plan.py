@@ -15,12 +15,19 @@ RESERVED = ("exits", "gates", "tiles")
 """Sections that later passes fill; present and empty in every plan of this schema."""
 
 
-KINDS = {"svd": 1, "spatial": 1, "tucker": 2}
+KINDS = {"svd": 1, "spatial": 1, "tucker": 2, "cp": 1}
 """Factorizations, and how many ranks each has."""
 WAYS = frozenset({"drop", "connect"})
 """How a layer goes."""
 PRECISIONS = frozenset({"f32", "f16", "bf16", "int8"})
 """What a network can be lowered in."""
+REPLACEMENTS = {
+    "factors": "factorizes layers, whose weights are others then",
+    "layers": "removes layers that no shortcut crosses",
+    "fused": "fuses pairs of layers into one",
+    "grouped": "cuts layers into groups, without most of their weights",
+}
+"""Sections by which layers go or become others, which no zeros in the original can say."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +76,7 @@ class Factorization:
     """How one layer becomes several.
 
     Attributes:
-        kind: `svd`, `spatial` or `tucker`; see `sartor.passes.factorize`.
+        kind: `svd`, `spatial`, `tucker` or `cp`; see `sartor.passes.factorize`.
         rank: of the product; two for `tucker`, of input and output channels.
     """
 
@@ -87,7 +94,7 @@ class Factorization:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Channel groups to narrow or widen, blocks to remove or repeat, layers to factorize, and the size of the inputs.
+    """Channel groups to narrow or widen, blocks to remove or repeat, layers to replace, and the size of the inputs.
 
     Attributes:
         source_sha256: SHA-256 of the model the plan belongs to (`Program.source.sha256`).
@@ -97,6 +104,8 @@ class Plan:
         approximate: the groups are those of the analysis with approximate groups, which have no MASKED form.
         factors: by node name. They are of the weights that groups and blocks leave.
         sizes: new reference shape per input, its batch included; inputs that are not named keep theirs.
+        fused: names of depthwise convolutions that take the 1 x 1 convolution before them in.
+        grouped: by name of a convolution, into how many groups it is cut.
         layers: by name of a layer in no block, `drop` it or `connect` across it by a 1 x 1 convolution.
         widened: by group name; such a group is not also in `groups`.
         deepened: by name of a residual block, how many more of its kind follow it; such a block is not also removed.
@@ -114,6 +123,8 @@ class Plan:
     widened: Mapping[str, Widening] = dataclasses.field(default_factory=dict)
     deepened: Mapping[str, int] = dataclasses.field(default_factory=dict)
     precision: str = ""
+    fused: tuple[str, ...] = ()
+    grouped: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         both = sorted({*self.groups} & {*self.widened}) + sorted({*self.blocks} & {*self.deepened})
@@ -128,11 +139,22 @@ class Plan:
             )
         if any(count < 1 for count in self.deepened.values()):
             raise PlanError("A block that is repeated is repeated once or more; leave the others out.")
+        if any(count < 2 for count in self.grouped.values()):
+            raise PlanError("A layer is cut into two groups or more; leave the others out.")
+
+    @property
+    def replacements(self) -> tuple[str, ...]:
+        """Sections that are not empty of those in `REPLACEMENTS`."""
+        return tuple(name for name in REPLACEMENTS if getattr(self, name))
 
     @property
     def replaces_layers(self) -> bool:
-        """Whether layers go or become others, which no zeros in the original can say."""
-        return bool(self.layers or self.factors)
+        """Whether layers go or become others."""
+        return bool(self.replacements)
+
+    def without_replacements(self) -> Plan:
+        """The rest of the plan, which zeros can say."""
+        return dataclasses.replace(self, factors={}, layers={}, fused=(), grouped={})
 
     @property
     def only_removes(self) -> bool:
@@ -158,6 +180,10 @@ class Plan:
             }
         if self.layers:
             document["layers"] = dict(sorted(self.layers.items()))
+        if self.fused:
+            document["fused"] = list(self.fused)
+        if self.grouped:
+            document["grouped"] = dict(sorted(self.grouped.items()))
         if self.approximate:
             document["approximate"] = True
         return json.dumps(document, indent=1, sort_keys=True) + "\n"
@@ -187,19 +213,8 @@ class Plan:
         if not isinstance(document, dict) or document.get("schema") != SCHEMA:
             found = document.get("schema") if isinstance(document, dict) else type(document).__name__
             raise PlanError(f"Expected a plan of schema '{SCHEMA}', found '{found}'.")
-        known = {
-            "schema",
-            "source",
-            "groups",
-            "blocks",
-            "notes",
-            "approximate",
-            "factors",
-            "layers",
-            "scale",
-            "precision",
-            *RESERVED,
-        }
+        known = {"schema", "source", "groups", "blocks", "notes", "approximate", "scale", "precision"}
+        known |= {*REPLACEMENTS, *RESERVED}
         unknown = sorted(set(document) - known)
         if unknown:
             raise PlanError(f"The plan has unknown sections {unknown}; expected only {sorted(known)}.")
@@ -230,6 +245,8 @@ class Plan:
                 },
                 deepened={str(name): _integer(count) for name, count in scale.get("blocks", {}).items()},
                 precision=_precision(document.get("precision", {})),
+                fused=_names(document.get("fused", [])),
+                grouped={str(name): _integer(count) for name, count in document.get("grouped", {}).items()},
             )
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise PlanError(f"The plan is malformed: {type(error).__name__}: {error}.") from error
@@ -267,6 +284,12 @@ def _sizes(inputs: Any) -> dict[str, tuple[int, ...]]:
     if any(length < 1 for shape in sizes.values() for length in shape):
         raise ValueError("a length of an input is below 1")
     return sizes
+
+
+def _names(value: Any) -> tuple[str, ...]:
+    if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+        raise ValueError(f"expected a list of names, found {value!r}")
+    return tuple(value)
 
 
 def _boolean(value: Any) -> bool:

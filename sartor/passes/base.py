@@ -15,7 +15,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, final
 
-from sartor.errors import InternalError
+from sartor.errors import InternalError, UsageError
 from sartor.ir.program import Program
 from sartor.passes.options import Option, option, options_of, validate
 from sartor.passes.rewriter import Rewriter
@@ -30,6 +30,13 @@ LAYER_CRITERIA = f"{CRITERIA}, imprint; several joined by + are ranked by the su
 """Those of blocks and layers, averaged over their filters (LayerPrune)."""
 
 _IMPORTANCE = Registry("sartor.importance", "importance", {"criteria": "sartor.strategies.supply:importance"})
+_SUPPLIES = Registry(
+    "sartor.supplies",
+    "supply",
+    {"batches": "sartor.calibration:batches", "statistics": "sartor.recovery.supply:statistics"},
+)
+CALIBRATION_SPLITS = ("calibration", "train", "evaluate")
+"""Splits that passes look at: the first of them that is there."""
 _KEBAB = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
 
 
@@ -70,6 +77,7 @@ class Context:
         seed: seed of passes that have no `seed` option of their own.
         keep: globs of parameter and node names that must stay as they are.
         extras: anything else, by a name that the reading pass documents.
+        original: the program before all passes, for those that compare with it; a pipeline fills it in.
     """
 
     data: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -78,6 +86,7 @@ class Context:
     seed: int = 0
     keep: tuple[str, ...] = ()
     extras: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    original: Program | None = dataclasses.field(default=None, compare=False, repr=False)
 
     @property
     def importance(self) -> Callable[..., Any]:
@@ -88,6 +97,22 @@ class Context:
         """
         given = self.extras.get("importance")
         return given if given is not None else _IMPORTANCE.load("criteria")
+
+    def supplied(self, name: str) -> Callable[..., Any]:
+        """A function that passes need and do not know: `batches` of data, `statistics` of norms.
+
+        `extras[name]`, or what comes with Sartor, found as `importance` is.
+
+        Raises:
+            UsageError: nothing provides it.
+        """
+        given = self.extras.get(name)
+        return given if given is not None else _SUPPLIES.load(name)
+
+    @property
+    def has_data(self) -> bool:
+        """Whether there is a split that passes may look at."""
+        return any(self.data.get(name) is not None for name in CALIBRATION_SPLITS)
 
     def is_kept(self, name: str) -> bool:
         """Whether a `keep` glob (case-sensitive) matches the name of a parameter or node."""
@@ -142,6 +167,8 @@ class Pass(abc.ABC):
     semantics: ClassVar[Semantics]
     resizes_inputs: ClassVar[bool] = False
     """Whether shapes of inputs and outputs may change; names and types never do."""
+    needs_data: ClassVar[bool] = False
+    """Whether it runs the network on data; without them it is refused before anything runs."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -174,15 +201,38 @@ class Pass(abc.ABC):
         """
 
     @final
+    def check(self, context: Context, program: Program | None = None) -> None:
+        """Refuse what can be seen to be missing before anything runs.
+
+        Args:
+            context: what the pass may look at.
+            program: the first one of the pipeline, if it is at hand; the message names its inputs.
+
+        Raises:
+            UsageError: the pass needs data, and there are none.
+        """
+        if not self.needs_data or context.has_data:
+            return
+        shapes = program.input_shapes if program is not None else {}
+        inputs = ", ".join(f"'{name}' {list(shape)}" for name, shape in shapes.items())
+        raise UsageError(
+            f"There is no calibration data: pass '{self}' runs the network on real inputs"
+            f"{f' ({inputs})' if inputs else ''}. Give --data FILE.npz or FILE.py:function with the split "
+            "'calibration'."
+        )
+
+    @final
     def run(self, program: Program, context: Context | None = None) -> PassResult:
         """Plan and apply. `program` is never changed; the result shares its unchanged tensors.
 
         Raises:
             SartorError: as the pass does; a note names the pass and its options.
         """
+        context = context if context is not None else Context()
         before = structure_of(program)
         try:
-            planned = self.plan(program, context if context is not None else Context())
+            self.check(context, program)
+            planned = self.plan(program, context)
             if not isinstance(planned, Planned):
                 planned = Planned(planned)
             self._require_untouched(program, before)

@@ -13,7 +13,7 @@ from sartor.errors import PlanError
 from sartor.ir.cleanup import array_of
 from sartor.ir.plan import Factorization
 from sartor.ir.program import Program
-from sartor.passes import factors
+from sartor.passes import factors, polyadic
 from sartor.passes.rewriter import Rewriter
 
 
@@ -41,7 +41,7 @@ def factorize(program: Program, chosen: Mapping[str, Factorization], rewriter: R
                 f"The plan factorizes layer '{name}' by {found.kind} with rank {list(found.rank)}, which is not "
                 f"possible: {reason}."
             )
-        _replace(node, [w.astype(weight.dtype) for w in _weights(matrix, found)], found.kind, rewriter)
+        _replace(node, [w.astype(weight.dtype) for w in _weights(matrix, found)], found, rewriter)
         rewriter.count("layers_factorized")
     if chosen:
         program.invalidate()
@@ -53,6 +53,8 @@ def _weights(matrix: np.ndarray, found: Factorization) -> Sequence[np.ndarray]:
         return factors.spatial_svd(matrix, found.rank[0])
     if found.kind == "tucker":
         return factors.tucker2(matrix, *found.rank)
+    if found.kind == "cp":
+        return polyadic.cp(matrix, found.rank[0])
     first, last = factors.svd(matrix.reshape(matrix.shape[0], -1), found.rank[0])
     if matrix.ndim == 2:
         return first, last
@@ -65,17 +67,19 @@ def _full_rank(matrix: np.ndarray, kind: str) -> tuple[int, ...]:
     height, width = matrix.shape[2:] if matrix.ndim == 4 else (1, 1)
     if kind == "tucker":
         return into, out
+    if kind == "cp":  # of all others one vector each
+        return (matrix.size // max(matrix.shape),)
     return (min(into * height, out * width) if kind == "spatial" else min(out, into * height * width),)
 
 
-def _replace(node: ir.Node, weights: Sequence[np.ndarray], kind: str, rewriter: Rewriter) -> None:
+def _replace(node: ir.Node, weights: Sequence[np.ndarray], found: Factorization, rewriter: Rewriter) -> None:
     """Put the new layers in front of the node, and make it the last of them."""
     source = node.inputs[0]
     transposed = node.op_type == "MatMul" or (
         node.op_type == "Gemm" and not node.attributes.get_int("transB", 0)
     )
     steps: Sequence[Mapping[str, Any]] = (
-        [{}] * len(weights) if node.op_type != "Conv" else _windows(node, kind)
+        [{}] * len(weights) if node.op_type != "Conv" else _windows(node, found.kind, found.rank)
     )
     for number, (weight, attributes) in enumerate(zip(weights[:-1], steps[:-1], strict=True)):
         stored = np.ascontiguousarray(weight.T if transposed else weight)
@@ -94,7 +98,7 @@ def _replace(node: ir.Node, weights: Sequence[np.ndarray], kind: str, rewriter: 
             rewriter.set_attribute(node, name, value)
 
 
-def _windows(node: ir.Node, kind: str) -> list[dict[str, list[int]]]:
+def _windows(node: ir.Node, kind: str, rank: Sequence[int]) -> list[dict[str, Any]]:
     """Attributes of the convolutions that replace one."""
     attributes = node.attributes
     kernel = list(weight_of(node).shape.numpy())[2:]  # type: ignore[union-attr]
@@ -102,17 +106,20 @@ def _windows(node: ir.Node, kind: str) -> list[dict[str, list[int]]]:
     dilations = list(attributes.get_ints("dilations", ())) or [1, 1]
     pads = list(attributes.get_ints("pads", ())) or [0] * 4
 
-    def of(axes: Sequence[int]) -> dict[str, list[int]]:
+    def of(axes: Sequence[int], **more: int) -> dict[str, Any]:
         """The window along these axes only."""
         return {
             "kernel_shape": [kernel[a] if a in axes else 1 for a in (0, 1)],
             "strides": [strides[a] if a in axes else 1 for a in (0, 1)],
             "dilations": [dilations[a] if a in axes else 1 for a in (0, 1)],
             "pads": [pads[a] if a % 2 in axes else 0 for a in range(4)],
+            **more,
         }
 
     if kind == "spatial":
         return [of([0]), of([1])]
+    if kind == "cp":
+        return [of([]), of([0], group=rank[0]), of([1], group=rank[0]), of([])]
     return [of([]), of([0, 1]), of([])] if kind == "tucker" else [of([0, 1]), of([])]
 
 
@@ -131,6 +138,9 @@ def multiplications(program: Program, node: ir.Node, found: Factorization) -> tu
     if found.kind == "spatial":
         between = batch * result[2] * source[3]
         return old, rank[0] * (into * height * between + out * width * here)
+    if found.kind == "cp":
+        between = batch * result[2] * source[3]
+        return old, rank[0] * (into * before + height * between + (width + out) * here)
     if found.kind == "tucker":
         return old, rank[0] * into * before + rank[0] * rank[1] * height * width * here + out * rank[1] * here
     return old, rank[0] * (into * height * width + out) * here
@@ -149,7 +159,7 @@ def unsuitable(node: ir.Node, kind: str) -> str:
             return "it pads by itself (auto_pad)"
         if (
             len(kernel) != 2
-            or (kind == "spatial" and min(kernel) < 2)
+            or (kind in ("spatial", "cp") and min(kernel) < 2)
             or (kind == "tucker" and max(kernel) < 2)
         ):
             return f"its kernel is {' x '.join(map(str, kernel))}"

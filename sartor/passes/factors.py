@@ -1,7 +1,7 @@
 """Weights as products of smaller ones: singular values, and Tucker's decomposition by higher-order iteration.
 
-Every function takes a weight as ONNX stores it and gives the weights of the layers that replace it, first to last. At
-full rank their product is the weight.
+CP is in `sartor.passes.polyadic`. Every function takes a weight as ONNX stores it and gives the weights of the layers
+that replace it, first to last. At full rank their product is the weight.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ def energy_rank(singular: np.ndarray, energy: float) -> int:
 
 
 def singular_values(weight: np.ndarray, kind: str) -> np.ndarray:
-    """Of the matrix that a factorization of this kind cuts; for `tucker`, of the output channels.
+    """Of the matrix that a factorization of this kind cuts; for `tucker` and `cp`, of the output channels.
 
     Args:
         weight: `[out, in]`, or `[out, in, height, width]`.
-        kind: `svd`, `spatial` or `tucker`.
+        kind: `svd`, `spatial`, `tucker` or `cp`.
     """
     matrix = _spatial_matrix(weight) if kind == "spatial" else weight.reshape(weight.shape[0], -1)
     return np.linalg.svd(matrix.astype(np.float64), compute_uv=False)

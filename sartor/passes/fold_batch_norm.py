@@ -159,7 +159,7 @@ def _tensor_obstacle(site: _Site, program: Program) -> str:
         others = sorted({str(node.name) for node, _ in value.uses() if node is not owner})
         if others or len(value.uses()) > 1 or value.is_graph_output():
             return f"the {role} '{value.name}' is shared with node '{others[0] if others else owner.name}'"
-    scale, shift = _scale_and_shift(site.batch_norm)
+    scale, shift = scale_and_shift(site.batch_norm)
     weight = _constant(site.weight)
     assert weight is not None
     channels = _channels(site.linear, weight)
@@ -188,7 +188,8 @@ def _along_channels(bias: np.ndarray, channels: int, site: _Site) -> bool:
     return bias.ndim <= 2 and bias.size in (1, channels) and (bias.ndim == 0 or bias.shape[-1] == bias.size)
 
 
-def _scale_and_shift(batch_norm: ir.Node) -> tuple[np.ndarray, np.ndarray]:
+def scale_and_shift(batch_norm: ir.Node) -> tuple[np.ndarray, np.ndarray]:
+    """What a BatchNormalization of constant parameters multiplies by and adds, `[C]` each, in float64."""
     gamma, beta, mean, variance = (
         np.asarray(_constant(value), dtype=np.float64) for value in batch_norm.inputs[1:5]
     )
@@ -224,7 +225,7 @@ def _folded(site: _Site, scale: np.ndarray, shift: np.ndarray) -> tuple[np.ndarr
 
 
 def _fold(site: _Site, rewriter: Rewriter) -> None:
-    weight, bias = _folded(site, *_scale_and_shift(site.batch_norm))
+    weight, bias = _folded(site, *scale_and_shift(site.batch_norm))
     assert site.weight is not None
     rewriter.set_initializer(site.weight, weight)
     result = site.add.outputs[0] if site.add is not None else site.linear.outputs[0]
@@ -232,7 +233,7 @@ def _fold(site: _Site, rewriter: Rewriter) -> None:
         rewriter.set_initializer(site.bias, bias)
     else:
         graph = site.weight.graph
-        created = rewriter.add_initializer(_bias_name(site.weight.name or ""), bias, graph)
+        created = rewriter.add_initializer(bias_name(site.weight.name or ""), bias, graph)
         if site.linear.op_type == "MatMul":
             result = rewriter.insert_after(site.linear, "Add", [result, created]).outputs[0]
         else:
@@ -247,7 +248,8 @@ def _fold(site: _Site, rewriter: Rewriter) -> None:
             rewriter.remove_initializer(value)
 
 
-def _bias_name(weight: str) -> str:
+def bias_name(weight: str) -> str:
+    """The name for a bias of the layer with this weight."""
     return weight.removesuffix("weight") + "bias" if weight.endswith("weight") else f"{weight}_bias"
 
 

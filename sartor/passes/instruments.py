@@ -242,7 +242,7 @@ def replay(folder: str | os.PathLike[str], context: Context | None = None) -> Pi
 
     Args:
         folder: the folder that `ReproducerOnFailure` wrote.
-        context: replaces the stored one; needed by passes that read data, which is never stored.
+        context: replaces the stored one; needed by passes that read data or the original, which are never stored.
     """
     from sartor.passes.pipeline import Pipeline
 

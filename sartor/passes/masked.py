@@ -16,7 +16,7 @@ from sartor.errors import PlanError
 from sartor.ir.blocks import residual_blocks
 from sartor.ir.channels import ChannelAnalysis, channel_groups
 from sartor.ir.channels.masking import Zero, zeros
-from sartor.ir.plan import Plan
+from sartor.ir.plan import REPLACEMENTS, Plan
 from sartor.ir.program import Program
 from sartor.passes.prune import check_source
 from sartor.passes.resolution import resize_inputs
@@ -49,12 +49,10 @@ def masked(
             "MASKED form. Make a plan of exact groups, or leave the masked model away."
         )
     if plan.replaces_layers:
-        section, reason = (
-            ("factors", "factorizes layers, whose weights are others then")
-            if plan.factors
-            else ("layers", "removes layers that no shortcut crosses")
+        section = plan.replacements[0]
+        raise PlanError(
+            f"The plan {REPLACEMENTS[section]}; it has no MASKED form. Leave its section '{section}' away."
         )
-        raise PlanError(f"The plan {reason}; it has no MASKED form. Leave its section '{section}' away.")
     demands: list[Zero] = []
     if plan.groups:
         analysis = analysis or channel_groups(program)

@@ -7,7 +7,7 @@ The order is never changed, and a fixpoint exists only as an explicit, bounded `
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from sartor.errors import UsageError
 from sartor.ir.program import Program
@@ -117,14 +117,28 @@ class Pipeline:
     def __hash__(self) -> int:
         return hash(self.passes)
 
+    def check(self, context: Context, program: Program | None = None) -> None:
+        """Refuse what can be seen to be missing before anything runs; see `Pass.check`.
+
+        Raises:
+            UsageError: a pass needs data, and there are none.
+        """
+        for item in _passes(self.passes):
+            item.check(context, program)
+
     def run(self, program: Program, context: Context | None = None) -> PipelineResult:
         """Run every pass in order. `program` is never changed.
 
         Raises:
+            UsageError: a pass needs data, and there are none; said before the first pass runs.
             SartorError: a pass or an instrument failed; notes name the step, and the reproducer if one
                 was asked for.
         """
-        execution = _Execution(program, context if context is not None else Context(), self.instruments)
+        context = context if context is not None else Context()
+        self.check(context, program)
+        if context.original is None:
+            context = dataclasses.replace(context, original=program)
+        execution = _Execution(program, context, self.instruments)
         execution.run(self.passes, "")
         return PipelineResult(execution.program, tuple(execution.results), tuple(execution.unconverged))
 
@@ -178,6 +192,15 @@ class _Execution:
         self.program = result.program
         self.results.append(StepResult(step, result))
         return result.modified
+
+
+def _passes(items: Iterable[Item]) -> Iterator[Pass]:
+    """Every pass, those of repeats once."""
+    for item in items:
+        if isinstance(item, Repeat):
+            yield from _passes(item.items)
+        else:
+            yield item
 
 
 def _text(items: Iterable[Item]) -> str:

@@ -10,6 +10,8 @@ from sartor.ir.plan import Plan
 from sartor.ir.program import Program
 from sartor.passes.deepen import repeat_blocks
 from sartor.passes.factored import factorize
+from sartor.passes.fused import fuse
+from sartor.passes.grouped import group
 from sartor.passes.narrow import narrow
 from sartor.passes.remove_blocks import remove_blocks
 from sartor.passes.remove_layers import remove_layers
@@ -68,6 +70,8 @@ def rewrite(
         remove_blocks(program, plan.blocks, rewriter)
     repeat_blocks(program, plan.deepened, rewriter)
     remove_layers(program, plan.layers, rewriter)
+    fuse(program, plan.fused, rewriter)
+    group(program, plan.grouped, rewriter)
     factorize(program, plan.factors, rewriter)
     resize_inputs(program, plan.sizes, rewriter)
 

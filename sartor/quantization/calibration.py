@@ -13,18 +13,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sartor.backends.telemetry import import_vendor
-from sartor.data import Split, signatures
+from sartor.calibration import calibration_split
 from sartor.data_sources import sample_count
-from sartor.errors import BackendError, UsageError
+from sartor.errors import BackendError
 from sartor.ir.serialise import SINGLE_FILE_BYTES
 
 if TYPE_CHECKING:
+    from sartor.data import Split
     from sartor.ir.program import Program
     from sartor.passes.base import Context
 
 Inputs = dict[str, np.ndarray]
 _METHODS = {"minmax": "MinMax", "entropy": "Entropy", "percentile": "Percentile"}
-_SPLITS = ("calibration", "train", "evaluate")
 _BINS = {"minmax": 0, "entropy": 512, "percentile": 2048}
 """Of a histogram. The runtime's default for entropy, 128, leaves it no threshold to choose but the largest value; its
 search takes 0.2 s for a value at 512, and grows with the square."""
@@ -38,19 +38,7 @@ def calibration_data(program: Program, context: Context) -> Split:
     Raises:
         UsageError: there is none; it is empty; names, types or shapes of its arrays are not those of the inputs.
     """
-    name = next((name for name in _SPLITS if context.data.get(name) is not None), None)
-    if name is None:
-        wanted = ", ".join(f"'{k}' {list(v)}" for k, v in program.input_shapes.items())
-        raise UsageError(
-            f"There is no calibration data: ranges of activations are found on real inputs ({wanted}). Give "
-            "--data FILE.npz or FILE.py:function with the split 'calibration'."
-        )
-    return checked(name, context.data[name], program)
-
-
-def checked(name: str, split: Any, program: Program) -> Split:
-    """A split with every batch checked against the program's inputs."""
-    return Split(name, split, list(program.input_shapes), signatures(program), finite_labels=False)
+    return calibration_split(program, context.data, "ranges of activations are found on real inputs")
 
 
 def pieces(split: Iterable[tuple[Inputs, Any]], samples: int, program: Program) -> Iterator[Inputs]:

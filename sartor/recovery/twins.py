@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 
 import numpy as np
 import torch
@@ -61,7 +61,11 @@ def batch_norms(gm: fx.GraphModule) -> list[BatchNorm]:
 
 
 def reestimate_statistics(
-    gm: fx.GraphModule, batches: Iterable[list[Tensor]], *, seconds: float = float("inf")
+    gm: fx.GraphModule,
+    batches: Iterable[list[Tensor]],
+    *,
+    seconds: float = float("inf"),
+    frozen: Collection[BatchNorm] = (),
 ) -> int:
     """Replace running statistics by the plain average over `batches`; leaves the module in eval mode.
 
@@ -72,17 +76,20 @@ def reestimate_statistics(
         gm: a twin.
         batches: input tensors in the order of the twin's inputs.
         seconds: time after which the average stops.
+        frozen: norms that keep their statistics, and normalise by them.
 
     Returns:
         Number of batches averaged; with 0 nothing changed.
     """
-    modules = batch_norms(gm)
+    modules = [module for module in batch_norms(gm) if module not in frozen]
     momenta = [module.momentum for module in modules]
     deadline = time.perf_counter() + seconds
     count = 0
     if not modules:
         return 0
     gm.train()
+    for module in frozen:
+        module.eval()
     try:
         with torch.no_grad():
             for tensors in batches:

@@ -64,10 +64,9 @@ def apply_to_module(
     if not isinstance(plan, Plan):
         raise UsageError(f"Expected a sartor.Plan, got '{type(plan).__name__}'; read one with Plan.load.")
     if plan.replaces_layers:
-        section = "factors" if plan.factors else "layers"
         raise UsageError(
             f"The plan replaces layers of '{type(module).__name__}', for which the module has no places. Apply it to "
-            f"the captured program, or leave its section '{section}' away."
+            f"the captured program, or leave its section '{plan.replacements[0]}' away."
         )
     if plan.sizes:
         raise UsageError(
