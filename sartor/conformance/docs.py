@@ -10,6 +10,7 @@ import sys
 from sartor.conformance.compare import MEAN_STEPS, MOST_STEPS, SHALLOW, TOLERANCES
 from sartor.conformance.models import models
 from sartor.conformance.suite import VERSION, suite
+from sartor.ir.generated import write_document
 
 _HEAD = """\
 # The conformance suite, version {version}
@@ -62,14 +63,8 @@ def _cell(text: str) -> str:
 
 
 def main(arguments: list[str]) -> int:
-    """Write the document to the file named by the only argument, or to standard output without one."""
-    if not arguments:
-        sys.stdout.write(markdown())
-        return 0
-    from sartor.ir.files import write_atomic
-
-    write_atomic(arguments[0], markdown().encode())
-    return 0
+    """See `sartor.ir.generated.write_document`."""
+    return write_document(markdown(), arguments)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import re
 import sys
 from collections.abc import Iterable, Iterator
 
+from sartor.ir.generated import write_document
 from sartor.passes.base import Pass
 from sartor.passes.options import Option, options_of
 from sartor.passes.pipeline import REPEAT, RepeatOptions
@@ -91,15 +92,8 @@ def options_table(options: tuple[Option, ...]) -> Iterator[str]:
 
 
 def main(arguments: list[str]) -> int:
-    """Write the document to the file named by the only argument, or to standard output without one."""
-    text = markdown(builtin_classes())
-    if not arguments:
-        sys.stdout.write(text)
-        return 0
-    from sartor.ir.files import write_atomic
-
-    write_atomic(arguments[0], text.encode())
-    return 0
+    """See `sartor.ir.generated.write_document`."""
+    return write_document(markdown(builtin_classes()), arguments)
 
 
 if __name__ == "__main__":

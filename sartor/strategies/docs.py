@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import sys
 
+from sartor.ir.generated import write_document
 from sartor.passes.docs import options_table, paragraphs
 from sartor.passes.options import options_of
 from sartor.strategies.protocol import Strategy
@@ -58,14 +59,8 @@ def _described(cls: type[Strategy]) -> str:
 
 
 def main(arguments: list[str]) -> int:
-    """Write the document to the file named by the only argument, or to standard output without one."""
-    if not arguments:
-        sys.stdout.write(markdown())
-        return 0
-    from sartor.ir.files import write_atomic
-
-    write_atomic(arguments[0], markdown().encode())
-    return 0
+    """See `sartor.ir.generated.write_document`."""
+    return write_document(markdown(), arguments)
 
 
 if __name__ == "__main__":

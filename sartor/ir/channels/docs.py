@@ -10,6 +10,7 @@ from collections.abc import Mapping
 
 from sartor.ir.channels import rules_movement as _rules  # noqa: F401  (registers both rule tables)
 from sartor.ir.channels.propagate import EFFECTS
+from sartor.ir.generated import write_document
 
 _HEAD = """\
 # Channel rules
@@ -44,15 +45,8 @@ def markdown(effects: Mapping[str, str]) -> str:
 
 
 def main(arguments: list[str]) -> int:
-    """Write the document to the file named by the only argument, or to standard output without one."""
-    text = markdown(EFFECTS)
-    if not arguments:
-        sys.stdout.write(text)
-        return 0
-    from sartor.ir.files import write_atomic
-
-    write_atomic(arguments[0], text.encode())
-    return 0
+    """See `sartor.ir.generated.write_document`."""
+    return write_document(markdown(EFFECTS), arguments)
 
 
 if __name__ == "__main__":
