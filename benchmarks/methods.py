@@ -1,8 +1,8 @@
 """Which strategy is worth using when: all of them, Torch-Pruning and training from scratch, at equal measured latency.
 
 Something makes the network faster until its measured latency is within the budget, once per data set, budget and
-strategy; what is left is then trained by the same recovery for the same minutes, once per seed. Networks are kept in
-the folder `--work` and rows are written as they are finished, so a run goes on where the last one stopped. Needs the
+strategy; what is left is then repaired and trained by the same recovery for the same minutes, once per seed. Networks
+are kept in the folder `--work` and rows are written as they are finished, so a run goes on where the last one stopped. Needs the
 trained examples (`make demo`, and `python examples/cluttered_digits/train.py`) and a machine with nothing else to do.
 
 Rows: data set, budget (share of the measured latency), strategy, seed, score on the test split, measured ratio, MACs
@@ -136,6 +136,7 @@ def trained(dataset: Dataset, network: Path, strategy: str, seed: int) -> dict[s
     """Score on the test split after recovery, as the target runs it."""
     import sartor
     from sartor.budget import parse_budget
+    from sartor.fit_recovery import repaired
     from sartor.recovery.distillation import distill
     from sartor.scoring import score
     from sartor.workbench import Workbench
@@ -145,12 +146,17 @@ def trained(dataset: Dataset, network: Path, strategy: str, seed: int) -> dict[s
     def evaluate(predict: Any) -> float:
         return score(predict, data.evaluate, data.metric)[0]
 
+    begun, seconds = time.perf_counter(), 60 * dataset.minutes
     with quiet():
+        start = sartor.load(network)
+        if start.input_shapes == program.input_shapes:
+            start, _ = repaired(start, program, data, seconds, seed, evaluate)
+        left_s = max(seconds - (time.perf_counter() - begun), 0.1 * seconds)
         found = distill(
-            sartor.load(network),
+            start,
             program,
             data.train,
-            minutes=dataset.minutes,
+            minutes=left_s / 60,
             seed=seed,
             threads=2,
             learning_rate=methods_peers.LEARNING_RATES.get(strategy),

@@ -28,7 +28,7 @@ from sartor.errors import (
     UsageError,
 )
 from sartor.fit_profile import require_of_this
-from sartor.fit_recovery import require_recovery, what_was_trained_on
+from sartor.fit_recovery import repaired, require_recovery, what_was_trained_on
 from sartor.fit_report import fit_report
 from sartor.ir.blocks import residual_blocks
 from sartor.ir.channels import channel_groups
@@ -345,11 +345,19 @@ class _Fit:
                 self.journal.append("judged", batches=judged.batches)
             return value
 
+        begun = time.perf_counter()
+        start, said = pruned, ""
+        if self.options.repair and pruned.input_shapes == self.program.input_shapes:
+            start, said = repaired(
+                pruned, self.program, data, self.options.recovery_s, self.options.seed, evaluate
+            )
+            self.decisions.extend([said] if said else [])
+        repair_s = time.perf_counter() - begun
         recovered = distill(
-            pruned,
+            start,
             self.program,
             train,
-            minutes=self.options.recovery_s / 60.0,
+            minutes=max(self.options.recovery_s - repair_s, 0.1 * self.options.recovery_s) / 60.0,
             seed=self.options.seed,
             loss=data.loss,
             threads=len(os.sched_getaffinity(0)),
@@ -358,7 +366,7 @@ class _Fit:
             checkpoint_dir=self._checkpoint(pruned),
             options=RecoveryOptions(**self.options.recovery),
         )
-        self.recovery.update(seconds=round(recovered.seconds, 3), steps=recovered.steps)
+        self.recovery.update(seconds=round(recovered.seconds + repair_s, 3), steps=recovered.steps)
         if recovered.steps:
             self.decisions.append(
                 f"recovered by {recovered.method}: {recovered.steps} steps in {recovered.seconds:.0f} s"

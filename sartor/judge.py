@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sartor.errors import UsageError
+from sartor.fit_recovery import repaired
 from sartor.images import at_shapes
 from sartor.ir.channels import ChannelAnalysis, channel_groups
 from sartor.ir.plan import Plan
@@ -230,11 +231,16 @@ class Judge:
         def evaluate(predict: Callable[..., Any]) -> float:
             return score(predict, self._samples, data.metric, self._bench.original)[0]
 
+        options, begun = self._bench.options, time.perf_counter()
+        program = self._program(plan)
+        if options.repair and not plan.sizes:
+            program, _ = repaired(program, self._bench.program, data, seconds, options.seed, evaluate)
+        left_s = max(seconds - (time.perf_counter() - begun), 0.1 * seconds)
         found = distill(
-            self._program(plan),
+            program,
             self._bench.program,
             data.train or data.calibration,
-            minutes=seconds / 60.0,
+            minutes=left_s / 60.0,
             seed=self._bench.options.seed,
             loss=data.loss,
             threads=len(os.sched_getaffinity(0)),

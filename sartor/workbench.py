@@ -35,6 +35,7 @@ class FitOptions:
         max_drop: largest loss of score, points (1 point = 0.01).
         recovery_s: seconds of recovery; 0 for none.
         recovery: fields of `sartor.recovery.RecoveryOptions` by name, where they are not its defaults.
+        repair: begin recovery with least squares of the layers that lost inputs (`sartor.passes.repair`).
         strategy: what decides.
         seed: of importance, training and measuring order.
         keep: globs of parameters, nodes and modules that stay.
@@ -47,6 +48,7 @@ class FitOptions:
     max_drop: float = 1.0
     recovery_s: float = 0.0
     recovery: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    repair: bool = True
     strategy: str = "budgeted-greedy"
     seed: int = 0
     keep: tuple[str, ...] = ()

@@ -234,6 +234,13 @@ def test_labels_that_recovery_needs_are_missed_before_anything_is_measured(
 
 
 # ---- what is said of scores, limits and steps ------------------------------------------------------
+@pytest.mark.parametrize("repair", ["yes", "no"])
+def test_recovery_begins_with_least_squares_unless_told_otherwise(fit, repair):
+    _, report, _, _ = fit(recovery=f"minutes=0.05,repair={repair}")
+    said = [line for line in report["decisions"] if "least squares" in line]
+    assert len(said) == (repair == "yes"), report["decisions"]
+
+
 def test_the_report_says_what_was_scored_and_trained_on(fit):
     cases = {
         "made()": ("test", []),
