@@ -2,8 +2,9 @@
 
 Something makes the network faster until its measured latency is within the budget, once per data set, budget and
 strategy; what is left is then repaired and trained by the same recovery for the same minutes, once per seed. Networks
-are kept in the folder `--work` and rows are written as they are finished, so a run goes on where the last one stopped. Needs the
-trained examples (`make demo`, and `python examples/cluttered_digits/train.py`) and a machine with nothing else to do.
+are kept in the folder `--work` and rows are written as they are finished, so a run goes on where the last one stopped.
+Needs the trained examples (`make demo`, and `python examples/cluttered_digits/train.py`) and a machine with nothing
+else to do.
 
 Rows: data set, budget (share of the measured latency), strategy, seed, score on the test split, measured ratio, MACs
 and the seconds of the search. Summary, of scores averaged over seeds: budgets at which the best of ours is at least as
