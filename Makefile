@@ -79,4 +79,4 @@ zoo: $(VENV)/.installed-bench
 
 clean:
 	rm -rf $(VENV) out build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
-	rm -f examples/digits/model.onnx examples/digits/model.safetensors examples/digits/.trained
+	rm -f examples/*/model.onnx examples/*/model.safetensors examples/digits/.trained

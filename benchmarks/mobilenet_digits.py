@@ -8,19 +8,18 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 import warnings
 from pathlib import Path
 
 import numpy as np
 import torch
 from models import MobileNetV2
-from torch.nn import functional
 
 FOLDER = Path(__file__).parent
 sys.path.insert(0, str(FOLDER.parent / "examples" / "digits"))
 
 from data import Batches, digits  # noqa: E402  (the example is a script folder, not a package)
+from training import right, train  # noqa: E402
 
 SIZE = 64
 
@@ -44,38 +43,14 @@ def digits_64() -> dict[str, object]:
     return {name: Upscaled(split) for name, split in digits().items()}
 
 
-def accuracy(model: torch.nn.Module, batches: Upscaled) -> float:
-    model.eval()
-    right = count = 0
-    with torch.inference_mode():
-        for inputs, labels in batches:
-            right += int((model(torch.from_numpy(inputs["image"])).argmax(1).numpy() == labels).sum())
-            count += len(labels)
-    return right / count
-
-
-def train(epochs: int, threads: int) -> torch.nn.Module:
+def trained(epochs: int, threads: int) -> torch.nn.Module:
     torch.manual_seed(0)
     torch.set_num_threads(threads)
     splits = digits_64()
-    model = MobileNetV2(classes=10, channels=1).to(memory_format=torch.channels_last)
-    steps = epochs * len(splits["train"])
+    model = MobileNetV2(classes=10, channels=1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, nesterov=True, weight_decay=1e-4)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.05, total_steps=steps, pct_start=0.25)
-    start = time.perf_counter()
-    for epoch in range(epochs):
-        model.train()
-        for inputs, labels in splits["train"]:
-            images = torch.from_numpy(inputs["image"]).to(memory_format=torch.channels_last)
-            loss = functional.cross_entropy(model(images), torch.from_numpy(labels))
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-        if epoch % 5 == 4:
-            score = accuracy(model, splits["evaluate"])
-            print(f"epoch {epoch + 1}  evaluate {score:.1%}  {time.perf_counter() - start:.0f} s", flush=True)
-    print(f"test accuracy {accuracy(model, splits['test']):.2%}")
+    train(model, optimizer, splits, epochs)
+    print(f"test accuracy {right(model, splits['test']).mean():.2%}")
     return model.to(memory_format=torch.contiguous_format).eval()
 
 
@@ -85,7 +60,7 @@ def main() -> int:
     parser.add_argument("--epochs", type=int, default=30)
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
-    model = train(options.epochs, options.threads)
+    model = trained(options.epochs, options.threads)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the older exporter announces its age
         torch.onnx.export(

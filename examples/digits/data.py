@@ -6,49 +6,28 @@ never trained or selected on.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import sys
+from pathlib import Path
 
 import numpy as np
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from scans import CALIBRATION, Batches, load_scans, rows_of_splits
+
 SIZE = 32
 MEAN, STD = 4.88, 6.02  # of all pixels in 0..16
-COUNTS = {"train": 1100, "evaluate": 250, "test": 447}
 MAX_SHIFT = 3  # pixels of the upscaled image; augmentation of the train split
 
 
 def load_arrays() -> tuple[np.ndarray, np.ndarray]:
     """All images `[1797, 1, 32, 32]` in float32, normalised, and their labels."""
     from scipy.ndimage import zoom
-    from sklearn.datasets import load_digits
 
-    digits = load_digits()
-    scale = SIZE / digits.images.shape[-1]
-    images = zoom((digits.images - MEAN) / STD, (1, scale, scale), order=1, mode="nearest")
-    return images[:, None].astype(np.float32), digits.target.astype(np.int64)
-
-
-class Batches:
-    """Re-iterable batches; the train split is shuffled and shifted anew, reproducibly, in every pass."""
-
-    def __init__(self, images: np.ndarray, labels: np.ndarray, batch: int = 64, augment: bool = False):
-        self.images, self.labels, self.batch, self.augment = images, labels, batch, augment
-        self._passes = 0
-
-    def __len__(self) -> int:
-        return -(-len(self.images) // self.batch)
-
-    def __iter__(self) -> Iterator[tuple[dict[str, np.ndarray], np.ndarray]]:
-        order = np.arange(len(self.images))
-        rng = np.random.default_rng(self._passes)
-        if self.augment:
-            self._passes += 1
-            rng.shuffle(order)
-        for start in range(0, len(order), self.batch):
-            rows = order[start : start + self.batch]
-            images = self.images[rows]
-            if self.augment:
-                images = shifted(images, rng)
-            yield {"image": images}, self.labels[rows]
+    scans, labels = load_scans()
+    scale = SIZE / scans.shape[-1]
+    images = zoom((scans - MEAN) / STD, (1, scale, scale), order=1, mode="nearest")
+    return images[:, None].astype(np.float32), labels
 
 
 def shifted(images: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -64,15 +43,10 @@ def shifted(images: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 def digits() -> dict[str, object]:
     """Splits train, calibration, evaluate and test; labels are class ids."""
     images, labels = load_arrays()
-    order = np.random.default_rng(7).permutation(len(images))
-    parts, start = {}, 0
-    for name, count in COUNTS.items():
-        rows = order[start : start + count]
-        parts[name] = (images[rows], labels[rows])
-        start += count
+    parts = {name: (images[rows], labels[rows]) for name, rows in rows_of_splits().items()}
     return {
-        "train": Batches(*parts["train"], augment=True),
-        "calibration": Batches(*(array[:256] for array in parts["train"])),
+        "train": Batches(*parts["train"], shifted, shuffle=True),
+        "calibration": Batches(*(array[:CALIBRATION] for array in parts["train"])),
         "evaluate": Batches(*parts["evaluate"]),
         "test": Batches(*parts["test"]),
     }

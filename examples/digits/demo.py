@@ -18,8 +18,9 @@ STAMP = FOLDER / ".trained"
 
 def sources() -> str:
     """Hash of everything that decides what is trained."""
-    files = (FOLDER / name for name in ("data.py", "model.py", "train.py"))
-    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
+    own = (FOLDER / name for name in ("data.py", "model.py", "train.py"))
+    shared = (FOLDER.parent / name for name in ("residual.py", "scans.py", "training.py"))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in (*own, *shared))).hexdigest()
 
 
 def shown(path: Path) -> str:

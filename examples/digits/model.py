@@ -2,32 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import torch
 from torch import nn
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from residual import load_if_trained, stages, stem
+
 WEIGHTS = Path(__file__).parent / "model.safetensors"
-
-
-class Block(nn.Module):
-    """Two 3x3 convolutions with BatchNorm and a residual connection."""
-
-    def __init__(self, c_in: int, c_out: int, stride: int = 1):
-        super().__init__()
-        self.conv1 = nn.Conv2d(c_in, c_out, 3, stride, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(c_out)
-        self.conv2 = nn.Conv2d(c_out, c_out, 3, 1, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(c_out)
-        self.shortcut: nn.Module = nn.Identity()
-        if stride != 1 or c_in != c_out:
-            self.shortcut = nn.Sequential(
-                nn.Conv2d(c_in, c_out, 1, stride, bias=False), nn.BatchNorm2d(c_out)
-            )
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = torch.relu(self.bn1(self.conv1(x)))
-        return torch.relu(self.bn2(self.conv2(y)) + self.shortcut(x))
 
 
 class DigitsNet(nn.Module):
@@ -35,17 +20,9 @@ class DigitsNet(nn.Module):
 
     def __init__(self, widths: tuple[int, ...] = (32, 64, 128), depth: int = 2):
         super().__init__()
-        self.stem = nn.Sequential(
-            nn.Conv2d(1, widths[0], 3, 1, 1, bias=False), nn.BatchNorm2d(widths[0]), nn.ReLU()
-        )
-        blocks: list[nn.Module] = []
-        c_in = widths[0]
-        for stage, width in enumerate(widths):
-            for index in range(depth):
-                blocks.append(Block(c_in, width, 2 if stage and not index else 1))
-                c_in = width
-        self.blocks = nn.Sequential(*blocks)
-        self.classifier = nn.Linear(c_in, 10)
+        self.stem = stem(1, widths[0])
+        self.blocks = stages(widths, [depth] * len(widths))
+        self.classifier = nn.Linear(widths[-1], 10)
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
         return self.classifier(self.blocks(self.stem(image)).mean(dim=(2, 3)))
@@ -58,9 +35,4 @@ def scaled(width: float) -> nn.Module:
 
 def digits_net() -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
     """The network, trained if `train.py` has run, and example inputs: `model.py:digits_net`."""
-    model = DigitsNet()
-    if WEIGHTS.exists():
-        from safetensors.torch import load_file
-
-        model.load_state_dict(load_file(WEIGHTS))
-    return model.eval(), (torch.zeros(1, 1, 32, 32),)
+    return load_if_trained(DigitsNet(), WEIGHTS), (torch.zeros(1, 1, 32, 32),)
