@@ -58,7 +58,9 @@ class Dataset:
 
 DATASETS = {
     "digits": Dataset(ROOT / "examples/digits", "digits", "digits_net", 0.15),
-    "cluttered-digits": Dataset(ROOT / "examples/cluttered_digits", "cluttered_digits", "clutter_net", 0.5),
+    "cluttered-digits": Dataset(
+        ROOT / "examples/cluttered_digits", "cluttered_digits", "cluttered_digits_net", 0.5
+    ),
 }
 
 

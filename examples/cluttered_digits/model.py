@@ -30,6 +30,11 @@ class ClutteredDigitsNet(nn.Module):
         return self.classifier(self.blocks(self.stem(image)).amax(dim=(2, 3)))
 
 
+def scaled(width: float) -> nn.Module:
+    """The architecture with so many channels over those of the original, and fresh weights."""
+    return ClutteredDigitsNet(tuple(max(round(channels * width), 1) for channels in (16, 32, 64, 96)))
+
+
 def cluttered_digits_net() -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
     """The network, trained if `train.py` has run, and example inputs: `model.py:cluttered_digits_net`."""
     return load_if_trained(ClutteredDigitsNet(), WEIGHTS), (torch.zeros(1, 3, 96, 96),)
