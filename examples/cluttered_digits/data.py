@@ -81,7 +81,7 @@ class Scenes:
 
 
 def visibility(boxes: np.ndarray, contrast: np.ndarray, clutter: np.ndarray) -> np.ndarray:
-    """How well each digit can be seen: contrast over clutter, times the box's longer side in shares of the picture.
+    """How well each digit can be seen: contrast over clutter, times the box's longer side over `SIZE`.
 
     Args:
         boxes: `[N, 4]`, x0, y0, x1, y1 in pixels.
@@ -140,22 +140,27 @@ def compose(rows: np.ndarray, split: str, rng: np.random.Generator, size: int = 
     """
     scans, labels = load_scans()
     owned = tiles(split)
-    found = [_scene(scans[row] / INK, owned[rng.integers(len(owned))], rng, size) for row in rows]
-    images, boxes, contrast, clutter, places = (np.stack(parts) for parts in zip(*found, strict=True))
+    images = np.empty((len(rows), 3, size, size), np.uint8)
+    found = [
+        _draw(image, scans[row] / INK, owned[rng.integers(len(owned))], rng)
+        for image, row in zip(images, rows, strict=True)
+    ]
+    boxes, contrast, clutter, places = (np.stack(parts) for parts in zip(*found, strict=True))
     seen = visibility(boxes, contrast, clutter)
     return Scenes(
         images, labels[rows], boxes, contrast, clutter, seen, grades_of(seen), np.asarray(rows), places
     )
 
 
-def _scene(
-    scan: np.ndarray, tile: np.ndarray, rng: np.random.Generator, size: int
+def _draw(
+    image: np.ndarray, scan: np.ndarray, tile: np.ndarray, rng: np.random.Generator
 ) -> tuple[np.ndarray | np.floating, ...]:
-    """Image, box, contrast, clutter and place of one scan `[8, 8]` in 0..1."""
+    """Fill an image `[3, size, size]` with one scan `[8, 8]` in 0..1 on a tile: box, contrast, clutter and place."""
+    size = image.shape[-1]
     photograph, y0, x0, y1, x1 = tile
     top, left = rng.integers(y0, y1 - size + 1), rng.integers(x0, x1 - size + 1)
     place = np.array([photograph, top, left, rng.integers(4), rng.integers(2)])
-    image = crop(place, size).copy()
+    image[:] = crop(place, size)
     light = np.tensordot(LUMINANCE, image / 255, 1)
 
     low, high = (min(side, size) for side in SIDES)
@@ -176,7 +181,7 @@ def _scene(
 
     margin = max(box[2] - box[0], box[3] - box[1]) // 4
     around = light[max(box[1] - margin, 0) : box[3] + margin, max(box[0] - margin, 0) : box[2] + margin]
-    return image, box, np.float32(abs(pen @ LUMINANCE - level)), np.float32(around.std()), place
+    return box, np.float32(abs(pen @ LUMINANCE - level)), np.float32(around.std()), place
 
 
 @functools.cache
