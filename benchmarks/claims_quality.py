@@ -7,7 +7,6 @@ no more than `POINTS` apart count as equal.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import statistics
 import tempfile
 import time
@@ -181,20 +180,10 @@ def draw_ines(rows: Sequence[Row], summary: Mapping[str, Any]) -> str:
 WAYS = ("full size", "RAT")
 
 
-def has_rat() -> bool:
-    """Whether this version trains at growing sizes."""
-    from sartor.recovery import RecoveryOptions
-
-    return "rat" in {field.name for field in dataclasses.fields(RecoveryOptions)}
-
-
 def measure_rat(rows: Rows, options: argparse.Namespace) -> None:
     """Fresh weights, equal numbers of steps, with and without; FLOPs are 2 MACs, of forward and backward passes."""
     from sartor.cost_models.static import static_cost
 
-    if not has_rat():
-        rows.note("nothing is measured: this version of recovery has no resolution-adaptive training")
-        return
     digits = Digits(few=options.quick)
     for seed in range(1 if options.quick else options.seeds):
         for way in WAYS:
@@ -217,7 +206,7 @@ def measure_rat(rows: Rows, options: argparse.Namespace) -> None:
                     "seconds": result.seconds,
                 }
                 | {"training_flops": 2 * int(macs)}  # of a sample in a step, the mean over steps
-                | {"sizes": {str(size): count for size, count in getattr(result, "sizes", {}).items()}}
+                | {"sizes": {str(size): count for size, count in result.sizes.items()}}
             )
 
 

@@ -10,13 +10,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
-import json
 import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +26,7 @@ from sartor.errors import (
     UsageError,
 )
 from sartor.fit_profile import require_of_this
-from sartor.fit_recovery import repaired, require_recovery, what_was_trained_on
+from sartor.fit_recovery import Recovery, require_recovery
 from sartor.fit_report import fit_report
 from sartor.ir.blocks import residual_blocks
 from sartor.ir.channels import channel_groups
@@ -51,8 +49,6 @@ if TYPE_CHECKING:
 __all__ = ["FitOptions", "FitResult", "fit"]
 
 _BASELINE_S, _FINAL_S = 6.0, 30.0
-_JUDGING_SHARE = 1 / 16
-"""Share of recovery's time that one score on `evaluate` may take."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -266,8 +262,6 @@ class _Fit:
         from sartor.runtime import Stage, write_bundle
 
         self.progress.stage("oracle")
-        pruned = apply_plan(self.program, plan, self.analysis)
-        mask, _ = masked(self.program, plan, self.analysis)
         verdict = self._prove(plan) if plan.groups or plan.blocks or plan.widened else None
         if plan.precision:
             self.decisions.append(f"the network is delivered in {plan.precision}")
@@ -276,8 +270,13 @@ class _Fit:
             self.decisions.append(
                 f"input '{name}' is {after} in place of {before}: callers resize, antialiased, as the score's data were"
             )
+        chosen = plan
         with self._timed("recovery"):
-            recovered = self._recover(pruned)
+            plan, recovered = self._recovered(chosen)
+        if plan != chosen:
+            verdict = self._prove(plan)  # rounds chose other units
+        pruned = apply_plan(self.program, plan, self.analysis)
+        mask, _ = masked(self.program, plan, self.analysis)
         result = self.bench.written(recovered, plan.precision)
         with Bundle(self.folder) as bundle:
             pruned.save(bundle.folder / "pruned.onnx")
@@ -322,69 +321,16 @@ class _Fit:
             oracle.require(verdict, self.program, plan, reproducer)
         return verdict
 
-    def _recover(self, pruned: Program) -> Program:
+    def _recovered(self, plan: Plan) -> tuple[Plan, Program]:
+        from sartor.passes.prune import apply_plan
+
         if self.data is None or self.options.recovery_s <= 0 or self.untouched:
-            return pruned
-        from sartor.data import InTime
-        from sartor.recovery.distillation import RecoveryOptions, distill
-        from sartor.scoring import score
-
+            return plan, apply_plan(self.program, plan, self.analysis)
         self.progress.stage("recovery")
-        data = self.data
-        train = data.train or data.calibration
-        known = self.journal.find("judged")
-        judged = InTime(
-            data.evaluate,
-            _JUDGING_SHARE * self.options.recovery_s,
-            None if known is None else known["batches"],
+        recovery = Recovery(
+            self.bench, self.analysis, self.blocks, self.journal, self.progress, self.checkpoints
         )
-
-        def evaluate(predict: Callable[..., Any]) -> float:
-            value, _ = score(predict, judged, data.metric, self.bench.reference.run)
-            if self.journal.find("judged") is None:
-                self.journal.append("judged", batches=judged.batches)
-            return value
-
-        begun = time.perf_counter()
-        start, said = pruned, ""
-        if self.options.repair and pruned.input_shapes == self.program.input_shapes:
-            start, said = repaired(
-                pruned, self.program, data, self.options.recovery_s, self.options.seed, evaluate
-            )
-            self.decisions.extend([said] if said else [])
-        repair_s = time.perf_counter() - begun
-        recovered = distill(
-            start,
-            self.program,
-            train,
-            minutes=max(self.options.recovery_s - repair_s, 0.1 * self.options.recovery_s) / 60.0,
-            seed=self.options.seed,
-            loss=data.loss,
-            threads=len(os.sched_getaffinity(0)),
-            progress=lambda fraction, text: self.progress(f"recovery {fraction:.0%}: {text}"),
-            evaluate=evaluate,
-            checkpoint_dir=self._checkpoint(pruned),
-            options=RecoveryOptions(**self.options.recovery),
-        )
-        self.recovery.update(seconds=round(recovered.seconds + repair_s, 3), steps=recovered.steps)
-        if recovered.steps:
-            self.decisions.append(
-                f"recovered by {recovered.method}: {recovered.steps} steps in {recovered.seconds:.0f} s"
-            )
-        if judged.cut:
-            self.decisions.append(
-                f"recovery was judged on the first {judged.samples} samples of 'evaluate': more did not fit its time"
-            )
-        if data.train is None:
-            self.decisions.append(what_was_trained_on(data))
-        self.decisions.extend(recovered.notes)
-        return recovered.program
-
-    def _checkpoint(self, pruned: Program) -> Path:
-        """The folder of this recovery's checkpoints; those of a killed run that led elsewhere are removed."""
-        identity = json.dumps([self.journal.key, pruned.sha256()], sort_keys=True)
-        folder = self.checkpoints / hashlib.sha256(identity.encode()).hexdigest()[:16]
-        for other in self.checkpoints.glob("*"):
-            if other != folder:
-                shutil.rmtree(other) if other.is_dir() else other.unlink()
-        return folder
+        done, recovered = recovery.run(plan)
+        self.recovery.update(recovery.report)
+        self.decisions.extend(recovery.decisions)
+        return done, recovered

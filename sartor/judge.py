@@ -1,12 +1,15 @@
 """How good a candidate is before anything is trained: its loss and score, and what of it matters.
 
-The network of a plan gets new BatchNormalization statistics, without which a cut one says nothing, and then answers
-some samples of `evaluate`. Everything that was found out is in the run's journal, so that a run that is resumed
+The network of a plan is what recovery would begin with: layers behind what went are repaired by least squares, on few
+samples; where there are none, or `repair` is not wanted, it gets new BatchNormalization statistics. Without either, a
+narrow network says nothing, and whoever compares would rather give up blocks or pixels. It then answers some samples of
+`evaluate`. Everything that was found out is in the run's journal, so that a run that is resumed
 makes the same decisions.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import math
@@ -17,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sartor.errors import UsageError
+from sartor.errors import SartorError, UsageError
 from sartor.fit_recovery import repaired
 from sartor.images import at_shapes
 from sartor.ir.channels import ChannelAnalysis, channel_groups
@@ -34,11 +37,10 @@ if TYPE_CHECKING:
 
 SAMPLES = 512
 """Samples of `evaluate` that a candidate answers."""
+_REPAIR_SAMPLES, _REPAIR_POSITIONS = 128, 32
 _STATISTICS_BATCHES = 8
 _TIMED_STEPS = 3
 _WORST = 1e30
-_PROSPECT = 0.25
-"""Share of the time of recovery that each candidate of `prospect` is trained for."""
 
 
 class Judge:
@@ -84,19 +86,24 @@ class Judge:
         """
         return float(self._judged(plan)["score"])
 
-    def prospect(self, plan: Plan) -> float:
+    def prospect(self, plan: Plan, share: float) -> float:
         """Score on `evaluate` after a part of the time that recovery has; without recovery, `score`.
+
+        Args:
+            plan: of the network.
+            share: of the time.
 
         Raises:
             UsageError: there are no data.
         """
-        seconds = _PROSPECT * self._bench.options.recovery_s
+        seconds = share * self._bench.options.recovery_s
         if seconds <= 0:
             return self.score(plan)
         digest = plan_digest(plan)
-        known = self._journal.find("prospect", plan=digest)
+        known = self._journal.find("prospect", plan=digest, seconds=seconds)
         if known is None:
-            known = self._journal.append("prospect", plan=digest, score=self._recovered(plan, seconds))
+            score = self._recovered(plan, seconds)
+            known = self._journal.append("prospect", plan=digest, seconds=seconds, score=score)
             self._progress(f"candidate: score {known['score']:.3f} after {seconds:.1f} s of recovery")
         return float(known["score"])
 
@@ -126,7 +133,7 @@ class Judge:
         """
         from sartor.ir.blocks import residual_blocks
 
-        program = self._program(plan)
+        program, _ = self._begun(plan)
         analysis = channel_groups(program, self._bench.options.keep)
         shapes = {name: shape for name, shape in program.input_shapes.items() if name in plan.sizes}
         names = {block.name for block in self._blocks} - set(plan.blocks)
@@ -173,20 +180,50 @@ class Judge:
 
         return apply_plan(self._bench.program, plan, self._analysis)
 
+    def _begun(self, plan: Plan) -> tuple[Program, bool]:
+        """A plan's network as recovery would begin with it, and whether anything was repaired."""
+        program, options = self._program(plan), self._bench.options
+        if not ((plan.groups or plan.blocks) and options.repair):
+            return program, False
+        try:
+            found = self._repair.run(program, self._reference(tuple(sorted(plan.sizes.items()))))
+        except SartorError:  # one that cannot be repaired is judged as it is
+            return program, False
+        return found.program, found.modified
+
+    @property
+    def _repair(self) -> Any:
+        from sartor.passes.repair import Repair
+
+        return Repair(samples=_REPAIR_SAMPLES, positions=_REPAIR_POSITIONS, seed=self._bench.options.seed)
+
+    @functools.lru_cache(maxsize=2)  # noqa: B019  (a judge lives as long as its search)
+    def _reference(self, sizes: tuple[tuple[str, tuple[int, ...]], ...]) -> Any:
+        """What networks of an input size are repaired to: the original at that size, with what its layers make."""
+        from sartor.passes.base import Context
+
+        original = self._bench.program
+        if sizes:
+            original = self._program(Plan(original.source.sha256, sizes=dict(sizes)))
+        data = {"calibration": self._data.at(dict(sizes)).calibration}
+        context = Context(data=data, original=original)
+        return dataclasses.replace(context, extras={"targets": self._repair.targets(original, context)})
+
     def _twin(self, plan: Plan) -> tuple[Any, Mapping[str, tuple[int, ...]]]:
-        """The twin of a plan's network with statistics of its own, and the shapes it takes."""
+        """The twin of a plan's network, and the shapes it takes."""
         import torch
 
         from sartor.ir.fx import pull_weights, to_fx, to_tensor, twin_info
         from sartor.recovery.twins import reestimate_statistics
 
-        program = self._program(plan)
+        program, mended = self._begun(plan)
         twin = to_fx(program, dtype=torch.float32)
         info = twin_info(twin)
-        batches = itertools.islice(self._data.at(plan.sizes).calibration, _STATISTICS_BATCHES)
-        reestimate_statistics(
-            twin, ([to_tensor(inputs[name], info.dtype) for name in info.inputs] for inputs, _ in batches)
-        )
+        if not mended:
+            batches = itertools.islice(self._data.at(plan.sizes).calibration, _STATISTICS_BATCHES)
+            reestimate_statistics(
+                twin, ([to_tensor(inputs[name], info.dtype) for name in info.inputs] for inputs, _ in batches)
+            )
         if plan.precision:
             written = self._bench.written(pull_weights(program, twin), plan.precision)
             twin = to_fx(written, dtype=torch.float32)
@@ -233,7 +270,7 @@ class Judge:
 
         options, begun = self._bench.options, time.perf_counter()
         program = self._program(plan)
-        if options.repair and not plan.sizes:
+        if options.repair:
             program, _ = repaired(program, self._bench.program, data, seconds, options.seed, evaluate)
         left_s = max(seconds - (time.perf_counter() - begun), 0.1 * seconds)
         found = distill(

@@ -35,7 +35,8 @@ class FitOptions:
         max_drop: largest loss of score, points (1 point = 0.01).
         recovery_s: seconds of recovery; 0 for none.
         recovery: fields of `sartor.recovery.RecoveryOptions` by name, where they are not its defaults.
-        repair: begin recovery with least squares of the layers that lost inputs (`sartor.passes.repair`).
+        repair: begin recovery with least squares of the layers behind what went (`sartor.passes.repair`).
+        rounds: in which the plan is carried out and recovered; see `sartor.fit_rounds`.
         strategy: what decides.
         seed: of importance, training and measuring order.
         keep: globs of parameters, nodes and modules that stay.
@@ -49,6 +50,7 @@ class FitOptions:
     recovery_s: float = 0.0
     recovery: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     repair: bool = True
+    rounds: int = 1
     strategy: str = "budgeted-greedy"
     seed: int = 0
     keep: tuple[str, ...] = ()

@@ -55,7 +55,7 @@ class FakeJudge:
 
     has_data = True
 
-    def prospect(self, plan):
+    def prospect(self, plan, share):
         return self.score(plan)
 
     def loss(self, plan):

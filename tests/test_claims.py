@@ -314,14 +314,6 @@ def test_rat_holds_where_it_saves_enough_at_the_same_score():
     assert not any(claims_quality.summarize_rat([*full, *one])["holds"] for one in (dear, worse, fewer, []))
 
 
-def test_a_version_without_rat_says_so(monkeypatch, tmp_path):
-    monkeypatch.setattr(claims_quality, "has_rat", lambda: False)
-    rows = Rows(claims_quality.RAT, tmp_path, {})
-    claims_quality.measure_rat(rows, argparse.Namespace(quick=True, seeds=1))
-    assert rows.rows == [] and "no resolution-adaptive training" in rows.notes[0]
-    assert rows.write()["summary"]["holds"] is False and rows.draw() is None
-
-
 # ---- imprinting ----------------------------------------------------------------------------------
 def test_iterative_removal_scores_what_is_left_and_compares_with_one_shot(monkeypatch):
     scores = {

@@ -26,7 +26,7 @@ class ClutteredDigitsNet(nn.Module):
         self.classifier = nn.Linear(widths[-1], 10)
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
-        # There is one digit at one place: a mean would dilute it, and learns several times slower.
+        # There is one digit at one place: the strongest evidence for it decides, wherever that is.
         return self.classifier(self.blocks(self.stem(image)).amax(dim=(2, 3)))
 
 

@@ -56,8 +56,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--recovery",
         metavar="none|minutes=M[,OPTION=VALUE...]",
         help="train with the original as the teacher for M minutes (minutes=5); options: teacher=always|never|wrong, "
-        "temperature=T, features=W, rat=GAMMA, precision=f32|bf16, as of 'sartor recover', and repair=yes|no (yes): "
-        "begin with least squares of the layers that lost inputs",
+        "temperature=T, features=W, rat=GAMMA, precision=f32|bf16, as of 'sartor recover', repair=yes|no (yes): begin "
+        "with least squares of the layers behind what went, and rounds=N (1): cut and train N times, each time by what "
+        "matters least then",
     )
     parser.add_argument(
         "--strategy",
@@ -130,7 +131,7 @@ def parse_recovery(text: str | None, has_data: bool) -> tuple[float, dict[str, A
             raise UsageError(
                 f"'--recovery {text}' is malformed at '{part}'; expected none, or minutes=M with M above 0, and any of "
                 "teacher=always|never|wrong, temperature=T (above 0), features=W (at least 0), rat=GAMMA (above 0, at "
-                "most 1), precision=f32|bf16, repair=yes|no, each once, separated by commas."
+                "most 1), precision=f32|bf16, repair=yes|no, rounds=N (at least 1), each once, separated by commas."
             ) from None
     if "minutes" not in found:
         raise UsageError(f"'--recovery {text}' does not say how long; add minutes=M with M above 0.")
@@ -163,6 +164,7 @@ _RECOVERY: dict[str, Callable[[str], Any]] = {
     "rat": _share,
     "precision": _one_of("f32", "bf16"),
     "repair": _one_of("yes", "no"),
+    "rounds": arguments.positive,
 }
 
 
@@ -209,8 +211,9 @@ def _fit(
         precision=options.precision,
         max_drop=options.max_drop,
         recovery_s=recovery[0],
-        recovery={key: value for key, value in recovery[1].items() if key != "repair"},
+        recovery={key: value for key, value in recovery[1].items() if key not in ("repair", "rounds")},
         repair=recovery[1].get("repair", "yes") == "yes",
+        rounds=recovery[1].get("rounds", 1),
         strategy=options.strategy,
         seed=options.seed,
         keep=tuple(options.keep),

@@ -99,44 +99,30 @@ class Window:
         return Window(kernel, strides, dilations, pads)  # type: ignore[arg-type]
 
 
-def rows_of(
-    x: Tensor, y: Tensor, window: Window | None, positions: int, generator: np.random.Generator
-) -> tuple[np.ndarray, np.ndarray]:
-    """What a layer sums over and what it made, at the same places: `[n, features]` and `[n, outputs]`, float64.
+def entering_at(x: Tensor, window: Window | None, places: tuple[np.ndarray, ...]) -> np.ndarray:
+    """What a layer sums over at some places of every sample, `[n, features]`, float64.
 
     Args:
         x: what enters it, `[N, C, H, W]` or `[N, C, W]` with a window, else `[N, ..., C]`.
-        y: what it made, at as many places.
         window: of a convolution.
-        positions: most places of a sample.
-        generator: draws them, the same ones for all samples.
+        places: indices in what the layer makes: rows and columns with a window, else positions.
     """
     if window is None:
-        x, y = x.reshape(len(x), -1, x.shape[-1]), y.reshape(len(y), -1, y.shape[-1])
-        chosen = _places(y.shape[1], positions, generator)
-        return _flat(x[:, chosen].numpy()), _flat(y[:, chosen].numpy())
-    from torch.nn import functional
-
+        return flat(x.reshape(len(x), -1, x.shape[-1])[:, places[0]].numpy())
     if x.dim() == 3:
-        x, y = x.unsqueeze(2), y.unsqueeze(2)
-    top, left, bottom, right = window.pads
-    padded = functional.pad(x, (left, right, top, bottom)).numpy()
-    row, column = np.divmod(_places(y.shape[2] * y.shape[3], positions, generator), y.shape[3])
-    taps = [
-        place[:, None] * window.strides[axis] + np.arange(window.kernel[axis]) * window.dilations[axis]
-        for axis, place in enumerate((row, column))
-    ]
-    patches = padded[:, :, taps[0][:, :, None], taps[1][:, None, :]]  # [N, C, places, kh, kw]
+        x = x.unsqueeze(2)
+    taps, inside = [], []
+    for axis, place in enumerate(places):
+        first = place[:, None] * window.strides[axis] - window.pads[axis]
+        at = first + np.arange(window.kernel[axis]) * window.dilations[axis]
+        taps.append(at.clip(0, x.shape[2 + axis] - 1))
+        inside.append(at == taps[-1])  # else it is in the padding, which is zeros
+    patches = x.numpy()[:, :, taps[0][:, :, None], taps[1][:, None, :]]  # [N, C, places, kh, kw]
+    patches *= inside[0][:, :, None] & inside[1][:, None, :]
     patches = np.moveaxis(patches, 2, 1)
-    return _flat(patches.reshape(*patches.shape[:2], -1)), _flat(
-        np.moveaxis(y[:, :, row, column].numpy(), 1, 2)
-    )
+    return flat(patches.reshape(*patches.shape[:2], -1))
 
 
-def _places(count: int, most: int, generator: np.random.Generator) -> np.ndarray:
-    return np.arange(count) if count <= most else np.sort(generator.choice(count, most, replace=False))
-
-
-def _flat(array: np.ndarray) -> np.ndarray:
-    """`[N, places, features]` as rows."""
+def flat(array: np.ndarray) -> np.ndarray:
+    """`[N, places, features]` as rows, float64."""
     return array.reshape(-1, array.shape[-1]).astype(np.float64)

@@ -1,4 +1,4 @@
-"""`repair`: what reads fewer inputs makes again what it made, as nearly as its weights can."""
+"""`repair`: layers behind a cut make again what they made, as nearly as their weights can."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ import numpy as np
 from sartor.errors import PlanError, UsageError
 from sartor.ir.program import Program
 from sartor.passes.base import Context, Pass, Planned, Refusal, Semantics, option
-from sartor.passes.reconstruction import Moments, rows_of
-from sartor.passes.repaired_layers import Layer, layer_of, narrowed
+from sartor.passes.reconstruction import Moments, entering_at
+from sartor.passes.repair_targets import Target, Targets
+from sartor.passes.repaired_layers import Layer, affected, layer_of, sums_over_weights
 from sartor.passes.rewriter import Rewriter
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ class Repaired:
 
 @dataclasses.dataclass(frozen=True)
 class Repair(Pass):
-    """Give layers whose inputs were narrowed the weights that make what the original's layer made.
+    """Give layers whose inputs are fewer, or made otherwise, the weights that make what the original's layer made.
 
     Becomes:
         y = W[kept] x[kept] + b   →   y = W′ x[kept] + b′      with W′, b′ = argmin Σ |(W x + b) − (W′ x[kept] + b′)|²
@@ -77,8 +78,12 @@ class Repair(Pass):
     A layer of more features (inputs times taps) than samples times positions is fitted to these samples: give more
     then, or more `ridge`.
 
+    These are all layers behind a narrowed one, or behind a removed block: each makes up for a part of the error that
+    those before it leave.
+
     Requires: data, and the program before pruning, which a pipeline knows. Right behind the pass that prunes: weights
-    that were trained or folded since are not compared with the original's.
+    that were trained or folded since are not compared with the original's. `extras["targets"]` may have what the
+    original makes, for repairs of many programs; see `targets`.
 
     Ensures: nothing changes but weights, biases and running means. The error of no repaired layer grows on what was
     sampled.
@@ -102,6 +107,23 @@ class Repair(Pass):
     )
     seed: int = option(0, help="of the choice of positions", minimum=0)
 
+    def targets(self, original: Program, context: Context) -> Targets:
+        """What the original makes, kept: as `extras["targets"]` of a context it serves any number of cut programs.
+
+        Args:
+            original: the program before it was cut.
+            context: whose data are looked at.
+        """
+        kinds = ("Conv", "Gemm", "MatMul")
+        layers = [n for n in original.graph if n.op_type in kinds and sums_over_weights(n)]
+        convolutions = [node.name or "" for node in layers if node.op_type == "Conv"]
+        names = [node.name or "" for node in layers]
+        batches = self._batches(original, context)
+        return Targets(original, batches, names, convolutions, self.positions, self.seed, keep=True)
+
+    def _batches(self, program: Program, context: Context) -> list[Any]:
+        return list(context.supplied("batches")(program, context, samples=self.samples, batch=_BATCH))
+
     def plan(self, program: Program, context: Context) -> Any:
         """Solve layer after layer. See `Pass.plan`.
 
@@ -118,7 +140,7 @@ class Repair(Pass):
             shapes = f"{dict(program.input_shapes)} instead of {dict(original.input_shapes)}"
             return Planned(None, (Refusal(program.source.name, f"its inputs have other shapes: {shapes}"),))
         layers, refusals = [], []
-        for node, before in narrowed(program, original):
+        for node, before in affected(program, original):
             found = layer_of(program, original, node, before, context)
             if isinstance(found, str):
                 refusals.append(Refusal(node.name or "", found))
@@ -139,13 +161,17 @@ class Repair(Pass):
 
         clone = program.clone()
         rewriter = Rewriter(clone, self.name)
-        batches = list(context.supplied("batches")(program, context, samples=self.samples, batch=_BATCH))
-        old = Lockstep(original, batches, {layer.name for layer in layers})
+        batches = self._batches(program, context)
+        targets = context.extras.get("targets")
+        if targets is None:
+            names = [layer.name for layer in layers]
+            windows = [layer.name for layer in layers if layer.window is not None]
+            targets = Targets(original, batches, names, windows, self.positions, self.seed)
         new = Lockstep(clone, batches)
         weights: dict[str, np.ndarray] = {}
         errors: dict[str, tuple[float, float]] = {}
-        for number, layer in enumerate(layers):
-            moments = self._moments(layer, new.entering(layer.name), old.result(layer.name), number)
+        for layer in layers:
+            moments = self._moments(layer, new.entering(layer.name), targets.of(layer.name))
             change, shift = moments.solve(self.ridge, bool(layer.constant))
             changed = {layer.weight: layer.stored(layer.matrix + change)}
             if layer.constant:
@@ -164,11 +190,10 @@ class Repair(Pass):
             errors[layer.name] = moments.errors(change, shift)
         return Repaired(weights, errors)
 
-    def _moments(self, layer: Layer, entering: list[Tensor], made: list[Tensor], number: int) -> Moments:
+    def _moments(self, layer: Layer, entering: list[Tensor], made: list[Target]) -> Moments:
         moments = Moments(layer.matrix.shape[1], len(layer.rows))
-        for index, (x, y) in enumerate(zip(entering, made, strict=True)):
-            generator = np.random.default_rng([self.seed, number, index])
-            inputs, results = rows_of(x, y, layer.window, self.positions, generator)
-            results = results[:, layer.rows]
+        for x, target in zip(entering, made, strict=True):
+            inputs = entering_at(x, layer.window, target.places)
+            results = target.made[:, layer.rows].astype(np.float64)
             moments.add(inputs, results, results - inputs @ layer.matrix.T - layer.bias)
         return moments

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator
 
 import numpy as np
@@ -51,24 +52,38 @@ class Layer:
         return (matrix.T if self.transposed else matrix).reshape(self.shape)
 
 
-def narrowed(program: Program, original: Program) -> Iterator[tuple[ir.Node, ir.Node]]:
-    """Nodes that sum over fewer features than in the original, and what they were, in execution order."""
+def affected(program: Program, original: Program) -> Iterator[tuple[ir.Node, ir.Node]]:
+    """Nodes that sum over other features than in the original, fewer or made otherwise, and what they were.
+
+    In execution order. Features are others behind everything that was removed, narrowed or replaced.
+    """
     nodes = {node.name: node for node in original.graph.all_nodes()}
     shapes, before = program.shapes(), original.shapes()
+    others: set[str] = set()
     for node in program.graph.all_nodes():
-        axis, twin = _FEATURES.get(node.op_type), nodes.get(node.name)
-        if axis is None or node.domain or twin is None or twin.op_type != node.op_type:
+        twin = nodes.get(node.name)
+        if twin is None or twin.op_type != node.op_type or node.domain != twin.domain:
+            others.update(output.name or "" for output in node.outputs)
             continue
-        if node.op_type == "Gemm" and node.attributes.get_int("transA", 0) == 1:
-            axis = 0
-        if node.op_type == "MatMul" and not _weight(node)[0].is_initializer():
-            continue  # no weights: an attention's product
-        now, then = (
-            shape.get(value.name or "", ()) if value is not None else ()
-            for shape, value in ((shapes, node.inputs[0]), (before, twin.inputs[0]))
-        )
-        if now and len(now) == len(then) and now[axis] < then[axis]:
+        pairs = list(itertools.zip_longest(_names(node), _names(twin)))
+        entering = {now for now, then in pairs if now != then or now in others}
+        resized = any(shapes.get(now) != before.get(now) for now, _ in pairs)
+        if entering or resized:
+            others.update(output.name or "" for output in node.outputs)
+        if pairs and pairs[0][0] in entering and sums_over_weights(node):
             yield node, twin
+
+
+def _names(node: ir.Node) -> list[str]:
+    return [value.name or "" if value is not None else "" for value in node.inputs]
+
+
+def sums_over_weights(node: ir.Node) -> bool:
+    """Whether what a node makes are sums over features, by weights of its own."""
+    if node.domain or node.op_type not in _FEATURES:
+        return False
+    # without weights a MatMul is an attention's product
+    return node.op_type != "MatMul" or _weight(node)[0].is_initializer()
 
 
 def layer_of(

@@ -2,8 +2,9 @@
 
 Filters shorten what is bound by arithmetic and memory; where calls bound it, as at batch 1 on parallel devices, only
 whole layers help, and those help anywhere. Guidelines: METHODS.md, 001, chapter 8. Which of the two a network is, its
-own predictions say: what half the width saves in latency against what it saves in MACs. What comes into question by
-that is tried where there are data: each candidate's network is recovered for a part of the time, and the best stays.
+own predictions say: what half the width saves in latency against what it saves in MACs. With data, what comes into
+question is tried: candidates are judged as recovery would begin with them, and the best two are recovered for a part
+of the time.
 """
 
 from __future__ import annotations
@@ -16,12 +17,16 @@ from typing import ClassVar
 import numpy as np
 
 from sartor.passes.options import option
+from sartor.strategies.adaptscale import AdaptScale
 from sartor.strategies.budgeted_greedy import BudgetedGreedy
 from sartor.strategies.compound_shrink import CompoundShrink
 from sartor.strategies.hacscale import HacScale
 from sartor.strategies.layerprune import LayerPrune
 from sartor.strategies.protocol import Search, Strategy
 from sartor.strategies.space import Decision, Space, within
+from sartor.strategies.uniform import Uniform
+
+_FINALISTS = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +43,12 @@ class Auto(Strategy):
         help="share of what half the width saves in MACs below which latency does not follow widths",
         minimum=0.0,
     )
-    trial: bool = option(True, help="try what comes into question, where there are data")
+    trial: float = option(
+        0.5,
+        help="share of recovery's time that each of the two best is trained for; 0: nothing is tried",
+        minimum=0.0,
+        maximum=1.0,
+    )
 
     def prepare(self, space: Space) -> Search:
         """See `Strategy.prepare`."""
@@ -53,21 +63,25 @@ class Auto(Strategy):
 
     def _chosen(self, space: Space, limits: Mapping[str, float]) -> Search:
         candidates, why = self.candidates(space, limits)
-        searches = [one.prepare(space) for one in candidates[: None if self.trial and space.judges else 1]]
+        tries = self.trial > 0 and space.judges
+        searches = [one.prepare(space) for one in candidates[: None if tries else 1]]
         plans = [search(limits) for search in searches]
         tried = [
-            (one, search, d)
-            for one, search, d in zip(candidates, searches, plans, strict=False)
-            if d.feasible
+            (one.name, search, decision.plan)
+            for one, search, decision in zip(candidates, searches, plans, strict=False)
+            if decision.feasible
         ]
         if len(tried) < 2:
-            first = tried[0][:2] if tried else (candidates[0], searches[0])
-            space.notes.append(f"strategy {first[0].name}: {why}")
-            return first[1]
-        scores = [space.judge.prospect(decision.plan) for _, _, decision in tried]
-        best = int(np.argmax(scores))
-        told = ", ".join(f"{one.name} {score:.1%}" for (one, _, _), score in zip(tried, scores, strict=True))
-        space.notes.append(f"strategy {tried[best][0].name}: {why}; early in recovery they score {told}")
+            name, search = tried[0][:2] if tried else (candidates[0].name, searches[0])
+            space.notes.append(f"strategy {name}: {why}")
+            return search
+        losses = [space.judge.loss(plan) for _, _, plan in tried]
+        order = np.argsort(losses, kind="stable")
+        scores = {int(i): space.judge.prospect(tried[i][2], self.trial) for i in order[:_FINALISTS]}
+        best = max(scores, key=lambda i: scores[i])  # of equal ones that of less loss
+        judged = ", ".join(f"{tried[i][0]} {losses[i]:.3g}" for i in order)
+        told = ", ".join(f"{tried[i][0]} {score:.1%}" for i, score in scores.items())
+        space.notes.append(f"strategy {tried[best][0]}: {why}; losses are {judged}; trials end at {told}")
         return tried[best][1]
 
     def candidates(self, space: Space, limits: Mapping[str, float]) -> tuple[list[Strategy], str]:
@@ -78,7 +92,10 @@ class Auto(Strategy):
                 HacScale()
             ], "the limits are above what the network costs, so it grows where it matters most"
         greedy: Strategy = BudgetedGreedy()
-        resized: list[Strategy] = [CompoundShrink()] if space.judges and len(space.sizes) > 1 else []
+        even: Strategy = Uniform()
+        resized: list[Strategy] = []
+        if len(space.sizes) > 1:
+            resized = [CompoundShrink(), AdaptScale()] if space.judges else [AdaptScale()]
         everywhere = dataclasses.replace(start, removed=frozenset(space.ranked_blocks))
         blocks, narrow = (
             within(one, limits)
@@ -89,15 +106,20 @@ class Auto(Strategy):
             return [*layers, *resized] or [LayerPrune()], "no channel can go, so blocks have to"
         if "latency" not in limits:
             why = "no latency is limited, and channels are what MACs, bytes and memory are made of"
-            return [greedy, *layers, *resized], why
+            return [greedy, even, *layers, *resized], why
         if layers and not narrow:
             why = "even the narrowest network is above the limits, and removing blocks is not"
-            return [*layers, greedy, *resized], why
+            return [*layers, greedy, even, *resized], why
         follows = elasticity(space)
         said = f"half the width saves {follows:.0%} as much time as MACs"
         if layers and follows < self.bound:
-            return [*layers, greedy, *resized], f"{said}: calls bound it, and blocks take them along"
-        return [greedy, *layers, *resized], f"{said}, so channels pay, and blocks go where they pay more"
+            return [*layers, greedy, even, *resized], f"{said}: calls bound it, and blocks take them along"
+        return [
+            greedy,
+            even,
+            *layers,
+            *resized,
+        ], f"{said}, so channels pay, and blocks go where they pay more"
 
 
 def elasticity(space: Space) -> float:

@@ -100,7 +100,7 @@ class Judge(Protocol):
         """Score of a plan's network, not trained."""
         ...
 
-    def prospect(self, plan: Plan) -> float:
+    def prospect(self, plan: Plan, share: float) -> float:
         """Score that a plan's network reaches early in its recovery."""
         ...
 
