@@ -126,6 +126,15 @@ def test_the_dimension_that_loses_least_shrinks_most():
     assert resolution[0] < width[0] and resolution[1] > width[1]
 
 
+@pytest.mark.parametrize(("depth", "removed"), [(0.2, 2), (100.0, 1)])
+def test_the_last_large_step_is_taken_where_it_loses_less_than_width(depth, removed):
+    space = priced_space("resnet", steepness={"depth": 0.2, "width": 1.0, "resolution": 1.0})
+    search = protocol.strategy("compound-shrink{samples=2}").prepare(space)
+    space.judge.steepness["depth"] = depth  # the search goes the same way, and ends in front of the same step
+    decision = search({"macs": 0.6 * full(space)})
+    assert decision.feasible and len(decision.plan.blocks) == removed
+
+
 # ---- teco ----------------------------------------------------------------------------------------
 def test_loss_over_what_is_saved():
     assert teco.task_importance(0.3, 0.1, 0.2, 0.5) == pytest.approx(2.0)

@@ -6,7 +6,8 @@ geometric mean of all losses over its own. Reference: H. Kong et al., "EdgeCompr
 Compression and Dynamic Inference for EdgeAI", IEEE TCAD 2023, whose formulas are METHODS.md (6.5) and (6.6).
 
 How coefficients become scale factors is not published. Here the logarithm of the MACs is divided among the dimensions
-in proportion to them.
+in proportion to them. Where the last step to the limit is a block or an input size, the network with it and the one
+without are narrowed or widened to the limit, and the one of less loss stays.
 """
 
 from __future__ import annotations
@@ -80,11 +81,19 @@ class CompoundShrink(Strategy):
         states = [state_of(space, at) for at in values]
         priced = space.priced(states, limits)
         first = next((i for i, one in enumerate(priced) if within(one, limits)), len(states) - 1)
-        state = states[first]
+        chosen = [states[first]]
         if "width" in found:
-            wider = widest(space, limits, values[first].get("depth", 1.0), state.size)
-            if within(space.priced([wider], limits)[0], limits):
-                state = wider
+            # Removed blocks and smaller inputs are large steps: with the last ones or without, what is left is width.
+            coarse = {
+                (at.get("depth", 1.0), int(at.get("resolution", 0)))
+                for at in values[max(first - 1, 0) : first + 1]
+            }
+            wide = [widest(space, limits, depth, size) for depth, size in sorted(coarse)]
+            kept = [one for one in wide if within(space.priced([one], limits)[0], limits)]
+            chosen = kept or chosen
+        state = chosen[0]
+        if len(chosen) > 1:
+            state = min(chosen, key=lambda one: space.judge.loss(space.plan(one, self.name)))
         return space.decision(state, limits, self.name)
 
 
