@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sartor.errors import SartorError, UsageError
-from sartor.fit_recovery import repaired
 from sartor.images import at_shapes
 from sartor.ir.channels import ChannelAnalysis, channel_groups
 from sartor.ir.plan import Plan
@@ -268,16 +267,12 @@ class Judge:
         def evaluate(predict: Callable[..., Any]) -> float:
             return score(predict, self._samples, data.metric, self._bench.original)[0]
 
-        options, begun = self._bench.options, time.perf_counter()
-        program = self._program(plan)
-        if options.repair:
-            program, _ = repaired(program, self._bench.program, data, seconds, options.seed, evaluate)
-        left_s = max(seconds - (time.perf_counter() - begun), 0.1 * seconds)
+        program, _ = self._begun(plan)  # takes what it takes: in a part of the time a repair might not end
         found = distill(
             program,
             self._bench.program,
             data.train or data.calibration,
-            minutes=left_s / 60.0,
+            minutes=seconds / 60.0,
             seed=self._bench.options.seed,
             loss=data.loss,
             threads=len(os.sched_getaffinity(0)),

@@ -365,6 +365,17 @@ def test_auto_tries_what_comes_into_question(cheap, expected):
     assert f"strategy {expected}: " in space.notes[-1] and "trials end at" in space.notes[-1]
 
 
+def test_auto_shrinks_without_larger_inputs(monkeypatch):
+    """A larger input that fewer blocks and channels pay for is a way to grow, which nobody asked for."""
+    for name in ("BudgetedGreedy", "Uniform", "LayerPrune", "CompoundShrink"):
+        monkeypatch.setattr(auto, name, lambda: adaptscale.AdaptScale(data_balance=5.0, alpha=1.0))
+    space = priced_space("resnet", latency=lambda macs, _: macs * 1e-9, grows=True)
+    limits = {"latency": 0.5e-9 * full(space)}
+    before = space.analysis.program.input_shapes["x"]
+    assert auto.BudgetedGreedy().prepare(space)(limits).plan.sizes["x"] > before, "the search has a reason"
+    assert auto.Auto().prepare(space)(limits).plan.sizes.get("x", before) <= before
+
+
 def test_elasticity_by_hand():
     space = priced_space("resnet", latency=lambda macs, blocks: macs)
     assert auto.elasticity(space) == pytest.approx(1.0)

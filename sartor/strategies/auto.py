@@ -64,7 +64,10 @@ class Auto(Strategy):
     def _chosen(self, space: Space, limits: Mapping[str, float]) -> Search:
         candidates, why = self.candidates(space, limits)
         tries = self.trial > 0 and space.judges
-        searches = [one.prepare(space) for one in candidates[: None if tries else 1]]
+        searches = [
+            one.prepare(space if one.grows else space.shrinking())
+            for one in candidates[: None if tries else 1]
+        ]
         plans = [search(limits) for search in searches]
         tried = [
             (one.name, search, decision.plan)
@@ -94,7 +97,7 @@ class Auto(Strategy):
         greedy: Strategy = BudgetedGreedy()
         even: Strategy = Uniform()
         resized: list[Strategy] = []
-        if len(space.sizes) > 1:
+        if len(space.shrinking().sizes) > 1:
             resized = [CompoundShrink(), AdaptScale()] if space.judges else [AdaptScale()]
         everywhere = dataclasses.replace(start, removed=frozenset(space.ranked_blocks))
         blocks, narrow = (

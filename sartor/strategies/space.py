@@ -7,6 +7,7 @@ collapses. Reference: Lee et al., "Layer-adaptive sparsity for the magnitude-bas
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import itertools
@@ -150,6 +151,12 @@ class Space:
         self._grid, self._importance, self._judge = grid, importance, judge
         self.notes: list[str] = []
 
+    def shrinking(self) -> Space:
+        """The same without inputs that are larger than the original's, for searches that only take away."""
+        found = copy.copy(self)
+        found.sizes = [one for one in self.sizes if one.share <= 1.0]
+        return found
+
     @property
     def judge(self) -> Judge:
         """What says how good plans are; a strategy that asks has said so (`Strategy.needs_data`)."""
@@ -269,15 +276,11 @@ class Space:
         group = self.analysis.group(name)
         wanted = count + math.ceil(channels / group.granularity)
         if count < group.size:
-            return min(
-                (c for c in self.fine[name] if wanted <= c <= most), default=self._full(group, count, most)
-            )
+            whole = group.size if group.size <= most else None
+            return min((c for c in self.fine[name] if wanted <= c <= most), default=whole)
         units = self._step(group)
         found = math.ceil(wanted / units) * units
         return found if name in self.widenable and found <= most else None
-
-    def _full(self, group: ChannelGroup, count: int, most: int) -> int | None:
-        return group.size if count < group.size <= most else None
 
     @functools.cached_property
     def widths(self) -> tuple[float, ...]:
