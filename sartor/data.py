@@ -245,6 +245,10 @@ class Split:
         return array
 
 
+JUDGING_SHARE = 1 / 32
+"""Share of a recovery's time that one judgement may take: there are five and more, and training needs the most."""
+
+
 class InTime:
     """As many first batches of a split as one pass over it managed within a time; the same ones ever after.
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sartor.data import InTime
+from sartor.data import JUDGING_SHARE, InTime
 from sartor.errors import SartorError
 from sartor.fit_rounds import Rounds, rounds_of
 from sartor.ir.plan import Plan
@@ -38,8 +38,6 @@ def require_recovery(program: Program, options: FitOptions, data: Data) -> None:
     require_labels(program, RecoveryOptions(**options.recovery), labels, data.loss)
 
 
-_JUDGING_SHARE = 1 / 16
-"""Share of recovery's time that one score on `evaluate` may take."""
 _TRAINING_SHARE = 0.1
 """Share of a round's time that training has in any case, whatever was done before it."""
 
@@ -83,7 +81,7 @@ class Recovery:
         known = self._journal.find("judged")
         self._judged = InTime(
             self._data.evaluate,
-            _JUDGING_SHARE * self._options.recovery_s / self._options.rounds,
+            JUDGING_SHARE * self._options.recovery_s / self._options.rounds,
             None if known is None else known["batches"],
         )
 

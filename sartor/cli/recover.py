@@ -33,8 +33,6 @@ if TYPE_CHECKING:
 EXAMPLE = (
     "sartor recover small.onnx --original model.onnx --data data.py:digits --minutes 5 --out recovered.onnx"
 )
-_JUDGING_SHARE = 1 / 16
-"""Share of the time that one score on `evaluate` may take."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -197,7 +195,7 @@ class _Judge:
     """Scores: on `evaluate` during recovery, and on `test` after it."""
 
     def __init__(self, options: argparse.Namespace, folder: Path, original: Program, data: Data):
-        from sartor.data import InTime
+        from sartor.data import JUDGING_SHARE, InTime
         from sartor.recovery import predictor
 
         self._data, self._original = data, original
@@ -206,7 +204,7 @@ class _Judge:
         self._split: Any = data.evaluate
         if options.steps is None:  # else it is the same samples on any machine
             batches = json.loads(self._known.read_text()) if self._known.exists() else None
-            self._split = InTime(data.evaluate, _JUDGING_SHARE * 60 * options.minutes, batches)
+            self._split = InTime(data.evaluate, JUDGING_SHARE * 60 * options.minutes, batches)
 
     def evaluate(self, predict: Callable[..., Any]) -> float:
         """What is kept is decided by this; a resumed recovery judges on the same samples."""

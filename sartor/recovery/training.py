@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sartor.data import JUDGING_SHARE
 from sartor.errors import UsageError
 from sartor.ir.fx import pull_weights
 from sartor.ir.program import Program
@@ -32,7 +33,7 @@ from sartor.recovery.view import View
 Score = tuple[float, float]
 _CLIP_NORM = 5.0  # Adam's steps do not depend on the gradient's scale: this only catches outliers
 _JUDGED_SAMPLES = 256
-_JUDGING_SHARE = 1 / 16  # of the time, for the first judgement's distance on those samples
+_STATISTICS_BY = 0.25  # of the time, without which training waits for nothing
 _FEWEST_STEPS = 32  # smaller batches rather than fewer steps than these in half the time
 _STATISTICS_BATCHES = 64
 _MASK_RATE = 10.0  # masks begin near 0.1, and Adam moves every number by about its rate in a step
@@ -184,8 +185,9 @@ class Training:
         """Re-estimate BatchNormalization from the best weights on; kept only where that is better."""
         restore(self.gm, self.best)
         fixed = self.options.max_steps is not None
-        # A tenth more for the final ones, without which what training changed is judged by old statistics.
-        limit_s = (1.1 if phase == "final" else 1.0) * self.budget_s
+        # A tenth more for the final ones, without which what training changed is judged by old statistics. Those before
+        # it are left out where they would take much of its time: it renews them as it goes.
+        limit_s = (1.1 if phase == "final" else _STATISTICS_BY) * self.budget_s
         needed_s = self.clock.judgement_s + 0.05 * self.budget_s
         in_time = fixed or self.processes.decided(self.clock.elapsed_s + needed_s < limit_s)
         if batch_norms(self.gm) and in_time and not self._tiny_batches:
@@ -240,7 +242,7 @@ class Training:
         if self.teacher is not None and self.options.teacher == "always":
             forward_s += pace.forward_seconds(self.teacher.view.gm, probe, 0.01 * self.budget_s) / count
         most = 0.5 * self.budget_s / _FEWEST_STEPS / step_s * self.processes.count
-        most, judged = self.processes.numbers([most, _JUDGING_SHARE * self.budget_s / forward_s])
+        most, judged = self.processes.numbers([most, JUDGING_SHARE * self.budget_s / forward_s])
         self.samples.limit_batch(int(most))
         return min(max(int(judged), pace.PROBE_SAMPLES), _JUDGED_SAMPLES)
 
