@@ -39,6 +39,7 @@ SAMPLES = 512
 _REPAIR_SAMPLES, _REPAIR_POSITIONS = 128, 32
 _STATISTICS_BATCHES = 8
 _TIMED_STEPS = 3
+_MOST_MINUTES = 24 * 60.0  # steps end a training of candidates, not the clock
 _WORST = 1e30
 
 
@@ -63,6 +64,7 @@ class Judge:
     ):
         self._bench, self._analysis, self._blocks = bench, analysis, blocks
         self._journal, self._progress = journal, progress
+        self._base, self._tuned = bench.program, ""
 
     @property
     def has_data(self) -> bool:
@@ -98,13 +100,42 @@ class Judge:
         seconds = share * self._bench.options.recovery_s
         if seconds <= 0:
             return self.score(plan)
-        digest = plan_digest(plan)
+        digest = self._digest(plan)
         known = self._journal.find("prospect", plan=digest, seconds=seconds)
         if known is None:
             score = self._recovered(plan, seconds)
             known = self._journal.append("prospect", plan=digest, seconds=seconds, score=score)
             self._progress(f"candidate: score {known['score']:.3f} after {seconds:.1f} s of recovery")
         return float(known["score"])
+
+    def tune(self, plan: Plan, steps: int) -> None:
+        """Train a plan's network, and judge with the weights that it gets from here on.
+
+        Args:
+            plan: of the network; the part that it leaves of those judged later has these weights.
+            steps: of training.
+
+        Raises:
+            UsageError: there are no data, or the network cannot be trained.
+        """
+        from sartor.recovery.distillation import RecoveryOptions, distill
+        from sartor.tuning import put_back
+
+        digest = self._digest(plan)
+        found = distill(
+            self._program(plan),
+            self._bench.program,
+            self._data.train or self._data.calibration,
+            minutes=_MOST_MINUTES,
+            seed=self._bench.options.seed,
+            loss=self._data.loss,
+            threads=len(os.sched_getaffinity(0)),
+            checkpoint_dir=self._bench.folder / "tuned" / digest[-80:],
+            options=RecoveryOptions(**{**self._bench.options.recovery, "max_steps": steps}),
+        )
+        self._base = put_back(self._base, plan, self._analysis, found.program)
+        self._tuned = f"-{self._base.sha256()[:16]}"
+        self._progress(f"candidate: {found.steps} steps of training")
 
     def training(self, plan: Plan) -> tuple[float, float]:
         """Seconds per sample of a training step, and bytes that one of a batch holds.
@@ -163,7 +194,7 @@ class Judge:
 
     # ---- one candidate ---------------------------------------------------------------------
     def _judged(self, plan: Plan) -> Mapping[str, Any]:
-        digest = plan_digest(plan)
+        digest = self._digest(plan)
         known = self._journal.find("judged-plan", plan=digest)
         if known is None:
             loss, score = self._answers(plan)
@@ -177,13 +208,17 @@ class Judge:
     def _program(self, plan: Plan) -> Program:
         from sartor.passes.prune import apply_plan
 
-        return apply_plan(self._bench.program, plan, self._analysis)
+        return apply_plan(self._base, plan, self._analysis)
+
+    def _digest(self, plan: Plan) -> str:
+        """What is known of a plan belongs to the weights that it was judged with."""
+        return plan_digest(plan) + self._tuned
 
     def _begun(self, plan: Plan) -> tuple[Program, bool]:
         """A plan's network as recovery would begin with it, and whether anything was repaired."""
         program, options = self._program(plan), self._bench.options
-        if not ((plan.groups or plan.blocks) and options.repair):
-            return program, False
+        if self._tuned or not ((plan.groups or plan.blocks) and options.repair):
+            return program, False  # what was trained is no longer what the original's layers make
         try:
             found = self._repair.run(program, self._reference(tuple(sorted(plan.sizes.items()))))
         except SartorError:  # one that cannot be repaired is judged as it is

@@ -49,7 +49,7 @@ class FakeJudge:
     """Loses by dimension what it is told to, per share of MACs that go in it; importance by the norm of weights."""
 
     def __init__(self, program, steepness=None):
-        self.program, self.judged = program, []
+        self.program, self.judged, self.tuned = program, [], []
         self.steepness = steepness or {"depth": 1.0, "width": 1.0, "resolution": 1.0}
         self.full = static_cost(program).macs
 
@@ -57,6 +57,9 @@ class FakeJudge:
 
     def prospect(self, plan, share):
         return self.score(plan)
+
+    def tune(self, plan, steps):
+        self.tuned.append((plan, steps))
 
     def loss(self, plan):
         self.judged.append(plan)

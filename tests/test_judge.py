@@ -6,6 +6,7 @@ import dataclasses
 from types import SimpleNamespace
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 from models import captured
 
@@ -15,8 +16,10 @@ from sartor.ir.channels import channel_groups
 from sartor.ir.plan import GroupPlan, Plan
 from sartor.journal import Journal
 from sartor.judge import Judge
+from sartor.passes.prune import apply_plan
 from sartor.passes.reconstruction import Moments
 from sartor.recovery.twins import predictor
+from sartor.tuning import put_back
 from sartor.workbench import FitOptions
 
 
@@ -44,9 +47,9 @@ def judge(case, tmp_path):
     """Makes judges: repaired or not, with the journal of a run."""
     program, data, analysis, _ = case
 
-    def make(journal, repair=True):
+    def make(journal, repair=True, folder=tmp_path):
         options = FitOptions("onnxruntime", {}, repair=repair)
-        bench = SimpleNamespace(program=program, data=data, options=options)
+        bench = SimpleNamespace(program=program, data=data, options=options, folder=folder)
         return Judge(bench, analysis, residual_blocks(program), journal, lambda _: None)
 
     return make
@@ -77,6 +80,44 @@ def test_a_smaller_input_is_repaired_to_what_the_original_computes_at_it(case, j
         analysis, importance = with_it.importance(smaller)
         assert {g.name: g.size for g in analysis.groups} == {n: len(g.keep) for n, g in plan.groups.items()}
         assert all(len(importance.groups[g.name]) == g.size for g in analysis.groups)
+
+
+def test_what_is_cut_further_has_the_weights_of_what_was_trained(case, judge, tmp_path):
+    plan = case[3]
+    further = dataclasses.replace(
+        plan, groups={n: GroupPlan(g.size, g.keep[: len(g.keep) // 2 + 1]) for n, g in plan.groups.items()}
+    )
+    folder = tmp_path / "work"
+    with Journal(tmp_path / "journal", {}) as journal:
+        one = judge(journal, repair=False, folder=folder)
+        before = one.loss(plan), one.loss(further)
+        one.tune(plan, 12)
+        after = one.loss(plan), one.loss(further)
+        assert after[0] < 0.95 * before[0] and after[1] != before[1]
+        again = judge(journal, repair=False, folder=folder)
+        assert again.loss(plan) == before[0], "nothing is trained yet"
+        again.tune(plan, 12)  # as it was trained, not anew
+        assert (again.loss(plan), again.loss(further)) == after
+        assert len([one for one in journal.records if one["kind"] == "judged-plan"]) == 4
+
+
+def test_weights_go_back_to_where_they_were_cut_out(case):
+    program, _, analysis, plan = case
+    trained = apply_plan(program, plan, analysis)
+    generator = np.random.default_rng(2)
+    for name, value in trained.initializers.items():
+        array = trained.initializer_array(name)
+        if array.dtype.kind == "f":
+            value.const_value = ir.tensor(generator.random(array.shape).astype(array.dtype), name=name)
+    trained.invalidate()
+    whole = put_back(program, plan, analysis, trained)
+    again = apply_plan(whole, plan, analysis)
+    for name in trained.initializers:
+        assert np.array_equal(again.initializer_array(name), trained.initializer_array(name)), name
+    name = next(n for n in program.initializers if program.initializer_array(n).ndim == 4)
+    old, new = program.initializer_array(name), whole.initializer_array(name)
+    share = np.mean(old == new)
+    assert 0.2 < share < 0.9, "what was cut away is what it was"
 
 
 def test_what_was_judged_is_not_judged_again(case, judge, tmp_path, monkeypatch):

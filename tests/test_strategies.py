@@ -159,6 +159,19 @@ def test_teco_takes_the_dimension_of_least_loss(cheap):
     assert changed[cheap] and sum(changed.values()) == 1
 
 
+def test_teco_trains_what_is_left_after_every_step():
+    """Algorithm 2: networks along the path, each a part of the one before, and what is judged next has its weights."""
+    space = priced_space("resnet")
+    limits = {"macs": 0.8 * full(space)}
+    decision = protocol.strategy("teco{tune=7}").prepare(space)(limits)
+    tuned = space.judge.tuned
+    assert len(tuned) == len(decision.steps) > 1 and {steps for _, steps in tuned} == {7}
+    macs = [static_cost(apply_plan(space.analysis.program, plan)).macs for plan, _ in tuned]
+    assert macs == sorted(macs, reverse=True) and macs[-1] <= limits["macs"] < macs[-2]
+    protocol.strategy("teco").prepare(other := priced_space("resnet"))(limits)
+    assert not other.judge.tuned
+
+
 def test_without_ines_every_group_and_block_is_judged():
     counts = []
     for text in ("teco", "teco{ines=false}"):

@@ -139,3 +139,16 @@ def block_weights(program: Program, block: BlockLike) -> list[str]:
         and value.const_value.dtype.is_floating_point()
     ]
     return list(dict.fromkeys(names))
+
+
+def lamp(scores: np.ndarray) -> np.ndarray:
+    """Cost of removing units in ascending order of score, on one scale for all groups.
+
+    Each score over the sum of those not smaller, so that the last units of a layer cost 1 each and no layer collapses.
+    Reference: Lee et al., "Layer-adaptive sparsity for the magnitude-based pruning", ICLR 2021.
+    """
+    ascending = np.sort(np.maximum(scores, 0.0))
+    if not ascending.any():
+        ascending = np.ones_like(ascending)
+    rest = np.cumsum(ascending[::-1])[::-1]
+    return ascending / np.maximum(rest, 1e-300)

@@ -1,9 +1,4 @@
-"""What strategies search in: widths of groups, blocks that may go, and sizes of the inputs, with what they cost.
-
-The importance of units is put on one scale for all groups as LAMP does: a unit's score divided by the sum
-of the scores of its group that are not smaller, so that the last units of a layer cost 1 each and no layer
-collapses. Reference: Lee et al., "Layer-adaptive sparsity for the magnitude-based pruning", ICLR 2021.
-"""
+"""What strategies search in: widths of groups, blocks that may go, and sizes of the inputs, with what they cost."""
 
 from __future__ import annotations
 
@@ -20,7 +15,7 @@ import numpy as np
 from sartor.ir.channels import ChannelAnalysis, ChannelGroup, coarsest
 from sartor.ir.plan import GroupPlan, Plan, Widening
 from sartor.passes import widen
-from sartor.strategies.importance import Importance
+from sartor.strategies.importance import Importance, lamp
 
 Price = Callable[
     [Mapping[str, np.ndarray], Mapping[str, np.ndarray], Mapping[str, float]], Mapping[str, np.ndarray]
@@ -103,6 +98,10 @@ class Judge(Protocol):
 
     def prospect(self, plan: Plan, share: float) -> float:
         """Score that a plan's network reaches early in its recovery."""
+        ...
+
+    def tune(self, plan: Plan, steps: int) -> None:
+        """Train a plan's network for some steps, and judge with its weights from here on."""
         ...
 
     def importance(self, plan: Plan, criterion: str = "") -> tuple[ChannelAnalysis, Importance]:
@@ -386,12 +385,3 @@ def levels(group: ChannelGroup, grid: int, most: int = 16) -> list[int]:
     fewest = max(1, min(units, group.size), math.ceil(group.size * _FEWEST_SHARE))
     counts = range((group.size - 1) // units * units, 0, -units)
     return [group.size, *(c for c in counts if c >= fewest)]
-
-
-def lamp(scores: np.ndarray) -> np.ndarray:
-    """Cost of removing units in ascending order of score: each score over the sum of those not smaller."""
-    ascending = np.sort(np.maximum(scores, 0.0))
-    if not ascending.any():
-        ascending = np.ones_like(ascending)
-    rest = np.cumsum(ascending[::-1])[::-1]
-    return ascending / np.maximum(rest, 1e-300)

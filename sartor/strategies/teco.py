@@ -6,7 +6,8 @@ adds, over what it saves in MACs and in latency, the latter by a linear model pe
 the network that is left. Formulas and symbols: METHODS.md, (5.2) to (5.8) and Algorithm 2.
 
 Both savings are shares of the original's, so that they have one unit. How much a step removes is not published. The
-network is not trained between steps; it gets new BatchNormalization statistics.
+document trains for an epoch after every step and the result anew; here that is `tune`, and recovery begins with the
+original's weights.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import ClassVar
 import numpy as np
 
 from sartor.ir.channels import ChannelAnalysis
+from sartor.ir.plan import Plan
 from sartor.passes.options import option
 from sartor.strategies.dimensions import dimensions, state_of
 from sartor.strategies.importance import Importance
@@ -41,6 +43,12 @@ class Teco(Strategy):
     )
     ines: bool = option(
         True, help="one candidate per dimension by local importance; false: every group and block is judged"
+    )
+
+    tune: int = option(
+        0,
+        help="training steps after each removal; the document: an epoch of them. 0: candidates are repaired alone",
+        minimum=0,
     )
 
     def prepare(self, space: Space) -> Search:
@@ -104,8 +112,10 @@ class _Descent:
         return within(self.space.priced([self._state(moves)], limits)[0], limits)
 
     def _loss(self, moves: Sequence[_Move]) -> float:
-        plan = self.space.plan(self._state(moves), self.options.name, self._kept(moves))
-        return self.space.judge.loss(plan)
+        return self.space.judge.loss(self._plan(moves))
+
+    def _plan(self, moves: Sequence[_Move]) -> Plan:
+        return self.space.plan(self._state(moves), self.options.name, self._kept(moves))
 
     def _with_channels(self, taken: int, limits: Mapping[str, float]) -> list[_Move]:
         """A point of the path and so many channels less that the limits hold; empty where they cannot."""
@@ -166,6 +176,8 @@ class _Descent:
             saved = macs - self.space.static([state])[0]["macs"]
             scores.append(self._importance(lost, saved, step[0].dimension))
         self.path.append(candidates[int(np.argmin(scores))])
+        if self.options.tune:
+            self.space.judge.tune(self._plan(self._moves(len(self.path))), self.options.tune)
         return True
 
     def _importance(self, loss: float, saved: float, dimension: str) -> float:
@@ -177,9 +189,7 @@ class _Descent:
     def _matters(self, taken: int) -> tuple[ChannelAnalysis, Importance]:
         """What matters in the network at a point of the path."""
         if taken not in self.known:
-            moves = self._moves(taken)
-            plan = self.space.plan(self._state(moves), self.options.name, self._kept(moves))
-            self.known[taken] = self.space.judge.importance(plan)
+            self.known[taken] = self.space.judge.importance(self._plan(self._moves(taken)))
         return self.known[taken]
 
     def _chunks(self, taken: int) -> list[_Move]:
