@@ -64,7 +64,7 @@ def _value(text: str, item: ItemText, entry: Option, written: OptionText) -> Any
     words = written.words
     column = words[0].column if words else written.column
     try:
-        if not written.is_list and entry.optional and words[0].text == "none" and not words[0].quoted:
+        if not written.is_list and entry.optional and words[0].text == entry.absent and not words[0].quoted:
             return None
         if written.is_list != entry.is_tuple:
             raise ValueError("a list where one value is expected, or the reverse")

@@ -49,6 +49,7 @@ class Option:
         above, below: exclusive bounds.
         choices: allowed values; empty means any.
         bare: how a choice reads as a word alone in a pipeline, with `{}` for its value.
+        absent: the word for None.
     """
 
     field: str
@@ -64,6 +65,7 @@ class Option:
     below: float | None = None
     choices: tuple[Any, ...] = ()
     bare: str = "{}"
+    absent: str = "none"
 
     @property
     def name(self) -> str:
@@ -79,7 +81,7 @@ class Option:
     def type_text(self) -> str:
         """Type as people read it: `int`, `[str, …]`, `float or none`."""
         text = f"[{self.scalar.__name__}, …]" if self.is_tuple else self.scalar.__name__
-        return f"{text} or none" if self.optional else text
+        return f"{text} or {self.absent}" if self.optional else text
 
     @property
     def allowed_text(self) -> str:
@@ -134,7 +136,7 @@ class Option:
     def to_text(self, value: Any) -> str:
         """`value` as pipeline text; `from_tokens` reads it back."""
         if value is None:
-            return "none"
+            return self.absent
         if self.is_tuple:
             return "[" + ",".join(self._scalar_to_text(item) for item in value) + "]"
         return self._scalar_to_text(value)
@@ -143,7 +145,7 @@ class Option:
         if isinstance(value, bool):
             return "true" if value else "false"
         if isinstance(value, str):
-            if BARE_WORD.fullmatch(value) and not (self.optional and value == "none"):
+            if BARE_WORD.fullmatch(value) and not (self.optional and value == self.absent):
                 return value
             return json.dumps(value, ensure_ascii=False)
         return repr(value)
@@ -191,6 +193,7 @@ def option(
     below: float | None = None,
     choices: Sequence[Any] = (),
     bare: str = "{}",
+    absent: str = "none",
 ) -> Any:
     """A dataclass field that is an option of a pass.
 
@@ -204,6 +207,7 @@ def option(
         below: exclusive upper bound.
         choices: allowed values.
         bare: how a choice reads as a word alone, `"int{}"` for `quantize{int8}`.
+        absent: the word for None, of an option that may be None.
     """
     declared = {
         "help": help,
@@ -214,6 +218,7 @@ def option(
         "below": below,
         "choices": tuple(choices),
         "bare": bare,
+        "absent": absent,
     }
     field_default = dataclasses.MISSING if default is REQUIRED else default
     return dataclasses.field(default=field_default, metadata={_METADATA: declared})

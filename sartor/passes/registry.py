@@ -26,6 +26,7 @@ REGISTRY = Registry(
         "remove-layers": "sartor.passes.remove_layers:RemoveLayers",
         "repair": "sartor.passes.repair:Repair",
         "rescale": "sartor.passes.rescale:Rescale",
+        "split-tiles": "sartor.passes.split_tiles:SplitTiles",
     },
 )
 
