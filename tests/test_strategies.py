@@ -367,7 +367,7 @@ def test_auto_chooses_and_says_why(name, latency, limit, expected):
 
 @pytest.mark.parametrize(
     ("cheap", "expected"),
-    [("depth", "layerprune"), ("resolution", "compound-shrink"), ("width", "budgeted-greedy")],
+    [("depth", "layerprune"), ("resolution", "hacscale"), ("width", "budgeted-greedy")],
 )
 def test_auto_tries_what_comes_into_question(cheap, expected):
     steepness = dict.fromkeys(("depth", "width", "resolution"), 5.0) | {cheap: 0.01}

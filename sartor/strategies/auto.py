@@ -64,9 +64,9 @@ class Auto(Strategy):
     def _chosen(self, space: Space, limits: Mapping[str, float]) -> Search:
         candidates, why = self.candidates(space, limits)
         tries = self.trial > 0 and space.judges
+        grows = within(space.priced([space.start()], limits)[0], limits)
         searches = [
-            one.prepare(space if one.grows else space.shrinking())
-            for one in candidates[: None if tries else 1]
+            one.prepare(space if grows else space.shrinking()) for one in candidates[: None if tries else 1]
         ]
         plans = [search(limits) for search in searches]
         tried = [
@@ -97,8 +97,10 @@ class Auto(Strategy):
         greedy: Strategy = BudgetedGreedy()
         even: Strategy = Uniform()
         resized: list[Strategy] = []
+        if space.judges and space.uniform_groups:
+            resized.append(HacScale())
         if len(space.shrinking().sizes) > 1:
-            resized = [CompoundShrink(), AdaptScale()] if space.judges else [AdaptScale()]
+            resized += [CompoundShrink(), AdaptScale()] if space.judges else [AdaptScale()]
         everywhere = dataclasses.replace(start, removed=frozenset(space.ranked_blocks))
         blocks, narrow = (
             within(one, limits)
