@@ -55,6 +55,37 @@ def filter_mask() -> ir.Function:
     return body.function(FILTER_MASK, [mask, index], y)
 
 
+EXITS = {
+    "probability-difference": "ExitByProbabilityDifference",
+    "max-probability": "ExitByMaxProbability",
+    "entropy": "ExitByEntropy",
+}
+"""Calls of an early exit by the metric that decides; what a metric is says `sartor.runtime.confidence`."""
+NEVER = {"probability-difference": 2.0, "max-probability": 2.0, "entropy": -1.0}
+"""Thresholds by metric that no sample ever meets."""
+
+
+def exit_call(metric: str) -> ir.Function:
+    """`ExitBy…(logits [N, K], rest [N, K], threshold []) -> y [N, K]`: `logits` of the samples that are certain enough.
+
+    Certain enough is a difference or a probability of at least the threshold, or an entropy below it. Reference: the
+    difference of the two largest probabilities, METHODS.md, EdgeCompress (6.8).
+    """
+    logits, rest, threshold = (ir.Value(name=name) for name in ("logits", "rest", "threshold"))
+    body = _Body()
+    y = body.node("Where", "y", [body.certain(metric, logits, threshold), logits, rest])
+    return body.function(EXITS[metric], [logits, rest, threshold], y)
+
+
+def certain(metric: str) -> ir.Function:
+    """`Certain…(logits [N, K], threshold []) -> go [N, 1]`: the condition of `exit_call`, to be inlined."""
+    logits, threshold = ir.Value(name="logits"), ir.Value(name="threshold")
+    body = _Body()
+    return body.function(
+        f"Certain{EXITS[metric]}", [logits, threshold], body.certain(metric, logits, threshold)
+    )
+
+
 class _Body:
     """Nodes of a function, in order; every value has the name of its node."""
 
@@ -62,18 +93,47 @@ class _Body:
         self.nodes: list[ir.Node] = []
 
     def node(self, op_type: str, name: str, inputs: list[ir.Value], **attributes: Any) -> ir.Value:
-        made = ir.node(op_type, inputs, attributes, num_outputs=1, name=name)
-        made.outputs[0].name = name
+        return self.several(op_type, [name], inputs, **attributes)[0]
+
+    def several(
+        self, op_type: str, names: list[str], inputs: list[ir.Value], **attributes: Any
+    ) -> list[ir.Value]:
+        made = ir.node(op_type, inputs, attributes, num_outputs=len(names), name=names[0])
+        for output, name in zip(made.outputs, names, strict=True):
+            output.name = name
         self.nodes.append(made)
-        return made.outputs[0]
+        return list(made.outputs)
 
     def constant(self, name: str, value: Any) -> ir.Value:
         return self.node("Constant", name, [], value=ir.Tensor(np.asarray(value, np.int64), name=name))
+
+    def certain(self, metric: str, logits: ir.Value, threshold: ir.Value) -> ir.Value:
+        """Which samples meet the threshold, `[N, 1]`."""
+        probabilities = self.node("Softmax", "probabilities", [logits], axis=-1)
+        last = self.constant("last", [-1])
+        if metric == "entropy":
+            logarithms = self.node("LogSoftmax", "logarithms", [logits], axis=-1)
+            terms = self.node("Mul", "terms", [probabilities, logarithms])
+            entropy = self.node("Neg", "entropy", [self.node("ReduceSum", "sum", [terms, last], keepdims=1)])
+            return self.node("Less", "go", [entropy, threshold])
+        if metric == "max-probability":
+            found = self.node("ReduceMax", "largest", [probabilities, last], keepdims=1)
+            return self.node("GreaterOrEqual", "go", [found, threshold])
+        two = self.several("TopK", ["two", "places"], [probabilities, self.constant("count", [2])], axis=-1)[
+            0
+        ]
+        first, second = self.several("Split", ["first", "second"], [two], axis=-1, num_outputs=2)
+        return self.node("GreaterOrEqual", "go", [self.node("Sub", "difference", [first, second]), threshold])
 
     def function(self, name: str, inputs: list[ir.Value], output: ir.Value) -> ir.Function:
         opsets = {"": CANONICAL_OPSET}
         graph = ir.Graph(inputs, [output], nodes=self.nodes, opset_imports=opsets, name=name)
         return ir.Function(DIALECT_DOMAIN, name, graph=graph, attributes=[])
+
+
+def is_exit(node: ir.Node) -> bool:
+    """True for a call of an early exit."""
+    return node.domain == DIALECT_DOMAIN and node.op_type in EXITS.values()
 
 
 def is_filter_mask(node: ir.Node) -> bool:

@@ -33,7 +33,11 @@ _IMPORTANCE = Registry("sartor.importance", "importance", {"criteria": "sartor.s
 _SUPPLIES = Registry(
     "sartor.supplies",
     "supply",
-    {"batches": "sartor.calibration:batches", "statistics": "sartor.recovery.supply:statistics"},
+    {
+        "batches": "sartor.calibration:batches",
+        "imprinted": "sartor.strategies.supply:imprinted",
+        "statistics": "sartor.recovery.supply:statistics",
+    },
 )
 CALIBRATION_SPLITS = ("calibration", "train", "evaluate")
 """Splits that passes look at: the first of them that is there."""

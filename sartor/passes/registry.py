@@ -17,6 +17,7 @@ REGISTRY = Registry(
         "fuse-mbconv": "sartor.passes.fuse_mbconv:FuseMbconv",
         "group-conv": "sartor.passes.group_conv:GroupConv",
         "harden-masks": "sartor.passes.insert_masks:HardenMasks",
+        "insert-exits": "sartor.passes.insert_exits:InsertExits",
         "insert-masks": "sartor.passes.insert_masks:InsertMasks",
         "prune-channels": "sartor.passes.prune_channels:PruneChannels",
         "quantize": "sartor.passes.quantize:Quantize",

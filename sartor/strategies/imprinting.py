@@ -34,12 +34,31 @@ def imprint(program: Program, blocks: Sequence[BlockLike], data: Batches) -> dic
     candidates = removable(blocks)
     behind = {block.name: _behind(program, block) for block in candidates}
     entry = _entry(candidates[0]) if candidates else ""
-    values = list(dict.fromkeys([*([entry] if entry else []), *behind.values()]))
+    right = accuracies(program, [*([entry] if entry else []), *behind.values()], data)
+    scores, before = {}, right.get(entry, 0.0)
+    for block in candidates:
+        scores[block.name] = right[behind[block.name]] - before
+        before = right[behind[block.name]]
+    return scores
+
+
+def accuracies(program: Program, values: Sequence[str], data: Batches) -> dict[str, float]:
+    """Accuracy of an imprinted classifier on each value, in [0, 1].
+
+    Args:
+        program: the program.
+        values: names; each once.
+        data: re-iterable of `(inputs, labels)` with class ids.
+
+    Raises:
+        UsageError: labels are missing or no class ids, or a class has no samples to be judged by.
+    """
+    wanted = list(dict.fromkeys(values))
     length = embedding_length(program)
-    embeddings: dict[str, list[np.ndarray]] = {value: [] for value in values}
+    embeddings: dict[str, list[np.ndarray]] = {value: [] for value in wanted}
     labels: list[np.ndarray] = []
     batches = iter(data)
-    for (_, batch_labels), (_, found) in zip(batches, feature_maps(program, values, data), strict=False):
+    for (_, batch_labels), (_, found) in zip(batches, feature_maps(program, wanted, data), strict=False):
         if batch_labels is None or batch_labels.ndim != 1 or batch_labels.dtype.kind not in "iu":
             raise UsageError("Imprinting needs one class id per sample; use another criterion.")
         labels.append(batch_labels)
@@ -48,12 +67,7 @@ def imprint(program: Program, blocks: Sequence[BlockLike], data: Batches) -> dic
     if not labels:
         raise UsageError("The calibration data are empty; imprinting needs samples of every class.")
     known = np.concatenate(labels)
-    right = {value: accuracy(np.concatenate(parts), known) for value, parts in embeddings.items()}
-    scores, before = {}, right.get(entry, 0.0)
-    for block in candidates:
-        scores[block.name] = right[behind[block.name]] - before
-        before = right[behind[block.name]]
-    return scores
+    return {value: accuracy(np.concatenate(parts), known) for value, parts in embeddings.items()}
 
 
 def embedding(array: np.ndarray, length: int) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""The function behind `Context.importance`: any criterion, for passes, which may not import criteria."""
+"""What passes ask strategies for, which they may not import: criteria, and imprinted classifiers."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from sartor.ir.program import Program
+from sartor.strategies import imprinting
 from sartor.strategies.criteria import criterion
 from sartor.strategies.importance import AnalysisLike, BlockLike, Importance, Subject
 from sartor.strategies.layer_scores import layer_scores
@@ -34,3 +35,18 @@ def importance(
     return criterion(name).unit_importance(
         Subject(program, analysis, blocks, data, context.loss, context.seed)
     )
+
+
+def imprinted(program: Program, values: Sequence[str], context: Any) -> dict[str, float]:
+    """Accuracy of an imprinted classifier behind each value; see `sartor.strategies.imprinting`.
+
+    Args:
+        program: the program.
+        values: names.
+        context: as for `importance`.
+
+    Raises:
+        UsageError: labels are missing or no class ids, or a class has no samples to be judged by.
+    """
+    data = context.data.get("calibration", context.data.get("evaluate"))
+    return imprinting.accuracies(program, values, data)

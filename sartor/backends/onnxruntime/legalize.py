@@ -1,8 +1,8 @@
-"""What ONNX Runtime needs rewritten, so that its CPU provider computes a quantized program in integers.
+"""What ONNX Runtime needs rewritten: early exits, and what its CPU provider is to compute in integers.
 
-Its kernels fuse `DequantizeLinear → Conv → QuantizeLinear`, on x86-64 for unsigned activations only, and nothing
-where a Relu stands before the QuantizeLinear; a layer that is not fused runs in float, between conversions. Both
-are rewritten, and the function stays the same to the bit:
+Exits become `If`. The kernels fuse `DequantizeLinear → Conv → QuantizeLinear`, on x86-64 for unsigned activations only,
+and nothing where a Relu stands before the QuantizeLinear; a layer that is not fused runs in float, between conversions.
+Both are rewritten, and the function stays the same to the bit:
 
 * A QuantizeLinear saturates. With z its zero point, s its scale and [l, h] its integers, it maps every number below
   (l − z) · s to l and above (h − z) · s to h, so that `Q(Relu(x)) = Q(x)` if Q(0) = l, and `Q(Clip(x, a, b)) = Q(x)`
@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import onnx_ir as ir
 
+from sartor.ir.exits import with_choices
+
 if TYPE_CHECKING:
     from sartor.ir.program import Program
 
@@ -27,6 +29,7 @@ _LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 
 def legalize(program: Program) -> Program:
     """An equal program that the runtime computes in integers; itself when nothing is quantized."""
+    program = with_choices(program)
     if not any(node.op_type == "QuantizeLinear" for node in program.nodes()):
         return program
     result = program.clone()

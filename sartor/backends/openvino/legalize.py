@@ -14,8 +14,9 @@ if TYPE_CHECKING:
 
 
 def legalize(program: Program) -> Program:
-    """Inline the dialect's functions, quantize activations to uint8; the program itself when it has neither."""
+    """Exits as `If`, the dialect's other functions inlined, activations in uint8; the program itself without either."""
     from sartor.backends.signed import activations_to_uint8
     from sartor.ir.dialect import inline_dialect
+    from sartor.ir.exits import with_choices
 
-    return activations_to_uint8(inline_dialect(program))
+    return activations_to_uint8(inline_dialect(with_choices(program)))

@@ -12,6 +12,7 @@ from sartor.backends.tensorrt import operators, surgery
 from sartor.backends.tensorrt.settings import RTX, Settings
 from sartor.errors import BackendError
 from sartor.ir.dialect import inline_dialect
+from sartor.ir.exits import with_choices
 
 if TYPE_CHECKING:
     from sartor.ir.program import Program
@@ -24,7 +25,7 @@ def legalize(program: Program, settings: Settings) -> Program:
         UsageError: onnx_graphsurgeon is not installed, or an installed surgery cannot be imported.
         BackendError: a user's surgery fails, or leaves no graph.
     """
-    program = to_int8(inline_dialect(program))
+    program = to_int8(inline_dialect(with_choices(program)))
     hooks = settings.hooks()
     if not hooks and not any(surgery.concerns(node) for node in program.graph.all_nodes()):
         return program
